@@ -22,7 +22,8 @@ from analysis.handoff_reduce import (
 from analysis.handoff_timing import handoff_stages, handoff_ttft
 from analysis.reduce import Value, describe
 from analysis.render import Column, Row, Table, fixed
-from polykv.evaluation.gsm8k import mcnemar, of_note
+from polykv.evaluation.gsm8k import of_note
+from polykv.evaluation.statistics import mcnemar
 
 # The published policies: (policy, bits).
 PUBLISHED = {"fp16_share": ("fp16", None), "reprefill": ("reprefill", None)} | {

@@ -12,6 +12,7 @@ from scipy import stats
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
+from polykv.evaluation.statistics import mcnemar
 from polykv.evaluation.ttft import STAGES, Route, measure
 from polykv.handoff.policy import load_policy
 from polykv.handoff.relay import Handoff, divergence, force, play
@@ -175,13 +176,13 @@ def test_accuracy_rows_carry_their_verdicts():
 
 def test_mcnemar_is_the_exact_binomial_test():
     one, other = [True] * 8 + [False] * 2 + [True] * 5, [False] * 8 + [True] * 2 + [True] * 5
-    only_one, only_other, p = gsm8k.mcnemar(one, other)
+    only_one, only_other, p = mcnemar(one, other)
     # 2 sum_{k<=2} C(10, k) / 2^10 = 2 (1 + 10 + 45) / 1024.
     assert (only_one, only_other) == (8, 2) and p == pytest.approx(112 / 1024)
-    assert gsm8k.mcnemar(one, one) == (0, 0, 1.0)
+    assert mcnemar(one, one) == (0, 0, 1.0)
     rng = random.Random(0)
     a, b = ([rng.random() < 0.5 for _ in range(60)] for _ in range(2))
-    assert gsm8k.mcnemar(a, b)[2] == pytest.approx(gsm8k.mcnemar(b, a)[2])
+    assert mcnemar(a, b)[2] == pytest.approx(mcnemar(b, a)[2])
 
 
 def test_stages_add_up_to_the_total(model, tokenizer):

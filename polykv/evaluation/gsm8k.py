@@ -1,4 +1,4 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems, the two extractions, and McNemar's test. Torch-free.
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems and the two extractions. Torch-free.
 
 Strict takes the number after `####`, as the data set writes it; flexible takes the last number of the answer.
 """
@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from scipy import stats
 
 from polykv import hub
 from polykv.errors import PolyKVError
@@ -84,16 +82,6 @@ def add_rows(rows: Rows, texts: Sequence[str], answers: Sequence[str], protocol:
 def of_note(note: str) -> list[bool] | None:
     """The verdicts that `add_rows` wrote."""
     return [mark == "1" for mark in note.removeprefix(VERDICTS)] if VERDICTS in note else None
-
-
-def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
-    """(problems that only `one` has right, only `other`, exact two-sided p). No difference at all gives 1."""
-    pairs = list(zip(one, other, strict=True))
-    only_one = sum(a and not b for a, b in pairs)
-    only_other = sum(b and not a for a, b in pairs)
-    apart = only_one + only_other
-    p = stats.binomtest(only_one, apart).pvalue if apart else 1.0
-    return only_one, only_other, float(p)
 
 
 def _spelled(number: str) -> str:

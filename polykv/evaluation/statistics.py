@@ -80,3 +80,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a rate."""
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
+    """(problems that only `one` has right, only `other`, exact two-sided p; 1 without any difference)."""
+    pairs = list(zip(one, other, strict=True))
+    only_one = sum(a and not b for a, b in pairs)
+    only_other = sum(b and not a for a, b in pairs)
+    apart = only_one + only_other
+    p = stats.binomtest(only_one, apart).pvalue if apart else 1.0
+    return only_one, only_other, float(p)

@@ -91,12 +91,17 @@ def value_losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], cache: DynamicCache
 ) -> Tensor:
     """Losses (nats) of the restated values in `ids`, which follow the cache; it is used up."""
-    words = tokenizer.convert_ids_to_tokens(ids)
     ids_1T = torch.tensor([ids], device=model.device)
     logits_TV = model(ids_1T, past_key_values=cache).logits[0, :-1].float()
     losses_T = cross_entropy(logits_TV, ids_1T[0, 1:], reduction="none")
+    return losses_T[restated_values(tokenizer, ids)]
+
+
+def restated_values(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Which of the scored tokens `ids[1:]` are values that the document stated before."""
+    words = tokenizer.convert_ids_to_tokens(ids)
     pairs = zip(words[:-1], words[1:], strict=True)
-    return losses_T[[i for i, (last, word) in enumerate(pairs) if role_of(last, word) == VALUE]]
+    return [i for i, (last, word) in enumerate(pairs) if role_of(last, word) == VALUE]
 
 
 def judge_context(
