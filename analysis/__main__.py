@@ -20,11 +20,16 @@ from analysis.handoff_reduce import EXPERIMENTS as HANDOFF
 from analysis.handoff_tables import HANDOFF_TABLES
 from analysis.load import load
 from analysis.reduce import points
+from analysis.separation import EXPERIMENT as SEPARATION
+from analysis.separation import SEPARATION_FIGURES, SEPARATION_TABLES
 from analysis.tables import TABLES
 from polykv.errors import PolyKVError
 
 WRITERS = {"md": render.markdown, "tex": render.latex, "csv": render.to_csv}
 PICTURES = ("png", "pdf")
+# Beside the papers' own: rows -> table or figure, None where nothing of it was run.
+MEASURED_TABLES = FRONTIER_TABLES | HANDOFF_TABLES | SEPARATION_TABLES
+MEASURED_FIGURES = FRONTIER_FIGURES | HANDOFF_FIGURES | SEPARATION_FIGURES
 NOTE = "polykv_memory_decomposition"
 FINDINGS = "findings"
 SHOWN = "summary"
@@ -32,8 +37,7 @@ SHOWN = "summary"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m analysis", description=__doc__.splitlines()[0])
-    more = FRONTIER_TABLES | FRONTIER_FIGURES | HANDOFF_TABLES | HANDOFF_FIGURES
-    names = [*TABLES, NOTE, *FIGURES, FINDINGS, *more]
+    names = [*TABLES, NOTE, *FIGURES, FINDINGS, *(MEASURED_TABLES | MEASURED_FIGURES)]
     formats = [*WRITERS, *PICTURES]
     parser.add_argument("--results", type=Path, default=Path("results/local"), metavar="FOLDER")
     parser.add_argument("--only", metavar="NAME", help=", ".join(names))
@@ -64,16 +68,15 @@ def _chosen(option: str, text: str, known: list[str]) -> list[str]:
 
 def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str]) -> None:
     tables, pictures = root / "tables", root / "figures"
-    frontier, handoff = (rows["experiment"].isin(names) for names in (EXPERIMENTS, HANDOFF))
-    measured = {**FRONTIER_TABLES, **HANDOFF_TABLES}, {**FRONTIER_FIGURES, **HANDOFF_FIGURES}
+    frontier = rows["experiment"].isin(EXPERIMENTS)
+    papers = ~frontier & ~rows["experiment"].isin((*HANDOFF, SEPARATION))
     try:
         tables.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
         rows.to_csv(root / "rows.csv", index=False)
-        polykv = ~(frontier | handoff)
-        if polykv.any():
-            _write_papers(rows[polykv], tables, pictures, only, kinds)
-        _write_measured(rows, *measured, tables, pictures, only, kinds)
+        if papers.any():
+            _write_papers(rows[papers], tables, pictures, only, kinds)
+        _write_measured(rows, tables, pictures, only, kinds)
         if FINDINGS in only and frontier.any():
             _write_findings(rows, tables)
     except OSError as error:
@@ -105,20 +108,14 @@ def _write_papers(
 
 
 def _write_measured(
-    rows: pd.DataFrame,
-    builders: dict,
-    painters: dict,
-    tables: Path,
-    pictures: Path,
-    only: list[str],
-    kinds: list[str],
+    rows: pd.DataFrame, tables: Path, pictures: Path, only: list[str], kinds: list[str]
 ) -> None:
-    """What frontier and handoff measured; those that were not run have no table and no figure."""
-    for name in filter(builders.get, only):
-        if table := builders[name](rows):
+    """What was measured beside the papers' tables; what was not run has no table and no figure."""
+    for name in filter(MEASURED_TABLES.get, only):
+        if table := MEASURED_TABLES[name](rows):
             _write_table(table, tables, kinds, len(only) == 1)
-    for name in filter(painters.get, only):
-        if canvas := painters[name](rows):
+    for name in filter(MEASURED_FIGURES.get, only):
+        if canvas := MEASURED_FIGURES[name](rows):
             save(canvas, pictures / name, [kind for kind in kinds if kind in PICTURES])
 
 

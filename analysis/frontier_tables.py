@@ -7,13 +7,7 @@ import pandas as pd
 from analysis.frontier import FRONTIER, compared, layers, of_experiment, settings, trend, values
 from analysis.frontier import by_document as of_documents
 from analysis.reduce import Value, describe
-from analysis.render import Column, Row, Table, fixed
-
-SMALL = 3  # significant digits of numbers that span decades
-
-
-def significant(number: float, row: Row) -> str:
-    return f"{number:.{SMALL}g}"
+from analysis.render import Column, Table, fixed, significant
 
 
 def recipe_frontier(rows: pd.DataFrame) -> Table | None:

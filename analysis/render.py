@@ -60,6 +60,11 @@ def fixed(digits: int, sign: str = "") -> Callable[[float, Row], str]:
     return form
 
 
+def significant(number: float, row: Row) -> str:
+    """Three significant digits, for numbers that span decades."""
+    return f"{number:.3g}"
+
+
 def memory(number: float, row: Row) -> str:
     """Three decimals as published; below 0.1 three significant digits."""
     return f"{number:,.3f}" if number >= 0.1 or not number else f"{number:#.3g}"
