@@ -20,6 +20,7 @@ from analysis.draw import label_ends  # noqa: E402
 from analysis.figures import STYLE  # noqa: E402
 from analysis.handoff_reduce import POLICIES, SETTING, qkvshare, relays, value  # noqa: E402
 from analysis.handoff_timing import HOLDS, STAGES  # noqa: E402
+from analysis.reduce import Value  # noqa: E402
 
 PANEL = (3.8, 2.7)  # inches
 RUN = [*SETTING, "document", "budget_bits", "reseal"]
@@ -39,9 +40,9 @@ def handoff_hops(rows: pd.DataFrame) -> Canvas | None:
         ends = []
         for policy, line in mine[mine["metric"] == metric].groupby("policy", sort=False):
             spots = {n: value(of) for n, of in line.groupby("n_hops")}
-            spots = {n: v.value for n, v in spots.items() if v.value is not None}
-            ax.plot(list(spots), list(spots.values()), marker="o", color=_colour(policy))
-            ends.append((list(spots.values())[-1], policy, _colour(policy)))
+            spots = {n: v for n, v in spots.items() if v.value is not None}
+            _line(ax, spots, policy)
+            ends.append((list(spots.values())[-1].value, policy, _colour(policy)))
         if metric == "relay_kl" and all(y > 0 for y, *_ in ends):
             ax.set_yscale("log")
         named = dict(zip(RUN, key, strict=True))
@@ -55,7 +56,7 @@ def handoff_hops(rows: pd.DataFrame) -> Canvas | None:
         label_ends(ax, ends)
 
     return _grid(
-        2, len(groups), panel, "Interval and pairs: tables handoff_accuracy, handoff_pairs."
+        2, len(groups), panel, "Bars: 95 % intervals. Tests of pairs: table handoff_pairs."
     )
 
 
@@ -177,6 +178,21 @@ def _grid(
         text = textwrap.fill(note, int(canvas.get_figwidth() * 15))
         canvas.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="0.3")
     return canvas
+
+
+def _line(ax: Axes, spots: dict[float, Value], policy: str) -> None:
+    """Values with their intervals; policies stand a little apart so that bars do not hide each other."""
+    shift = 0.03 * (POLICIES.index(policy) if policy in POLICIES else len(POLICIES))
+    ends = [[v.value - (v.low or v.value), (v.high or v.value) - v.value] for v in spots.values()]
+    ax.errorbar(
+        [n + shift for n in spots],
+        [v.value for v in spots.values()],
+        yerr=list(zip(*ends, strict=True)),
+        fmt="o-",
+        capsize=2,
+        elinewidth=0.8,
+        color=_colour(policy),
+    )
 
 
 def _ticks(ax: Axes, places: list[float]) -> None:

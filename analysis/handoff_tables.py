@@ -35,7 +35,7 @@ DEPTH = {"working": "kl_depth_working", "passing": "kl_depth_passing"}
 
 def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
     """Accuracy after a relay, published and measured, with KL to the fp16 relay and the bits stored."""
-    metrics = ("accuracy", "relay_kl", "relay_same_top1", "mean_bits", *DEPTH.values())
+    metrics = ("accuracy", "relay_kl", "relay_same_top1", "mean_bits", "file_bits", *DEPTH.values())
     found = relays(rows, *metrics)
     found = found[found["experiment"] != "controller_ablation"]
     if found.empty:
@@ -77,6 +77,7 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
         Column("passing", "depth, passing [95 %]", fixed(5, "+"), interval=True),
         Column("same_top1", "same top-1", fixed(4)),
         Column("bits", "bits stored", fixed(3)),
+        Column("file_bits", "bits of the file", fixed(3)),
     ]
     caption = (
         "Answers after a relay: accuracy with Wilson interval (strict: the number after ####; flexible: "
@@ -84,7 +85,8 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
         "what depth costs (that KL less the one when only the last of the handoffs takes place; working: "
         "the agents between wrote their turns on caches that were handed to them; passing: they only "
         "passed the card on), "
-        "and the mean stored bits per value of the last card, all metadata counted. The paper's hops are "
+        "and the mean stored bits per value of the last card: of its tensors with scales, maps and token ids, "
+        "which the budget bounds, and of its file with the header of fixed size. The paper's hops are "
         "taken as handoffs; its Q4 and Q8 as budgets of 4 and 8 bits, which is stricter than nominal "
         f"bits. {describe(found)}"
     )
@@ -170,6 +172,7 @@ def _relay(mine: pd.DataFrame, why: str) -> Row:
         **{name: of(metric) for name, metric in DEPTH.items()},
         "same_top1": of("relay_same_top1"),
         "bits": of("mean_bits"),
+        "file_bits": of("file_bits"),
     }
 
 

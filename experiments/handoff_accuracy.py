@@ -18,6 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.statistics import bootstrap_mean
+from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
 from polykv.handoff.tasks import Task, load_tasks
@@ -80,7 +81,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     for task in tqdm(tasks, desc=policy.name, leave=False, disable=None):
         handoff = new_handoff(cfg, policy)
         texts.append(text_of(play(task, handoff)[-1], tokenizer))
-        bits.append(handoff.card.mean_bits if handoff.card else None)
+        bits.append(card_bits(handoff.card) if handoff.card else None)
     gsm8k.add_rows(rows, texts, [task.answer for task in tasks], cfg.reseal)
     found = forced(cfg, policy)
     add_divergence(rows, found, cfg)
@@ -138,14 +139,22 @@ def per_problem(found: list[Comparison]) -> list[np.ndarray]:
     return [np.array([comparison.kl.mean()]) for comparison in found]
 
 
-def add_bits(rows: Rows, bits: list[float | None], cfg: DictConfig) -> None:
-    """The mean stored bits of the last cards; `full` and `reprefill` are what they are."""
+def card_bits(card: CacheCard) -> dict[str, float]:
+    """Bits per cached value: of the tensors, which the budget bounds, and of the whole file, header and all."""
+    file_bits = card.mean_bits * len(card.to_bytes()) / card.nbytes
+    return {"mean_bits": card.mean_bits, "file_bits": file_bits}
+
+
+def add_bits(rows: Rows, bits: list[dict[str, float] | None], cfg: DictConfig) -> None:
+    """What the last cards took on average; `full` and `reprefill` are what they are."""
     protocol = f"last card; {cfg.reseal}"
-    if None in bits:
-        rows.add("mean_bits", None, "bits", protocol=protocol, note="text is handed on, no card")
-        return
-    rows.add("mean_bits", sum(bits) / len(bits), "bits", n=len(bits), protocol=protocol,
-             ci=(min(bits), max(bits)), note="interval: least and most")  # fmt: skip
+    for name in ("mean_bits", "file_bits"):
+        if None in bits:
+            rows.add(name, None, "bits", protocol=protocol, note="text is handed on, no card")
+            continue
+        taken = [of_card[name] for of_card in bits]
+        rows.add(name, sum(taken) / len(taken), "bits", n=len(taken), protocol=protocol,
+                 ci=(min(taken), max(taken)), note="interval: least and most")  # fmt: skip
 
 
 def forced(
