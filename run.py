@@ -33,14 +33,14 @@ def main() -> int:
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return report(sweep.results_dir, sweep.outcomes)
+    return report(sweep.results_dir, sweep.experiment_name, sweep.outcomes)
 
 
-def report(results_dir: str, outcomes: list[sweep.Outcome]) -> int:
+def report(results_dir: str, experiment: str, outcomes: list[sweep.Outcome]) -> int:
     """Tables and figures of the folder, then what did not end well; the exit code."""
     from analysis.__main__ import main as render
 
-    code = render(["--results", results_dir])
+    code = render(["--results", results_dir, "--show", experiment])
     for outcome in outcomes:
         if outcome.status == "held":
             print(f"cell {outcome.cell} is being measured by another process", file=sys.stderr)

@@ -31,6 +31,7 @@ PICTURES = ("png", "pdf")
 MEASURED_TABLES = FRONTIER_TABLES | HANDOFF_TABLES | SEPARATION_TABLES
 MEASURED_FIGURES = FRONTIER_FIGURES | HANDOFF_FIGURES | SEPARATION_FIGURES
 NOTE = "polykv_memory_decomposition"
+MEMORY = "polykv_memory"  # the table that the note takes apart
 FINDINGS = "findings"
 SHOWN = "summary"
 
@@ -41,13 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     formats = [*WRITERS, *PICTURES]
     parser.add_argument("--results", type=Path, default=Path("results/local"), metavar="FOLDER")
     parser.add_argument("--only", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--show", default="", metavar="EXPERIMENT", help="whose table to print")
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
     arguments = parser.parse_args(argv)
     try:
         only = _chosen("--only", arguments.only, names) if arguments.only else names
         kinds = _chosen("--format", arguments.format, formats)
         results = load(arguments.results)
-        _write(results.rows, arguments.results, only, kinds)
+        shown = only[0] if len(only) == 1 else arguments.show
+        shown = shown if shown in names else SHOWN
+        _write(results.rows, arguments.results, only, kinds, shown)
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +70,7 @@ def _chosen(option: str, text: str, known: list[str]) -> list[str]:
     return chosen
 
 
-def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str]) -> None:
+def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str], shown: str) -> None:
     tables, pictures = root / "tables", root / "figures"
     frontier = rows["experiment"].isin(EXPERIMENTS)
     papers = ~frontier & ~rows["experiment"].isin((*HANDOFF, SEPARATION))
@@ -75,10 +79,15 @@ def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str]) ->
         pictures.mkdir(parents=True, exist_ok=True)
         rows.to_csv(root / "rows.csv", index=False)
         if papers.any():
-            _write_papers(rows[papers], tables, pictures, only, kinds)
-        _write_measured(rows, tables, pictures, only, kinds)
+            _write_papers(rows[papers], tables, pictures, only, kinds, shown)
+        _write_measured(rows, tables, pictures, only, kinds, shown)
         if FINDINGS in only and frontier.any():
-            _write_findings(rows, tables)
+            _write_text(
+                findings.text(rows, published.load("polykv")),
+                FINDINGS,
+                tables,
+                shown in (SHOWN, FINDINGS, *FRONTIER_TABLES),
+            )
     except OSError as error:
         raise PolyKVError(
             f"cannot write {error.filename or root} ({error.strerror or error}); free space or give "
@@ -88,17 +97,16 @@ def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str]) ->
 
 
 def _write_papers(
-    rows: pd.DataFrame, tables: Path, pictures: Path, only: list[str], kinds: list[str]
+    rows: pd.DataFrame, tables: Path, pictures: Path, only: list[str], kinds: list[str], shown: str
 ) -> None:
     """What the papers' experiments measured."""
     figures = published.load("polykv")
     reduced = points(rows)
     if NOTE in only:
         text = decomposition.text(reduced, figures)
-        (tables / f"{NOTE}.md").write_text(text, encoding="utf-8")
-        print(text)
+        _write_text(text, NOTE, tables, shown in (SHOWN, NOTE, MEMORY))
     for name in filter(TABLES.get, only):
-        _write_table(TABLES[name](rows, figures), tables, kinds, name == SHOWN or len(only) == 1)
+        _write_table(TABLES[name](rows, figures), tables, kinds, name == shown)
     for name in filter(FIGURES.get, only):
         canvas = FIGURES[name](reduced, figures)
         if isinstance(canvas, str):
@@ -108,28 +116,28 @@ def _write_papers(
 
 
 def _write_measured(
-    rows: pd.DataFrame, tables: Path, pictures: Path, only: list[str], kinds: list[str]
+    rows: pd.DataFrame, tables: Path, pictures: Path, only: list[str], kinds: list[str], shown: str
 ) -> None:
     """What was measured beside the papers' tables; what was not run has no table and no figure."""
     for name in filter(MEASURED_TABLES.get, only):
         if table := MEASURED_TABLES[name](rows):
-            _write_table(table, tables, kinds, len(only) == 1)
+            _write_table(table, tables, kinds, name == shown)
     for name in filter(MEASURED_FIGURES.get, only):
         if canvas := MEASURED_FIGURES[name](rows):
             save(canvas, pictures / name, [kind for kind in kinds if kind in PICTURES])
 
 
-def _write_findings(rows: pd.DataFrame, tables: Path) -> None:
-    text = findings.text(rows, published.load("polykv"))
-    (tables / f"{FINDINGS}.md").write_text(text, encoding="utf-8")
-    print(text)
+def _write_text(text: str, name: str, tables: Path, shown: bool) -> None:
+    (tables / f"{name}.md").write_text(text, encoding="utf-8")
+    if shown:
+        print(text)
 
 
 def _write_table(table: render.Table, tables: Path, kinds: list[str], shown: bool) -> None:
     for kind in filter(WRITERS.get, kinds):
         (tables / f"{table.name}.{kind}").write_text(WRITERS[kind](table), encoding="utf-8")
     if shown:
-        print(render.plain(table, shutil.get_terminal_size((100, 24)).columns))
+        print(render.plain(render.measured(table), shutil.get_terminal_size((100, 24)).columns))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.reduce import Value
@@ -68,6 +68,19 @@ def significant(number: float, row: Row) -> str:
 def memory(number: float, row: Row) -> str:
     """Three decimals as published; below 0.1 three significant digits."""
     return f"{number:,.3f}" if number >= 0.1 or not number else f"{number:#.3g}"
+
+
+def measured(table: Table) -> Table:
+    """Without the lines that only say what was published, for the terminal."""
+
+    def any_value(row: Row) -> bool:
+        return any(
+            isinstance(v, Value) and v.value is not None
+            for name, v in row.items()
+            if name != "published"
+        )
+
+    return replace(table, rows=[row for row in table.rows if any_value(row)])
 
 
 def sections(table: Table) -> tuple[list[Section], list[str]]:

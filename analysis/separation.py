@@ -72,6 +72,9 @@ def draw_separation(rows: pd.DataFrame) -> Canvas | None:
             label, tint = f"{setting.context:,} tokens", f"C{place}"
             _line(left, of_recipe, {r: f["kl_mean"] for r, f in of_recipe.items()}, label, tint)
             _line(right, of_recipe, changes, label, tint)
+        for recipe in set(changes) - {*WIDTHS, BASELINE}:  # named once, at the last context
+            spot = of_recipe[recipe]["stored_bits"].value, changes[recipe].value
+            right.annotate(recipe, spot, (6, -10), textcoords="offset points", fontsize=7)
         left.set_yscale("log")
         left.set_ylabel("mean KL divergence, nats")
         right.axhline(0, color="0.6", linewidth=0.8, zorder=0)

@@ -19,6 +19,7 @@ bar: tqdm | None = None  # the sweeper's, in cells that run in its process
 
 outcomes: list["Outcome"] = []  # of the sweep that ran in this process, for run.py
 results_dir = ""
+experiment_name = ""
 unwritable = ""  # why the results folder takes no more; then no further cell is measured in vain
 
 

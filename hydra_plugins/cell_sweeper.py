@@ -45,6 +45,7 @@ class CellSweeper(BasicSweeper):
             sweep.bar.close()
         sweep.outcomes[:] = [job.return_value for batch in returned for job in batch]
         sweep.results_dir = self.config.results_dir
+        sweep.experiment_name = self.config.experiment_name
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Every cell was composed and checked in `get_job_batch`."""

@@ -1,7 +1,8 @@
 """Model card, result page and figures, written from the log and the evaluation: no typed numbers.
 
 `python -m polykv.reference.report` after `train` and `evaluate`. Reads `log.jsonl` of the run and
-`evaluation.json` and `training.json` beside the weights.
+`evaluation.json` and `training.json` beside the weights; the page also shows what
+`python -m analysis --results results/reference_model` made of experiment=recipe_separation.
 """
 
 import argparse
@@ -131,21 +132,20 @@ library_name: transformers
 # The embedded reference model of polykv
 
 A Llama of {parameters:,} parameters ({hidden} wide, {layers} layers, {heads} heads, {kv_heads} key-value
-heads of 64, tied embeddings, positions to 4,096), trained by this project from a start
-with a built-in induction circuit
-so that, with no hub,
-damage to a KV cache shows in numbers. It reads documents about invented people, answers questions about
-them and works short word problems. Every value is one token, and every answer ends in `<eot>`.
+heads of 64, tied embeddings, positions to 4,096), trained by this project from a start with a
+built-in induction circuit so that, with no hub, damage to a KV cache shows in numbers. It reads documents
+about invented people, answers questions about them and works short word problems. Every value is one token,
+and every answer ends in `<eot>`.
 
 **Usable context: {usable} tokens** (full-cache questions at least 90 % right there and below).
 
 - Data: worlds written by `polykv.reference.world` from seeds; held-out worlds share no fact with training worlds.
 - Start: random but for an induction circuit built in by construction (`polykv.reference.initial`); nothing is frozen
-- Command: `{command}`, seed {seed}{remark}
+- Command: `{command}`, seed {seed}
 - Trained: {tokens:,} tokens in {steps:,} steps, {hours:.1f} hours on {device}; weighted loss at the end {loss:.3f}
 - Weights: rounded to bfloat16, and evaluated as rounded (computed in float32)
 - Commit: {commit}
-- Evaluation set: {n_documents} documents a length; SHA-256 `{digest}`
+- Evaluation set: {n_documents} documents a length; SHA-256 `{digest}`{remarks}
 - Evaluate again: `python -m polykv.reference.evaluate`
 
 ## Accuracy, held out
@@ -163,13 +163,18 @@ evidence about how large models do: its perplexities, accuracies and error rates
 *on this model* only. Beyond its usable context its answers are unreliable even with an undamaged cache.
 """
 
+SEPARATION = """## Recipes separate on it
+
+{table}
+![KL divergence and problems lost against stored bits](reference_model/figures/recipe_separation.png)
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
-    parser.add_argument("--log", type=Path, default=Path("build/reference/cpu/log.jsonl"))
+    parser.add_argument("--log", type=Path, default=Path("results/reference_model/log.jsonl"))
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--remark", default="", help="what else the card should say of the run")
     args = parser.parse_args()
     found = json.loads((args.weights / "evaluation.json").read_text())
     trained = json.loads((args.weights / "training.json").read_text())
@@ -186,9 +191,9 @@ def main() -> None:
         draw(ax, data)
         figure.savefig(figures / f"{name}.png", dpi=150)
         plt.close(figure)
-    (figures / "log.jsonl").write_text(args.log.read_text())
+    (figures / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     fields = trained | {
-        "remark": f". {args.remark}" if args.remark else "",
+        "remarks": "".join(f"\n- {remark}" for remark in trained.get("remarks", [])),
         "loss": sum(line["loss"] for line in log[-LOSS_LINES:]) / len(log[-LOSS_LINES:]),
         "usable": found["usable_context"],
         "digest": found["digest"],
@@ -200,7 +205,9 @@ def main() -> None:
     (args.weights / "README.md").write_text(CARD.format(curves=curves, **fields))
     page = CARD.split("---\n", 2)[2].partition("## What it must not")[0]
     shown = "\n\n".join(f"![{name}](reference_model/{name}.png)" for name in plots)
-    (args.results / "reference_model.md").write_text(page.format(curves=shown, **fields))
+    separation = (figures / "tables" / "recipe_separation.md").read_text()
+    page = page.format(curves=shown, **fields) + SEPARATION.format(table=separation)
+    (args.results / "reference_model.md").write_text(page)
 
 
 if __name__ == "__main__":
