@@ -61,29 +61,41 @@ def damaged(content: bytes, rng: random.Random) -> bytearray:
     return out
 
 
-def damage_many(card: CacheCard, model, tokenizer, n: int) -> tuple[int, int]:
-    """(refused, opened bit-identical); anything else raises."""
+def damage_many(card: CacheCard, model, tokenizer, n: int) -> tuple[int, int, float]:
+    """(refused, opened bit-identical, most allocated over the file's size); anything else raises.
+
+    Allocated by the interpreter: a refusal comes before any tensor, and tensors are views of the file.
+    """
     content, rng = bytes(card.to_bytes()), random.Random(0)
     refused = identical = 0
+    most = 0.0
+    tracemalloc.start()
     for _ in range(n):
         changed = damaged(content, rng)
         before = bytes(changed)
+        tracemalloc.reset_peak()
+        held = tracemalloc.get_traced_memory()[0]
         try:
             opened = CacheCard.from_bytes(changed, model, tokenizer)
         except CardError as error:
+            taken = tracemalloc.get_traced_memory()[1] - held
             assert "\n" not in str(error)
             refused += 1
         else:
+            taken = tracemalloc.get_traced_memory()[1] - held
             assert before == content and opened.to_bytes() == content
             identical += 1
-    return refused, identical
+        most = max(most, taken / max(len(before), INTERPRETER))
+    tracemalloc.stop()
+    return refused, identical, most
 
 
 def test_damaged_cards_are_refused_or_opened_bit_identical(tokenizer):
-    card, model = make_card(tokenizer)
-    refused, identical = damage_many(card, model, tokenizer, N_DAMAGED)
+    card, model = make_card(tokenizer, n_tokens=400)
+    refused, identical, most = damage_many(card, model, tokenizer, N_DAMAGED)
     # Some damages change nothing (a zero written over a zero).
     assert refused + identical == N_DAMAGED and refused > 0.9 * N_DAMAGED
+    assert most <= 2
 
 
 def test_every_single_bit_of_the_header_counts(tokenizer):
@@ -249,7 +261,7 @@ if __name__ == "__main__":
     from conftest import tokenizer as fixture
 
     bpe = fixture.__wrapped__()
-    card_, model_ = make_card(bpe)
-    print("refused {}, opened bit-identical {}".format(
+    card_, model_ = make_card(bpe, n_tokens=400)
+    print("refused {}, opened bit-identical {}, most allocated {:.2f} x the file".format(
         *damage_many(card_, model_, bpe, int(sys.argv[1]))
     ))  # fmt: skip
