@@ -17,8 +17,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,search,dev]'
 	@touch $@
 
-run: $(INSTALLED)  ## the main job: PolyKV's tables on the embedded reference model, offline
+run: $(INSTALLED)  ## the main job: both papers' tables on the embedded reference model, offline
 	$(BIN)/python run.py
+	$(BIN)/python run.py experiment=handoff_quickstart
+	$(BIN)/python run.py experiment=handoff_ttft context=2048
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
 frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME)
