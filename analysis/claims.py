@@ -132,7 +132,7 @@ def _context(rows: pd.DataFrame) -> list[str]:
         contexts = sorted({int(context) for context in documents["context_tokens"]})
         lines.append(
             _verdict(
-                YES if towards.high < 0 else NO,
+                YES if towards.high < 0 else NO if towards.low > 0 else OPEN,
                 f"{claim} (on {weights} weights of {model})",
                 f"Over {contexts[0]:,} to {contexts[-1]:,} tokens, {len(documents)} documents, its mean is "
                 f"{mean:+.3f} % and it changes by {with_interval(slope, '+.3f')} points with each doubling.",

@@ -1,6 +1,6 @@
 """The figures of the frontier experiments: rows -> Canvas, or None where nothing was run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib
 
@@ -8,6 +8,7 @@ matplotlib.use("Agg")  # files only, no window
 
 import matplotlib.pyplot as plt  # noqa: E402
 import pandas as pd  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure as Canvas  # noqa: E402
 
 from analysis import frontier_draw as draw  # noqa: E402
@@ -29,8 +30,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Canvas | None:
     if not found:
         return None
     with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(9.5, 7 * len(found)))
-        panels = canvas.subplots(len(found), 1, squeeze=False)[:, 0]
+        canvas, panels = _stacked(len(found), 9.5, 7)
         for ax, comparison in zip(panels, found, strict=True):
             ax.set_title(
                 f"{comparison.setting}; {comparison.n_documents} documents, 95 % intervals"
@@ -70,8 +70,7 @@ def kv_asymmetry(rows: pd.DataFrame) -> Canvas | None:
     if not found:
         return None
     with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(5.2, 4.2 * len(found)))
-        panels = canvas.subplots(len(found), 1, squeeze=False)[:, 0]
+        canvas, panels = _stacked(len(found), 5.2, 4.2)
         for ax, (setting, mine) in zip(panels, found, strict=True):
             grid = mine.pivot_table(index="key_bits", columns="value_bits", values="value")
             grid = grid.sort_index(ascending=False).sort_index(axis=1, ascending=False)
@@ -127,8 +126,7 @@ def context_scaling(rows: pd.DataFrame) -> Canvas | None:
     if not found:
         return None
     with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(5.6, 3.8 * len(found)))
-        panels = canvas.subplots(len(found), 1, squeeze=False)[:, 0]
+        canvas, panels = _stacked(len(found), 5.6, 3.8)
         for ax, ((model, weights, document), mine) in zip(panels, found, strict=True):
             dots = {recipe: by_document(mine, recipe) for recipe in sorted(set(mine["recipe"]))}
             draw.over(ax, "context, tokens", _spots(mine, "context_tokens"), dots)
@@ -145,12 +143,17 @@ def agent_scaling(rows: pd.DataFrame) -> Canvas | None:
     if not found:
         return None
     with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(4.6, 3.2 * len(found)))
-        panels = canvas.subplots(len(found), 1, squeeze=False)[:, 0]
+        canvas, panels = _stacked(len(found), 4.6, 3.2)
         for ax, (setting, mine) in zip(panels, found, strict=True):
             draw.over(ax, "agents that read the pool", _spots(mine, "n_agents"), {})
             ax.set_title(f"{setting}\n95 % intervals")
     return canvas
+
+
+def _stacked(n: int, width: float, height: float) -> tuple[Canvas, Sequence[Axes]]:
+    """`n` panels, one above the other, each of this size in inches."""
+    canvas = plt.figure(figsize=(width, height * n))
+    return canvas, canvas.subplots(n, 1, squeeze=False)[:, 0]
 
 
 def _spots(rows: pd.DataFrame, axis: str) -> dict[str, list]:

@@ -3,6 +3,8 @@
 Each takes the tidy rows and returns a table, or None where nothing of it was measured.
 """
 
+from collections.abc import Iterator
+
 import pandas as pd
 
 from analysis.handoff_reduce import SETTING, bits_text, ordered, qkvshare, run_text, value
@@ -32,12 +34,7 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
         line |= {"route": "not stated", "published": Value(said["value"], note=note)}
         blank = Value(None, note="measured rows stand below, by their own routes and contexts")
         lines.append(line | {"ttft": blank, "speedup": blank})
-    keys = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
-    for key, mine in ordered(found).groupby(keys, dropna=False, sort=False):
-        named = dict(zip(keys, key, strict=True))
-        line = {"section": f"measured on {run_text(named)}", "policy": named["policy"]}
-        line |= {"context": f"{named['context_tokens']:,.0f}", "route": named["protocol"]}
-        line["budget"] = bits_text(named["budget_bits"])
+    for line, mine in _routes(found):
         line["published"] = Value(None, note="the published routes stand above")
         line["ttft"] = value(mine[mine["metric"] == "ttft"])
         speedup = value(
@@ -77,12 +74,7 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         line |= {ours[0]: Value(took[name], note=note) for name, ours in HOLDS.items()}
         total = Value(sum(took.values()), note="sum of the published stages")
         lines.append(line | {"total": total, "adds_up": Value(None, note="no total was published")})
-    keys = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
-    for key, mine in ordered(found).groupby(keys, dropna=False, sort=False):
-        named = dict(zip(keys, key, strict=True))
-        line = {"section": f"measured on {run_text(named)}", "policy": named["policy"]}
-        line |= {"context": f"{named['context_tokens']:,.0f}", "route": named["protocol"]}
-        line["budget"] = bits_text(named["budget_bits"])
+    for line, mine in _routes(found):
         absent = "this route has no such stage"
         took = {n: value(mine[mine["metric"] == f"stage_{n}"], absent) for n in STAGES}
         line |= took | {"total": value(mine[mine["metric"] == "stage_total"])}
@@ -101,3 +93,13 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         f"{describe(found)}"
     )
     return Table("handoff_stages", caption, columns, lines)
+
+
+def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
+    """What was measured, by run, context and route: the line that names it, and its rows."""
+    keys = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
+    for key, mine in ordered(found).groupby(keys, dropna=False, sort=False):
+        named = dict(zip(keys, key, strict=True))
+        line = {"section": f"measured on {run_text(named)}", "policy": named["policy"]}
+        line |= {"context": f"{named['context_tokens']:,.0f}", "route": named["protocol"]}
+        yield line | {"budget": bits_text(named["budget_bits"])}, mine
