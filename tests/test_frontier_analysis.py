@@ -172,7 +172,8 @@ def test_trend_is_the_slope_per_doubling():
 
 
 @pytest.mark.parametrize(
-    ("slope", "verdict"), [(-0.5, "reproduced"), (0.0, "not reproduced"), (0.5, "not reproduced")]
+    ("slope", "verdict"),
+    [(-0.5, "reproduced"), (0.0, "cannot be told here"), (0.5, "not reproduced")],
 )
 def test_findings_judge_the_context_claim_by_its_interval(tmp_path, slope, verdict):
     rows = load(write(tmp_path, list(context_rows(slope)))).rows
