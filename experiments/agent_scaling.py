@@ -1,7 +1,7 @@
 """Does quality depend on how many agents read the pool? PolyKV: one delta for 3, 5 and 10 agents.
 
-Each agent injects its own copy, one after the other, and scores the rest of the document; an agent
-that changed what the next one reads would show.
+Agents read the pool one after the other, and each scores the rest of the document; an agent that changed
+what the next one reads would show.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from experiments import common
 from experiments.common import new_rows
 from experiments.recipe_frontier import check, settle
 from polykv.evaluation import continuation
-from polykv.evaluation.continuation import compare, score_rest
+from polykv.evaluation.continuation import compare
 
 __all__ = ["check", "run", "settle"]
 
@@ -24,12 +24,11 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     comparisons, spread = [], 0.0
     pairs = zip(common.readings(cfg), common.full_readings(cfg), strict=True)
     for reading, full in tqdm(list(pairs), desc="agents", leave=False, disable=None):
-        rest = reading.document.rest_BT
         for _ in range(cfg.n_agents):
-            log_probs_TV = score_rest(reading.model, reading.pool.inject(), rest)
+            log_probs_TV = reading.score()
             gap = (log_probs_TV - reading.log_probs_TV).abs().max()
             spread = max(spread, float(gap))
-        comparisons.append(compare(full.log_probs_TV, log_probs_TV, rest))
+        comparisons.append(compare(full.log_probs_TV, log_probs_TV, reading.document.rest_BT))
     continuation.add_rows(rows, comparisons, cfg.seed)
     note = "largest difference of a log-probability between any agent and a single reader"
     rows.add("agent_spread", spread, "nats", note=note)

@@ -12,25 +12,32 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from polykv import hub, models
+from polykv import hub, kernels, models
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation.readings import Reading
-from polykv.pool import SharedKVPool, check_length, check_model, prefill
+from polykv.pool import SharedKVPool, check_length, check_model, check_reader, prefill
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
-READERS = ("inject",)
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The config with everything that depends on this machine made explicit, for identity and rows."""
+    """The config with everything that depends on this machine made explicit, for identity and rows.
+
+    backend=auto is the fastest one here for reader=cascade, for encoding and attention alike. Reader inject
+    rebuilds the cache in torch; auto encodes it in torch too, so that its numbers are the same everywhere.
+    """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     settled.model.weights = settled.weights
     if settled.weights == "reference":
         settled.model.digest = models.reference_digest()  # a model trained anew is another model
-    settled.device = models.pick_device(cfg.device).type if cfg.device == "auto" else cfg.device
+    device = models.pick_device(cfg.device)
+    settled.device = device.type if cfg.device == "auto" else cfg.device
+    if cfg.backend == "auto":
+        cascade = cfg.reader == "cascade"
+        settled.backend = kernels.pick_backend("auto", device) if cascade else "torch"
     return settled
 
 
@@ -51,11 +58,10 @@ def check_common(cfg: DictConfig) -> None:
         raise PolyKVError(
             f"prefix_fraction={cfg.prefix_fraction}; it takes a number between 0 and 1"
         )
-    if cfg.reader not in READERS:
-        raise PolyKVError(f"no reader named {cfg.reader!r}; there is: {', '.join(READERS)}")
+    check_reader(cfg.reader)
     models.check_weights(cfg.model)
     models.pick_dtype(cfg.model.dtype)
-    models.pick_device(cfg.device)
+    kernels.pick_backend(cfg.backend, models.pick_device(cfg.device))
     Recipe.from_config(cfg.recipe)
     config = models.load_config(cfg.model)
     check_model(config)
@@ -81,9 +87,7 @@ def check_quality(cfg: DictConfig) -> None:
             f"document=generated is written for the reference model, not for {cfg.model.name}; "
             "use document=moon_landing, packet_networks, wikitext2 or file"
         )
-    if cfg.weights == "hub":
-        mend = "use model=local model.path=/a/folder, or model=reference"
-        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend)
+    check_hub(cfg)
     config = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
     for document in documents_of(cfg):
@@ -91,6 +95,30 @@ def check_quality(cfg: DictConfig) -> None:
             asked = len(tokenizer(question.prompt, add_special_tokens=False).input_ids)
             needed = document.n_prefix + asked + cfg.max_new_tokens
             check_length(config, needed, f"context={cfg.context} with question and answer")
+
+
+def check_hub(
+    cfg: DictConfig, mend: str = "use model=local model.path=/a/folder, or model=reference"
+) -> None:
+    """Refuse weights of a hub that cannot be reached.
+
+    Raises:
+        PolyKVError: with the mend.
+    """
+    if cfg.weights == "hub":
+        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend)
+
+
+def check_injects(cfg: DictConfig) -> None:
+    """Refuse another reader where private caches are what an experiment measures.
+
+    Raises:
+        PolyKVError: names the reader.
+    """
+    if cfg.reader != "inject":
+        raise PolyKVError(
+            f"{cfg.experiment_name} reads private caches, not reader={cfg.reader}; use reader=inject"
+        )
 
 
 def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
@@ -102,6 +130,7 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
         "context_tokens": cfg.context,
         "n_agents": cfg.n_agents,
         "recipe": cfg.recipe.name,
+        "backend": cfg.backend,
         "seed": cfg.seed,
         "device": cfg.device,
         "dtype": cfg.model.dtype,
@@ -132,7 +161,7 @@ def full_readings(cfg: DictConfig) -> tuple[Reading, ...]:
 def readings(cfg: DictConfig) -> tuple[Reading, ...]:
     """The cell's documents read under its recipe."""
     full = full_readings(cfg)
-    return _readings(full, as_key(cfg.recipe), cfg.reader)
+    return _readings(full, as_key(cfg.recipe), cfg.reader, cfg.backend)
 
 
 @lru_cache(maxsize=1)
@@ -154,16 +183,18 @@ def _full_readings(
     full = load_recipe("full")
     found = []
     for document in tqdm(documents, desc="prefill", leave=False, disable=None):
-        pool = SharedKVPool.from_cache(prefill(model, document.prefix_BT), full)
+        pool = SharedKVPool.from_cache(prefill(model, document.prefix_BT), full, backend="torch")
         found.append(Reading(model, tokenizer, document, pool, max_new_tokens))
     return tuple(found)
 
 
 @lru_cache(maxsize=1)
-def _readings(full: tuple[Reading, ...], recipe: str, reader: str) -> tuple[Reading, ...]:
+def _readings(
+    full: tuple[Reading, ...], recipe: str, reader: str, backend: str
+) -> tuple[Reading, ...]:
     made = Recipe.from_config(from_key(recipe))
     return tuple(
-        reading.under(made, reader)
+        reading.under(made, reader, backend)
         for reading in tqdm(full, desc=made.name, leave=False, disable=None)
     )
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments import common
-from polykv import hub
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
 from polykv.evaluation.continuation import Comparison
@@ -43,6 +42,7 @@ def check(cfg: DictConfig) -> None:
         PolyKVError: one clear line.
     """
     common.check_common(cfg)
+    common.check_injects(cfg)
     Policy.from_config(cfg.policy)
     for name in ("n_hops", "n_problems"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
@@ -62,9 +62,7 @@ def check(cfg: DictConfig) -> None:
             f"relay=reference is written for the reference model, not for {cfg.model.name}; "
             "use relay=gsm8k"
         )
-    if cfg.weights == "hub":
-        mend = "use model=local model.path=/a/folder, or model=reference"
-        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend)
+    common.check_hub(cfg)
 
 
 def check_budget(bits: Any) -> None:

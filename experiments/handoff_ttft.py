@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from experiments import common
 from experiments.common import settle
 from experiments.handoff_accuracy import check_budget, loaded
-from polykv import hub
 from polykv.errors import PolyKVError
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
 from polykv.handoff.policy import load_policy
@@ -29,6 +28,7 @@ def check(cfg: DictConfig) -> None:
         PolyKVError: one clear line.
     """
     common.check_common(cfg)
+    common.check_injects(cfg)
     routes_of(cfg)
     if cfg.context is None:
         raise PolyKVError(
@@ -44,9 +44,7 @@ def check(cfg: DictConfig) -> None:
         )
     check_budget(cfg.budget_bits)
     check_length(load_config(cfg.model), cfg.context, f"context={cfg.context}")
-    if cfg.weights == "hub":
-        mend = "use weights=random, which times the same, or model=reference"
-        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend)
+    common.check_hub(cfg, "use weights=random, which times the same, or model=reference")
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

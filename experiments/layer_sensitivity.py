@@ -4,9 +4,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments import common
+from experiments import common, recipe_frontier
 from experiments.common import new_rows
-from experiments.recipe_frontier import check, settle
+from experiments.recipe_frontier import settle
 from polykv.evaluation import layers
 from polykv.evaluation.continuation import compare, score_rest
 from polykv.evaluation.readings import Reading
@@ -15,6 +15,12 @@ from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
 __all__ = ["check", "run", "settle"]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse bad input."""
+    recipe_frontier.check(cfg)
+    common.check_injects(cfg)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ __all__ = ["check", "run", "settle"]
 def check(cfg: DictConfig) -> None:
     """Refuse bad input, an unknown reference, and a backend whose package is missing."""
     recipe_frontier.check(cfg)
+    common.check_injects(cfg)
     if cfg.outside not in cfg.references:
         known = ", ".join(cfg.references)
         raise PolyKVError(f"no outside reference named {cfg.outside!r}; there are: {known}")

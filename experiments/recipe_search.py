@@ -98,13 +98,16 @@ def _search(cfg: DictConfig, study: "optuna.Study") -> None:
             for layer in range(n_layers)
         ]
         recipe = Recipe.from_config(OmegaConf.merge(cfg.recipe, {"layer_bits": table}))
-        over = 16 / full[0].under(recipe, cfg.reader).pool.stored_ratio - cfg.budget_bits
+        over = (
+            16 / full[0].under(recipe, cfg.reader, cfg.backend).pool.stored_ratio - cfg.budget_bits
+        )
         trial.set_user_attr("table", table)
         trial.set_user_attr("over", over)
         if over > 0:  # not worth scoring; the further over, the worse
             return 1e3 + over
         kl = [
-            reading.under(recipe, reading.reader).compare_to(reading).kl.mean() for reading in full
+            reading.under(recipe, cfg.reader, cfg.backend).compare_to(reading).kl.mean()
+            for reading in full
         ]
         return float(sum(kl) / len(kl))
 

@@ -50,6 +50,7 @@ def check(cfg: DictConfig) -> None:
         PolyKVError: another model than the one that the set is written for, or more documents than it has.
     """
     common.check_common(cfg)
+    common.check_injects(cfg)
     if cfg.weights != "reference":
         raise PolyKVError(
             f"the evaluation set is written for the reference model, not for {cfg.model.name}; "
@@ -72,12 +73,14 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     read = []
     for one in tqdm(full, desc=recipe.name, leave=False, disable=None):
         layers = (one.pool.decode_layer(index) for index in range(one.pool.n_layers))
-        pool = SharedKVPool.from_layers(layers, recipe, n_layers=one.pool.n_layers)
+        pool = SharedKVPool.from_layers(
+            layers, recipe, n_layers=one.pool.n_layers, backend=cfg.backend
+        )
         read.append(_read(model, tokenizer, pool, one.rest_BT, one.asked))
     comparisons = [
         compare(a.log_probs_TV, b.log_probs_TV, a.rest_BT) for a, b in zip(full, read, strict=True)
     ]
-    rows = new_rows(cfg, document="evaluation_set", reader="inject")
+    rows = new_rows(cfg, document="evaluation_set", reader=cfg.reader)
     rows.add("bits", 16 / read[0].pool.stored_ratio, "bits per value", protocol="stored")
     continuation.add_rows(rows, comparisons, cfg.seed)
     _add_restated(rows, tokenizer, full, comparisons)
@@ -97,7 +100,7 @@ def _full(key: str) -> list[Read]:
     for sheet in tqdm(documents, "prefill", cfg.n_documents, leave=False, disable=None):
         ids_BT = torch.tensor([encode(tokenizer, sheet.document.text)])
         prefix_BT, rest_BT = ids_BT.tensor_split([sheet.document.n_prefix], dim=1)
-        pool = SharedKVPool.from_cache(prefill(model, prefix_BT), full)
+        pool = SharedKVPool.from_cache(prefill(model, prefix_BT), full, backend="torch")
         asked = {"questions": sheet.questions, "problems": sheet.problems}
         found.append(_read(model, tokenizer, pool, rest_BT, asked))
     return found

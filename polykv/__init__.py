@@ -9,9 +9,11 @@ from typing import Any
 _HOME = {
     "CacheCard": "polykv.handoff.card",
     "CardError": "polykv.handoff.cardfile",
+    "CascadeCache": "polykv.attention.cache",
     "PolyKVError": "polykv.errors",
     "Recipe": "polykv.recipe",
     "SharedKVPool": "polykv.pool",
+    "attend_in_place": "polykv.attention.cascade",
     "available_recipes": "polykv.recipe",
     "load_model": "polykv.models",
     "load_recipe": "polykv.recipe",

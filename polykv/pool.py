@@ -1,30 +1,44 @@
 """SharedKVPool: one document's KV cache, compressed once, read by N agents (PolyKV, arXiv 2604.24971, section 3).
 
 A pool is immutable after it is written, so any number of threads may read it. `inject` is the published way
-of reading: the agent rebuilds a private full-precision cache.
+of reading: the agent rebuilds a private full-precision cache. `reader` gives the other: the agents attend
+together to the one compressed copy (polykv/attention/cascade.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from polykv import kernels
+from polykv.attention.cache import CascadeCache
+from polykv.attention.cascade import attend_in_place
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe, Segment, decode_segments
 
+READERS = ("inject", "cascade")
+
 
 class SharedKVPool:
-    """A document's cache under a recipe. Make one with `from_text`, `from_cache` or `from_layers`."""
+    """A document's cache under a recipe. Make one with `from_text`, `from_cache` or `from_layers`.
 
-    def __init__(self, layers: Sequence[Sequence[Segment]], recipe: Recipe) -> None:
+    `backend` encodes the cache and attends to it: "auto", "torch", "cpu" or "triton" (polykv/kernels).
+    """
+
+    def __init__(
+        self, layers: Sequence[Sequence[Segment]], recipe: Recipe, backend: str = "torch"
+    ) -> None:
         if not layers:
             raise PolyKVError("the cache holds no layers; prefill the document first")
         self._layers = tuple(tuple(segments) for segments in layers)
         self.recipe = recipe
-        self.n_tokens: int = sum(segment.key.shape[2] for segment in self._layers[0])
+        device = next(iter(self._layers[0][0].key.tensors.values())).device
+        self.backend = kernels.pick_backend(backend, device)
+        self.n_tokens: int = sum(segment.n_tokens for segment in self._layers[0])
         self.dtype: torch.dtype = self._layers[0][0].key.dtype
         self.n_values: int = sum(
             torch.Size(packed.shape).numel()
@@ -34,7 +48,12 @@ class SharedKVPool:
 
     @classmethod
     def from_text(
-        cls, model: PreTrainedModel, tokenizer: Any, text: str, recipe: Recipe
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        text: str,
+        recipe: Recipe,
+        backend: str = "auto",
     ) -> "SharedKVPool":
         """Prefill `text`, compress its cache, forget the full cache.
 
@@ -42,21 +61,26 @@ class SharedKVPool:
             PolyKVError: empty text, text beyond the model's positions, or an unsupported architecture.
         """
         ids = tokenizer(text, return_tensors="pt").input_ids
-        return cls.from_cache(prefill(model, ids), recipe)
+        return cls.from_cache(prefill(model, ids), recipe, backend)
 
     @classmethod
-    def from_cache(cls, cache: Cache, recipe: Recipe) -> "SharedKVPool":
+    def from_cache(cls, cache: Cache, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
         """Compress a transformers cache of full-attention layers; the cache itself is left as it is.
 
         Raises:
             PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches.
         """
         check_cache(cache)
-        return cls.from_layers(((layer.keys, layer.values) for layer in cache.layers), recipe)
+        layers = ((layer.keys, layer.values) for layer in cache.layers)
+        return cls.from_layers(layers, recipe, backend=backend)
 
     @classmethod
     def from_layers(
-        cls, layers: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, n_layers: int | None = None
+        cls,
+        layers: Iterable[tuple[Tensor, Tensor]],
+        recipe: Recipe,
+        n_layers: int | None = None,
+        backend: str = "auto",
     ) -> "SharedKVPool":
         """Compress layer by layer: (keys, values), each (batch, kv_heads, tokens, head_dim).
 
@@ -67,11 +91,12 @@ class SharedKVPool:
             n_layers = len(layers)
         encoded = []
         for index, (k_BHTD, v_BHTD) in enumerate(layers):
+            backend = kernels.pick_backend(backend, k_BHTD.device)
             try:
-                encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers))
+                encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers, backend))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
-        return cls(encoded, recipe)
+        return cls(encoded, recipe, backend)
 
     def _segments(self) -> Iterator[Segment]:
         return (segment for segments in self._layers for segment in segments)
@@ -107,6 +132,17 @@ class SharedKVPool:
         """A private full-precision DynamicCache, ready to continue the document."""
         return DynamicCache(self.decode_layer(index) for index in range(self.n_layers))
 
+    def reader(self, n_agents: int) -> CascadeCache:
+        """A cache in which `n_agents` attend to this pool in place, within `attend_in_place(model)`.
+
+        It refers to the pool's tensors and keeps the agents' own tokens only: one pool serves any number of
+        readers at the cost of one.
+
+        Raises:
+            PolyKVError: no agents, or a pool of several documents.
+        """
+        return CascadeCache(self._layers, n_agents, self.backend)
+
     def ask(
         self,
         model: PreTrainedModel,
@@ -117,12 +153,34 @@ class SharedKVPool:
     ) -> list[str]:
         """Each agent's greedy answer to its own query, which continues the document directly.
 
+        `reader` "inject": one agent after the other, each from a full-precision cache of its own; "cascade":
+        all agents in one batch that attends to the compressed copy.
+
         Raises:
             PolyKVError: unknown reader, an empty query, or no room left in the model's positions.
         """
-        if reader != "inject":
-            raise PolyKVError(f"no reader named {reader!r}; there is: inject")
-        return answer_all(model, tokenizer, self.inject, self.n_tokens, queries, max_new_tokens)
+        check_reader(reader)
+        queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
+        if reader == "inject":
+            return [
+                generate(model, tokenizer, self.inject(), self.n_tokens, [ids], max_new_tokens)[0]
+                for ids in queries_ids
+            ]
+        if not queries_ids:
+            return []
+        cache = self.reader(len(queries_ids))
+        with attend_in_place(model):
+            return generate(model, tokenizer, cache, self.n_tokens, queries_ids, max_new_tokens)
+
+
+def check_reader(name: str) -> None:
+    """Refuse a name that is no reader.
+
+    Raises:
+        PolyKVError: lists those that are.
+    """
+    if name not in READERS:
+        raise PolyKVError(f"no reader named {name!r}; there are: {', '.join(READERS)}")
 
 
 def check_cache(cache: Cache) -> None:
@@ -211,26 +269,22 @@ def prefill(model: PreTrainedModel, ids_BT: Tensor) -> DynamicCache:
     return cache
 
 
-@torch.no_grad()
-def answer_all(
+def encode_queries(
     model: PreTrainedModel,
     tokenizer: Any,
-    new_cache: Callable[[], DynamicCache],
-    n_prefix: int,
     queries: Sequence[str],
+    n_prefix: int,
     max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers, one agent after the other, each from its own `new_cache()` of `n_prefix` tokens."""
+) -> list[Tensor]:
+    """Each query's ids (tokens,), checked to have room after `n_prefix` tokens."""
     encoded = []
     for number, query in enumerate(queries):
-        ids = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids
-        if ids.shape[1] == 0:
+        ids_T = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        if len(ids_T) == 0:
             raise PolyKVError(f"query {number} is empty; an agent has to ask something")
-        check_length(model.config, n_prefix + ids.shape[1] + max_new_tokens, f"query {number}")
-        encoded.append(ids.to(model.device))
-    return [
-        generate(model, tokenizer, new_cache(), n_prefix, ids, max_new_tokens) for ids in encoded
-    ]
+        check_length(model.config, n_prefix + len(ids_T) + max_new_tokens, f"query {number}")
+        encoded.append(ids_T.to(model.device))
+    return encoded
 
 
 def generate(
@@ -238,16 +292,22 @@ def generate(
     tokenizer: Any,
     cache: Cache,
     n_prefix: int,
-    ids_BT: Tensor,
+    queries_ids: Sequence[Tensor],
     max_new_tokens: int,
-) -> str:
-    """Continue a cache of `n_prefix` tokens with the query (1, tokens); the decoded new text."""
+) -> list[str]:
+    """Continue a cache of `n_prefix` tokens with a query (tokens,) in each of its rows; the new text of each."""
     # generate() wants ids for the whole sequence; those of the prefix are never read, the cache stands for them.
-    prefix = ids_BT.new_zeros((1, n_prefix))
-    full = torch.cat([prefix, ids_BT], dim=1)
+    prefix = queries_ids[0].new_zeros(n_prefix)
+    longest = max(len(ids_T) for ids_T in queries_ids)
+    full = torch.stack(
+        [torch.cat([prefix, F.pad(ids_T, (longest - len(ids_T), 0))]) for ids_T in queries_ids]
+    )
+    mask = torch.ones_like(full)
+    for row, ids_T in enumerate(queries_ids):
+        mask[row, n_prefix : full.shape[1] - len(ids_T)] = 0
     out = model.generate(
         full,
-        attention_mask=torch.ones_like(full),
+        attention_mask=mask,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -255,4 +315,4 @@ def generate(
         if tokenizer.pad_token_id is not None
         else tokenizer.eos_token_id,
     )
-    return tokenizer.decode(out[0, full.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(out[:, full.shape[1] :], skip_special_tokens=True)

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from polykv import config
+from polykv import config, kernels
 from polykv.codecs.base import Codec, Packed
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
@@ -44,6 +44,10 @@ class Segment:
     @property
     def nbytes(self) -> int:
         return self.key.nbytes + self.value.nbytes
+
+    @property
+    def n_tokens(self) -> int:
+        return self.key.shape[2]
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (batch, kv_heads, tokens, head_dim)."""
@@ -124,16 +128,19 @@ class Recipe:
         return with_bits(self.key, key_bits), with_bits(self.value, value_bits)
 
     def encode_layer(
-        self, k_BHTD: Tensor, v_BHTD: Tensor, layer: int, n_layers: int
+        self, k_BHTD: Tensor, v_BHTD: Tensor, layer: int, n_layers: int, backend: str = "torch"
     ) -> list[Segment]:
-        """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim)."""
+        """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim).
+
+        `backend` is one that `kernels.pick_backend` gave.
+        """
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
         segments = []
         for start, stop, exact in self._runs(n_tokens, layer, n_layers):
             key_codec, value_codec = (EXACT, EXACT) if exact else codecs
-            key = key_codec.encode(k_BHTD[:, :, start:stop])
-            value = value_codec.encode(v_BHTD[:, :, start:stop])
+            key = kernels.encode(key_codec, k_BHTD[:, :, start:stop], backend)
+            value = kernels.encode(value_codec, v_BHTD[:, :, start:stop], backend)
             segments.append(Segment(key_codec, value_codec, key, value))
         return segments
 

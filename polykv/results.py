@@ -24,9 +24,12 @@ from polykv.errors import PolyKVError
 
 COLUMNS = (
     "experiment", "cell", "model", "weights", "document", "context_tokens", "n_agents", "n_hops",
-    "recipe", "policy", "budget_bits", "reader", "metric", "value", "unit", "ci_low", "ci_high",
+    "recipe", "policy", "budget_bits", "reader", "backend", "metric", "value", "unit", "ci_low", "ci_high",
     "n", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
 )  # fmt: skip
+
+# Older results lack these.
+_ADDED = ("backend",)
 
 # Where a result is kept and how its progress is shown do not change its numbers.
 NOT_IDENTITY = ("results_dir", "logger")
@@ -199,7 +202,9 @@ def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
     for path in sorted(Path(root).glob("cells/*/*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            cell_rows = [{column: row[column] for column in COLUMNS} for row in content["rows"]]
+            older = dict.fromkeys(_ADDED)
+            rows_read = [older | row for row in content["rows"]]
+            cell_rows = [{column: row[column] for column in COLUMNS} for row in rows_read]
         except (ValueError, KeyError, TypeError, OSError) as error:
             damaged.append(f"{path} ({type(error).__name__}: {error})")
             continue

@@ -259,7 +259,8 @@ def test_a_recipe_file_says_what_it_is_and_builds(path):
     assert recipe["name"] == path.stem
     for codec in (instantiate(recipe["key"]), instantiate(recipe["value"])):
         assert isinstance(codec, Codec)
-        assert hash(codec) == hash(codec) and relative_error(codec, gaussian(1, 2, 64, 64)) < 0.2
+        # 2-bit absmax is the coarsest: steps of 2/3 absmax, about 0.26.
+        assert hash(codec) == hash(codec) and relative_error(codec, gaussian(1, 2, 64, 64)) < 0.3
 
 
 def ratio(name, head_dim, n_tokens=1000):

@@ -205,6 +205,7 @@ STATED = {  # bits per value at head_dim 128, as the comment of each YAML says; 
     "kivi_2bit": (3, 3), "kivi_4bit": (5, 5), "fp8_e4m3": (8, 8), "fp8_e5m2": (8, 8),
     "uniform": (4.125, 4.125), "uniform_rotated": (4.125, 4.125),
     "uniform_rotated_keys": (4.125, 4.125), "uniform_rotated_values": (4.125, 4.125),
+    "uniform_3bit": (3.125, 3.125), "uniform_2bit": (2.125, 2.125),
     "uniform_rotated_3bit": (3.125, 3.125), "turboquant_2_5bit": (2.75, 2.75),
     "turboquant_3_5bit": (3.75, 3.75), "turboquant_prod_3bit": (3.25, 3.125),
     "turboquant_prod_4bit": (4.25, 4.125), "vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25),

@@ -82,7 +82,9 @@ class Codec(ABC):
 
     A method implements `_quantize` and `_dequantize` on one chunk, `payload_bits` and
     `stored_bytes`; it overrides `_statistics` when all tokens share metadata, and sets `group` when
-    consecutive tokens do.
+    consecutive tokens do. One that rotates vectors before it quantizes them says how by `rotation`
+    (or by `rotate` and `unrotate`, where one matrix does not tell): attention then rotates queries
+    and outputs, not the tokens.
     """
 
     group: ClassVar[int] = 1
@@ -104,11 +106,45 @@ class Codec(ABC):
 
     @abstractmethod
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        """One chunk (B, H, T, D), D == `dim`, in any float dtype, from all its tensors."""
+        """One chunk (B, H, T, D), D == `dim`, in any float dtype, from all its tensors.
+
+        In the rotated domain, where the codec has one.
+        """
 
     def _statistics(self, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
         """Tensors (.., .., 1, X) shared by all tokens, from a first pass over the chunks."""
         return {}
+
+    def rotation(self, dim: int, device: torch.device) -> Tensor | None:
+        """The orthonormal fp32 matrix R (dim, dim) of the rotated domain, x @ R; None where there is none."""
+        return None
+
+    def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """fp32 vectors, such as queries, in the rotated domain of what `tensors` hold."""
+        matrix = self.rotation(x_BHTD.shape[-1], x_BHTD.device)
+        return x_BHTD if matrix is None else x_BHTD @ matrix
+
+    def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `rotate`: vectors of the rotated domain, or sums of them, brought back."""
+        matrix = self.rotation(y_BHTD.shape[-1], y_BHTD.device)
+        return y_BHTD if matrix is None else y_BHTD @ matrix.T
+
+    def _reconstruct(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
+        """One chunk (B, H, T, D) as it was before `_quantize`, but for the rounding."""
+        return self.unrotate(self._dequantize(tensors, dim), tensors)
+
+    @torch.no_grad()
+    def decode_rotated(self, packed: Packed) -> Tensor:
+        """fp32 (B, H, T, D) in the rotated domain; `decode` is this, rotated back and cast.
+
+        All tokens at once: `Packed.narrow` to as many as there is memory for.
+        """
+        return self._dequantize(packed.tensors, packed.shape[3]).float()
+
+    @torch.no_grad()
+    def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
+        """Inner products (B, H, Q, T) in fp32 of the tokens with fp32 queries, which come rotated."""
+        return q_BHQD @ self.decode_rotated(packed).mT
 
     @torch.no_grad()
     def encode(self, x_BHTD: Tensor) -> Packed:
@@ -146,7 +182,7 @@ class Codec(ABC):
         device = next(iter(packed.tensors.values())).device
         out = torch.empty(packed.shape, dtype=packed.dtype, device=device)
         for start, stop in _spans(packed.shape, packed.group):
-            values = self._dequantize(packed.narrow(start, stop).tensors, packed.shape[3])
+            values = self._reconstruct(packed.narrow(start, stop).tensors, packed.shape[3])
             if packed.dtype == torch.float16:
                 values = values.clamp(-FP16_MAX, FP16_MAX)
             out[:, :, start:stop] = values

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Codec, Shape
+from polykv.codecs.base import Codec, Packed, Shape
 from polykv.errors import PolyKVError
 
 
@@ -54,6 +54,12 @@ class Int8(Codec):
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         return tensors["codes"] * tensors["scale"].float()
+
+    @torch.no_grad()
+    def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
+        # The scale folds into the score: Q * T products, where decoding takes T * D.
+        products = q_BHQD @ packed.tensors["codes"].float().mT
+        return products.mul_(packed.tensors["scale"].float().mT)
 
 
 def _absmax(x: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Codec, Shape
+from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.rotation import rotation
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
@@ -40,9 +40,21 @@ class Rotated(Codec):
         return self.codec.stored_bytes(shape, torch.float32)
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        matrix = rotation(x_BHTD.shape[-1], self.seed, x_BHTD.device)
-        return self.codec._quantize(x_BHTD.float() @ matrix, shared)
+        return self.codec._quantize(x_BHTD.float() @ self._matrix(x_BHTD), shared)
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        y_BHTD = self.codec._dequantize(tensors, dim).float()
-        return y_BHTD @ rotation(dim, self.seed, y_BHTD.device).T
+        return self.codec._dequantize(tensors, dim)
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        return rotation(like.shape[-1], self.seed, like.device)
+
+    def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        # `codec` may rotate once more, in a way of its own.
+        return self.codec.rotate(x_BHTD @ self._matrix(x_BHTD), tensors)
+
+    def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        x_BHTD = self.codec.unrotate(y_BHTD, tensors).float()
+        return x_BHTD @ self._matrix(x_BHTD).T
+
+    def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
+        return self.codec.scores(q_BHQD, packed)

@@ -45,13 +45,13 @@ class TurboQuantMSE(Codec):
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return prod(shape[:3]) * (packed_size(shape[3], self.bits) + 2)
 
-    def _rotation(self, like: Tensor, dim: int) -> Tensor:
-        return rotation(dim, self.seed if self.signs else None, like.device)
+    def rotation(self, dim: int, device: torch.device) -> Tensor:
+        return rotation(dim, self.seed if self.signs else None, device)
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         x_BHTD, dim = x_BHTD.float(), x_BHTD.shape[-1]
         norm_BHT1 = torch.linalg.vector_norm(x_BHTD, dim=-1, keepdim=True)
-        y_BHTD = x_BHTD @ self._rotation(x_BHTD, dim)
+        y_BHTD = self.rotate(x_BHTD, {})
         y_BHTD *= dim**0.5 / norm_BHT1.clamp_min(torch.finfo(torch.float32).tiny)
         # Counting the boundaries below a value is bucketize, several times faster for this few.
         codes_BHTD = torch.zeros(y_BHTD.shape, dtype=torch.uint8, device=y_BHTD.device)
@@ -63,5 +63,4 @@ class TurboQuantMSE(Codec):
         levels = tensors["norm"].new_tensor(lloyd_max(self.bits).levels, dtype=torch.float32)
         codes_BHTD = unpack(tensors["codes"], self.bits, dim)
         y_BHTD = levels.index_select(0, codes_BHTD.int().flatten()).view(codes_BHTD.shape)
-        y_BHTD *= tensors["norm"].float() / dim**0.5
-        return y_BHTD @ self._rotation(y_BHTD, dim).T
+        return y_BHTD.mul_(tensors["norm"].float() / dim**0.5)

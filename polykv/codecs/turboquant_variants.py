@@ -29,7 +29,7 @@ class TurboQuantNC(TurboQuantMSE):
         kept = super()._quantize(x_BHTD, shared)
         norm = torch.linalg.vector_norm(x_BHTD.float(), dim=-1, keepdim=True)
         shrunk = torch.linalg.vector_norm(
-            self._dequantize(kept, x_BHTD.shape[-1]), dim=-1, keepdim=True
+            self._reconstruct(kept, x_BHTD.shape[-1]), dim=-1, keepdim=True
         )
         # A norm that fp16 still holds may be corrected beyond it; an infinite one becomes NaN here.
         norm = torch.where(shrunk == 0, kept["norm"], kept["norm"] * norm / shrunk)
@@ -70,16 +70,30 @@ class TurboQuantProd(Codec):
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dim = x_BHTD.shape[-1]
         kept = self._mse._quantize(x_BHTD, shared)
-        residual = x_BHTD.float() - self._mse._dequantize(kept, dim)
+        residual = x_BHTD.float() - self._mse._reconstruct(kept, dim)
         norm = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
-        signs = residual @ rotation(dim, self.seed + 1, x_BHTD.device) > 0
+        signs = residual @ self._projection(residual) > 0
         return {**kept, "signs": pack(signs.to(torch.uint8), 1), "residual_norm": norm.half()}
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         signs = unpack(tensors["signs"], 1, dim).float().mul_(2).sub_(1)
         signs *= tensors["residual_norm"].float() * sqrt(pi / 2 / dim)
-        residual = signs @ rotation(dim, self.seed + 1, signs.device).T
-        return self._mse._dequantize(tensors, dim) + residual
+        return torch.cat([self._mse._dequantize(tensors, dim), signs], dim=-1)
+
+    def _projection(self, like: Tensor) -> Tensor:
+        """S of the docstring, for vectors `like` these."""
+        return rotation(like.shape[-1], self.seed + 1, like.device)
+
+    # The rotated domain is (..., 2 * D): a vector of each of the two rotations.
+
+    def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [self._mse.rotate(x_BHTD, tensors), x_BHTD @ self._projection(x_BHTD)], dim=-1
+        )
+
+    def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        main, residual = y_BHTD.chunk(2, dim=-1)
+        return self._mse.unrotate(main, tensors) + residual @ self._projection(residual).T
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,23 @@ class TurboQuantOutlier(Codec):
             codec._dequantize({key: tensors[f"{name}_{key}"] for key in ("codes", "norm")}, size)
             for name, codec, size in self._parts(dim)
         ]
-        y_BHTD = torch.cat(decoded, dim=-1)
-        order = tensors["order"].long().expand_as(y_BHTD)
-        return torch.empty_like(y_BHTD).scatter_(-1, order, y_BHTD)
+        return torch.cat(decoded, dim=-1)
+
+    # The rotated domain has the channels in the order of the head, each part rotated by itself.
+
+    def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        parts = self._parts(x_BHTD.shape[-1])
+        ordered = x_BHTD.gather(-1, tensors["order"].long().expand_as(x_BHTD))
+        split = ordered.split([size for _, _, size in parts], dim=-1)
+        rotated = [codec.rotate(x, tensors) for (_, codec, _), x in zip(parts, split, strict=True)]
+        return torch.cat(rotated, dim=-1)
+
+    def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        parts = self._parts(y_BHTD.shape[-1])
+        split = y_BHTD.split([size for _, _, size in parts], dim=-1)
+        ordered = torch.cat(
+            [codec.unrotate(y, tensors) for (_, codec, _), y in zip(parts, split, strict=True)],
+            dim=-1,
+        )
+        order = tensors["order"].long().expand_as(ordered)
+        return torch.empty_like(ordered).scatter_(-1, order, ordered)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polykv.attention.cascade import attend_in_place
 from polykv.documents import Document
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.pool import SharedKVPool
@@ -25,16 +26,25 @@ class Reading:
     reader: str = "inject"
     _answers: list[str] = field(default_factory=list)
 
-    def under(self, recipe: Recipe, reader: str) -> "Reading":
+    def under(self, recipe: Recipe, reader: str, backend: str = "torch") -> "Reading":
         """The same document's cache under another recipe, taken from this pool's decoded layers."""
         layers = (self.pool.decode_layer(index) for index in range(self.pool.n_layers))
-        pool = SharedKVPool.from_layers(layers, recipe, n_layers=self.pool.n_layers)
+        pool = SharedKVPool.from_layers(
+            layers, recipe, n_layers=self.pool.n_layers, backend=backend
+        )
         return Reading(self.model, self.tokenizer, self.document, pool, self.max_new_tokens, reader)
 
     @cached_property
     def log_probs_TV(self) -> Tensor:
         """Of the rest of the document: (scored tokens, vocabulary), fp32."""
-        return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
+        return self.score()
+
+    def score(self) -> Tensor:
+        """What `log_probs_TV` says, by one more agent."""
+        if self.reader == "inject":
+            return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
+        with attend_in_place(self.model):
+            return score_rest(self.model, self.pool.reader(1), self.document.rest_BT)
 
     def compare_to(self, full: "Reading") -> Comparison:
         """Per scored token, this reading against the uncompressed one."""

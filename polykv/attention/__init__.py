@@ -1,0 +1,1 @@
+"""Attention to a compressed, shared prefix that is never rebuilt."""

@@ -1,0 +1,42 @@
+"""Attention of each agent to its own tokens: masked, in chunks, with the log-sum-exp that a merge needs.
+
+torch's scaled_dot_product_attention keeps the log-sum-exp to itself, so this is written out.
+"""
+
+import torch
+from torch import Tensor
+
+from polykv.attention.softmax import OnlineSoftmax
+
+MAX_TOKENS = 512  # of keys in a chunk
+CHUNK_BYTES = 2 << 20  # of fp32 copies of keys or values, and of scores
+
+
+def attend_suffix(
+    q_BHRD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask_B1QT: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, R, D) and the log-sum-exp of the scaled scores (B, H, R), both fp32.
+
+    H are kv heads; the rows R are query tokens times the query heads of a group, the token being the slower
+    index. `mask_B1QT` is True where a query token sees a key. Rows that see none give 0 and -inf.
+    """
+    batch, heads, n_rows, dim = q_BHRD.shape
+    n_queries, n_tokens = mask_B1QT.shape[2:]
+    group = n_rows // n_queries
+    q_BHRD = q_BHRD.float() * scaling
+    softmax = OnlineSoftmax(q_BHRD.shape[:3], dim, q_BHRD.device)
+    # One query token's scores, or the fp32 copies of one key and one value, whichever is more.
+    copied = 0 if k_BHTD.dtype == torch.float32 else 2 * dim
+    per_token = batch * heads * max(group, copied) * 4
+    step = min(max(CHUNK_BYTES // per_token, 1), MAX_TOKENS, n_tokens)
+    block = max(CHUNK_BYTES // (batch * heads * group * step * 4), 1)
+    for start in range(0, n_tokens, step):
+        stop = min(start + step, n_tokens)
+        keys, values = k_BHTD[:, :, start:stop].float(), v_BHTD[:, :, start:stop].float()
+        for first in range(0, n_queries, block):
+            last = min(first + block, n_queries)
+            scores = q_BHRD[:, :, first * group : last * group] @ keys.mT
+            hidden_B1Q1T = ~mask_B1QT[:, :, first:last, start:stop].unsqueeze(3)
+            scores.unflatten(2, (-1, group)).masked_fill_(hidden_B1Q1T, -torch.inf)
+            softmax.add(scores, values, first * group, last * group)
+    return softmax.result()
