@@ -154,7 +154,8 @@ def controller_ablation(rows: pd.DataFrame) -> Table | None:
     caption = (
         "The controller's signals at equal stored bits: KL divergence to the fp16 relay on the last "
         "agent's answer, and its paired difference to uniform and to random bits on the same problems. "
-        "`better` or `worse`: the 95 % interval of the difference leaves out 0. alpha weighs importance "
+        "`better` or `worse`: the 95 % interval of the difference leaves out 0, each line by itself (with so many "
+        "lines a few do by chance). alpha weighs importance "
         f"against demand, as `alpha (importance) + (1 - alpha) (demand)`. {describe(found)}"
     )
     return Table("controller_ablation", caption, columns, lines)
