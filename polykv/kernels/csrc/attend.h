@@ -1,0 +1,124 @@
+// Attention of a tile of queries against a packed segment, block of tokens by block of tokens.
+#pragma once
+
+#include "rows.h"
+
+constexpr int BLOCK = 64;  // tokens decoded at a time
+constexpr int TILE = COLUMNS * LANES;  // queries at a time, one a lane
+
+struct Queries {  // (heads, count, dim), contiguous
+    const uint8_t* data;
+    Dtype dtype;
+    int64_t count;
+    float scaling;
+};
+
+struct Job {  // what a thread does at a time
+    int64_t head;
+    int64_t first, count;  // queries, at most TILE
+    int64_t start, stop;   // tokens
+    float *out, *lse;      // (count, dim) in the model's domain, (count)
+};
+
+struct Scratch {  // all that one thread needs, whatever the context
+    alignas(64) float queries[MAX_DIM * TILE];  // (dim, queries)
+    float keys[BLOCK * MAX_DIM], values[BLOCK * MAX_DIM];  // (tokens, dim), up to a factor per token
+    float weights[BLOCK * TILE];  // (tokens, queries): scores, then probabilities
+    float sums[MAX_DIM * TILE];  // (dim, queries): values, summed in their rotated domain
+    float key_factor[BLOCK], value_factor[BLOCK];
+};
+
+// Rows of a product with N vectors of columns, so many that their sums fill the registers.
+template <int N>
+constexpr int ROWS = N * 8 <= COLUMNS * 4 ? 8 : 4;
+
+// out[r][c] (+)= sum over k of a[r][k] * b[k][c] for ROWS<N> rows of `a` and N vectors of columns.
+template <int N, bool ADD>
+static inline void product(const float* a, int64_t row_stride, int64_t stride, const float* b,
+                           int64_t depth, float* out) {
+    Floats sum[ROWS<N>][N] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        Floats column[N];
+        for (int c = 0; c < N; c++) column[c] = load<Floats>(b + (k * N + c) * LANES);
+        for (int r = 0; r < ROWS<N>; r++)
+            for (int c = 0; c < N; c++) sum[r][c] += a[r * row_stride + k * stride] * column[c];
+    }
+    for (int r = 0; r < ROWS<N>; r++)
+        for (int c = 0; c < N; c++) {
+            float* to = out + (r * N + c) * LANES;
+            store(to, ADD ? load<Floats>(to) + sum[r][c] : sum[r][c]);
+        }
+}
+
+// Scores to probabilities relative to the running maximum; `sums` and `total` follow the maximum.
+template <int N>
+static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floats* most, Floats* total) {
+    for (int c = 0; c < N; c++) {
+        Floats highest = most[c], added{};
+        for (int t = 0; t < n_tokens; t++) {
+            float* at = s.weights + (t * N + c) * LANES;
+            Floats score = load<Floats>(at) * (s.key_factor[t] * scaling);
+            store(at, score);
+            highest = larger(score, highest);
+        }
+        for (int t = 0; t < n_tokens; t++) {
+            float* at = s.weights + (t * N + c) * LANES;
+            Floats weight = exp_negative(load<Floats>(at) - highest);
+            added += weight;
+            store(at, weight * s.value_factor[t]);
+        }
+        const Floats kept = exp_negative(most[c] - highest);
+        total[c] = total[c] * kept + added;
+        most[c] = highest;
+        for (int d = 0; d < dim; d++) {
+            float* at = s.sums + (d * N + c) * LANES;
+            store(at, load<Floats>(at) * kept);
+        }
+    }
+}
+
+// One job, whose queries are at most N vectors.
+template <int N>
+static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
+                           const Job& job) {
+    const int dim = int(key.dim);
+    alignas(64) float row[MAX_DIM];
+    memset(s.queries, 0, sizeof(float) * dim * N * LANES);
+    memset(s.sums, 0, sizeof(float) * dim * N * LANES);
+    const int step = bytes_of(q.dtype);
+    const uint8_t* from = q.data + (job.head * q.count + job.first) * dim * step;
+    for (int i = 0; i < job.count; i++, from += dim * step) {
+        for (int d = 0; d < dim; d += LANES) store(row + d, load_floats(from + d * step, q.dtype));
+        if (key.kind == TURBOQUANT) rotate(row, key.signs, dim);
+        for (int d = 0; d < dim; d++) s.queries[d * N * LANES + i] = row[d];
+    }
+    Floats most[N], total[N] = {};
+    for (int c = 0; c < N; c++) most[c] = Floats{} - __builtin_inff();
+    for (int64_t t0 = job.start; t0 < job.stop; t0 += BLOCK) {
+        const int n = job.stop - t0 < BLOCK ? int(job.stop - t0) : BLOCK;
+        decode_rows(key, job.head, t0, n, s.keys, s.key_factor);
+        decode_rows(value, job.head, t0, n, s.values, s.value_factor);
+        for (int t = 0; t < n; t += ROWS<N>)  // the last may go beyond n, to scores that nobody reads
+            product<N, false>(s.keys + t * dim, dim, 1, s.queries, dim, s.weights + t * N * LANES);
+        soften<N>(s, n, dim, q.scaling, most, total);
+        for (int d = 0; d < dim; d += ROWS<N>)
+            product<N, true>(s.values + d, 1, dim, s.weights, n, s.sums + d * N * LANES);
+    }
+    for (int i = 0; i < job.count; i++) {
+        const float sum = total[i / LANES][i % LANES];
+        for (int d = 0; d < dim; d++) row[d] = s.sums[d * N * LANES + i] / sum;
+        if (value.kind == TURBOQUANT) unrotate(row, value.signs, dim);
+        memcpy(job.out + i * dim, row, sizeof(float) * dim);
+        job.lse[i] = most[i / LANES][i % LANES] + std::log(sum);
+    }
+}
+
+// The same with as few vectors as hold the queries.
+static void attend_job(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
+                       const Job& job) {
+    auto* run = attend_vectors<COLUMNS>;
+    if (job.count <= LANES) run = attend_vectors<1>;
+    else if (job.count <= 2 * LANES) run = attend_vectors<2>;
+    else if (job.count <= 3 * LANES) run = attend_vectors<3>;
+    run(s, q, key, value, job);
+}

@@ -1,0 +1,133 @@
+// What Python calls (polykv/kernels/cpu.py). Pointers and strides are those of tensors; nothing is
+// allocated but one block's scratch a thread.
+
+#include <atomic>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "attend.h"
+#include "encode.h"
+
+constexpr int64_t PART = 256;  // tokens of a head that a thread takes at a time
+
+// work(next) on `threads` threads at once; next() hands out 0, 1, ... below n, and then -1.
+template <typename Work>
+static void spread(int64_t n, int64_t threads, const Work& work) {
+    std::atomic<int64_t> taken{0};
+    auto next = [&] {
+        const int64_t i = taken.fetch_add(1);
+        return i < n ? i : -1;
+    };
+    std::vector<std::thread> others;
+    try {
+        for (int64_t i = 1; i < threads && i < n; i++) others.emplace_back([&] { work(next); });
+    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it all
+    }
+    work(next);
+    for (auto& other : others) other.join();
+}
+
+// part(head, start, stop) for every head's tokens, in parts; false if one is false.
+template <typename Part>
+static bool each_part(int64_t heads, int64_t tokens, int64_t threads, const Part& part) {
+    const int64_t parts = (tokens + PART - 1) / PART;
+    std::atomic<bool> good{true};
+    spread(heads * parts, threads, [&](auto& next) {
+        for (int64_t i; (i = next()) >= 0;) {
+            const int64_t start = i % parts * PART, stop = start + PART < tokens ? start + PART : tokens;
+            if (!part(i / parts, start, stop)) good = false;
+        }
+    });
+    return good;
+}
+
+// row(from, number) for every row of `x`, `number` counting them in the order of the output.
+template <typename Row>
+static bool each_row(const Input& x, int64_t threads, const Row& row) {
+    return each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+        const uint8_t* base = head_of(x.data, x.strides, x, head);
+        bool good = true;
+        for (int64_t t = start; t < stop; t++) good &= row(base + t * x.strides[2], head * x.tokens + t);
+        return good;
+    });
+}
+
+static bool encode_int8_tensor(const Input& x, const Packed& to, int64_t threads) {
+    const Dtype dtype = x.dtype;
+    const int dim = int(x.dim);
+    std::atomic<int32_t> most{0};
+    each_row(x, threads, [&](const uint8_t* from, int64_t) {
+        const int32_t found = absmax_bits(from, dtype, dim);
+        for (int32_t seen = most; found > seen && !most.compare_exchange_weak(seen, found);) {}
+        return true;
+    });
+    if (most >= INFINITE) return false;
+    const float scale = bits_as<float>(most.load()) / 127.0f;
+    store(to.scale, scale);
+    return each_row(x, threads, [&](const uint8_t* from, int64_t row) {
+        encode_int8(from, dtype, dim, scale, (int8_t*)to.codes + row * dim);
+        return true;
+    });
+}
+
+extern "C" {
+
+// Encode `input` into the contiguous tensors of `to`. Returns 0 where a value, scale or norm is not
+// finite; what was written is then of no use.
+int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
+    const Input x = *input;
+    const Packed to = *packed;
+    const int dim = int(x.dim), scales = (dim + 31) / 32, packed_dim = dim / 8 * to.bits;
+    int8_t* codes = (int8_t*)to.codes;
+    uint16_t* scale = (uint16_t*)to.scale;
+    if (to.kind == INT8_TENSOR) return encode_int8_tensor(x, to, threads);
+    return each_row(x, threads, [&](const uint8_t* from, int64_t row) {
+        if (to.kind == INT8_TOKEN)
+            return encode_int8_token(from, x.dtype, dim, codes + row * dim, scale + row);
+        if (to.kind == Q8_0)
+            return encode_q8_0(from, x.dtype, dim, codes + row * dim, scale + row * scales);
+        return encode_turboquant(from, x.dtype, to, to.codes + row * packed_dim, scale + row);
+    });
+}
+
+// Decode into fp32 `out` (batch, heads, tokens, dim), without rotating back.
+void polykv_decode(const Packed* packed, float* out, int64_t threads) {
+    const Packed p = *packed;
+    const int64_t dim = p.dim;
+    each_part(p.batch * p.heads, p.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+        for (int64_t t = start; t < stop; t++) {
+            float factor, *row = out + (head * p.tokens + t) * dim;
+            decode_rows(p, head, t, 1, row, &factor);
+            for (int64_t d = 0; d < dim; d++) row[d] *= factor;
+        }
+        return true;
+    });
+}
+
+// Attend to a segment in `splits` equal parts, at most as many as tokens: `out` (splits, heads, queries,
+// dim) in the model's domain, `lse` (splits, heads, queries) the natural log of the sum of
+// exp(scaling * q.k).
+void polykv_attend(const Queries* queries, const Packed* key, const Packed* value, int64_t splits,
+                   float* out, float* lse, int64_t threads) {
+    const Queries q = *queries;
+    const int64_t tiles = (q.count + TILE - 1) / TILE, heads = key->heads;
+    spread(splits * heads * tiles, threads, [&](auto& next) {
+        const std::unique_ptr<Scratch> scratch(new Scratch());
+        for (int64_t i; (i = next()) >= 0;) {
+            Job job{};
+            job.head = i / tiles % heads;
+            job.first = i % tiles * TILE;
+            job.count = q.count - job.first < TILE ? q.count - job.first : TILE;
+            const int64_t split = i / tiles / heads;
+            job.start = split * key->tokens / splits;
+            job.stop = (split + 1) * key->tokens / splits;
+            const int64_t to = (split * heads + job.head) * q.count + job.first;
+            job.out = out + to * key->dim;
+            job.lse = lse + to;
+            attend_job(*scratch, q, *key, *value, job);
+        }
+    });
+}
+}

@@ -1,0 +1,85 @@
+// Rows (one token of one head) of the packed formats of polykv/codecs, decoded without rotating back.
+#pragma once
+
+#include "rotate.h"
+
+enum Kind : int32_t { INT8_TENSOR = 0, INT8_TOKEN = 1, Q8_0 = 2, TURBOQUANT = 3 };
+
+// Strides are in bytes, along (batch, head, token); a row itself is contiguous.
+struct Packed {
+    Kind kind;
+    int32_t bits;  // of a TURBOQUANT code
+    int64_t batch, heads, tokens, dim;
+    uint8_t* codes;
+    int64_t code_strides[3];
+    uint8_t* scale;  // fp32 (INT8_TENSOR), else fp16: of the row, of 32 values (Q8_0), or the norm
+    int64_t scale_strides[3];
+    const float *levels, *boundaries;  // the codebook, 16 entries each
+    const float* signs;                // of the rotation, or null
+};
+
+// Where (batch, head) number `head` begins; `owner` has the number of heads.
+template <typename Byte, typename Owner>
+static inline Byte* head_of(Byte* base, const int64_t* strides, const Owner& owner, int64_t head) {
+    return base + head / owner.heads * strides[0] + head % owner.heads * strides[1];
+}
+
+static inline float half_at(const uint8_t* from) { return float_of_half(load<uint16_t>(from)); }
+
+template <int BITS>
+static inline uint32_t eight_codes(const uint8_t* from) {
+    if constexpr (BITS == 2) return load<uint16_t>(from);
+    if constexpr (BITS == 3) return load<uint16_t>(from) | uint32_t(from[2]) << 16;
+    return load<uint32_t>(from);
+}
+
+// LANES codes of a row, from code `first` (a multiple of LANES) on.
+template <int BITS>
+static inline Ints codes_at(const uint8_t* row, int first) {
+    const uint8_t* from = row + first / 8 * BITS;
+    const Ints shift = (lane_index() & 7) * BITS;
+    Ints word = int32_t(eight_codes<BITS>(from)) | Ints{};
+    if constexpr (LANES == 16)
+        word = lane_index() < 8 ? word : int32_t(eight_codes<BITS>(from + BITS)) | Ints{};
+    if constexpr (LANES == 4) word = word >> (first % 8 * BITS);
+    return (word >> shift) & ((1 << BITS) - 1);
+}
+
+template <int BITS>
+static inline void turboquant_row(const uint8_t* codes, const float* levels, int dim, float* out) {
+    for (int i = 0; i < dim; i += LANES)
+        store(out + i, lookup(levels, codes_at<BITS>(codes, i), 1 << BITS));
+}
+
+static inline void int8_row(const uint8_t* codes, int dim, float* out) {
+    for (int i = 0; i < dim; i += LANES) store(out + i, floats_of(load<Bytes>(codes + i)));
+}
+
+static inline void q8_0_row(const uint8_t* codes, const uint8_t* scale, int dim, float* out) {
+    for (int i = 0; i < dim; i += LANES)
+        store(out + i, floats_of(load<Bytes>(codes + i)) * half_at(scale + i / 32 * 2));
+}
+
+// Decode `n` tokens of (batch, head) number `head` into `out` (n, dim), up to the factor that all
+// values of a token share: `factor` (n).
+static inline void decode_rows(const Packed& p, int64_t head, int64_t first, int n, float* out,
+                               float* factor) {
+    const uint8_t* codes = head_of(p.codes, p.code_strides, p, head) + first * p.code_strides[2];
+    const uint8_t* scale = head_of(p.scale, p.scale_strides, p, head) + first * p.scale_strides[2];
+    const int dim = int(p.dim);
+    const float root = std::sqrt(float(dim));
+    for (int t = 0; t < n; t++, codes += p.code_strides[2], scale += p.scale_strides[2], out += dim) {
+        if (p.kind == TURBOQUANT) {
+            if (p.bits == 2) turboquant_row<2>(codes, p.levels, dim, out);
+            else if (p.bits == 3) turboquant_row<3>(codes, p.levels, dim, out);
+            else turboquant_row<4>(codes, p.levels, dim, out);
+            factor[t] = half_at(scale) / root;
+        } else if (p.kind == Q8_0) {
+            q8_0_row(codes, scale, dim, out);
+            factor[t] = 1.0f;
+        } else {
+            int8_row(codes, dim, out);
+            factor[t] = p.kind == INT8_TENSOR ? load<float>(scale) : half_at(scale);
+        }
+    }
+}
