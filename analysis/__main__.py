@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import decomposition, findings, published, render
+from analysis.concurrency import CONCURRENCY_FIGURES, CONCURRENCY_TABLES
+from analysis.concurrency import EXPERIMENT as CONCURRENCY
 from analysis.figures import FIGURES, save
 from analysis.frontier import EXPERIMENTS
 from analysis.frontier_figures import FRONTIER_FIGURES
@@ -28,8 +30,8 @@ from polykv.errors import PolyKVError
 WRITERS = {"md": render.markdown, "tex": render.latex, "csv": render.to_csv}
 PICTURES = ("png", "pdf")
 # Beside the papers' own: rows -> table or figure, None where nothing of it was run.
-MEASURED_TABLES = FRONTIER_TABLES | HANDOFF_TABLES | SEPARATION_TABLES
-MEASURED_FIGURES = FRONTIER_FIGURES | HANDOFF_FIGURES | SEPARATION_FIGURES
+MEASURED_TABLES = FRONTIER_TABLES | HANDOFF_TABLES | SEPARATION_TABLES | CONCURRENCY_TABLES
+MEASURED_FIGURES = FRONTIER_FIGURES | HANDOFF_FIGURES | SEPARATION_FIGURES | CONCURRENCY_FIGURES
 NOTE = "polykv_memory_decomposition"
 MEMORY = "polykv_memory"  # the table that the note takes apart
 FINDINGS = "findings"
@@ -73,7 +75,7 @@ def _chosen(option: str, text: str, known: list[str]) -> list[str]:
 def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str], shown: str) -> None:
     tables, pictures = root / "tables", root / "figures"
     frontier = rows["experiment"].isin(EXPERIMENTS)
-    papers = ~frontier & ~rows["experiment"].isin((*HANDOFF, SEPARATION))
+    papers = ~frontier & ~rows["experiment"].isin((*HANDOFF, SEPARATION, CONCURRENCY))
     try:
         tables.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)

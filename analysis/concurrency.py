@@ -1,6 +1,7 @@
 """Table and figure of `concurrency`: memory and speed of N agents that decode together, by reader."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import matplotlib
 
@@ -34,16 +35,26 @@ MEASURES = {
 }
 
 
+class Who(NamedTuple):
+    """Who reads the prefix, and what computes it."""
+
+    reader: str
+    backend: str
+
+
+Lines = dict[Who, dict[float, dict[str, Value]]]  # by number of agents, by measure
+
+
 def concurrency(rows: pd.DataFrame) -> Table | None:
     """Memory, time of a step and throughput, by number of agents and reader."""
     lines = []
     for title, mine in _settings(rows):
         for n_agents, of_agents in mine.groupby("n_agents"):
-            found = {reader: _measures(part) for reader, part in _by_reader(of_agents)}
-            for reader, measured in found.items():
-                line = {"section": title, "agents": f"{n_agents:.0f}", "reader": reader}
-                line["backend"] = _backend(of_agents, reader)
-                lines.append(line | measured | _against(found.get("private"), measured))
+            found = {who: _measures(part) for who, part in _by_reader(of_agents)}
+            private = next((m for who, m in found.items() if who.reader == "private"), None)
+            for who, measured in found.items():
+                line = {"section": title, "agents": f"{n_agents:.0f}"} | who._asdict()
+                lines.append(line | measured | _against(private, measured))
     columns = [
         *(Column(name, name, key=True) for name in ("agents", "reader", "backend")),
         Column("stored", "prefix stored, MB", fixed(2)),
@@ -51,15 +62,15 @@ def concurrency(rows: pd.DataFrame) -> Table | None:
         Column("per_agent", "resident per agent, MB", fixed(2)),
         Column("smaller", "× less than private", fixed(1)),
         Column("step", "ms per step [quartiles]", fixed(1), interval=True),
-        Column("throughput", "tokens/s [quartiles]", fixed(0), interval=True),
+        Column("throughput", "tokens/s [quartiles]", _speed, interval=True),
         Column("faster", "× faster than private", fixed(2)),
     ]
     rows = rows[rows["experiment"] == EXPERIMENT]
     caption = (
         "Agents that decode together after one prefix. Private and inject: a full-precision copy each, in one "
-        "padded batch, as transformers runs it (DynamicCache, sdpa). Cascade: all attend to the compressed pool "
-        "in place. Resident: measured peak above the loaded model, in a fresh process; stored: bytes of the tensors "
-        f"kept of the prefix. {_published(rows)}{describe(rows)}"
+        "padded batch, as transformers runs it: sdpa, and a DynamicCache, which copies a layer to append to it. "
+        "Cascade: all attend to the compressed pool in place. Resident: measured peak above the loaded model, in a "
+        f"fresh process; stored: bytes of the tensors kept of the prefix. {_published(rows)}{describe(rows)}"
     )
     return Table(EXPERIMENT, caption, columns, lines) if lines else None
 
@@ -74,11 +85,12 @@ def draw_concurrency(rows: pd.DataFrame) -> Canvas | None:
         panels = canvas.subplots(len(found), 2, squeeze=False)
         for (memory, speed), (title, mine) in zip(panels, found, strict=True):
             lines = {
-                reader: {n: _measures(of) for n, of in part.groupby("n_agents")}
-                for reader, part in _by_reader(mine)
+                who: {n: _measures(of) for n, of in part.groupby("n_agents")}
+                for who, part in _by_reader(mine)
             }
-            _memory(memory, lines)
-            _throughput(speed, lines)
+            _stored(memory, lines)
+            _panel(memory, lines, "resident", "KV memory, MB")
+            _panel(speed, lines, "throughput", "tokens per second, all agents")
             memory.set_title(title)
         text = (
             "Solid: resident, peak above the loaded model. Dashed: bytes stored of the prefix. Bars: quartiles "
@@ -88,36 +100,39 @@ def draw_concurrency(rows: pd.DataFrame) -> Canvas | None:
     return canvas
 
 
-def _memory(ax: Axes, lines: dict[str, dict[float, dict[str, Value]]]) -> None:
+def _speed(number: float, row: Row) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _stored(ax: Axes, lines: Lines) -> None:
+    for who, by_agents in lines.items():
+        if spots := _spots(by_agents, "stored"):
+            ax.plot([n for n, _ in spots], [v.value for _, v in spots], "--", **_look(who))
+
+
+def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
+    """One line of `measure` a reader, with its intervals where it has them."""
     ends = []
-    for reader, by_agents in lines.items():
-        for measure, style in (("stored", "--"), ("resident", "o-")):
-            spots = [(n, found[measure].value) for n, found in by_agents.items()]
-            spots = [spot for spot in spots if spot[1] is not None]
-            if spots:
-                ax.plot(*zip(*spots, strict=True), style, **_look(reader))
-                ends += [(spots[-1][1], reader, _look(reader)["color"])] * (measure == "resident")
+    for who, by_agents in lines.items():
+        if spots := _spots(by_agents, measure):
+            at, found = zip(*spots, strict=True)
+            bars = [(v.value - v.low, v.high - v.value) for v in found if v.low is not None]
+            means = [v.value for v in found]
+            yerr = list(zip(*bars, strict=True)) or None
+            ax.errorbar(at, means, yerr=yerr, fmt="o-", capsize=2.5, **_look(who))
+            ends.append((means[-1], _name(who, lines), _look(who)["color"]))
     _axes(ax, lines)
-    ax.set_ylabel("KV memory, MB")
+    ax.set_ylabel(label)
     label_ends(ax, ends)
 
 
-def _throughput(ax: Axes, lines: dict[str, dict[float, dict[str, Value]]]) -> None:
-    ends = []
-    for reader, by_agents in lines.items():
-        spots = [(n, found["throughput"]) for n, found in by_agents.items()]
-        spots = [(n, v) for n, v in spots if v.value is not None]
-        if spots:
-            at, means = zip(*((n, v.value) for n, v in spots), strict=True)
-            bars = zip(*((v.value - v.low, v.high - v.value) for _, v in spots), strict=True)
-            ax.errorbar(at, means, yerr=list(bars), fmt="o-", capsize=2.5, **_look(reader))
-            ends.append((means[-1], reader, _look(reader)["color"]))
-    _axes(ax, lines)
-    ax.set_ylabel("tokens per second, all agents")
-    label_ends(ax, ends)
+def _spots(by_agents: dict[float, dict[str, Value]], measure: str) -> list[tuple[float, Value]]:
+    """Number of agents and value, of those that have one."""
+    found = ((n, measured[measure]) for n, measured in by_agents.items())
+    return [(n, value) for n, value in found if value.value is not None]
 
 
-def _axes(ax: Axes, lines: dict[str, dict[float, dict[str, Value]]]) -> None:
+def _axes(ax: Axes, lines: Lines) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.margins(x=0.06, y=0.1)
@@ -129,11 +144,17 @@ def _axes(ax: Axes, lines: dict[str, dict[float, dict[str, Value]]]) -> None:
     ax.set_xlabel("agents")
 
 
-def _look(reader: str) -> dict[str, object]:
+def _look(who: Who) -> dict[str, object]:
     """Private and inject nearly coincide: the later line is thinner, so that both show."""
-    place = READERS.index(reader)
-    thin = 0.7 if reader == "inject" else 1.0
+    place = READERS.index(who.reader) + (who.reader == "cascade" and who.backend == "torch")
+    thin = 0.7 if who.reader == "inject" else 1.0
     return {"color": f"C{place}", "linewidth": 1.8 * thin, "markersize": 5.5 * thin}
+
+
+def _name(who: Who, lines: Lines) -> str:
+    """The reader, with its backend where several were run."""
+    alone = sum(other.reader == who.reader for other in lines) == 1
+    return who.reader if alone else f"{who.reader}, {who.backend}"
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -141,13 +162,14 @@ def _settings(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     rows = rows[rows["experiment"] == EXPERIMENT]
     for (model, weights, device, dtype, document, context, recipe), part in rows.groupby(KEYS):
         title = f"{model} ({weights} weights), {context:,.0f} tokens ({document}), {recipe}"
-        yield f"{title}; {device}, {dtype}", part
+        timed = part.loc[(part["metric"] == "step_time") & part["value"].notna(), "protocol"]
+        yield "; ".join((title, ", ".join((device, dtype, *sorted(set(timed)))))), part
 
 
-def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for reader in READERS:
-        if not (part := rows[rows["reader"] == reader]).empty:
-            yield reader, part
+def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
+    found = rows.groupby(["reader", "backend"])
+    for key in sorted(found.groups, key=lambda key: (READERS.index(key[0]), key[1])):
+        yield Who(*key), found.get_group(key)
 
 
 def _measures(rows: pd.DataFrame) -> dict[str, Value]:
@@ -159,10 +181,6 @@ def _measures(rows: pd.DataFrame) -> dict[str, Value]:
         scale = MB_PER_GB if metric == "kv_memory" else 1
         found[name] = value(mine.assign(value=mine["value"] * scale))
     return found
-
-
-def _backend(rows: pd.DataFrame, reader: str) -> str:
-    return rows[rows["reader"] == reader].sort_values("created_at")["backend"].iloc[-1]
 
 
 def _against(private: dict[str, Value] | None, measured: dict[str, Value]) -> Row:

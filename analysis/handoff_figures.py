@@ -142,14 +142,17 @@ def controller_ablation(rows: pd.DataFrame) -> Canvas | None:
     groups = list(found.groupby([*RUN, "n_hops"], sort=False))
 
     def panel(ax: Axes, down: int, right: int) -> None:
-        key, mine = groups[right]
+        if (place := 2 * down + right) == len(groups):
+            ax.set_axis_off()
+            return
+        key, mine = groups[place]
         lines = [(name, value(of)) for name, of in mine.groupby("policy", sort=False)]
         lines = sorted(
             (item for item in lines if item[1].value is not None), key=lambda i: i[1].value
         )
-        for place, (_, v) in enumerate(lines):
+        for height, (_, v) in enumerate(lines):
             ends = [[v.value - (v.low or v.value)], [(v.high or v.value) - v.value]]
-            ax.errorbar(v.value, place, xerr=ends, fmt="o", capsize=2.5, color="C0")
+            ax.errorbar(v.value, height, xerr=ends, fmt="o", capsize=2.5, color="C0")
         ax.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=6.5)
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel("KL minus uniform, nats")
@@ -159,7 +162,8 @@ def controller_ablation(rows: pd.DataFrame) -> Canvas | None:
 
     note = "Bars: 95 % interval, paired by problem. Left of 0: better than uniform at equal stored bits."
     tall = max(len(set(mine["policy"])) for _, mine in groups)
-    return _grid(1, len(groups), panel, note, height=max(PANEL[1], 0.22 * tall), width=6.0)
+    down, across = -(-len(groups) // 2), min(2, len(groups))
+    return _grid(down, across, panel, note, height=max(PANEL[1], 0.22 * tall), width=6.0)
 
 
 def _grid(
