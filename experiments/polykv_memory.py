@@ -50,10 +50,8 @@ def add_rows(rows: Rows, cfg: DictConfig, pool: SharedKVPool) -> None:
     copies = 1 if shared else cfg.n_agents
     kept = "sum of the pool's tensors" if shared else f"{copies} x the tensors of one full cache"
     add("stored", pool.stored_bytes * copies, kept)
+    crowd = (pool.n_tokens, cfg.n_agents, cfg.device, cfg.backend)
     try:
-        add(
-            "resident",
-            resident_bytes(cfg.model, cfg.recipe, reader, pool.n_tokens, cfg.n_agents, cfg.device),
-        )
+        add("resident", resident_bytes(cfg.model, cfg.recipe, reader, *crowd))
     except PolyKVError as error:
         add("resident", None, str(error))

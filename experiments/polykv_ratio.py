@@ -41,17 +41,18 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 def pool_of(cfg: DictConfig) -> SharedKVPool:
     """A synthetic pool of the cell's geometry, dtype, prefix length and recipe."""
     n_tokens = prefix_tokens(cfg.context, cfg.prefix_fraction)
-    return _pool(common.as_key(cfg.model), common.as_key(cfg.recipe), n_tokens)
+    return _pool(common.as_key(cfg.model), common.as_key(cfg.recipe), n_tokens, cfg.backend)
 
 
 @lru_cache(maxsize=1)  # cells that differ in n_agents share it
-def _pool(model: str, recipe: str, n_tokens: int) -> SharedKVPool:
+def _pool(model: str, recipe: str, n_tokens: int, backend: str) -> SharedKVPool:
     model_cfg = common.from_key(model)
     return synthetic_pool(
         Geometry.of(load_config(model_cfg)),
         n_tokens,
         pick_dtype(model_cfg.dtype),
         Recipe.from_config(common.from_key(recipe)),
+        backend,
     )
 
 

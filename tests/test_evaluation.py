@@ -15,12 +15,12 @@ from polykv.evaluation import bertscore, continuation
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.evaluation.memory import (
     GB,
-    CpuMeter,
     check_fits,
     paper_bytes,
     resident_bytes,
     synthetic_pool,
 )
+from polykv.evaluation.process import CpuMeter
 from polykv.evaluation.statistics import bootstrap_mean, wilson
 from polykv.models import Geometry
 from polykv.pool import prefill

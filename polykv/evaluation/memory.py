@@ -4,27 +4,31 @@
 fresh process while all agents decode at the same time.
 """
 
-import ctypes
-import multiprocessing
 import sys
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, DynamicCache
+from omegaconf import DictConfig
 
 from polykv.errors import PolyKVError
+from polykv.evaluation.concurrency import (
+    caches_of,
+    decode,
+    n_parameters,
+    pool_of,
+    prefix_layers,
+    synthetic_layers,
+)
+from polykv.evaluation.process import in_fresh_process, meter_of
 from polykv.models import Geometry, load_config, load_weights, pick_device, pick_dtype
-from polykv.pool import SharedKVPool, prefill
+from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 
 GB = 1e9
 DECODE_STEPS = 8
+WARMUP_TOKENS = 64
 # A CPU takes minutes for one measurement of a larger model; its rows say so instead.
 MAX_CPU_PARAMETERS = 2e9
-MALLOPT_MMAP_THRESHOLD = -3  # malloc.h: blocks from this size are mapped, and unmapped when freed
 
 
 def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float | None) -> float:
@@ -38,80 +42,71 @@ def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float |
 
 
 def synthetic_pool(
-    geometry: Geometry, n_tokens: int, dtype: torch.dtype, recipe: Recipe
+    geometry: Geometry, n_tokens: int, dtype: torch.dtype, recipe: Recipe, backend: str = "auto"
 ) -> SharedKVPool:
     """A pool over Gaussian keys and values, for what does not depend on their content: its bytes."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, geometry.n_kv_heads, n_tokens, geometry.head_dim)
-    layers = (
-        tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        for _ in range(geometry.n_layers)
-    )
-    return SharedKVPool.from_layers(layers, recipe, n_layers=geometry.n_layers)
+    layers = synthetic_layers(geometry, n_tokens, dtype, torch.device("cpu"))
+    return SharedKVPool.from_layers(layers, recipe, n_layers=geometry.n_layers, backend=backend)
 
 
 def resident_bytes(
-    model: DictConfig, recipe: DictConfig, reader: str, n_tokens: int, n_agents: int, device: str
+    model: DictConfig,
+    recipe: DictConfig,
+    reader: str,
+    n_tokens: int,
+    n_agents: int,
+    device: str,
+    backend: str = "auto",
+    together: bool = False,
+    n_steps: int = DECODE_STEPS,
 ) -> int:
-    """Peak memory above the loaded model while `n_agents` decode in turn, all their caches alive.
+    """Peak memory above the loaded model while `n_agents` decode `n_steps` tokens, all their caches alive.
 
     Measured in a fresh process: peak resident set on a CPU, peak allocated memory on CUDA. Reader
-    `private` holds N full caches, `inject` the pool and what its N readers rebuild.
+    `private` holds N full caches, `inject` the pool and what its N readers rebuild, `cascade` the pool. Agents
+    take turns, each with a cache of its own, or decode `together` in one batch, as those of `cascade` always do.
 
     Raises:
         PolyKVError: it would not fit, or this platform has no peak that can be reset.
     """
-    check_fits(model, recipe, reader, n_tokens, n_agents, device)
-    arguments = (
-        OmegaConf.to_container(model, resolve=True),
-        OmegaConf.to_container(recipe, resolve=True),
-        (reader, n_tokens, n_agents, device),
-    )
-    # A forkserver imports torch once; each of its children starts with a heap that nothing has touched.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["polykv.evaluation.memory"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, *arguments))
-    process.start()
-    sender.close()
-    try:
-        outcome = receiver.recv()
-    except EOFError:
-        process.join()
+    if pick_device(device).type != "cuda" and not sys.platform.startswith("linux"):
         raise PolyKVError(
-            f"the process that measures resident memory ended with code {process.exitcode} (out of "
-            "memory?); lower n_agents or context"
-        ) from None
-    process.join()
-    if isinstance(outcome, str):
-        raise PolyKVError(outcome)
-    return outcome
+            f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
+        )
+    check_fits(model, recipe, reader, n_tokens, n_agents, device)
+    return in_fresh_process(
+        _resident_bytes,
+        model,
+        recipe,
+        reader=reader,
+        n_tokens=n_tokens,
+        n_agents=n_agents,
+        device=device,
+        backend=backend,
+        together=together,
+        n_steps=n_steps,
+    )
 
 
 def check_fits(
     model: DictConfig, recipe: DictConfig, reader: str, n_tokens: int, n_agents: int, device: str
 ) -> None:
-    """Refuse what cannot be held, and platforms without a peak to read.
+    """Refuse what cannot be held, or what a CPU takes minutes for.
 
     Raises:
         PolyKVError: with the gigabytes needed and those there are.
     """
     on_cuda = pick_device(device).type == "cuda"
-    if not on_cuda and not sys.platform.startswith("linux"):
-        raise PolyKVError(
-            f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
-        )
     config = load_config(model)
     itemsize = pick_dtype(model.dtype).itemsize
-    with torch.device("meta"):
-        n_weights = AutoModelForCausalLM.from_config(config).num_parameters()
+    n_weights = n_parameters(model)
     if not on_cuda and n_weights > MAX_CPU_PARAMETERS:
         raise PolyKVError(
             f"not measured: {model.name} has {n_weights / 1e9:.1f} billion parameters, which a CPU decodes "
             "too slowly; measure on a GPU"
         )
     # The pool, its source and one copy per agent; a fifth on top for what a step needs.
-    copies = n_agents + 2
+    copies = 2 + (0 if reader == "cascade" else n_agents)
     cache = n_tokens * Geometry.of(config).values_per_token * itemsize * copies
     need = 1.2 * (n_weights * itemsize + cache)
     have = torch.cuda.mem_get_info()[0] if on_cuda else psutil.virtual_memory().available
@@ -122,96 +117,33 @@ def check_fits(
         )
 
 
-def _child(sender: Any, model: dict, recipe: dict, setting: tuple[str, int, int, str]) -> None:
-    try:
-        sender.send(_measure(OmegaConf.create(model), OmegaConf.create(recipe), *setting))
-    except Exception as error:  # the parent reports it
-        sender.send(f"resident memory could not be measured: {type(error).__name__}: {error}")
-
-
 @torch.no_grad()
-def _measure(
+def _resident_bytes(
     model_cfg: DictConfig,
     recipe_cfg: DictConfig,
     reader: str,
     n_tokens: int,
     n_agents: int,
     device: str,
+    backend: str,
+    together: bool,
+    n_steps: int,
 ) -> int:
     model, _ = load_weights(model_cfg, device)
-    meter = CudaMeter() if model.device.type == "cuda" else CpuMeter()
-    ids = torch.randint(0, model.config.vocab_size, (1, n_tokens), device=model.device)
-    _decode(
-        model, [prefill(model, ids[:, :8])]
-    )  # whatever the first call leaves behind is not KV memory
-    meter.start()
-    cache = prefill(model, ids)
-    if reader == "private":
-        caches = [cache] + [_clone(cache) for _ in range(n_agents - 1)]
-        pool = None
-    else:
-        pool = SharedKVPool.from_cache(cache, Recipe.from_config(recipe_cfg))
-        caches = [pool.inject() for _ in range(n_agents)]
-    del cache
-    meter.reset_peak()
-    _decode(model, caches)
-    return meter.peak()
+    meter = meter_of(model.device)
 
+    def measure(length: int) -> int:
+        meter.start()
+        layers = prefix_layers(model_cfg, model, length)
+        pool = pool_of((reader,), layers, recipe_cfg, backend)
+        caches = caches_of(reader, layers, pool, n_agents, together)
+        del layers
+        steps = decode(model, caches, length, n_agents, n_steps)
+        next(steps)  # the queries are in
+        meter.reset_peak()
+        for _ in steps:
+            pass
+        return meter.peak()
 
-def _decode(model: Any, caches: list[DynamicCache]) -> None:
-    """Some steps of every agent, interleaved, so that all caches live at the same time."""
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    for _ in range(DECODE_STEPS):
-        for cache in caches:
-            model(input_ids=token, past_key_values=cache)
-
-
-def _clone(cache: DynamicCache) -> DynamicCache:
-    return DynamicCache((layer.keys.clone(), layer.values.clone()) for layer in cache.layers)
-
-
-class CudaMeter:
-    """Allocated CUDA memory above what `start` found."""
-
-    def start(self) -> None:
-        torch.cuda.empty_cache()
-        self._base = torch.cuda.memory_allocated()
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() - self._base
-
-
-class CpuMeter:
-    """Resident set of this Linux process above what `start` found."""
-
-    def start(self) -> None:
-        _trim_heap()
-        self._base = _status_bytes("VmRSS")
-
-    def reset_peak(self) -> None:
-        _trim_heap()
-        Path("/proc/self/clear_refs").write_text("5")  # 5: the peak falls to the present size
-
-    def peak(self) -> int:
-        return _status_bytes("VmHWM") - self._base
-
-
-def _trim_heap() -> None:
-    """Give freed memory back now and from now on, so that what is counted is what is alive.
-
-    glibc keeps freed blocks for reuse, more or fewer by chance; musl has neither call.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.mallopt(MALLOPT_MMAP_THRESHOLD, 16 * 1024)
-        libc.malloc_trim(0)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise PolyKVError(f"/proc/self/status has no {field}; this kernel does not report it")
+    measure(WARMUP_TOKENS)  # whatever the first calls leave behind is not KV memory
+    return measure(n_tokens)

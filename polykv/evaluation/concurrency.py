@@ -1,0 +1,196 @@
+"""N agents that decode after one prefix: how they hold it, how they run, and what a step takes.
+
+Readers `private` and `inject` run as transformers runs them: a DynamicCache with a full-precision copy of the
+prefix for every agent, and sdpa. `cascade` attends to the compressed pool in place.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+
+from polykv.attention.cache import CascadeCache
+from polykv.attention.cascade import attend_in_place
+from polykv.evaluation.process import in_fresh_process
+from polykv.evaluation.ttft import Clock
+from polykv.models import Geometry, load_config, load_weights
+from polykv.pool import READERS as POOL_READERS
+from polykv.pool import SharedKVPool, prefill
+from polykv.recipe import Recipe
+
+READERS = ("private", *POOL_READERS)
+QUERY_TOKENS = 8  # of every agent, padding among them
+WARMUP = 2  # steps of each round that are not counted
+# Parameters x tokens. A CPU takes minutes for larger prefills, and neither bytes nor time depend on content.
+PREFILL_LIMIT = 1e11
+
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One reader's decode steps: milliseconds of each, the bytes that it keeps of the prefix, CPU threads."""
+
+    milliseconds: list[float]
+    kept_bytes: int
+    n_threads: int
+
+
+def step_times(
+    model: DictConfig, recipe: DictConfig, readers: Sequence[str], **setting: Any
+) -> dict[str, Steps]:
+    """Decode steps of each reader, timed in a process of their own; `setting` is that of `_step_times`.
+
+    Raises:
+        PolyKVError: it failed there.
+    """
+    return in_fresh_process(_step_times, model, recipe, readers=tuple(readers), **setting)
+
+
+@torch.no_grad()
+def _step_times(
+    model_cfg: DictConfig,
+    recipe_cfg: DictConfig,
+    readers: Sequence[str],
+    n_tokens: int,
+    n_agents: int,
+    n_steps: int,
+    repeats: int,
+    device: str,
+    backend: str,
+) -> dict[str, Steps]:
+    """In each of `repeats` rounds every reader decodes `n_steps` tokens after its warm-up, from new caches.
+
+    So a machine that is busy for a while is so for all readers. `backend` writes the pool and attends to it.
+    """
+    model, _ = load_weights(model_cfg, device)
+    layers = prefix_layers(model_cfg, model, n_tokens)
+    pool = pool_of(readers, layers, recipe_cfg, backend)
+    times: dict[str, list[float]] = {reader: [] for reader in readers}
+    kept = {}
+    for reader in readers * repeats:
+        caches = caches_of(reader, layers, pool, n_agents, together=True)
+        kept[reader] = kept_bytes(None if reader == "private" else pool, caches)
+        times[reader] += _times(model, caches, n_tokens, n_agents, n_steps)
+        del caches  # the next reader's come in their place
+    threads = torch.get_num_threads()
+    return {reader: Steps(times[reader], kept[reader], threads) for reader in readers}
+
+
+def _times(
+    model: PreTrainedModel, caches: list[Cache], n_tokens: int, n_agents: int, n_steps: int
+) -> list[float]:
+    steps = decode(model, caches, n_tokens, n_agents, WARMUP + n_steps)
+    next(steps)
+    clock, times = Clock(model.device), []
+    for _ in steps:
+        clock.lap("step")
+        times.append(clock.laps["step"])
+    return times[WARMUP:]
+
+
+def prefix_layers(model_cfg: DictConfig, model: PreTrainedModel, n_tokens: int) -> Layers:
+    """Keys and values of each layer, each (1, kv_heads, tokens, head_dim): see `is_prefilled`."""
+    if not is_prefilled(model_cfg, n_tokens):
+        return list(
+            synthetic_layers(Geometry.of(model.config), n_tokens, model.dtype, model.device)
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(model.config.vocab_size, (1, n_tokens), generator=generator)
+    return [(layer.keys, layer.values) for layer in prefill(model, ids_BT).layers]
+
+
+def is_prefilled(model_cfg: DictConfig, n_tokens: int) -> bool:
+    """Whether the prefix is random tokens, really prefilled; else its keys and values are Gaussian."""
+    return n_parameters(model_cfg) * n_tokens <= PREFILL_LIMIT
+
+
+def n_parameters(model_cfg: DictConfig) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(model_cfg)).num_parameters()
+
+
+def synthetic_layers(
+    geometry: Geometry, n_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gaussian keys and values, each (1, kv_heads, tokens, head_dim), layer by layer."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, geometry.n_kv_heads, n_tokens, geometry.head_dim)
+    for _ in range(geometry.n_layers):
+        keys, values = (
+            torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2)
+        )
+        yield keys, values
+
+
+def pool_of(
+    readers: Sequence[str], layers: Layers, recipe: DictConfig, backend: str
+) -> SharedKVPool | None:
+    """The pool that the readers share, or None where none of them needs one."""
+    if set(readers) == {"private"}:
+        return None
+    return SharedKVPool.from_layers(layers, Recipe.from_config(recipe), backend=backend)
+
+
+def caches_of(
+    reader: str, layers: Layers, pool: SharedKVPool | None, n_agents: int, together: bool
+) -> list[Cache]:
+    """The caches of all agents: one for all where they decode `together`, in one batch, else one for each.
+
+    Agents of `cascade` are always together. The others never share memory, with each other or with `layers`.
+    """
+    if reader == "cascade":
+        return [pool.reader(n_agents)]
+    batch = n_agents if together else 1
+
+    def private_copies() -> DynamicCache:
+        full = layers if reader == "private" else map(pool.decode_layer, range(pool.n_layers))
+        return DynamicCache(
+            (keys.repeat_interleave(batch, 0), values.repeat_interleave(batch, 0))
+            for keys, values in full
+        )
+
+    return [private_copies() for _ in range(n_agents // batch)]
+
+
+def kept_bytes(pool: SharedKVPool | None, caches: Sequence[Cache]) -> int:
+    """Bytes of the pool's tensors and of the agents' own; a reader of the pool starts with none."""
+    own = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
+    return (pool.stored_bytes if pool else 0) + sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in own
+    )
+
+
+def decode(
+    model: PreTrainedModel, caches: Sequence[Cache], n_tokens: int, n_agents: int, n_steps: int
+) -> Iterator[None]:
+    """Feed every agent its own query, then its own greedy tokens; yields after the queries and each step.
+
+    `n_tokens` is the length of the prefix. Several caches take turns. Queries have 1 to 7 tokens and are padded
+    to 8: agents are never all alike, and with a mask transformers groups the queries of a kv head. Without one
+    it uses `enable_gqa`, which a CPU does several times slower.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids_NQ = torch.randint(model.config.vocab_size, (n_agents, QUERY_TOKENS), generator=generator)
+    mask_NT = torch.ones(n_agents, n_tokens + QUERY_TOKENS, dtype=torch.long)
+    for agent in range(n_agents):
+        n_padding = QUERY_TOKENS - 1 - agent % (QUERY_TOKENS - 1)
+        mask_NT[agent, n_tokens : n_tokens + n_padding] = 0
+    inputs = list(
+        zip(*(x.to(model.device).chunk(len(caches)) for x in (ids_NQ, mask_NT)), strict=True)
+    )
+    in_place = isinstance(caches[0], CascadeCache)
+    with attend_in_place(model) if in_place else nullcontext():
+        for _ in range(1 + n_steps):
+            for turn, (cache, (ids, mask)) in enumerate(zip(caches, inputs, strict=True)):
+                logits = model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+                ).logits
+                inputs[turn] = logits[:, -1].argmax(-1, keepdim=True), F.pad(mask, (0, 1), value=1)
+            yield

@@ -1,0 +1,293 @@
+"""N agents that decode together: that they share what they should, what is measured, table and figure."""
+
+import os
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import polykv.config
+from analysis.concurrency import concurrency, draw_concurrency
+from analysis.render import markdown
+from experiments import sweep
+from polykv.config import CONF
+from polykv.errors import PolyKVError
+from polykv.evaluation import memory
+from polykv.evaluation.concurrency import (
+    QUERY_TOKENS,
+    READERS,
+    caches_of,
+    decode,
+    is_prefilled,
+    kept_bytes,
+    synthetic_layers,
+)
+from polykv.evaluation.memory import resident_bytes
+from polykv.evaluation.process import in_fresh_process
+from polykv.models import Geometry
+from polykv.pool import SharedKVPool
+from polykv.results import COLUMNS
+
+N_TOKENS = 100
+N_STEPS = 5
+GEOMETRY = Geometry(n_layers=4, n_kv_heads=2, head_dim=8)  # of conftest's llama
+CACHE = N_TOKENS * GEOMETRY.values_per_token * 4
+SMALL = ("context=160", "max_new_tokens=5", "repeats=2", "backend=torch")
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return list(synthetic_layers(GEOMETRY, N_TOKENS, torch.float32, torch.device("cpu")))
+
+
+def pool_under(recipe, layers):
+    return SharedKVPool.from_layers(layers, polykv.load_recipe(recipe), backend="torch")
+
+
+def storages(tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def pooled(layers_of_segments):
+    """The storages of all tensors that these layers' segments hold."""
+    return storages(
+        tensor
+        for segments in layers_of_segments
+        for segment in segments
+        for packed in (segment.key, segment.value)
+        for tensor in packed.tensors.values()
+    )
+
+
+def test_every_reader_refers_to_the_one_pool_and_grows_suffixes_only(llama, layers):
+    pool = pool_under("polykv", layers)
+    before, written = pool.stored_bytes, pooled(pool._layers)
+    for n_agents in (1, 15):
+        (cache,) = caches_of("cascade", layers, pool, n_agents, together=True)
+        assert kept_bytes(pool, [cache]) == pool.stored_bytes
+        list(decode(llama, [cache], N_TOKENS, n_agents, N_STEPS))
+        assert pooled(layer.segments for layer in cache.layers) == written
+        own = QUERY_TOKENS + N_STEPS
+        for layer in cache.layers:
+            assert layer.keys.shape == layer.values.shape == (n_agents, 2, own, 8)
+    assert pool.stored_bytes == before and pooled(pool._layers) == written
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_private_and_injected_copies_share_no_memory(layers, together):
+    pool = pool_under("polykv", layers)
+    for reader in ("private", "inject"):
+        caches = caches_of(reader, layers, pool, 3, together)
+        assert [cache.layers[0].keys.shape[0] for cache in caches] == ([3] if together else [1] * 3)
+        own = [x for cache in caches for layer in cache.layers for x in (layer.keys, layer.values)]
+        assert len(storages(own)) == len(own)
+        assert storages(own).isdisjoint(storages(x for layer in layers for x in layer))
+        used = pool if reader == "inject" else None
+        assert kept_bytes(used, caches) == 3 * CACHE + (pool.stored_bytes if used else 0)
+
+
+def fed(model, caches, n_agents):
+    """The ids that each agent is given after its query: (agents, steps)."""
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    try:
+        list(decode(model, caches, N_TOKENS, n_agents, N_STEPS))
+    finally:
+        hook.remove()
+    turns = len(caches)
+    steps = [torch.cat(seen[at : at + turns]) for at in range(0, len(seen), turns)]
+    assert steps[0].shape == (n_agents, QUERY_TOKENS)
+    return torch.cat(steps[1:], dim=1)
+
+
+def test_every_agent_is_fed_its_own_tokens(layers):
+    model, full = tiny_model("llama"), pool_under("full", layers)
+    alone = fed(model, caches_of("private", layers, None, 5, together=False), 5)
+    for reader in READERS:
+        assert torch.equal(fed(model, caches_of(reader, layers, full, 5, together=True), 5), alone)
+    assert len(set(map(tuple, alone.tolist()))) == 5
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_resident_prefix_memory_does_not_grow_with_the_agents():
+    model = OmegaConf.create(
+        {
+            "name": "wide",
+            "weights": "random",
+            "dtype": "float32",
+            "geometry": {
+                "model_type": "llama", "vocab_size": 1200, "hidden_size": 512,
+                "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+                "num_key_value_heads": 8, "max_position_embeddings": 8192,
+            },
+        }
+    )  # fmt: skip
+    recipe = polykv.config.load_group("recipe", "polykv")
+    n_tokens, n_steps = 3072, 2
+    per_token = Geometry(2, 8, 64).values_per_token * 4
+    found = {
+        (reader, n): resident_bytes(
+            model, recipe, reader, n_tokens, n, "cpu", "torch", together=True, n_steps=n_steps
+        )
+        for reader in ("private", "cascade")
+        for n in (1, 15)
+    }
+    copies = 14 * n_tokens * per_token
+    suffixes = 14 * (QUERY_TOKENS + n_steps) * per_token
+    private, cascade = (found[reader, 15] - found[reader, 1] for reader in ("private", "cascade"))
+    # A step of transformers' DynamicCache holds one of its four tensors twice.
+    assert copies < private < 1.35 * copies
+    # The agents' own tokens, and 4 MiB for what a step holds of 14 more agents beside them.
+    assert cascade < suffixes + 4 * 2**20
+    # The pool is there, and no full copy of the prefix is.
+    assert 0.17 * copies / 14 < found["cascade", 1] < 0.6 * copies / 14
+
+
+def test_a_prefix_is_prefilled_for_real_where_that_is_cheap():
+    small, large = (polykv.config.load_group("model", n) for n in ("reference", "smollm2-1.7b"))
+    assert is_prefilled(small, 4096) and not is_prefilled(large, 4096)
+
+
+def fail(config):
+    raise ZeroDivisionError(config.why)
+
+
+def end(config):
+    os._exit(config.code)
+
+
+def test_a_measurement_that_fails_in_its_process_says_so():
+    assert in_fresh_process(OmegaConf.to_container, OmegaConf.create({"a": 1})) == {"a": 1}
+    with pytest.raises(PolyKVError, match="ZeroDivisionError: by hand"):
+        in_fresh_process(fail, OmegaConf.create({"why": "by hand"}))
+    with pytest.raises(PolyKVError, match="ended with code 3"):
+        in_fresh_process(end, OmegaConf.create({"code": 3}))
+
+
+def cell(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["experiment=concurrency", "device=cpu", *overrides])
+    module, settled, _ = sweep.prepare(cfg)
+    module.check(settled)
+    return module, settled
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    for n_agents in (1, 4):
+        module, settled = cell(*SMALL, f"n_agents={n_agents}")
+        found += module.run(settled)
+    return pd.DataFrame(found, columns=COLUMNS).assign(
+        experiment="concurrency", cell="0", created_at="2026", commit="0"
+    )
+
+
+def of(rows, metric, reader, n_agents, protocol=None):
+    mine = rows[(rows["metric"] == metric) & (rows["reader"] == reader)]
+    mine = mine[mine["n_agents"] == n_agents]
+    mine = mine if protocol is None else mine[mine["protocol"] == protocol]
+    (found,) = mine.to_dict("records")
+    return found
+
+
+def test_rows_say_what_was_kept_and_how_long_a_step_took(rows):
+    assert set(rows.loc[rows["metric"] == "step_time", "protocol"]) == {"1 CPU thread"}
+    assert set(rows["backend"]) == {"torch"} and rows["note"].str.len().gt(0).all()
+    assert rows["value"].gt(0).all()
+    cache = (160 - QUERY_TOKENS - 5) * Geometry(4, 2, 64).values_per_token * 4
+    for n_agents in (1, 4):
+        pool = of(rows, "kv_memory", "cascade", n_agents, "stored")["value"]
+        assert pool == of(rows, "kv_memory", "cascade", 1, "stored")["value"]
+        for reader, expected in (
+            ("private", n_agents * cache),
+            ("inject", n_agents * cache + 1e9 * pool),
+        ):
+            kept = of(rows, "kv_memory", reader, n_agents, "stored")["value"]
+            assert 1e9 * kept == pytest.approx(expected)
+        for reader in READERS:
+            step, speed = (of(rows, m, reader, n_agents) for m in ("step_time", "throughput"))
+            assert step["n"] == speed["n"] == 2 * (5 - 2)
+            assert step["ci_low"] <= step["value"] <= step["ci_high"]
+            assert speed["value"] == pytest.approx(1e3 * n_agents / step["value"])
+            assert speed["ci_low"] <= speed["value"] <= speed["ci_high"]
+            whole, share = (
+                of(rows, m, reader, n_agents, "resident")["value"]
+                for m in ("kv_memory", "kv_memory_per_agent")
+            )
+            assert 1e3 * whole == pytest.approx(n_agents * share)
+
+
+def test_a_reader_that_does_not_fit_has_its_reason_and_the_others_are_measured(monkeypatch):
+    module, settled = cell(*SMALL, "n_agents=60", "readers=[private,cascade]")
+    # Room for the weights and a few copies, not for sixty.
+    monkeypatch.setattr(
+        memory.psutil, "virtual_memory", lambda: OmegaConf.create({"available": 50e6})
+    )
+    found = pd.DataFrame(module.run(settled), columns=COLUMNS)
+    private, cascade = (found[found["reader"] == reader] for reader in ("private", "cascade"))
+    assert len(private) == len(cascade) == 6
+    assert private["value"].isna().all() and private["note"].str.contains("60 agents").all()
+    assert cascade["value"].gt(0).all()
+
+
+def test_table_and_figure(rows):
+    table = concurrency(rows)
+    assert [(line["agents"], line["reader"]) for line in table.rows] == [
+        (n, reader) for n in ("1", "4") for reader in READERS
+    ]
+    private, inject, cascade = table.rows[3:]
+    assert cascade["smaller"].value == pytest.approx(
+        private["resident"].value / cascade["resident"].value
+    )
+    assert inject["faster"].value == pytest.approx(private["step"].value / inject["step"].value)
+    assert "Published" not in table.caption
+    canvas = draw_concurrency(rows)
+    assert [len(ax.lines) > 0 for ax in canvas.axes] == [True, True]
+    other = rows[rows["reader"] == "cascade"].assign(backend="cpu")
+    both = draw_concurrency(pd.concat([rows, other])).axes[0].texts
+    assert {text.get_text() for text in both} == {
+        "private",
+        "inject",
+        "cascade, cpu",
+        "cascade, torch",
+    }
+    lost = rows.assign(value=rows["value"].where(rows["reader"] != "private"))
+    assert "nan" not in markdown(concurrency(lost)).lower() and draw_concurrency(lost).axes
+    nothing = rows.iloc[:0]
+    assert concurrency(nothing) is None and draw_concurrency(nothing) is None
+
+
+def test_published_gigabytes_are_named_only_beside_the_same_pool(rows):
+    there = rows.assign(model="llama-3-8b", context_tokens=5055.0, n_agents=15.0)
+    assert "19.798 GB" in concurrency(there).caption and "0.454 GB" in concurrency(there).caption
+    for other in ({"context_tokens": 4096.0}, {"n_agents": 7.0}, {"model": "smollm2-135m"}):
+        assert "Published" not in concurrency(there.assign(**other)).caption
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("readers=[telepathy]", "no reader named 'telepathy'"),
+        ("readers=[]", "name one or more"),
+        ("repeats=0", "repeats=0"),
+        ("max_new_tokens=2", "warming up"),
+        ("context=null", "context=1024"),
+        ("context=10", "no prefix"),
+        ("context=4097", "4096"),
+    ],
+)
+def test_refusals(override, said):
+    with pytest.raises(PolyKVError, match=said) as refused:
+        cell(override)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_unused_setting_reader_makes_no_other_cell():
+    cfg = [OmegaConf.to_container(cell(f"reader={r}")[1]) for r in ("inject", "cascade")]
+    assert cfg[0] == cfg[1]
