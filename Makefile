@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier test lint format reference clean
+.PHONY: help run frontier gpu test lint format reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,6 +25,9 @@ run: $(INSTALLED)  ## the main job: both papers' tables on the embedded referenc
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
 frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME)
 	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) || exit 1; done
+
+gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDIA GPU (resumable)
+	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
 test: $(INSTALLED)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

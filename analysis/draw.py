@@ -13,6 +13,7 @@ OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 9}
 MARKERS = "osD^v"
 LABEL_GAP = 0.065  # of the panel's height: about one line of text
 HIGHEST = 0.95  # a label above it would touch the title
+IN_PLACE = ", cascade"
 WIDE = 50.0  # percent; deltas beyond it need an axis that shows small ones too
 
 
@@ -118,8 +119,9 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> Axes:
     return ax
 
 
-def colour(recipe: str) -> str:
+def colour(line: str) -> str:
     """The same recipe has the same colour in every figure; recipes not in RECIPES share the rest."""
+    recipe = line.removesuffix(IN_PLACE)
     palette = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     if recipe in RECIPES:
         return palette[RECIPES.index(recipe)]
@@ -130,15 +132,21 @@ def colour(recipe: str) -> str:
 def _look(place: int, recipe: str) -> dict[str, object]:
     """Later lines are thinner and their markers smaller, so that equal ones still all show."""
     thin = 0.8**place
-    look = {"marker": "o", "markersize": 6.5 * thin, "linewidth": 2.4 * thin}
+    look = {
+        "linestyle": "--" if recipe.endswith(IN_PLACE) else "-",
+        "marker": "o",
+        "markersize": 6.5 * thin,
+        "linewidth": 2.4 * thin,
+    }
     return {**look, "color": colour(recipe)}
 
 
 def _by_recipe(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
-    return [
-        (recipe, [p for p in points if p.recipe == recipe])
-        for recipe in dict.fromkeys(p.recipe for p in points)
-    ]
+    """A line for each recipe; those who read its pool in place have one of their own."""
+    lines: dict[str, list[Point]] = {}
+    for p in points:
+        lines.setdefault(p.recipe + IN_PLACE * (p.reader == "cascade"), []).append(p)
+    return list(lines.items())
 
 
 def _by_context(pair: tuple) -> tuple:

@@ -27,18 +27,24 @@ def polykv_memory(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
         line |= {"agents": figure.n_agents, "recipe": figure.recipe, "published": figure.value}
         if isinstance(answer, str):
             line |= {n: Value(None, note=answer) for n in ("difference", "fp16", *MEMORY)}
+            line["reader"] = "not stated"
         else:
             answered.append(answer)
+            line["reader"] = answer.reader
             line |= _memory(answer, unshared.get(_place(answer)), figure.value)
         lines.append({"section": "published configurations", **line})
     for p in found:
         if p not in answered:
             line = {"model": p.model, "context": p.context_tokens, "agents": agents(p)}
-            line |= {"recipe": p.recipe, "published": Value(None, note=NOT_PUBLISHED)}
+            line |= {"recipe": p.recipe, "reader": p.reader}
+            line["published"] = Value(None, note=NOT_PUBLISHED)
             line |= _memory(p, unshared.get(_place(p)), Value(None, note=NOT_PUBLISHED))
             lines.append({"section": "measured only", **line})
     columns = [
-        *(Column(name, name, key=True) for name in ("model", "context", "agents", "recipe")),
+        *(
+            Column(name, name, key=True)
+            for name in ("model", "context", "agents", "recipe", "reader")
+        ),
         Column("published", "published", memory),
         Column("paper", "paper accounting", memory),
         Column("difference", "difference", fixed(5, "+")),

@@ -3,6 +3,7 @@
 Answers the published rows `ttft`. All paths of a context are timed in one cell, in turn.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import DictConfig
@@ -19,6 +20,10 @@ from polykv.results import Rows
 
 __all__ = ["check", "run", "settle"]
 LEAST_REPEATS = 10
+# What times depend on.
+TIMED = (
+    "model", "device", "context", "turn_tokens", "policies", "transports", "budget_bits", "repeats", "seed",
+)  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
@@ -79,6 +84,13 @@ def routes_of(cfg: DictConfig) -> list[Route]:
 
 
 def timed(cfg: DictConfig) -> list[tuple[Route, Timing]]:
+    """Every route and its times; the experiments that show them share one measurement."""
+    return _timed(common.as_key({name: cfg[name] for name in TIMED}))
+
+
+@lru_cache(maxsize=1)
+def _timed(key: str) -> list[tuple[Route, Timing]]:
+    cfg = common.from_key(key)
     model, tokenizer = loaded(cfg)
     routes = routes_of(cfg)
     setting = (cfg.context, cfg.turn_tokens, routes, cfg.budget_bits, cfg.repeats, cfg.seed)

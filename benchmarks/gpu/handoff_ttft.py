@@ -1,61 +1,96 @@
-"""QKVShare's time to first token and its stages on a GPU: llama-3.1-8b's geometry, random weights, bf16.
+"""QKVShare's time to first token, its stages and the break-even context on a GPU: llama-3.1-8b's geometry in bf16.
 
-    python benchmarks/gpu/handoff_ttft.py --out results/gpu          (one GPU with 40 GB; about ten minutes)
-    python benchmarks/gpu/handoff_ttft.py --out /tmp/x --tiny        (the same path on a CPU, tiny shapes)
+    python benchmarks/gpu/handoff_ttft.py            one GPU with 40 GB; goes on where it was stopped
+    python benchmarks/gpu/handoff_ttft.py --contexts 8192 32768      a part of it
+    python benchmarks/gpu/handoff_ttft.py --tiny     the same path on a CPU, tiny shapes
 
-First it checks that a card sealed on the device decodes to the same bits from its file; then it runs the two
-experiments. `python -m analysis --results OUT` renders the tables beside the published figures.
+First it checks that a card sealed on the device decodes to the same bits from its file. Then the cells of
+`experiment=handoff_ttft` and `handoff_stages`: re-prefill, and cards (fp16, uniform 4 bits, adaptive 4 bits) in
+memory and through a file, in turn. `python -m analysis --results results/gpu` renders the tables beside the
+published figures. The break-even context is where a card's median time meets re-prefill's, on a straight line
+between measured contexts in log-log.
 """
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
+import json
+from math import exp, log
 
+import pandas as pd
 import torch
+from common import REPO, Bench, device_state, parser
+from hydra import compose, initialize_config_dir
 
+from experiments import sweep
 from polykv import config, models
 from polykv.handoff.card import CacheCard
 from polykv.pool import prefill
+from polykv.results import Rows, cell_id
 
-REPO = Path(__file__).resolve().parents[2]
+MODEL = "llama-3.1-8b"
 # Tokens that the published contexts really had, then the round ones.
 CONTEXTS = (476, 1939, 3877, 1024, 2048, 4096, 8192, 32768)
 TINY_CONTEXTS = (128, 256)
-TINY = ("hidden_size=256", "intermediate_size=256", "num_hidden_layers=2", "num_attention_heads=4",
-        "num_key_value_heads=2", "vocab_size=1000")  # fmt: skip
+TRANSPORTS = ("memory", "file")
+APART_FROM = 16384  # tokens; from here on each transport is a cell, since a file takes minutes
+REPEATS, TINY_REPEATS = 20, 10
+TINY = {
+    "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000,
+}  # fmt: skip
+BREAK_EVEN = "gpu_break_even"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="results folder")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--contexts", type=int, nargs="+")
-    arguments = parser.parse_args()
-    device = "cpu" if arguments.tiny else "cuda"
-    contexts = arguments.contexts or (TINY_CONTEXTS if arguments.tiny else CONTEXTS)
-    overrides = [f"model.geometry.{setting}" for setting in TINY] if arguments.tiny else []
-    print(f"cards on {device}: {check_cards(overrides, device)}", flush=True)
-    for experiment in ("handoff_ttft", "handoff_stages"):
-        command = [sys.executable, str(REPO / "run.py"), f"experiment={experiment}"]
-        command += ["model=llama-3.1-8b", "weights=random", f"device={device}"]
-        command += [f"context={','.join(map(str, contexts))}", f"results_dir={arguments.out}"]
-        subprocess.run([*command, *overrides], check=True, cwd=REPO)
+    options = parser(__doc__)
+    options.add_argument("--contexts", type=int, nargs="+")
+    arguments = options.parse_args()
+    bench = Bench(arguments)
+    before = device_state(bench.device)
+    bench.say(f"cards on {bench.device}: {check_cards(bench)}")
+    failed = [outcome for outcome in cells(bench, arguments) if outcome.status == "failed"]
+    states = {"script": "handoff_ttft", "before": before, "after": device_state(bench.device)}
+    with (bench.store.root / "device_states.jsonl").open("a") as file:
+        file.write(json.dumps(states) + "\n")
+    report(bench)
+    if failed:
+        raise SystemExit("\n".join(f"error: cell {one.cell}: {one.reason}" for one in failed))
+
+
+def cells(bench: Bench, arguments: argparse.Namespace) -> list[sweep.Outcome]:
+    """Run what is not done; both experiments of a setting one after the other."""
+    outcomes = []
+    contexts = arguments.contexts or (TINY_CONTEXTS if bench.tiny else CONTEXTS)
+    common = [
+        f"model={MODEL}", "weights=random", f"device={bench.device.type}", f"results_dir={arguments.out}",
+        f"repeats={TINY_REPEATS if bench.tiny else REPEATS}",
+        *(f"model.geometry.{name}={size}" for name, size in TINY.items() if bench.tiny),
+    ]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "conf")):
+        for context in contexts:
+            apart = context >= (TINY_CONTEXTS[-1] if bench.tiny else APART_FROM)
+            for transports in TRANSPORTS if apart else (",".join(TRANSPORTS),):
+                for experiment in ("handoff_ttft", "handoff_stages"):
+                    own = [
+                        f"experiment={experiment}",
+                        f"context={context}",
+                        f"transports=[{transports}]",
+                    ]
+                    outcomes.append(sweep.run_cell(compose("config", [*own, *common])))
+                    bench.say(f"{experiment} {context} tokens, {transports}: {outcomes[-1].status}")
+    return outcomes
 
 
 @torch.no_grad()
-def check_cards(overrides: list[str], device: str) -> str:
+def check_cards(bench: Bench) -> str:
     """Every policy's card of 300 tokens, through its bytes, decodes to the same bits on the device."""
-    cfg = config.load_group("model", "llama-3.1-8b")
+    cfg = config.load_group("model", MODEL)
     cfg.weights = "random"
-    for override in overrides:
-        name, number = override.removeprefix("model.geometry.").split("=")
-        cfg.geometry[name] = int(number)
+    if bench.tiny:
+        cfg.geometry.update(TINY)
     cfg.geometry.num_hidden_layers = 2  # what is checked does not depend on the number of layers
-    model, tokenizer = models.load_weights(cfg, device)
-    ids_T = torch.randint(
-        model.config.vocab_size, (300,), generator=torch.Generator().manual_seed(0)
-    )
+    model, tokenizer = models.load_weights(cfg, str(bench.device))
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(model.config.vocab_size, (300,), generator=generator)
     cache, checked = prefill(model, ids_T[None]), []
     for policy in ("full", "fp16", "uniform", "local", "topology"):
         card = CacheCard.seal(cache, ids_T, model, tokenizer, policy, 4.0)
@@ -64,9 +99,47 @@ def check_cards(overrides: list[str], device: str) -> str:
         if not all(
             torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)
         ):
-            raise SystemExit(f"a card under {policy} does not decode to the same bits")
+            raise SystemExit(f"error: a card under {policy} does not decode to the same bits")
         checked.append(f"{policy} {card.mean_bits:.3f} bits")
     return ", ".join(checked)
+
+
+def report(bench: Bench) -> None:
+    """Median times by route; and the break-even contexts, which are rows of their own, worked out anew each time."""
+    found = bench.rows("handoff_ttft", device=bench.device.type)
+    found = found[(found["metric"] == "ttft") & (found["model"] == MODEL)]
+    found = found.assign(route=found["policy"] + ", " + found["protocol"])
+    medians = found.pivot_table(
+        index="context_tokens", columns="route", values="value"
+    ).sort_index()
+    bench.show("gpu_ttft", "Time to first token, median ms", medians.reset_index())
+    rows = Rows(model=MODEL, weights="random", dtype="bfloat16", device=found["device"].iloc[0])
+    for route in medians.columns.drop("reprefill, text"):
+        context, note = break_even(medians[["reprefill, text", route]].dropna())
+        policy, protocol = route.split(", ")
+        rows.add("break_even", context, "tokens", policy=policy, protocol=protocol, note=note)
+    identity = {"experiment": BREAK_EVEN, "model": MODEL, "device": rows.rows[0]["device"]}
+    bench.store.write(BREAK_EVEN, cell_id(identity), identity, rows.rows)
+    columns = ["policy", "protocol", "value", "note"]
+    bench.show("gpu_break_even", "Break-even context, tokens", pd.DataFrame(rows.rows)[columns])
+
+
+def break_even(medians: pd.DataFrame) -> tuple[float | None, str]:
+    """Context from which a card (second column) is faster than re-prefill (first), and how it was found."""
+    gain = [log(text / card) for text, card in medians.itertuples(index=False)]
+    contexts = [float(context) for context in medians.index]
+    if gain[-1] <= 0:
+        return None, f"none up to {contexts[-1]:.0f} tokens: the card is slower there"
+    slower = [place for place, value in enumerate(gain) if value <= 0]
+    if not slower:
+        return contexts[0], "or less: the card is faster at the shortest context measured"
+    left = slower[-1]
+    (x0, x1), (y0, y1) = map(log, contexts[left : left + 2]), gain[left : left + 2]
+    found = exp(x0 - y0 * (x1 - x0) / (y1 - y0))
+    return (
+        found,
+        f"between {contexts[left]:.0f} and {contexts[left + 1]:.0f} tokens, which were measured",
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Triton kernels for NVIDIA GPUs: which codecs they take, and when they can be had.
+
+The kernels themselves are in triton_*.py, which import triton and are therefore imported on first use. Where a
+function answers None, the torch path does the work, errors included.
+"""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from polykv.codecs.base import INPUT_DTYPES, Codec, Packed
+from polykv.codecs.int8 import Int8
+from polykv.codecs.q8_0 import Q8_0
+from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.recipe import Segment
+
+# Widths, and the alignment of eight codes: whole words but for 3 bits.
+ALIGNMENT = {2: 2, 3: 1, 4: 4}
+MAX_DIM = 256
+LEAST_CAPABILITY = (8, 0)  # matrix products in bf16
+
+
+def available() -> str | None:
+    """None where the kernels can run: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "its kernels need an NVIDIA GPU"
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return "its kernels need compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
+    """`codec.encode` in one pass, or None: another codec or shape, or values that cannot be encoded."""
+    if x_BHTD.dtype not in INPUT_DTYPES or x_BHTD.ndim != 4 or 0 in x_BHTD.shape:
+        return None
+    dim = x_BHTD.shape[3]
+    if not _takes(codec, dim, x_BHTD):
+        return None
+    if isinstance(codec, TurboQuantMSE) and dim > 128 and not _holds_rotation(x_BHTD.device):
+        return None
+    with torch.cuda.device_of(x_BHTD):
+        packed = _kernels(codec).encode(codec, x_BHTD)
+        metadata = packed.tensors["norm" if isinstance(codec, TurboQuantMSE) else "scale"]
+        # What is wrong with the values, the torch path finds out and says.
+        return packed if metadata.isfinite().all() else None
+
+
+def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
+    """`codec.decode_rotated`: fp32 (batch, kv_heads, tokens, head_dim), or None for another codec or shape."""
+    codes = packed.tensors.get("codes")
+    if codes is None or not _takes(codec, packed.shape[3], codes):
+        return None
+    with torch.cuda.device_of(codes):
+        return _kernels(codec).decode_rotated(codec, packed)
+
+
+def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), fp32, of queries in fp32, bf16
+    or fp16 that all see the whole segment; None for another codec pair, another shape, or batches.
+    """
+    keys, values = segment.key.tensors.get("codes"), segment.value.tensors.get("codes")
+    if keys is None or values is None or segment.key.shape[0] != 1 or scaling <= 0:
+        return None
+    if not isinstance(segment.value_codec, TurboQuantMSE):
+        return None
+    dim = segment.key.shape[3]
+    if not (_takes(segment.key_codec, dim, keys) and _takes(segment.value_codec, dim, values)):
+        return None
+    from polykv.kernels import triton_attend
+
+    with torch.cuda.device_of(q_HQD):
+        return triton_attend.attend(q_HQD, segment, scaling)
+
+
+def _takes(codec: Codec, dim: int, tensor: Tensor) -> bool:
+    if tensor.device.type != "cuda" and not _interpreted():
+        return False
+    if type(codec) is TurboQuantMSE:  # not isinstance: a subclass may quantize in another way
+        alignment = ALIGNMENT.get(codec.bits)
+        if alignment is None or dim % 8 or dim > MAX_DIM:
+            return False
+        return tensor.data_ptr() % alignment == 0
+    return type(codec) in (Int8, Q8_0) and dim <= MAX_DIM
+
+
+def _holds_rotation(device: torch.device) -> bool:
+    """Whether shared memory takes the 256 x 256 rotation and the tiles beside it, as Hopper's does."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+
+
+def _kernels(codec: Codec) -> ModuleType:
+    name = "triton_turboquant" if isinstance(codec, TurboQuantMSE) else "triton_int8"
+    return importlib.import_module(f"polykv.kernels.{name}")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
