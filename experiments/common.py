@@ -16,9 +16,10 @@ from polykv import hub, kernels, models
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation.readings import Reading
-from polykv.pool import SharedKVPool, check_length, check_model, check_reader, prefill
+from polykv.pool import SharedKVPool, check_reader, prefill
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
+from polykv.supported import check_length, check_model
 
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
 

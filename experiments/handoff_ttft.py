@@ -15,8 +15,8 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
 from polykv.handoff.policy import load_policy
 from polykv.models import load_config
-from polykv.pool import check_length
 from polykv.results import Rows
+from polykv.supported import check_length
 
 __all__ = ["check", "run", "settle"]
 LEAST_REPEATS = 10

@@ -11,8 +11,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from experiments import sweep
+from polykv.config import CONF
 
 torch.set_num_threads(1)
 
@@ -79,3 +83,12 @@ def checkpoint(tmp_path_factory, llama, tokenizer) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
+
+
+def checked_cell(*overrides):
+    """(module, settled config) of one cell of an experiment, which refuses as a run does."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", list(overrides))
+    module, settled, _ = sweep.prepare(cfg)
+    module.check(settled)
+    return module, settled

@@ -5,15 +5,12 @@ import os
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model
-from hydra import compose, initialize_config_dir
+from conftest import checked_cell, tiny_model
 from omegaconf import OmegaConf
 
 import polykv.config
 from analysis.concurrency import concurrency, draw_concurrency
 from analysis.render import markdown
-from experiments import sweep
-from polykv.config import CONF
 from polykv.errors import PolyKVError
 from polykv.evaluation import memory
 from polykv.evaluation.concurrency import (
@@ -170,11 +167,7 @@ def test_a_measurement_that_fails_in_its_process_says_so():
 
 
 def cell(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["experiment=concurrency", "device=cpu", *overrides])
-    module, settled, _ = sweep.prepare(cfg)
-    module.check(settled)
-    return module, settled
+    return checked_cell("experiment=concurrency", "device=cpu", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, tiny_model
+from conftest import ARCHITECTURES, TEXT, checked_cell, tiny_model
 from hydra import compose, initialize_config_dir
 
 from experiments import common, sweep
@@ -24,11 +24,7 @@ def cell(checkpoint, tmp_path, experiment, *overrides):
     local = [f"experiment={experiment}", "model=local", f"model.path={checkpoint}", "document=file",
              f"document.path={checkpoint}/text.txt", "context=60", "n_documents=8",
              f"results_dir={tmp_path}"]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [*local, *overrides])
-    module, settled, _ = sweep.prepare(cfg)
-    module.check(settled)
-    return module, settled
+    return checked_cell(*local, *overrides)
 
 
 def run(*arguments):

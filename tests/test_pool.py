@@ -10,8 +10,9 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCa
 import polykv
 from polykv.codecs.int8 import Int8
 from polykv.errors import PolyKVError
-from polykv.pool import SharedKVPool, check_model, prefill
+from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Exempt, Recipe
+from polykv.supported import check_model
 
 QUERIES = ["What does each agent ask ?", "Is a cache small ?", "A"]
 

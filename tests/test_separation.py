@@ -2,11 +2,9 @@
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from conftest import checked_cell
 
 from analysis.separation import draw_separation, recipe_separation
-from experiments import sweep
-from polykv.config import CONF
 from polykv.errors import PolyKVError
 from polykv.results import COLUMNS
 
@@ -14,12 +12,9 @@ N = 10
 
 
 def cell(*overrides):
-    local = ["experiment=recipe_separation", "context=256", f"n_documents={N}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [*local, *overrides])
-    module, settled, _ = sweep.prepare(cfg)
-    module.check(settled)
-    return module, settled
+    return checked_cell(
+        "experiment=recipe_separation", "context=256", f"n_documents={N}", *overrides
+    )
 
 
 @pytest.fixture(scope="module")

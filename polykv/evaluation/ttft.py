@@ -21,7 +21,8 @@ from polykv.handoff import stores
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
-from polykv.pool import check_length, prefill
+from polykv.pool import prefill
+from polykv.supported import check_length
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 TRANSPORTS = ("memory", "file")

@@ -25,7 +25,7 @@ from polykv.handoff.packing import exact_dtype, pack
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.models import Geometry
-from polykv.pool import check_cache, check_length
+from polykv.supported import check_cache, check_length
 
 ALONE = Topology()
 

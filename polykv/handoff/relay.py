@@ -17,7 +17,7 @@ from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.tasks import Task
-from polykv.pool import check_length
+from polykv.supported import check_length
 
 RESEALS = ("append", "requantize")
 
