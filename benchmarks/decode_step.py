@@ -26,7 +26,8 @@ from polykv import kernels
 from polykv.attention.cache import CascadeLayer
 from polykv.attention.cascade import cascade_attention
 from polykv.attention.prefix import attend_prefix
-from polykv.recipe import Segment, load_recipe
+from polykv.recipe import load_recipe
+from polykv.segment import Segment
 
 FAIR = ("private caches, matmul + softmax", "private caches, sdpa")
 # (recipe, backend) that are read in place.

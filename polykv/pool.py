@@ -17,7 +17,8 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place
 from polykv.errors import PolyKVError
-from polykv.recipe import Recipe, Segment, decode_segments
+from polykv.recipe import Recipe
+from polykv.segment import Segment, decode_segments
 from polykv.supported import check_cache, check_length, check_model
 
 READERS = ("inject", "cascade")

@@ -1,6 +1,5 @@
 """Recipe: the codec pair for keys and values, and which tokens and layers stay exact."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +9,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from polykv import config, kernels
-from polykv.codecs.base import Codec, Packed
+from polykv.codecs.base import Codec
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
+from polykv.segment import Segment
 
 EXACT = Identity(dtype="float16")
 
@@ -30,28 +30,6 @@ class Exempt:
         for name, count in vars(self).items():
             if not isinstance(count, int) or count < 0:
                 raise PolyKVError(f"exempt.{name}={count!r}; it takes a whole number from 0 up")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of a layer's tokens under one codec pair."""
-
-    key_codec: Codec
-    value_codec: Codec
-    key: Packed
-    value: Packed
-
-    @property
-    def nbytes(self) -> int:
-        return self.key.nbytes + self.value.nbytes
-
-    @property
-    def n_tokens(self) -> int:
-        return self.key.shape[2]
-
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (batch, kv_heads, tokens, head_dim)."""
-        return self.key_codec.decode(self.key), self.value_codec.decode(self.value)
 
 
 @dataclass(frozen=True)
@@ -167,14 +145,6 @@ def with_bits(codec: Codec, bits: int) -> Codec:
             f"{type(codec).__name__} has no bits to set; take a codec that has, such as Uniform"
         )
     return replace(codec, bits=bits)
-
-
-def decode_segments(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-    """A layer's keys and values, each (batch, kv_heads, tokens, head_dim)."""
-    if len(segments) == 1:
-        return segments[0].decode()
-    keys, values = zip(*(segment.decode() for segment in segments), strict=True)
-    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def available_recipes() -> list[str]:

@@ -116,7 +116,7 @@ def test_memory_beyond_the_results_does_not_grow_with_the_context():
         from polykv.codecs.int8 import Int8
         from polykv.codecs.turboquant import TurboQuantMSE
         from polykv.kernels import cpu
-        from polykv.recipe import Segment
+        from polykv.segment import Segment
         torch.set_num_threads(1)
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         def run(tokens):

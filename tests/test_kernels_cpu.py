@@ -15,7 +15,7 @@ from polykv.codecs.turboquant_variants import TurboQuantNC
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 from polykv.kernels import cpu
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 

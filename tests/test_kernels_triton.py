@@ -23,7 +23,8 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_variants import TurboQuantNC
 from polykv.errors import PolyKVError
 from polykv.pool import SharedKVPool, prefill
-from polykv.recipe import Segment, load_recipe
+from polykv.recipe import load_recipe
+from polykv.segment import Segment
 
 triton = pytest.importorskip("triton", reason="triton has wheels for Linux only")
 from polykv.kernels import triton as triton_kernels  # noqa: E402

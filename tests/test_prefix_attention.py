@@ -18,7 +18,8 @@ from polykv.attention.suffix import attend_suffix
 from polykv.codecs.int8 import Int8
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.errors import PolyKVError
-from polykv.recipe import Segment, decode_segments, load_recipe
+from polykv.recipe import load_recipe
+from polykv.segment import Segment, decode_segments
 
 N_LAYERS = 12
 HEAD_DIMS = (64, 80, 96, 128, 256)

@@ -30,8 +30,9 @@ from polykv import kernels
 from polykv.kernels.triton_attend import Launch
 from polykv.kernels.triton_attend import attend as attend_launched
 from polykv.kernels.triton_bits import n_multiprocessors
-from polykv.recipe import Segment, load_recipe
+from polykv.recipe import load_recipe
 from polykv.results import Rows
+from polykv.segment import Segment
 
 EXPERIMENT = "gpu_attention"
 SWEEP = "gpu_attention_sweep"

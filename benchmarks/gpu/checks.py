@@ -11,7 +11,7 @@ from polykv.codecs.bitpack import unpack
 from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.q8_0 import BLOCK, Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 # How far from a decision boundary a value may lie, in steps of the codes, and still go to the other side. Q8_0
 # rounds against its scale in fp32 and keeps it in fp16, from which this check has to start: 127 * 2**-11.

@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from polykv.errors import PolyKVError
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 
 class CascadeLayer(DynamicLayer):

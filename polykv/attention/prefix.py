@@ -14,7 +14,7 @@ from torch import Tensor
 from polykv import kernels
 from polykv.attention.softmax import OnlineSoftmax, merge
 from polykv.codecs.base import Packed
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 # What one chunk's temporaries take: a codec's while it decodes (at most this many bytes a value, codes,
 # indices and fp32 values together), and the scores of a block of queries.

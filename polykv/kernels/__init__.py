@@ -12,16 +12,13 @@ import os
 import warnings
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polykv.codecs.base import Codec, Packed
 from polykv.errors import PolyKVError
-
-if TYPE_CHECKING:  # a recipe encodes through this module
-    from polykv.recipe import Segment
+from polykv.segment import Segment
 
 TORCH = "torch"
 # The kernel module made for a type of device.

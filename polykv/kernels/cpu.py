@@ -20,7 +20,7 @@ from polykv.codecs.q8_0 import BLOCK, Q8_0
 from polykv.codecs.rotation import random_signs
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.kernels.cpu_build import BuildError, library
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 # As in csrc: Dtype (vector.h) and Kind, MAX_DIM (rows.h, rotate.h).
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

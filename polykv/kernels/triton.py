@@ -16,7 +16,7 @@ from polykv.codecs.base import INPUT_DTYPES, Codec, Packed
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 # Widths, and the alignment of eight codes: whole words but for 3 bits.
 ALIGNMENT = {2: 2, 3: 1, 4: 4}

@@ -33,7 +33,7 @@ from polykv.kernels.triton_bits import (
     words,
 )  # fmt: skip
 from polykv.kernels.triton_int8 import scale_shared_by
-from polykv.recipe import Segment
+from polykv.segment import Segment
 
 LN_2 = tl.constexpr(log(2))
 LEAST_SCALE = tl.constexpr(2.0**-126)  # keys of zeros have the scale 0, and -inf * 0 is NaN

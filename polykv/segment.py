@@ -1,0 +1,39 @@
+"""Segment: what a recipe makes of a run of tokens, and what attention reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polykv.codecs.base import Codec, Packed
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of a layer's tokens under one codec pair."""
+
+    key_codec: Codec
+    value_codec: Codec
+    key: Packed
+    value: Packed
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
+    @property
+    def n_tokens(self) -> int:
+        return self.key.shape[2]
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (batch, kv_heads, tokens, head_dim)."""
+        return self.key_codec.decode(self.key), self.value_codec.decode(self.value)
+
+
+def decode_segments(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values, each (batch, kv_heads, tokens, head_dim)."""
+    if len(segments) == 1:
+        return segments[0].decode()
+    keys, values = zip(*(segment.decode() for segment in segments), strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
