@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -92,3 +93,11 @@ def checked_cell(*overrides):
     module, settled, _ = sweep.prepare(cfg)
     module.check(settled)
     return module, settled
+
+
+def wide_model(**geometry):
+    """The config of a model with random weights whose cache, not its weights, takes the memory."""
+    common = {"model_type": "llama", "vocab_size": 1200, "intermediate_size": 256}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    settings = {"name": "wide", "weights": "random", "dtype": "float32"}
+    return OmegaConf.create({**settings, "geometry": {**common, **heads, **geometry}})

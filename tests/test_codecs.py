@@ -252,6 +252,10 @@ def test_encoding_takes_at_most_twice_the_fp16_bytes(codec, n_tokens, dtype):
     assert 0 < peak_extra_bytes(codec, x) <= 2 * (2 * x.numel())
 
 
+# Four levels over the whole range: a step of 2/3 absmax, squared over 12, is 0.26 of the variance of 64 Gaussians.
+COARSE = {"uniform_2bit": 0.27}
+
+
 @every_recipe
 def test_a_recipe_file_says_what_it_is_and_builds(path):
     assert path.read_text().startswith("# ")
@@ -259,8 +263,8 @@ def test_a_recipe_file_says_what_it_is_and_builds(path):
     assert recipe["name"] == path.stem
     for codec in (instantiate(recipe["key"]), instantiate(recipe["value"])):
         assert isinstance(codec, Codec)
-        # 2-bit absmax is the coarsest: steps of 2/3 absmax, about 0.26.
-        assert hash(codec) == hash(codec) and relative_error(codec, gaussian(1, 2, 64, 64)) < 0.3
+        assert hash(codec) == hash(codec)
+        assert relative_error(codec, gaussian(1, 2, 64, 64)) < COARSE.get(path.stem, 0.2)
 
 
 def ratio(name, head_dim, n_tokens=1000):

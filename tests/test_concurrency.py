@@ -5,7 +5,7 @@ import os
 import pandas as pd
 import pytest
 import torch
-from conftest import checked_cell, tiny_model
+from conftest import checked_cell, tiny_model, wide_model
 from omegaconf import OmegaConf
 
 import polykv.config
@@ -112,18 +112,7 @@ def test_every_agent_is_fed_its_own_tokens(layers):
 
 
 def test_resident_prefix_memory_does_not_grow_with_the_agents():
-    model = OmegaConf.create(
-        {
-            "name": "wide",
-            "weights": "random",
-            "dtype": "float32",
-            "geometry": {
-                "model_type": "llama", "vocab_size": 1200, "hidden_size": 512,
-                "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-                "num_key_value_heads": 8, "max_position_embeddings": 8192,
-            },
-        }
-    )  # fmt: skip
+    model = wide_model(hidden_size=512, num_hidden_layers=2, max_position_embeddings=8192)
     recipe = polykv.config.load_group("recipe", "polykv")
     n_tokens, n_steps = 3072, 2
     per_token = Geometry(2, 8, 64).values_per_token * 4

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT
-from omegaconf import OmegaConf
+from conftest import TEXT, wide_model
 from transformers import DynamicCache
 
 import polykv
@@ -123,18 +122,7 @@ def test_the_cpu_meter_sees_what_is_kept_and_not_what_was_freed():
 
 
 def test_resident_memory_is_measured_and_grows_with_private_caches():
-    model = OmegaConf.create(
-        {
-            "name": "wide",
-            "weights": "random",
-            "dtype": "float32",
-            "geometry": {
-                "model_type": "llama", "vocab_size": 1200, "hidden_size": 256,
-                "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
-                "num_key_value_heads": 8, "max_position_embeddings": 2048,
-            },
-        }
-    )  # fmt: skip
+    model = wide_model(hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048)
     recipe = polykv.config.load_group("recipe", "polykv")
     cache = 1500 * Geometry(4, 8, 32).values_per_token * 4
     private = {n: resident_bytes(model, recipe, "private", 1500, n, "cpu") for n in (1, 9)}

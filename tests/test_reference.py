@@ -290,8 +290,8 @@ def test_training_resumes_to_identical_weights(tmp_path):
 
 def test_training_lowers_the_loss():
     state = train.Run(TINY, 0, "cpu")
-    losses = [state.train_step(10**9)["loss"] for _ in range(30)]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    losses = [state.train_step(10**9)["loss"] for _ in range(60)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def test_untrained_model_already_finds_values_by_their_keys():
