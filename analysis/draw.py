@@ -112,10 +112,11 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> Axes:
     heights: list[float] = []
     for height, *_ in wanted:
         heights.append(max(height, heights[-1] + LABEL_GAP if heights else height))
-    excess = max(0.0, heights[-1] - HIGHEST) if heights else 0.0
-    for height, (_, text, tint) in zip(heights, wanted, strict=True):
+    limit = HIGHEST
+    for height, (_, text, tint) in reversed(list(zip(heights, wanted, strict=True))):
         place = {"transform": ax.transAxes, "va": "center", "fontsize": 7.5}
-        ax.text(1.02, height - excess, text, color=tint, **place)
+        ax.text(1.02, min(height, limit), text, color=tint, **place)
+        limit = min(height, limit) - LABEL_GAP  # only those that are pushed from above move down
     return ax
 
 
