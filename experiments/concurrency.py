@@ -1,7 +1,7 @@
-"""What sharing saves: N agents decode at the same time, under every reader.
+"""What does sharing save when N agents decode at the same time, under every reader?
 
-The published rows `memory` are arithmetic, and their reader rebuilds a full-precision copy for each agent. Here
-memory is measured, beside the time of a decode step. The readers of a cell are timed in turn.
+Answers no published row: the rows `memory` are arithmetic, and their reader rebuilds a full-precision copy for
+each agent. Here memory is measured, beside the time of a decode step. The readers of a cell are timed in turn.
 """
 
 from collections.abc import Callable
@@ -58,6 +58,8 @@ def check(cfg: DictConfig) -> None:
         raise PolyKVError(
             f"max_new_tokens={cfg.max_new_tokens}, and {WARMUP} are for warming up; raise it"
         )
+    if cfg.repeats * (cfg.max_new_tokens - WARMUP) < 2:
+        raise PolyKVError("one step has no spread; raise max_new_tokens or repeats")
     if cfg.context is None:
         raise PolyKVError(
             "context=null is the length of a text, and none is read here; set context=1024"

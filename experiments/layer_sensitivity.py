@@ -1,4 +1,7 @@
-"""Where is the damage? Errors of each layer and head, and the divergence when one layer alone is compressed."""
+"""Where is the damage? Errors of each layer and head, and the divergence when one layer alone is compressed.
+
+Answers no published row.
+"""
 
 from typing import Any
 
@@ -7,14 +10,16 @@ from omegaconf import DictConfig
 from experiments import common, recipe_frontier
 from experiments.common import new_rows
 from experiments.recipe_frontier import settle
-from polykv.evaluation import layers
-from polykv.evaluation.continuation import compare, score_rest
+from polykv.evaluation import layers, missing
+from polykv.evaluation.continuation import compare, score_rest, why_not_finite
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import bootstrap_mean
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
 __all__ = ["check", "run", "settle"]
+
+ZEROS = "the exact values are all zero, which nothing is relative to"
 
 
 def check(cfg: DictConfig) -> None:
@@ -42,9 +47,11 @@ def _add_errors(rows: Rows, full: tuple[Reading, ...], readings: tuple[Reading, 
         ]
         for kind, by_head in layers.mean_by_head(found).items():
             name = f"error_{kind}"
-            rows.add(name, float(by_head.mean()), "relative", protocol=f"layer {layer}")
+            where = f"layer {layer}"
+            missing.add(rows, name, float(by_head.mean()), "relative", ZEROS, protocol=where)
             for head, value in enumerate(by_head.tolist()):
-                rows.add(name, value, "relative", protocol=f"layer {layer} head {head}")
+                place = f"{where} head {head}"
+                missing.add(rows, name, value, "relative", ZEROS, protocol=place)
 
 
 def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
@@ -60,22 +67,25 @@ def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
             expected = layers.gaussian_error(codec, pool.head_dim)
             rows.add(f"gaussian_error_{kind}", expected, "relative", protocol=where)
             for name, value in layers.diagnostics(x_BHTD).items():
-                rows.add(f"{name}_{kind}", value, "ratio", protocol=where)
+                missing.add(rows, f"{name}_{kind}", value, "ratio", ZEROS, protocol=where)
 
 
 def _add_damage(rows: Rows, cfg: DictConfig, full: tuple[Reading, ...]) -> None:
     recipe, exact = Recipe.from_config(cfg.recipe), load_recipe("full")
     for layer in range(full[0].pool.n_layers):
-        samples = []
+        found = []
         for reading in full:
             pool = layers.only_layer(reading.pool, recipe, exact, layer)
             rest = reading.document.rest_BT
             log_probs_TV = score_rest(reading.model, pool.inject(), rest)
-            samples.append(compare(reading.log_probs_TV, log_probs_TV, rest).kl)
-        rows.add(
+            found.append(compare(reading.log_probs_TV, log_probs_TV, rest))
+        samples = [comparison.kl for comparison in found]
+        missing.add(
+            rows,
             "layer_kl_mean",
             float(sum(s.mean() for s in samples) / len(samples)),
             "nats",
+            why_not_finite(found),
             ci=bootstrap_mean(samples, cfg.seed),
             n=sum(map(len, samples)),
             protocol=f"layer {layer}",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from experiments import common
 from experiments.common import new_rows, settle
 from polykv.errors import PolyKVError
-from polykv.evaluation import continuation
+from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.evaluation.statistics import bootstrap_mean, mcnemar, unit_name, wilson
 from polykv.pool import SharedKVPool, prefill
@@ -122,8 +122,12 @@ def _add_restated(
         comparison.nll[restated_values(tokenizer, one.rest_BT[0].tolist())]
         for one, comparison in zip(full, comparisons, strict=True)
     ]
-    every = np.concatenate(of_values)
-    rows.add("restated_value_perplexity", float(np.exp(every.mean())), "ppl", n=len(every))
+    every, metric = np.concatenate(of_values), "restated_value_perplexity"
+    if not len(every):
+        rows.add(metric, None, "ppl", note="no document states a value again")
+        return
+    why = continuation.why_not_finite(comparisons)
+    missing.add(rows, metric, float(np.exp(every.mean())), "ppl", why, n=len(every))
 
 
 def _add_exact_match(
@@ -131,6 +135,10 @@ def _add_exact_match(
 ) -> None:
     """Answers right, lost and won against the full cache, and McNemar's exact test of the two."""
     asked = [(a, b) for a, b in zip(before, after, strict=True) if len(a)]
+    if not asked:
+        note = f"the documents have no {group}"
+        rows.add("exact_match", None, "rate", n=0, protocol=f"{group}; teacher-forced", note=note)
+        return
     first, second = (
         np.concatenate(side).astype(bool).tolist() for side in zip(*asked, strict=True)
     )

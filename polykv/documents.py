@@ -124,6 +124,9 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     return _windows(cfg, tokenizer, text, questions)
 
 
+WIKITEXT, REVISION = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+
 @lru_cache(maxsize=1)
 def hub_wikitext2() -> str:
     """The raw test split as one text.
@@ -132,10 +135,10 @@ def hub_wikitext2() -> str:
         PolyKVError: the hub cannot be reached.
     """
     mend = "give a local copy with document.path=/path/to/wikitext2.txt, or use document=generated"
-    hub.check_reachable("Salesforce/wikitext", "dataset", mend)
+    hub.check_reachable(WIKITEXT, "dataset", mend, REVISION)
     from datasets import load_dataset  # seconds to import, needed here only
 
-    split = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+    split = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test", revision=REVISION)
     return "\n\n".join(split["text"])
 
 

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
-from polykv.attention.cascade import attend_in_place
+from polykv.attention.cascade import attend_in_place, read_privately
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
@@ -86,17 +86,22 @@ class SharedKVPool:
         """Compress layer by layer: (keys, values), each (batch, kv_heads, tokens, head_dim).
 
         `layers` may be a generator, so that only one layer need exist at full size; say `n_layers` then.
+
+        Raises:
+            PolyKVError: what no codec takes, or the recipe's does not; names the layer, and keys or values.
         """
         if n_layers is None:
             layers = list(layers)
             n_layers = len(layers)
-        encoded = []
-        for index, (k_BHTD, v_BHTD) in enumerate(layers):
-            backend = kernels.pick_backend(backend, k_BHTD.device)
+        encoded: list[list[Segment]] = []
+        # Not enumerate, which keeps hold of a layer while the next is made.
+        for k_BHTD, v_BHTD in layers:
+            index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
             try:
                 encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers, backend))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
+            del k_BHTD, v_BHTD
         return cls(encoded, recipe, backend)
 
     def _segments(self) -> Iterator[Segment]:
@@ -104,10 +109,12 @@ class SharedKVPool:
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model."""
         return len(self._layers)
 
     @property
     def head_dim(self) -> int:
+        """Values in a head's vector."""
         return self._layers[0][0].key.shape[3]
 
     @property
@@ -158,15 +165,18 @@ class SharedKVPool:
         all agents in one batch that attends to the compressed copy.
 
         Raises:
-            PolyKVError: unknown reader, an empty query, or no room left in the model's positions.
+            PolyKVError: unknown reader, an empty query, no token to generate, no room left in the model's
+                positions, or a model that other threads read the other way (`attend_in_place`).
         """
         check_reader(reader)
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if reader == "inject":
-            return [
-                generate(model, tokenizer, self.inject(), self.n_tokens, [ids], max_new_tokens)[0]
-                for ids in queries_ids
-            ]
+            n = self.n_tokens
+            with read_privately(model):
+                return [
+                    generate(model, tokenizer, self.inject(), n, [ids], max_new_tokens)[0]
+                    for ids in queries_ids
+                ]
         if not queries_ids:
             return []
         cache = self.reader(len(queries_ids))
@@ -208,6 +218,8 @@ def encode_queries(
     max_new_tokens: int,
 ) -> list[Tensor]:
     """Each query's ids (tokens,), checked to have room after `n_prefix` tokens."""
+    if max_new_tokens < 1:
+        raise PolyKVError(f"max_new_tokens={max_new_tokens}; an answer takes 1 token or more")
     encoded = []
     for number, query in enumerate(queries):
         ids_T = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids[0]

@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from polykv import config, kernels
-from polykv.codecs.base import Codec
+from polykv.codecs.base import Codec, not_finite
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
 from polykv.segment import Segment
 
 EXACT = Identity(dtype="float16")
+SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,24 @@ class Recipe:
         """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim).
 
         `backend` is one that `kernels.pick_backend` gave.
+
+        Raises:
+            PolyKVError: NaN, infinity, or what overflows fp16 (polykv/codecs/base.py); names keys or values.
         """
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
         segments = []
         for start, stop, exact in self._runs(n_tokens, layer, n_layers):
-            key_codec, value_codec = (EXACT, EXACT) if exact else codecs
-            key = kernels.encode(key_codec, k_BHTD[:, :, start:stop], backend)
-            value = kernels.encode(value_codec, v_BHTD[:, :, start:stop], backend)
-            segments.append(Segment(key_codec, value_codec, key, value))
+            pair = (EXACT, EXACT) if exact else codecs
+            packed = []
+            for side, codec, x_BHTD in zip(SIDES, pair, (k_BHTD, v_BHTD), strict=True):
+                try:
+                    packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend))
+                except PolyKVError as error:
+                    # Of all tokens: the codec counts those of its run.
+                    said = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
+                    raise PolyKVError(f"{side}: {said}") from error
+            segments.append(Segment(*pair, *packed))
         return segments
 
     def _runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:

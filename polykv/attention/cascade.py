@@ -12,7 +12,8 @@ No model is patched: transformers calls the two functions that are registered be
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,9 +27,12 @@ from polykv.attention.cache import CascadeLayer
 from polykv.attention.prefix import attend_prefix
 from polykv.attention.softmax import merge
 from polykv.attention.suffix import attend_suffix
+from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
 
 NAME = "polykv_cascade"
+# Attention that reads other caches alike in `attend_in_place` and out of it.
+SWITCHED = ("sdpa", NAME)
 # A long query is taken in blocks of so many bytes of fp32 queries; an attention holds about six times that.
 QUERY_BYTES = 2 << 20
 # What a model may ask of its attention and this one does not do.
@@ -92,6 +96,10 @@ def _attend(
     q_BHRD = query.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
     q_HQD = q_BHRD.transpose(0, 1).flatten(1, 2).contiguous()
     out_HQD, lse_HQ = attend_prefix(q_HQD, layer.segments, scaling, layer.backend)
+    if (
+        query.dtype == torch.float16
+    ):  # as decode does; what the agents' own tokens give is left alone
+        out_HQD.clamp_(-FP16_MAX, FP16_MAX)
     shared = (
         out_HQD.unflatten(1, (batch, -1)).transpose(0, 1),
         lse_HQ.unflatten(1, (batch, -1)).transpose(0, 1),
@@ -139,33 +147,83 @@ def cascade_mask(
 AttentionInterface.register(NAME, cascade_attention)
 AttentionMaskInterface.register(NAME, cascade_mask)
 
+
+@dataclass
+class _Use:
+    """Who runs a model just now: threads in `attend_in_place`, and reads that its attention must outlast."""
+
+    own: str  # the attention that it was loaded with
+    in_place: list[int] = field(default_factory=list)
+    private: int = 0
+
+
 _lock = Lock()
-_readers: WeakKeyDictionary[PreTrainedModel, tuple[int, str]] = WeakKeyDictionary()
+_uses: WeakKeyDictionary[PreTrainedModel, _Use] = WeakKeyDictionary()
 
 
 @contextmanager
 def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model attends to CascadeCaches in place; other caches are read with sdpa.
 
-    The model's attention implementation is set and, with the last of the threads that are in here, restored.
+    Any number of threads may be in here; the model's attention implementation is set with the first and restored
+    with the last of them. Threads outside may go on reading caches of their own if that implementation is sdpa,
+    which reads them the same either way; with any other, see `read_privately`.
 
     Raises:
-        PolyKVError: the model does not let its attention be chosen.
+        PolyKVError: the model does not let its attention be chosen, or not just now.
     """
     with _lock:
-        count, before = _readers.get(model, (0, model.config._attn_implementation))
-        if count == 0:
+        use = _use_of(model)
+        if not use.in_place:
+            if use.private:
+                raise PolyKVError(_not_now(model, use))
             _choose(model)
-        _readers[model] = (count + 1, before)
+        use.in_place.append(get_ident())
     try:
         yield
     finally:
         with _lock:
-            count, before = _readers.pop(model)
-            if count > 1:
-                _readers[model] = (count - 1, before)
-            else:
-                model.set_attn_implementation(before)
+            use.in_place.remove(get_ident())
+            if not use.in_place:
+                model.set_attn_implementation(use.own)
+
+
+@contextmanager
+def read_privately(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model reads caches of this thread's own, and no other thread switches its attention.
+
+    A switch in the middle of a forward pass would pair one implementation's mask with another's scores. Between
+    sdpa and in place it does no harm; a model of any other attention is read one way at a time.
+
+    Raises:
+        PolyKVError: other threads attend in place, and the model's own attention is not sdpa.
+    """
+    with _lock:
+        use = _use_of(model)
+        counted = use.own not in SWITCHED and get_ident() not in use.in_place
+        if counted and use.in_place:
+            raise PolyKVError(_not_now(model, use))
+        use.private += counted
+    try:
+        yield
+    finally:
+        with _lock:
+            use.private -= counted
+
+
+def _use_of(model: PreTrainedModel) -> _Use:
+    use = _uses.setdefault(model, _Use(own=""))
+    if not use.in_place:
+        use.own = model.config._attn_implementation
+    return use
+
+
+def _not_now(model: PreTrainedModel, use: _Use) -> str:
+    return (
+        f"{type(model).__name__} attends with {use.own}, which cannot be switched while threads read with "
+        "it; let those that inject and those that read in place take turns, or load it with "
+        "attn_implementation=sdpa"
+    )
 
 
 def _choose(model: PreTrainedModel) -> None:

@@ -3,6 +3,23 @@
 A codec sees one tensor (batch B, kv_heads H, tokens T, head_dim D) and nothing else. The base class
 cuts it into chunks, so that a method is written as if memory did not matter, and checks once, for
 all methods, that what is kept is finite.
+
+What becomes of numbers at the edge is the same for every codec, and in torch, C++ and Triton alike (of
+two levels that are equally near, a kernel may take the other):
+
+- NaN and infinity are refused, naming the token; a pool adds the layer, and keys or values.
+- A finite tensor is refused where a norm, scale, step, minimum or value would round beyond fp16
+  (65,520 and more) in which it is kept. None of them is clipped: a clipped cache is a wrong number that
+  looks like a right one. Identity in the tensor's own dtype (recipe=full) and the codecs with one fp32
+  scale (Fp8, Int8 by tensor) take every finite tensor. (TurboQuantNC lengthens a norm that fp16 holds,
+  no further than fp16 goes.)
+- A scale or norm below fp16's normal range is rounded to its grid (steps of 2**-24), and what
+  vanishes there decodes to zero: errors up to the number of levels times 2**-25, below 1e-5, on top of
+  the method's own. fp32 scales below 2**-126 are kept as zero.
+- Zeros decode to zeros (tokens that share a minimum, KiviKey's, need all be zero). So do -0.
+- Multiplying a tensor by a power of two changes no code while its scales stay normal in fp16.
+- One token, equal tokens, constant vectors and any head_dim are ordinary input.
+- What decoding rounds beyond fp16 saturates at 65,504, in a cache that is itself fp16.
 """
 
 from __future__ import annotations
@@ -152,7 +169,7 @@ class Codec(ABC):
 
         Memory beyond the result stays under twice the tensor's fp16 bytes (for tensors of less than
         2**17 values, which are not worth cutting as fine: under half a MiB).
-        Raises PolyKVError for NaN or infinite values, and where a scale or norm overflows.
+        Raises PolyKVError for NaN or infinite values, and where a scale or norm overflows fp16.
         """
         shape = _checked_shape(x_BHTD)
         spans = list(_spans(shape, self.group))
@@ -172,9 +189,10 @@ class Codec(ABC):
                     kept[name] = tensor.new_empty(size)
                 kept[name][:, :, start // per[name] : -(-stop // per[name])] = tensor
                 finite &= _all_finite(tensor)
+        kept |= shared
         if not finite:
-            raise PolyKVError(_why_not_finite(x_BHTD, self))
-        return Packed({**kept, **shared}, shape, x_BHTD.dtype, self.group)
+            raise PolyKVError(not_finite(x_BHTD) or _overflow(x_BHTD, self, kept))
+        return Packed(kept, shape, x_BHTD.dtype, self.group)
 
     @torch.no_grad()
     def decode(self, packed: Packed) -> Tensor:
@@ -214,16 +232,27 @@ def _spans(shape: Shape, group: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, n_tokens)
 
 
-def _why_not_finite(x: Tensor, codec: Codec) -> str:
-    bad = ~x.isfinite()
-    if bad.any():
-        kind = "NaN" if x.isnan().any() else "an infinite value"
-        token = int(bad.any(dim=-1).any(dim=1).any(dim=0).nonzero()[0])
-        return (
-            f"cannot encode {kind} (first at token {token}); "
-            "mend the model or run it in a wider dtype"
-        )
+def fp32_scale(absmax: Tensor, largest: float) -> Tensor:
+    """absmax / largest in fp32, and 0 where that is no normal number: its inverse might overflow."""
+    scale = absmax / largest
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+
+
+def not_finite(x_BHTD: Tensor, first: int = 0) -> str | None:
+    """What of the values no codec takes, and at which token, counted from `first`; None where all are finite."""
+    bad = ~x_BHTD.isfinite()
+    if not bad.any():
+        return None
+    kind = "NaN" if x_BHTD.isnan().any() else "an infinite value"
+    token = first + int(bad.any(dim=-1).any(dim=1).any(dim=0).nonzero()[0])
     return (
-        f"values up to {x.abs().max():.3g} overflow what {type(codec).__name__} keeps in fp16; "
-        "use recipe=full for this model"
+        f"cannot encode {kind} (first at token {token}); mend the model or run it in a wider dtype"
+    )
+
+
+def _overflow(x: Tensor, codec: Codec, kept: Mapping[str, Tensor]) -> str:
+    names = " and ".join(name for name, tensor in kept.items() if not _all_finite(tensor))
+    return (
+        f"values up to {x.abs().max():.5g} overflow fp16, in which {type(codec).__name__} keeps its "
+        f"{names}; use recipe=full for this model, or recipe=fp8_e4m3, whose scales are fp32"
     )

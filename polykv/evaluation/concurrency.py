@@ -113,20 +113,22 @@ def is_prefilled(model_cfg: DictConfig, n_tokens: int) -> bool:
 
 def n_parameters(model_cfg: DictConfig) -> int:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(model_cfg)).num_parameters()
+        config = load_config(model_cfg)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def synthetic_layers(
     geometry: Geometry, n_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gaussian keys and values, each (1, kv_heads, tokens, head_dim), layer by layer."""
+    """Gaussian keys and values, each (1, kv_heads, tokens, head_dim), layer by layer; none is kept."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, geometry.n_kv_heads, n_tokens, geometry.head_dim)
+
+    def gaussian() -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
     for _ in range(geometry.n_layers):
-        keys, values = (
-            torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2)
-        )
-        yield keys, values
+        yield gaussian(), gaussian()
 
 
 def pool_of(

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from polykv.errors import PolyKVError
+from polykv.evaluation import missing
 from polykv.evaluation.statistics import bootstrap_mean, mean_interval, unit_name
 from polykv.results import Rows
 
 # As llama.cpp's perplexity tool prints them.
 KL_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100}
 DELTA_P_PERCENTILES = {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
+LARGEST_EXPONENT = 700  # e**700 is 1e304, a hundredfold of which still is a float
 
 
 @torch.no_grad()
@@ -39,15 +42,25 @@ class Comparison:
     same_top1: np.ndarray
 
     @property
+    def top1(self) -> np.ndarray:
+        """`same_top1` as 0 and 1; NaN where a run is NaN and has no top."""
+        return np.where(np.isnan(self.nll + self.nll_full), np.nan, self.same_top1)
+
+    @property
     def delta_p(self) -> np.ndarray:
         """Change in the probability of the true token."""
         return np.exp(-self.nll) - np.exp(-self.nll_full)
 
 
 def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
-    """Pair two sets of log-probabilities of the same tokens. KL(full || other) is in nats."""
+    """Pair two sets of log-probabilities of the same tokens. KL(full || other) is in nats.
+
+    A token that the full run gives probability 0 adds nothing to the divergence (0 log 0 = 0), as where a
+    model masks a part of its vocabulary; one that only the other run gives probability 0 makes it infinite.
+    """
     labels_T1 = rest_BT[0, 1:].to(full_TV.device).unsqueeze(1)
-    kl_T = (full_TV.exp() * (full_TV - other_TV)).sum(dim=-1)
+    terms_TV = full_TV.exp() * (full_TV - other_TV)
+    kl_T = terms_TV.masked_fill_(full_TV == -torch.inf, 0).sum(dim=-1)
     return Comparison(
         nll_full=_numpy(-full_TV.gather(1, labels_T1).squeeze(1)),
         nll=_numpy(-other_TV.gather(1, labels_T1).squeeze(1)),
@@ -57,77 +70,114 @@ def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
     )
 
 
+# Infinity less infinity, and what overflows, is found by `missing.add` and said in the row.
+quietly = np.errstate(invalid="ignore", over="ignore")
+
+
+@quietly
 def add_rows(rows: Rows, comparisons: list[Comparison], seed: int) -> None:
-    """Perplexity, its delta and ratio, KL, same-top-1 and the true token's probability, all documents."""
+    """Perplexity, its delta and ratio, KL, same-top-1 and the true token's probability, all documents.
+
+    What is not finite is missing, with its reason: NaN or infinite log-probabilities, or an overflow.
+
+    Raises:
+        PolyKVError: not one token was scored.
+    """
     differences = [c.nll - c.nll_full for c in comparisons]
     n = sum(len(d) for d in differences)
-    common = {"n": n, "protocol": f"paper; interval over {unit_name(differences)}"}
-
-    def percent(mean_difference: float) -> float:
-        # The ratio of two perplexities is the exponential of the mean difference.
-        return 100 * math.expm1(mean_difference)
-
-    mean = {name: np.concatenate([getattr(c, name) for c in comparisons]).mean()
-            for name in ("nll_full", "nll")}  # fmt: skip
-    rows.add("perplexity_full", math.exp(mean["nll_full"]), "ppl", **common)
-    rows.add("perplexity", math.exp(mean["nll"]), "ppl", **common)
+    if n == 0:
+        raise PolyKVError("no token was scored, so nothing can be compared; give more text")
+    protocol = f"paper; interval over {unit_name(differences)}"
+    common = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
+    for name in ("nll_full", "nll"):
+        mean = np.concatenate([getattr(c, name) for c in comparisons]).mean()
+        missing.add(rows, name.replace("nll", "perplexity"), _exp(mean), "ppl", **common)
     interval = bootstrap_mean(differences, seed)
-    rows.add(
-        "perplexity_delta",
-        percent(float(np.concatenate(differences).mean())),
-        "percent",
-        ci=interval and (percent(interval[0]), percent(interval[1])),
-        **common,
-    )
-    _add_ratio(rows, np.concatenate(differences))
+    ends = interval and (_percent(interval[0]), _percent(interval[1]))
+    delta = _percent(float(np.concatenate(differences).mean()))
+    missing.add(rows, "perplexity_delta", delta, "percent", ci=ends, **common)
+    _add_ratio(rows, np.concatenate(differences), common)
     kl = [c.kl for c in comparisons]
-    every_kl = np.concatenate(kl)
-    rows.add("kl_mean", float(every_kl.mean()), "nats", ci=bootstrap_mean(kl, seed), **common)
-    for name, percentile in KL_PERCENTILES.items():
-        rows.add(f"kl_{name}", float(np.percentile(every_kl, percentile)), "nats", **common)
+    _add_mean(rows, "kl_mean", "nats", kl, seed, common)
+    _add_percentiles(rows, "kl", "nats", kl, KL_PERCENTILES, common)
     _add_delta_p(rows, comparisons, seed, common)
-    top1 = [c.same_top1.astype(float) for c in comparisons]
-    rows.add(
-        "same_top1",
-        float(np.concatenate(top1).mean()),
-        "rate",
-        ci=bootstrap_mean(top1, seed),
-        **common,
-    )
+    _add_mean(rows, "same_top1", "rate", [c.top1 for c in comparisons], seed, common)
 
 
-def _add_ratio(rows: Rows, differences: np.ndarray) -> None:
+def _add_ratio(rows: Rows, differences: np.ndarray, common: dict[str, Any]) -> None:
     """exp of the mean difference, with the interval that pairing gives when tokens are independent."""
     interval = mean_interval(differences)
-    rows.add(
-        "perplexity_ratio",
-        math.exp(differences.mean()),
-        "ratio",
-        ci=interval and (math.exp(interval[0]), math.exp(interval[1])),
-        n=len(differences),
-        protocol="paired standard error over tokens (llama.cpp)",
-    )
+    ends = interval and (_exp(interval[0]), _exp(interval[1]))
+    about = common | {"protocol": "paired standard error over tokens (llama.cpp)"}
+    missing.add(rows, "perplexity_ratio", _exp(differences.mean()), "ratio", ci=ends, **about)
+
+
+def _add_mean(
+    rows: Rows, metric: str, unit: str, samples: list[np.ndarray], seed: int, common: dict[str, Any]
+) -> None:
+    mean = float(np.concatenate(samples).mean())
+    missing.add(rows, metric, mean, unit, ci=bootstrap_mean(samples, seed), **common)
+
+
+def _add_percentiles(
+    rows: Rows,
+    metric: str,
+    unit: str,
+    samples: list[np.ndarray],
+    percentiles: dict[str, float],
+    common: dict[str, Any],
+) -> None:
+    every = np.concatenate(samples)
+    for name, percentile in percentiles.items():
+        value = float(np.percentile(every, percentile))
+        missing.add(rows, f"{metric}_{name}", value, unit, **common)
 
 
 def _add_delta_p(
     rows: Rows, comparisons: list[Comparison], seed: int, common: dict[str, Any]
 ) -> None:
-    samples = [c.delta_p for c in comparisons]
-    every = np.concatenate(samples)
-    unit = "probability"
-    rows.add("delta_p_mean", float(every.mean()), unit, ci=bootstrap_mean(samples, seed), **common)
-    rows.add("delta_p_rms", float(np.sqrt(np.square(every).mean())), unit, **common)
-    for name, percentile in DELTA_P_PERCENTILES.items():
-        rows.add(f"delta_p_{name}", float(np.percentile(every, percentile)), unit, **common)
+    samples, unit = [c.delta_p for c in comparisons], "probability"
+    _add_mean(rows, "delta_p_mean", unit, samples, seed, common)
+    rms = float(np.sqrt(np.square(np.concatenate(samples)).mean()))
+    missing.add(rows, "delta_p_rms", rms, unit, **common)
+    _add_percentiles(rows, "delta_p", unit, samples, DELTA_P_PERCENTILES, common)
 
 
+@quietly
 def add_document_rows(rows: Rows, comparisons: list[Comparison]) -> None:
     """Each document's mean KL and perplexity delta, for paired tests between recipes."""
     for index, c in enumerate(comparisons):
-        common = {"n": len(c.kl), "protocol": f"document {index}"}
-        delta = 100 * math.expm1((c.nll - c.nll_full).mean())
-        rows.add("document_kl_mean", float(c.kl.mean()), "nats", **common)
-        rows.add("document_perplexity_delta", delta, "percent", **common)
+        common = {"why": why_not_finite([c]), "n": len(c.kl), "protocol": f"document {index}"}
+        delta = _percent((c.nll - c.nll_full).mean())
+        missing.add(rows, "document_kl_mean", float(c.kl.mean()), "nats", **common)
+        missing.add(rows, "document_perplexity_delta", delta, "percent", **common)
+
+
+def _exp(x: float) -> float:
+    """e**x, NaN where that leaves the range of a float."""
+    return math.exp(x) if abs(x) < LARGEST_EXPONENT else math.nan
+
+
+def _percent(mean_difference: float) -> float:
+    """The ratio of two perplexities is the exponential of the mean difference; less 1, in percent."""
+    if not abs(mean_difference) < LARGEST_EXPONENT:
+        return math.nan
+    return 100 * math.expm1(mean_difference)
+
+
+def why_not_finite(comparisons: list[Comparison]) -> str:
+    """Why a statistic of these tokens is not finite, if it is not."""
+    found = {
+        "the uncompressed run's log-probability": "nll_full",
+        "the recipe's log-probability": "nll",
+        "the divergence": "kl",
+    }
+    for wrong, told in ((np.isnan, "NaN"), (np.isinf, "infinite")):
+        for what, name in found.items():
+            values = np.concatenate([getattr(c, name) for c in comparisons])
+            if count := int(wrong(values).sum()):
+                return f"{what} is {told} at {count} of {len(values)} scored tokens"
+    return "the exponential of a mean log-probability leaves the range of a float"
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -18,6 +18,7 @@ from polykv.results import Rows
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 _STRICT = re.compile(rf"####\s*\$?({NUMBER})")
 _ANY = re.compile(NUMBER)
+REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 EXTRACTIONS = ("strict", "flexible")
 VERDICTS = "verdicts "  # opens the note of an accuracy row; `of_note` reads it back
 
@@ -53,7 +54,7 @@ def check_available(path: str | None) -> None:
         _local(path)
     else:
         mend = "give a local JSONL with relay.path=/path/to/test.jsonl, or use relay=reference"
-        hub.check_reachable("openai/gsm8k", "dataset", mend)
+        hub.check_reachable(REPO, "dataset", mend, REVISION)
 
 
 def extract(text: str, how: str) -> str | None:
@@ -63,10 +64,17 @@ def extract(text: str, how: str) -> str | None:
 
 
 def add_rows(rows: Rows, texts: Sequence[str], answers: Sequence[str], protocol: str) -> None:
-    """Accuracy in percent with Wilson interval, per extraction; the verdicts stand in the note, in order."""
+    """Accuracy in percent with Wilson interval, per extraction; the verdicts stand in the note, in order.
+
+    An answer without a number, or without any text, is wrong.
+    """
     for how in EXTRACTIONS:
         pairs = zip(texts, answers, strict=True)
         right = [extract(text, how) == _spelled(answer) for text, answer in pairs]
+        if not right:
+            about = {"protocol": f"{how}; {protocol}", "note": "no problem was answered"}
+            rows.add("accuracy", None, "percent", n=0, **about)
+            continue
         low, high = wilson(sum(right), len(right))
         rows.add(
             "accuracy",
@@ -104,7 +112,8 @@ def _hub() -> list[Problem]:
     check_available(None)
     from datasets import load_dataset  # seconds to import, needed here only
 
-    return [_problem(row) for row in load_dataset("openai/gsm8k", "main", split="test")]
+    rows = load_dataset(REPO, "main", split="test", revision=REVISION)
+    return [_problem(row) for row in rows]
 
 
 def _problem(row: dict) -> Problem:

@@ -21,7 +21,9 @@ class GSM8K(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float | None]:
         rows = Rows()
         gsm8k.add_rows(rows, predictions, references, "evaluate")
         return {how: row["value"] for how, row in zip(gsm8k.EXTRACTIONS, rows.rows, strict=True)}

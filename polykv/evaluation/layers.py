@@ -5,6 +5,7 @@ Gaussian data; the diagnostics say why a real cache differs from it.
 """
 
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,30 +22,39 @@ KINDS = ("key", "value", "logits", "output")
 GAUSSIAN_SHAPE = (1, 2, 512)  # of the data whose error stands for theory; head_dim is the model's
 
 
+_capturing = Lock()  # what transformers calls is registered for the whole process
+
+
 @torch.no_grad()
 def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> list[Tensor]:
-    """Each layer's queries (1, heads, tokens, head_dim) of the tokens after the pool, as attention gets them."""
+    """Each layer's queries (1, heads, tokens, head_dim) of the tokens after the pool, as attention gets them.
+
+    Meanwhile no other thread may run this model.
+    """
     found: dict[int, Tensor] = {}
 
     def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         found[module.layer_idx] = query
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
-    AttentionInterface.register("polykv_capture", capture)
-    AttentionMaskInterface.register("polykv_capture", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("polykv_capture")
-    try:
-        model(input_ids=rest_BT.to(model.device), past_key_values=pool.inject(), logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
+    with _capturing:
+        AttentionInterface.register("polykv_capture", capture)
+        AttentionMaskInterface.register("polykv_capture", sdpa_mask)
+        before = model.config._attn_implementation
+        model.set_attn_implementation("polykv_capture")
+        try:
+            past = pool.inject()
+            model(input_ids=rest_BT.to(model.device), past_key_values=past, logits_to_keep=1)
+        finally:
+            model.set_attn_implementation(before)
     return [found[layer] for layer in sorted(found)]
 
 
 def head_errors(
     queries: Tensor, full: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """Relative squared error of each of KINDS, (kv_heads,), over one layer's prefix.
+    """Relative squared error of each of KINDS, (kv_heads,), over one layer's prefix; NaN where the true
+    values are all zero, as the logits of a prefix of one token are.
 
     `full` and `other` are keys and values (1, kv_heads, tokens, head_dim); queries (1, heads, queries,
     head_dim), consecutive heads sharing a kv head. Logits are compared up to a constant per query, which
@@ -80,7 +90,7 @@ def diagnostics(x_BHTD: Tensor) -> Mapping[str, float]:
 
     dc_share: the share of energy in each vector's mean, which an unsigned Hadamard transform gathers in
     its first coordinate; 1 / head_dim for white noise. peak_to_rms: the largest channel's root mean square
-    over that of all channels of its head, 1 for white noise: outlier channels.
+    over that of all channels of its head, 1 for white noise: outlier channels. Both are NaN of zeros.
     """
     x = x_BHTD.float()
     dim = x.shape[-1]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polykv.attention.cascade import attend_in_place
+from polykv.attention.cascade import attend_in_place, read_privately
 from polykv.documents import Document
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.pool import SharedKVPool
@@ -42,7 +42,8 @@ class Reading:
     def score(self) -> Tensor:
         """What `log_probs_TV` says, by one more agent."""
         if self.reader == "inject":
-            return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
+            with read_privately(self.model):
+                return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
         with attend_in_place(self.model):
             return score_rest(self.model, self.pool.reader(1), self.document.rest_BT)
 

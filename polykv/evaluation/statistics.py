@@ -17,12 +17,13 @@ def bootstrap_mean(
 
     Documents are the blocks where there are at least MIN_DOCUMENTS of them (tokens of one document are
     not independent); otherwise runs of consecutive tokens are. Paired comparisons pass per-token
-    differences. None where there are fewer than two blocks.
+    differences. None where there are fewer than two blocks, or a mean of one that is not finite.
     """
+    samples = [sample for sample in samples if len(sample)]
     if len(samples) < MIN_DOCUMENTS:
         samples = [block for sample in samples for block in _runs(sample)]
     units = np.array([sample.mean() for sample in samples])
-    if len(units) < 2:
+    if len(units) < 2 or not np.isfinite(units).all():
         return None
     interval = stats.bootstrap(
         (units,),
@@ -47,20 +48,28 @@ def unit_name(samples: list[np.ndarray]) -> str:
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Mean plus and minus z standard errors, values taken as independent. None for fewer than two.
+    """Mean plus and minus z standard errors, values taken as independent.
+
+    None for fewer than two, or values that are not finite.
 
     Of paired log-probability differences it is what llama.cpp's perplexity tool states for the
     logarithm of a perplexity ratio: its variance is var(a) + var(b) - 2 cov(a, b), over n.
     """
-    if len(values) < 2:
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
     reach = stats.norm.ppf((1 + level) / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
 def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test, exact for few pairs; 1 where all pairs are equal."""
+    """Two-sided p of Wilcoxon's signed-rank test, exact for few pairs; 1 where all pairs are equal.
+
+    Raises:
+        ValueError: no pairs, or a value that is not finite: leave incomplete pairs out.
+    """
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    if not len(differences) or not np.isfinite(differences).all():
+        raise ValueError("a test needs one pair or more, and finite ones; leave out the others")
     if not differences.any():
         return 1.0
     return float(stats.wilcoxon(differences).pvalue)
@@ -76,15 +85,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a rate."""
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] | None:
+    """Wilson score interval of a rate; None where nothing was tried."""
+    if n == 0:
+        return None
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
-    """(problems that only `one` has right, only `other`, exact two-sided p; 1 without any difference)."""
+    """(problems that only `one` has right, only `other`, exact two-sided p; 1 without any difference).
+
+    Raises:
+        ValueError: no problems.
+    """
     pairs = list(zip(one, other, strict=True))
+    if not pairs:
+        raise ValueError("a test needs one problem or more")
     only_one = sum(a and not b for a, b in pairs)
     only_other = sum(b and not a for a, b in pairs)
     apart = only_one + only_other

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
+from polykv.codecs.base import not_finite
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
@@ -51,8 +52,20 @@ def pack(
         tiers = _tiers(sender, policy, codec, budget_bits, start, spent)
     else:
         tiers = [torch.full((sender.n_tokens - start,), EXACT, dtype=torch.uint8)] * 2
-    key, value = (codec.encode(*pair) for pair in zip(sides, tiers, strict=True))
+    try:
+        key, value = (codec.encode(*pair) for pair in zip(sides, tiers, strict=True))
+    except PolyKVError as error:  # the codec sees all layers in one, and the tokens of one tier
+        raise PolyKVError(_where(sides, start) or str(error)) from error
     return key, value
+
+
+def _where(sides: list[list[torch.Tensor]], start: int) -> str | None:
+    """The first layer whose values no codec takes, in words; None where all are finite."""
+    for name, layers in zip(("keys", "values"), sides, strict=True):
+        for index, x_BHTD in enumerate(layers):
+            if said := not_finite(x_BHTD, start):
+                return f"layer {index}: {name}: {said}"
+    return None
 
 
 def _tiers(

@@ -5,6 +5,7 @@ comes from the same pass. The last window costs a forward pass over that window,
 prefill.
 """
 
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -21,14 +22,19 @@ NAME = "polykv_observed"
 class AttentionReceived:
     """While entered, the model attends by SDPA and the attention each token receives is summed.
 
-    `received_T`: over all layers, heads and queries seen, one entry per position.
+    `received_T`: over all layers, heads and queries seen, one entry per position. What transformers calls is
+    registered for the whole process, so one thread at a time is in here; what others run of the model is not summed.
     """
+
+    _turn = Lock()
 
     def __init__(self, model: Any, n_tokens: int) -> None:
         self._model = model
         self.received_T = torch.zeros(n_tokens, dtype=torch.float64, device=model.device)
 
     def __enter__(self) -> "AttentionReceived":
+        self._turn.acquire()
+        self._thread = get_ident()
         AttentionInterface.register(NAME, self._attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         self._before = self._model.config._attn_implementation
@@ -37,6 +43,7 @@ class AttentionReceived:
 
     def __exit__(self, *error: object) -> None:
         self._model.set_attn_implementation(self._before)
+        self._turn.release()
 
     def _attend(
         self,
@@ -47,7 +54,8 @@ class AttentionReceived:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        self._add(query[0], key[0], options.get("scaling") or query.shape[-1] ** -0.5)
+        if get_ident() == self._thread:
+            self._add(query[0], key[0], options.get("scaling") or query.shape[-1] ** -0.5)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def _add(self, q_HQD: Tensor, k_hTD: Tensor, scaling: float) -> None:

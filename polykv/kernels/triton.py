@@ -65,6 +65,8 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
 def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor] | None:
     """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), fp32, of queries in fp32, bf16
     or fp16 that all see the whole segment; None for another codec pair, another shape, or batches.
+
+    fp16 queries that rotation takes beyond fp16 give NaN with TurboQuant keys: a norm of 65,504 or more.
     """
     keys, values = segment.key.tensors.get("codes"), segment.value.tensors.get("codes")
     if keys is None or values is None or segment.key.shape[0] != 1 or scaling <= 0:

@@ -37,6 +37,7 @@ from polykv.segment import Segment
 
 LN_2 = tl.constexpr(log(2))
 LEAST_SCALE = tl.constexpr(2.0**-126)  # keys of zeros have the scale 0, and -inf * 0 is NaN
+FP16_MAX = tl.constexpr(65504.0)
 MERGED_ROWS = 16
 
 
@@ -108,7 +109,10 @@ def _step(
         k_TD = as_float(k_TD, q_QD.dtype)
         if KEYS == "block":
             scale_TD = tl.load(k_scale + t[:, None] * ks_t + cols[None, :] // 32, here_TD, 0.0)
-            k_TD = (k_TD.to(tl.float32) * scale_TD.to(tl.float32)).to(q_QD.dtype)
+            k_TD = k_TD.to(tl.float32) * scale_TD.to(tl.float32)
+            if q_QD.dtype == tl.float16:  # a scale that was rounded up may lead beyond it
+                k_TD = tl.minimum(tl.maximum(k_TD, -FP16_MAX), FP16_MAX)
+            k_TD = k_TD.to(q_QD.dtype)
     s_QT = dot(q_QD, tl.trans(k_TD), tl.zeros((q_QD.shape[0], TOKENS), tl.float32))
     if KEYS == "token" or KEYS == "turboquant":
         s_QT *= tl.load(k_scale + t * ks_t, here_T, 0.0).to(tl.float32)[None, :]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polykv.codecs.base import Packed
+from polykv.codecs.base import Packed, fp32_scale
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import BLOCK, Q8_0
 from polykv.kernels.triton_bits import rows_contiguous, tile_shape
@@ -100,7 +100,7 @@ def encode(codec: Int8 | Q8_0, x_BHTD: Tensor) -> Packed:
     codes = x_BHTD.new_empty(x_BHTD.shape, dtype=torch.int8)
     if shared_by == "tensor":
         low, high = x_BHTD.aminmax()
-        scale = (torch.maximum(-low, high).float() / 127).view(1, 1, 1, 1)
+        scale = fp32_scale(torch.maximum(-low, high).float(), 127).view(1, 1, 1, 1)
     else:
         n_scales = triton.cdiv(dim, BLOCK) if shared_by == "block" else 1
         scale = x_BHTD.new_empty((batch, heads, n_tokens, n_scales), dtype=torch.float16)

@@ -146,9 +146,12 @@ def judge_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> C
 
 def judge(weights: Path, contexts: tuple[int, ...], n_documents: int) -> dict:
     """All of it, with the digest of the set and the usable context."""
-    tokenizer = AutoTokenizer.from_pretrained(weights)
+    tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        weights, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    )
+    model = model.to(device).eval()
     found = {
         "digest": digest(tokenizer),
         "n_documents": n_documents,

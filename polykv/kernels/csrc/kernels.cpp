@@ -64,7 +64,8 @@ static bool encode_int8_tensor(const Input& x, const Packed& to, int64_t threads
         return true;
     });
     if (most >= INFINITE) return false;
-    const float scale = bits_as<float>(most.load()) / 127.0f;
+    float scale = bits_as<float>(most.load()) / 127.0f;
+    if (scale < 0x1p-126f) scale = 0.0f;
     store(to.scale, scale);
     return each_row(x, threads, [&](const uint8_t* from, int64_t row) {
         encode_int8(from, dtype, dim, scale, (int8_t*)to.codes + row * dim);
