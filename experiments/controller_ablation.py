@@ -1,8 +1,8 @@
-"""Which signals earn their bits: signal x alpha x tiers x budget x reseal, each against `uniform` and `random`.
+"""Which signals earn their bits? Signal x alpha x tiers x budget x reseal, each against `uniform` and `random`.
 
-QKVShare names controller ablations as its own future work. All three policies of a cell hand on the same
-relays under the same budget, so that their differences are paired by problem. No accuracy here: KL against
-the fp16 relay separates policies at a hundredth of the cost.
+Answers no published row: QKVShare names controller ablations as its own future work. All three policies of a
+cell hand on the same relays under the same budget, so that their differences are paired by problem. No accuracy
+here: KL against the fp16 relay separates policies at a hundredth of the cost.
 """
 
 from dataclasses import replace
@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from experiments import common, handoff_accuracy
 from experiments.handoff_accuracy import add_divergence, forced, new_rows, per_problem
 from polykv.errors import PolyKVError
-from polykv.evaluation.continuation import Comparison
+from polykv.evaluation import missing
+from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import bootstrap_mean
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.policy import Policy, load_policy
@@ -54,10 +55,12 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     for name in BASELINES:
         theirs = per_problem(_baseline(name, _key(cfg)))
         apart = [a - b for a, b in zip(mine, theirs, strict=True)]
-        rows.add(
+        missing.add(
+            rows,
             f"kl_minus_{name}",
             float(np.mean(apart)),
             "nats",
+            why_not_finite(found),
             ci=bootstrap_mean(apart, cfg.seed),
             n=len(apart),
             protocol=f"teacher-forced; {cfg.reseal}",

@@ -1,4 +1,4 @@
-"""QKVShare's accuracy table: answers after a relay of n_hops handoffs, and how far each hop moved the model.
+"""QKVShare's accuracy table: are answers after a relay of n_hops handoffs as right, and how far did each hop go astray?
 
 Answers the published rows `accuracy` (relay=gsm8k). Beside accuracy stands the teacher-forced KL divergence
 to the fp16 relay, which tells policies apart long before accuracy does.
@@ -13,13 +13,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments import common
+from polykv import loading
 from polykv.errors import PolyKVError
-from polykv.evaluation import gsm8k
-from polykv.evaluation.continuation import Comparison
+from polykv.evaluation import gsm8k, missing
+from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import bootstrap_mean
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
+from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.results import Rows
 
@@ -29,7 +31,7 @@ SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed")
 
 def settle(cfg: DictConfig) -> DictConfig:
     """A policy without a budget is one cell, whatever the budget and the way of resealing: nothing is lost."""
-    settled = common.settle(cfg)
+    settled = settle_key(common.settle(cfg))
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
     return settled
@@ -48,6 +50,7 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             raise PolyKVError(f"{name}={cfg[name]!r}; it takes a whole number from 1 up")
     check_budget(cfg.budget_bits)
+    key_of(cfg)
     if cfg.reseal not in RESEALS:
         raise PolyKVError(f"no reseal {cfg.reseal!r}; there are: {', '.join(RESEALS)}")
     if cfg.weights == "random":
@@ -63,6 +66,23 @@ def check(cfg: DictConfig) -> None:
             "use relay=gsm8k"
         )
     common.check_hub(cfg)
+
+
+def settle_key(settled: DictConfig) -> DictConfig:
+    """A cell of signed cards is another cell, as they are longer; which key signed them does not matter."""
+    if OmegaConf.select(settled, "card.key_file"):
+        settled.signed = True
+    return settled
+
+
+def key_of(cfg: DictConfig) -> SigningKey | None:
+    """The key in `card.key_file`, read anew each time: only its path is ever in a config.
+
+    Raises:
+        PolyKVError: missing, too short, or readable by everyone.
+    """
+    path = OmegaConf.select(cfg, "card.key_file")
+    return SigningKey.read(path) if path else None
 
 
 def check_budget(bits: Any) -> None:
@@ -101,7 +121,7 @@ def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
         budget_bits=cfg.budget_bits,
         seed=cfg.seed,
         device=cfg.device,
-        dtype=cfg.model.dtype,
+        dtype=loading.dtype_label(cfg.model),
     )
 
 
@@ -110,10 +130,10 @@ def add_divergence(rows: Rows, found: list[Comparison], cfg: DictConfig) -> None
     shared = {"n": len(found), "protocol": f"teacher-forced; {cfg.reseal}"}
     for metric, unit, samples in (
         ("relay_kl", "nats", per_problem(found)),
-        ("relay_same_top1", "rate", [np.array([c.same_top1.mean()]) for c in found]),
+        ("relay_same_top1", "rate", [np.array([c.top1.mean()]) for c in found]),
     ):
-        mean = float(np.concatenate(samples).mean())
-        rows.add(metric, mean, unit, ci=bootstrap_mean(samples, cfg.seed), **shared)
+        mean, why = float(np.concatenate(samples).mean()), why_not_finite(found)
+        missing.add(rows, metric, mean, unit, why, ci=bootstrap_mean(samples, cfg.seed), **shared)
 
 
 def add_depth(rows: Rows, found: list[Comparison], cfg: DictConfig, policy: Policy) -> None:
@@ -129,7 +149,8 @@ def add_depth(rows: Rows, found: list[Comparison], cfg: DictConfig, policy: Poli
     for name, deep in (("working", per_problem(found)), ("passing", passed)):
         apart = [a - b for a, b in zip(deep, once, strict=True)]
         mean, interval = float(np.mean(apart)), bootstrap_mean(apart, cfg.seed)
-        rows.add(f"kl_depth_{name}", mean, "nats", ci=interval, **shared)
+        why = why_not_finite(found)
+        missing.add(rows, f"kl_depth_{name}", mean, "nats", why, ci=interval, **shared)
 
 
 def per_problem(found: list[Comparison]) -> list[np.ndarray]:
@@ -168,7 +189,8 @@ def forced(
 
 def new_handoff(cfg: DictConfig, policy: Policy) -> Handoff:
     model, tokenizer = loaded(cfg)
-    return Handoff(model, tokenizer, policy, cfg.budget_bits, cfg.reseal, cfg.seed)
+    settings = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg))
+    return Handoff(model, tokenizer, *settings)
 
 
 def loaded(cfg: DictConfig) -> tuple[PreTrainedModel, Any]:

@@ -1,4 +1,4 @@
-"""QKVShare's stage table: where the time to first token goes, route by route.
+"""QKVShare's stage table: where does the time to first token go, route by route?
 
 Answers the published rows `stages` (create, inject, generate; ours are finer: see analysis).
 """

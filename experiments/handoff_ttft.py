@@ -1,20 +1,22 @@
-"""QKVShare's time to first token: the same receiver gets its context by text and by card.
+"""QKVShare's time to first token: how much sooner does a receiver speak that gets its context by card, not by text?
 
 Answers the published rows `ttft`. All paths of a context are timed in one cell, in turn.
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from omegaconf import DictConfig
 
 from experiments import common
-from experiments.common import settle
-from experiments.handoff_accuracy import check_budget, loaded
+from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
+from polykv import loading
 from polykv.errors import PolyKVError
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
 from polykv.handoff.policy import load_policy
 from polykv.models import load_config
+from polykv.pool import check_reader
 from polykv.results import Rows
 from polykv.supported import check_length
 
@@ -22,8 +24,14 @@ __all__ = ["check", "run", "settle"]
 LEAST_REPEATS = 10
 # What times depend on.
 TIMED = (
-    "model", "device", "context", "turn_tokens", "policies", "transports", "budget_bits", "repeats", "seed",
+    "model", "device", "context", "turn_tokens", "policies", "transports", "readers", "budget_bits", "repeats",
+    "seed", "card",
 )  # fmt: skip
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """The cell's settings, made explicit."""
+    return settle_key(common.settle(cfg))
 
 
 def check(cfg: DictConfig) -> None:
@@ -48,6 +56,7 @@ def check(cfg: DictConfig) -> None:
             f"repeats={cfg.repeats!r}; it takes a whole number from {LEAST_REPEATS} up"
         )
     check_budget(cfg.budget_bits)
+    key_of(cfg)
     check_length(load_config(cfg.model), cfg.context, f"context={cfg.context}")
     common.check_hub(cfg, "use weights=random, which times the same, or model=reference")
 
@@ -69,18 +78,19 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
-    """Re-prefill, then every policy by every transport.
+    """Re-prefill, then every policy by every transport, read in every way.
 
     Raises:
-        PolyKVError: unknown policy or transport.
+        PolyKVError: unknown policy, transport or reader.
     """
-    routes = [Route(load_policy("reprefill"))]
-    for name in cfg.policies:
-        for transport in cfg.transports:
-            if transport not in TRANSPORTS:
-                raise PolyKVError(f"no transport {transport!r}; there are: {', '.join(TRANSPORTS)}")
-            routes.append(Route(load_policy(name), transport))
-    return routes
+    for transport in cfg.transports:
+        if transport not in TRANSPORTS:
+            raise PolyKVError(f"no transport {transport!r}; there are: {', '.join(TRANSPORTS)}")
+    for reader in cfg.readers:
+        check_reader(reader)
+    policies = [load_policy(name) for name in cfg.policies]
+    ways = product(policies, cfg.transports, cfg.readers)
+    return [Route(load_policy("reprefill")), *(Route(*way) for way in ways)]
 
 
 def timed(cfg: DictConfig) -> list[tuple[Route, Timing]]:
@@ -94,7 +104,8 @@ def _timed(key: str) -> list[tuple[Route, Timing]]:
     model, tokenizer = loaded(cfg)
     routes = routes_of(cfg)
     setting = (cfg.context, cfg.turn_tokens, routes, cfg.budget_bits, cfg.repeats, cfg.seed)
-    return list(zip(routes, measure(model, tokenizer, *setting), strict=True))
+    timings = measure(model, tokenizer, *setting, key_of(cfg))
+    return list(zip(routes, timings, strict=True))
 
 
 def new_rows(cfg: DictConfig) -> Rows:
@@ -107,16 +118,19 @@ def new_rows(cfg: DictConfig) -> Rows:
         n_hops=1,
         seed=cfg.seed,
         device=cfg.device,
-        dtype=cfg.model.dtype,
+        dtype=loading.dtype_label(cfg.model),
     )
 
 
 def columns(cfg: DictConfig, timings: list[tuple[Route, Timing]]) -> list[dict[str, Any]]:
-    """The policy, budget and transport columns of each route."""
+    """The policy, budget, reader and transport columns of each route."""
     found = []
     for route, _ in timings:
         policy = route.policy
-        protocol = "text" if policy.store == "text" else route.transport
-        budget = cfg.budget_bits if policy.has_budget else None
-        found.append({"policy": policy.name, "budget_bits": budget, "protocol": protocol})
+        about = {"policy": policy.name, "protocol": "text"}
+        about["budget_bits"] = cfg.budget_bits if policy.has_budget else None
+        if policy.store != "text":
+            in_place = ", in place" if route.reader == "cascade" else ""
+            about |= {"protocol": route.transport + in_place, "reader": route.reader}
+        found.append(about)
     return found

@@ -1,6 +1,14 @@
 """polykv: shared and handed-off KV caches, measured.
 
-The names below load on first use, so that `import polykv` (and `run.py --help`) need not wait for torch.
+`load_model` and `load_recipe` give a model with its tokenizer, and how its cache is to be compressed. A `SharedKVPool`
+holds a document's cache, compressed once, for many agents: each rebuilds a private cache from it, or all attend to the
+one copy (`CascadeCache`, within `attend_in_place`). A `CacheCard` is a cache sealed into a file and handed on.
+
+What the caller can mend is a `PolyKVError` of one line that says how; a card that cannot be trusted or read is a
+`CardError`. Tensors are (batch, kv_heads, tokens, head_dim); sizes are bytes, ratios are to fp16, a cache's own dtype
+is the model's. The folder examples/ shows each of them at work.
+
+The names load on first use, so that `import polykv` (and `run.py --help`) need not wait for torch.
 """
 
 from importlib import import_module
@@ -13,6 +21,7 @@ _HOME = {
     "PolyKVError": "polykv.errors",
     "Recipe": "polykv.recipe",
     "SharedKVPool": "polykv.pool",
+    "SigningKey": "polykv.handoff.signing",
     "attend_in_place": "polykv.attention.cascade",
     "available_recipes": "polykv.recipe",
     "load_model": "polykv.models",

@@ -11,25 +11,29 @@ from polykv.errors import PolyKVError
 SECONDS = 5
 
 
-def check_reachable(repo: str, kind: str, mend: str) -> None:
-    """Pass when `repo` is in the local cache or the hub answers.
+def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None) -> None:
+    """Pass when `repo` is in the local cache, at `revision` where one is given, or the hub answers.
 
     Raises:
         PolyKVError: neither; the message ends with `mend`.
     """
-    if not in_cache(repo) and not answers():
+    if not in_cache(repo, revision) and not answers():
+        wanted = f"{repo} at {revision[:12]}" if revision else repo
         raise PolyKVError(
-            f"{kind} {repo} is not in the hub's local cache and the hub at {constants.ENDPOINT} "
+            f"{kind} {wanted} is not in the hub's local cache and the hub at {constants.ENDPOINT} "
             f"cannot be reached; connect, or {mend}"
         )
 
 
-def in_cache(repo: str) -> bool:
-    """True when the hub's local cache holds a revision of `repo`."""
+def in_cache(repo: str, revision: str | None = None) -> bool:
+    """True when the hub's local cache holds `repo`: at a commit or branch, or (None) at any."""
     try:
-        return any(entry.repo_id == repo and entry.revisions for entry in scan_cache_dir().repos)
+        kept = [
+            r for entry in scan_cache_dir().repos if entry.repo_id == repo for r in entry.revisions
+        ]
     except CacheNotFound:
         return False
+    return any(revision is None or revision == r.commit_hash or revision in r.refs for r in kept)
 
 
 @lru_cache(maxsize=1)

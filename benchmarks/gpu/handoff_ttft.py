@@ -6,9 +6,9 @@
 
 First it checks that a card sealed on the device decodes to the same bits from its file. Then the cells of
 `experiment=handoff_ttft` and `handoff_stages`: re-prefill, and cards (fp16, uniform 4 bits, adaptive 4 bits) in
-memory and through a file, in turn. `python -m analysis --results results/gpu` renders the tables beside the
-published figures. The break-even context is where a card's median time meets re-prefill's, on a straight line
-between measured contexts in log-log.
+memory and through a file, injected and read in place, in turn. `python -m analysis --results results/gpu` renders the
+tables beside the published figures. The break-even context is where a card's median time meets re-prefill's, on a
+straight line between measured contexts in log-log.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def report(bench: Bench) -> None:
     rows = Rows(model=MODEL, weights="random", dtype="bfloat16", device=found["device"].iloc[0])
     for route in medians.columns.drop("reprefill, text"):
         context, note = break_even(medians[["reprefill, text", route]].dropna())
-        policy, protocol = route.split(", ")
+        policy, protocol = route.split(", ", 1)
         rows.add("break_even", context, "tokens", policy=policy, protocol=protocol, note=note)
     identity = {"experiment": BREAK_EVEN, "model": MODEL, "device": rows.rows[0]["device"]}
     bench.store.write(BREAK_EVEN, cell_id(identity), identity, rows.rows)

@@ -8,6 +8,7 @@ from there, as the published stages do (create + inject + generate = total).
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from polykv.attention.cascade import attend_in_place
+from polykv.errors import PolyKVError
 from polykv.handoff import stores
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
+from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
 from polykv.supported import check_length
 
@@ -31,10 +35,14 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Route:
-    """How the context reaches the receiver: as text (store `text`), or as a card in memory or in a file."""
+    """How the context reaches the receiver: as text (store `text`), or as a card in memory or in a file.
+
+    The receiver decodes a card into a cache of its own (reader `inject`) or attends to it in place (`cascade`).
+    """
 
     policy: Policy
     transport: str = "memory"
+    reader: str = "inject"
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,18 @@ def measure(
     budget_bits: float,
     repeats: int,
     seed: int,
+    key: SigningKey | None = None,
 ) -> list[Timing]:
     """One Timing per path, for `n_context` tokens of which the receiver's own turn is the last `n_turn`.
 
-    Token ids are random: time does not depend on what they say.
+    Token ids are random: time does not depend on what they say. With a `key` cards in files are signed (part
+    of the stage `serialize`), and their signatures checked (`verify`).
 
     Raises:
-        PolyKVError: more tokens than the model has positions.
+        PolyKVError: more tokens than the model has positions, or fewer than two repeats, which have no spread.
     """
+    if repeats < 2:
+        raise PolyKVError(f"repeats={repeats}, and quartiles need two or more; raise it")
     check_length(model.config, n_context, f"context={n_context}")
     generator = torch.Generator().manual_seed(seed)
     ids_T = torch.randint(model.config.vocab_size, (n_context,), generator=generator)
@@ -94,7 +106,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="polykv-ttft-") as folder:
         for _ in range(WARMUP + repeats):
             for path, clocks in zip(paths, runs, strict=True):
-                args = (model, tokenizer, cache, known_T, turn_T, path, budget_bits)
+                args = (model, tokenizer, cache, known_T, turn_T, path, budget_bits, key)
                 clocks.append(_run(*args, Path(folder) / "card.safetensors"))
     return [_timing(clocks[WARMUP:]) for clocks in runs]
 
@@ -107,6 +119,7 @@ def _run(
     turn_T: Tensor,
     path: Route,
     budget_bits: float,
+    key: SigningKey | None,
     file: Path,
 ) -> Clock:
     clock = Clock(model.device)
@@ -118,20 +131,25 @@ def _run(
         card = CacheCard.seal(cache, known_T, model, tokenizer, path.policy, budget_bits, topology)
         clock.lap("create")
         if path.transport == "file":
-            content = card.to_bytes()
+            content = card.to_bytes(key)
             clock.lap("serialize")
             stores.write(str(file), content)
             content = stores.read(str(file))
             clock.lap("transfer")
-            card = CacheCard.from_bytes(content, model, tokenizer)
+            card = CacheCard.from_bytes(content, model, tokenizer, key)
             clock.lap("verify")
-        layers = card.decode()
-        clock.lap("dequantize")
-        received = DynamicCache(layers)
+        if path.reader == "cascade":
+            received = card.reader()
+        else:
+            layers = card.decode()
+            clock.lap("dequantize")
+            received = DynamicCache(layers)
         clock.lap("inject")
         feed = turn_T
-    out = model(input_ids=feed[None].to(model.device), past_key_values=received, logits_to_keep=1)
-    int(out.logits[0, -1].argmax())
+    with attend_in_place(model) if path.reader == "cascade" else nullcontext():
+        ids_BT = feed[None].to(model.device)
+        out = model(input_ids=ids_BT, past_key_values=received, logits_to_keep=1)
+        int(out.logits[0, -1].argmax())
     clock.lap("first_forward")
     clock.laps["total"] = clock.total()
     return clock
@@ -144,6 +162,6 @@ def _timing(clocks: Sequence[Clock]) -> Timing:
 
 
 def quartiles(times: np.ndarray) -> tuple[float, float, float]:
-    """(25 %, median, 75 %)."""
+    """(25 %, median, 75 %) of one or more times; of a single one, three times that."""
     low, mid, high = np.percentile(times, (25, 50, 75))
     return float(low), float(mid), float(high)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any
 
 from polykv.codecs.identity import DTYPES
+from polykv.errors import PolyKVError
 from polykv.handoff import fingerprint
 from polykv.handoff.cardfile import CardError
 from polykv.handoff.mixed import MixedCodec
@@ -15,10 +18,21 @@ from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
 from polykv.models import Geometry
 
+MOST = 1 << 31  # of any count; what is possible for the model is checked when it is known
+LABEL = 128  # characters
+_DIGEST = re.compile("[0-9a-f]{64}")
+
 
 @dataclass(frozen=True)
 class About:
-    """What a card says of itself. `exact` is the dtype of its 16-bit tier (None: the model's own)."""
+    """What a card says of itself. `exact` is the dtype of its 16-bit tier (None: the model's own).
+
+    `sender` and `policy` are labels: printable, and safe to use as a file's name. Only a signature makes
+    any of this true (`polykv.handoff.signing`).
+
+    Raises:
+        PolyKVError: a label, number or digest that no card may have.
+    """
 
     model: str
     tokenizer: str
@@ -40,6 +54,26 @@ class About:
         "float | None": (float, NoneType)
     }
 
+    def __post_init__(self) -> None:
+        sizes = (self.n_layers, self.n_kv_heads, self.head_dim, self.group_size, self.n_tokens)
+        known = self.dtype in DTYPES and (self.exact is None or self.exact in DTYPES)
+        if not all(1 <= n < MOST for n in (*sizes, self.hop)) or not known:
+            raise PolyKVError("the card's geometry, hop or dtype is not possible; seal it again")
+        if not 0 <= self.position_offset < MOST:
+            raise PolyKVError("position_offset of a card takes a whole number from 0 up")
+        if self.budget_bits is not None and not 0 < self.budget_bits < math.inf:
+            raise PolyKVError("budget_bits of a card takes a number of bits such as 4.0")
+        if self.parent is not None and not _DIGEST.fullmatch(self.parent):
+            raise PolyKVError("the parent of a card takes the digest of another; seal it again")
+        for name in ("sender", "policy"):
+            label = getattr(self, name)
+            odd = not label.isprintable() or label.startswith(".") or {*label} & {*"/\\"}
+            if odd or len(label) > LABEL:
+                raise PolyKVError(
+                    f"the card's {name} {label[:40]!a} is no label; give up to {LABEL} printable "
+                    "characters without / and \\ that do not start with a dot"
+                )
+
     @classmethod
     def parse(cls, given: dict[str, Any]) -> About:
         """From the fields of a file.
@@ -53,12 +87,10 @@ class About:
         for name, kind in expected.items():
             if type(given[name]) not in cls._TYPES[kind]:
                 raise CardError(f"the card's field {name} is no {kind}; seal it again")
-        about = cls(**given)
-        sizes = (about.n_layers, about.n_kv_heads, about.head_dim, about.group_size, about.n_tokens)
-        known = about.dtype in DTYPES and (about.exact is None or about.exact in DTYPES)
-        if min(sizes) < 1 or about.position_offset < 0 or not known:
-            raise CardError("the card's geometry or dtype is not possible; seal it again")
-        return about
+        try:
+            return cls(**given)
+        except PolyKVError as error:
+            raise CardError(str(error)) from error
 
     @classmethod
     def of(
@@ -68,9 +100,10 @@ class About:
         policy: Policy,
         codec: MixedCodec,
         budget_bits: float,
-        **named: Any,
+        name: str,
+        position_offset: int,
     ) -> About:
-        """What can be read off the sender; `named` are the fields that cannot."""
+        """What a first card says; `name` is how the sender calls itself."""
         g = Geometry.of(sending.model.config)
         return cls(
             model=fingerprint.of_model(sending.model),
@@ -84,7 +117,10 @@ class About:
             n_tokens=sending.n_tokens,
             policy=policy.name,
             budget_bits=float(budget_bits) if policy.has_budget else None,
-            **named,
+            position_offset=position_offset,
+            sender=name,
+            hop=1,
+            parent=None,
         )
 
     @property

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from polykv.attention.cache import CascadeCache
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
-from polykv.handoff import cardfile, fingerprint, stores
+from polykv.handoff import cardfile, fingerprint, stores, verify
 from polykv.handoff.about import About
-from polykv.handoff.cardfile import CardError
+from polykv.handoff.cardfile import CardError, Stamp
+from polykv.handoff.in_place import segments_by_layer
 from polykv.handoff.mixed import Mixed, MixedCodec
 from polykv.handoff.packing import exact_dtype, pack
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
+from polykv.handoff.signing import SigningKey
 from polykv.models import Geometry
 from polykv.supported import check_cache, check_length
 
@@ -32,13 +35,16 @@ ALONE = Topology()
 
 @dataclass(frozen=True, eq=False)
 class CacheCard:
-    """Make one with `seal`, `append` or `open`. Immutable."""
+    """Make one with `seal`, `append` or `open`. Immutable.
+
+    Cards that cross trust borders are saved and opened with a `SigningKey` (polykv.handoff.signing).
+    """
 
     about: About
     ids_T: Tensor  # (tokens,) int32, on the CPU
     key: Mixed
     value: Mixed
-    _digest: str | None = None
+    _stamp: Stamp | None = None  # of the file that it was read from
 
     @classmethod
     def seal(
@@ -64,22 +70,12 @@ class CacheCard:
             PolyKVError: ids that do not fit the cache, another model's cache, or a budget below the lowest tier.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
-        ids_T = _checked(cache, token_ids, model)
+        ids_T = _checked(cache, token_ids, model, position_offset)
         codec = MixedCodec(exact=exact_dtype(policy, cache))
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = pack(sending, policy, codec, budget_bits)
-        about = About.of(
-            sending,
-            tokenizer,
-            policy,
-            codec,
-            budget_bits,
-            position_offset=position_offset,
-            sender=sender,
-            hop=parent.about.hop + 1 if parent else 1,
-            parent=parent.digest if parent else None,
-        )
-        return cls(about, ids_T, key, value)
+        about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, position_offset)
+        return cls(_after(parent, about), ids_T, key, value)
 
     def append(
         self,
@@ -99,8 +95,8 @@ class CacheCard:
             PolyKVError: the cache does not continue this card, or too little of the budget is left.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
-        ids_T = _checked(cache, token_ids, model)
         old = self.about
+        ids_T = _checked(cache, token_ids, model, old.position_offset)
         if len(ids_T) < old.n_tokens or not torch.equal(ids_T[: old.n_tokens], self.ids_T):
             raise PolyKVError("the cache does not continue this card's tokens; use CacheCard.seal")
         if exact_dtype(policy, cache) != old.exact:
@@ -121,36 +117,40 @@ class CacheCard:
             start = old.n_tokens
             new_key, new_value = pack(sending, policy, codec, budget_bits, start, spent)
             key, value = codec.extend(key, new_key), codec.extend(value, new_value)
-        about = About.of(
-            sending,
-            tokenizer,
-            policy,
-            codec,
-            budget_bits,
-            position_offset=old.position_offset,
-            sender=sender,
-            hop=old.hop + 1,
-            parent=self.digest,
-        )
-        return CacheCard(about, ids_T, key, value)
+        offset = old.position_offset
+        about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
+        return CacheCard(_after(self, about), ids_T, key, value)
 
     @classmethod
-    def open(cls, path: str, model: PreTrainedModel, tokenizer: Any) -> CacheCard:
+    def open(
+        cls, path: str, model: PreTrainedModel, tokenizer: Any, key: SigningKey | None = None
+    ) -> CacheCard:
         """Read and verify a card from any place that fsspec knows.
 
+        With a `key`, a card that was not signed with it is refused. Without one, signed and unsigned cards
+        are opened alike; `verified` says which it was.
+
         Raises:
-            CardError: missing, truncated, altered, newer than this code, of another model or tokenizer.
+            CardError: missing, truncated, altered, newer than this code, of another model or tokenizer, or
+                not signed with the key.
         """
-        return cls.from_bytes(stores.read(path), model, tokenizer)
+        content = stores.read(path, verify.largest(model))
+        return cls.from_bytes(content, model, tokenizer, key)
 
     @classmethod
-    def from_bytes(cls, content: bytearray, model: PreTrainedModel, tokenizer: Any) -> CacheCard:
+    def from_bytes(
+        cls,
+        content: bytearray,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        key: SigningKey | None = None,
+    ) -> CacheCard:
         """Verify a card; its tensors are views of `content` (copied only to another device).
 
         Raises:
             CardError: as `open`.
         """
-        given, tensors, digest = cardfile.loads(content)
+        given, tensors, stamp = cardfile.loads(content, key)
         mean_bits = given.pop("mean_bits", None)
         about = About.parse(given)
         if about.model != fingerprint.of_model(model):
@@ -164,36 +164,38 @@ class CacheCard:
         ids_T = tensors.pop("token_ids", None)
         sides = {"key": {}, "value": {}}
         try:
-            if ids_T is None or ids_T.dtype != torch.int32 or ids_T.shape != (about.n_tokens,):
-                raise PolyKVError("its token ids do not fit its number of tokens")
+            verify.check_about(about, model)
+            verify.check_ids(ids_T, about.n_tokens, model)
+            verify.check_finite(tensors)
             for name, tensor in tensors.items():
                 side, _, rest = name.partition(".")
                 if side not in sides:
                     raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
                 sides[side][rest] = tensor.to(model.device)
-            key = codec.rebuild(sides["key"], about.shape, dtype)
-            value = codec.rebuild(sides["value"], about.shape, dtype)
+            pair = [codec.rebuild(side, about.shape, dtype) for side in sides.values()]
         except PolyKVError as error:
             raise CardError(f"the card contradicts itself: {error}; seal it again") from error
-        card = cls(about, ids_T, key, value, digest)
+        card = cls(about, ids_T, *pair, stamp)
         if mean_bits != card.mean_bits:
             raise CardError("the card's mean bits are not those of its tensors; seal it again")
         return card
 
-    def to_bytes(self) -> bytearray:
-        """The card's file."""
+    def to_bytes(self, key: SigningKey | None = None) -> bytearray:
+        """The card's file, signed with `key`; without one it keeps the signature that it was read with."""
         tensors = {"token_ids": self.ids_T}
         for side, mixed in (("key", self.key), ("value", self.value)):
             tensors |= {f"{side}.{name}": tensor for name, tensor in mixed.tensors().items()}
-        return cardfile.dumps({**asdict(self.about), "mean_bits": self.mean_bits}, tensors)
+        fields = {**asdict(self.about), "mean_bits": self.mean_bits}
+        signature = self._stamp.signature if self._stamp else None
+        return cardfile.dumps(fields, tensors, key, signature)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str, key: SigningKey | None = None) -> None:
         """Write to a local path, `memory://`, or any remote that fsspec knows; whole or not at all.
 
         Raises:
             CardError: the place cannot be written.
         """
-        stores.write(path, self.to_bytes())
+        stores.write(path, self.to_bytes(key))
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
@@ -207,8 +209,22 @@ class CacheCard:
         """A transformers cache, ready to continue."""
         return DynamicCache(self.decode())
 
+    def reader(self, n_agents: int = 1) -> CascadeCache:
+        """A cache in which the receiver attends to this card in place, within `attend_in_place(model)`.
+
+        Nothing is decoded beforehand: what stays is packed, and a chunk of it is decoded as attention passes.
+        Several receivers may share it.
+
+        Raises:
+            PolyKVError: no agents.
+        """
+        codec = MixedCodec(self.about.exact, self.about.group_size)
+        layers = segments_by_layer(self.key, self.value, codec, self.about.n_kv_heads)
+        return CascadeCache(layers, n_agents)
+
     @property
     def n_tokens(self) -> int:
+        """Tokens whose cache the card holds."""
         return self.about.n_tokens
 
     @property
@@ -223,11 +239,32 @@ class CacheCard:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file, as `parent` names it in the next card."""
-        return self._digest or cardfile.loads(self.to_bytes())[2]
+        """SHA-256 of the file that it was read from, as `parent` names it in the next card.
+
+        Of a card that was not read: of the unsigned file.
+        """
+        stamp = self._stamp or cardfile.loads(self.to_bytes())[2]
+        return stamp.digest
+
+    @property
+    def signed(self) -> bool:
+        """True for a card that was read with a signature, whoever made it."""
+        return self._stamp is not None and self._stamp.signature is not None
+
+    @property
+    def verified(self) -> bool:
+        """True for a card that was opened with the key that it was signed with."""
+        return self._stamp is not None and self._stamp.verified
 
 
-def _checked(cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedModel) -> Tensor:
+def _after(parent: CacheCard | None, about: About) -> About:
+    """`about` as that of the next card after `parent`."""
+    return replace(about, hop=parent.about.hop + 1, parent=parent.digest) if parent else about
+
+
+def _checked(
+    cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedModel, position_offset: int
+) -> Tensor:
     """Ids (tokens,) as int32 on the CPU, if they, the cache and the model belong together."""
     check_cache(cache)
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
@@ -238,5 +275,6 @@ def _checked(cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedM
             f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
             f"{g.n_kv_heads} kv heads, head_dim {g.head_dim}; give one sequence and all its ids"
         )
-    check_length(model.config, len(ids_T), "the card")
+    verify.check_ids(ids_T, len(ids_T), model)
+    check_length(model.config, position_offset + len(ids_T), "the card")
     return ids_T

@@ -1,14 +1,19 @@
 """The bytes of a card: a safetensors file whose metadata carry the card's fields and a digest of all bytes.
 
-The digest is the SHA-256 of the file with the digest's own 64 characters set to "0". Reading trusts nothing:
-lengths, JSON, dtypes, shapes and offsets are checked against the file's size, then the digest, and only then
-do tensors appear, as views of the bytes that were read.
+The digest is the SHA-256 of the file with the digest's own 64 characters set to "0". A signed card holds a
+signature besides: of the SHA-256 of the file with both set to "0"; its digest is the SHA-256 of that hash and
+of the signature, so that one pass over the bytes serves both.
+
+Reading trusts nothing: lengths, JSON, dtypes, shapes and offsets are checked against the file's size, then
+the digest, then the signature where a key is required, and only then do tensors appear, as views of the bytes
+that were read.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,12 +22,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from polykv.errors import PolyKVError
+from polykv.handoff.signing import SigningKey
 
 VERSION = 1
 KEY = "polykv_card"  # the one entry of the safetensors metadata
-MAX_HEADER = 1 << 20  # bytes; a card has some twenty tensors
+MAX_HEADER = 1 << 15  # bytes; a card has up to 17 tensors, which take 3 kB
+MAX_TENSORS, MAX_DIMS = 32, 4
 _ZEROS = "0" * 64
-_DIGEST = re.compile(rb'\\"digest\\":\\"([0-9a-f]{64})\\"')
+_DIGEST, _SIGNATURE = (
+    re.compile(rb'\\"%s\\":\\"([0-9a-f]{64})\\"' % name) for name in (b"digest", b"signature")
+)
+_NAME = re.compile(r"[a-z0-9_.]{1,32}")
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _DTYPES = {
     "U8": torch.uint8,
     "I32": torch.int32,
@@ -36,35 +47,60 @@ class CardError(PolyKVError):
     """A card that is refused, with the reason."""
 
 
-def dumps(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray:
-    """The file's bytes."""
+@dataclass(frozen=True)
+class Stamp:
+    """What stands for a file's bytes. `verified`: the signature was checked with a key, and is right."""
+
+    digest: str
+    signature: str | None = None
+    verified: bool = False
+
+
+def dumps(
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    key: SigningKey | None = None,
+    signature: str | None = None,
+) -> bytearray:
+    """The file's bytes, signed with `key`, or with a `signature` that this very content had before."""
     inner = {**fields, "version": VERSION, "digest": _ZEROS}
+    if key or signature:
+        inner["signature"] = _ZEROS
     text = json.dumps(inner, sort_keys=True, separators=(",", ":"))
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = bytearray(save(kept, metadata={KEY: text}))
+    plain = hashlib.sha256(content).digest()
+    signature = key.sign(plain) if key else signature
     n_header = 8 + int.from_bytes(content[:8], "little")
-    place = _DIGEST.search(content, 0, n_header).start(1)
-    content[place : place + 64] = hashlib.sha256(content).hexdigest().encode()
+    for pattern, found in ((_DIGEST, _digest(plain, signature)), (_SIGNATURE, signature)):
+        if found:
+            place = pattern.search(content, 0, n_header).start(1)
+            content[place : place + 64] = found.encode()
     return content
 
 
-def loads(content: bytearray) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """(fields, tensors, digest). The tensors share the memory of `content`.
+def loads(
+    content: bytearray, key: SigningKey | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], Stamp]:
+    """(fields, tensors, stamp). The tensors share the memory of `content`.
 
     Raises:
-        CardError: truncated, altered, newer than this code, or not a card at all.
+        CardError: truncated, altered, newer than this code, not signed with `key`, or not a card at all.
     """
     header, start = _header(content)
     fields = _fields(header)
     table = _table(header, len(content) - start)
-    digest = _verified(content, start)
-    if fields.pop("digest", None) != digest:
+    stamp = _verified(content, start, key)
+    if (fields.pop("digest", None), fields.pop("signature", None)) != (
+        stamp.digest,
+        stamp.signature,
+    ):
         raise _altered("its digest is not where it belongs")
     tensors = {}
     for name, (dtype, shape, begin) in table.items():
         flat = torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start + begin)
         tensors[name] = flat.reshape(shape)
-    return fields, tensors, digest
+    return fields, tensors, stamp
 
 
 def _header(content: bytearray) -> tuple[dict[str, Any], int]:
@@ -76,12 +112,7 @@ def _header(content: bytearray) -> tuple[dict[str, Any], int]:
         raise _altered(f"its header claims {n_header} bytes")
     if 8 + n_header > len(content):
         raise _truncated(f"its header alone takes {8 + n_header} of {len(content)} bytes")
-    try:
-        header = json.loads(content[8 : 8 + n_header])
-    except (ValueError, RecursionError) as error:
-        raise _altered(f"its header is no JSON ({type(error).__name__})") from error
-    if not isinstance(header, dict):
-        raise _altered("its header is no table")
+    header = _parsed(bytes(content[8 : 8 + n_header]), "header")
     if n_header % 8:
         raise _altered("its tensors are not aligned")
     return header, 8 + n_header
@@ -89,15 +120,11 @@ def _header(content: bytearray) -> tuple[dict[str, Any], int]:
 
 def _fields(header: dict[str, Any]) -> dict[str, Any]:
     metadata = header.pop("__metadata__", None)
-    text = metadata.get(KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(metadata, dict) or set(metadata) != {KEY} or type(metadata[KEY]) is not str:
         raise CardError("this safetensors file is no card; give a file written by CacheCard.save")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _altered(f"its fields are no JSON ({type(error).__name__})") from error
-    version = fields.pop("version", None) if isinstance(fields, dict) else None
-    if type(version) is not int or version < 1:
+    fields = _parsed(metadata[KEY].encode("utf-8", "replace"), "table of fields")
+    version = fields.pop("version", None)
+    if type(version) is not int or not 1 <= version < 1 << 16:
         raise _altered("it names no format version")
     if version > VERSION:
         raise CardError(
@@ -106,18 +133,40 @@ def _fields(header: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _table(header: dict[str, Any], n_payload: int) -> dict[str, tuple]:
+def _parsed(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON table in which no key stands twice and every number is one: two readers must read the same."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refused)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition(":")[0]
+        raise _altered(f"its {what} is no JSON ({reason})") from error
+    if not isinstance(found, dict):
+        raise _altered(f"its {what} is no table")
+    return found
+
+
+def _table(header: dict[str, Any], n_payload: int) -> dict[str, tuple[torch.dtype, list[int], int]]:
     """name -> (dtype, shape, first byte); the tensors cover the payload without gap or overlap."""
+    if len(header) > MAX_TENSORS:
+        raise _altered(f"its header claims {len(header)} tensors")
     spans, table = [], {}
     for name, entry in header.items():
-        try:
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            begin, end = entry["data_offsets"]
-            sizes = [begin, end, *shape]
-        except (KeyError, TypeError, ValueError) as error:
-            raise _altered("an entry of its header is not understood") from error
-        if any(type(size) is not int or not 0 <= size < 1 << 48 for size in sizes) or 0 in shape:
-            raise _altered("a shape or an offset of its header is no possible size")
+        if not _NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != _ENTRY:
+            raise _altered("an entry of its header is not understood")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None or not _sizes(shape, 1) or not _sizes(offsets, 0) or len(offsets) != 2:
+            raise _altered("a dtype, shape or offset of its header is not possible")
+        begin, end = offsets
         if end - begin != prod(shape) * dtype.itemsize:
             raise _altered("a tensor's bytes do not fit its shape")
         if begin % dtype.itemsize:
@@ -136,16 +185,37 @@ def _table(header: dict[str, Any], n_payload: int) -> dict[str, tuple]:
     return table
 
 
-def _verified(content: bytearray, start: int) -> str:
+def _sizes(found: Any, least: int) -> bool:
+    """True for a short list of whole numbers that a file can have."""
+    is_list = type(found) is list and len(found) <= MAX_DIMS
+    return is_list and all(type(size) is int and least <= size < 1 << 48 for size in found)
+
+
+def _verified(content: bytearray, start: int, key: SigningKey | None) -> Stamp:
+    """The stamp, if the digest is right and the signature is, where a key is required."""
     head = bytes(content[:start])
-    found = _DIGEST.findall(head)
-    if len(found) != 1:
+    digests, signatures = _DIGEST.findall(head), _SIGNATURE.findall(head)
+    if len(digests) != 1 or len(signatures) > 1:
         raise _altered("it carries no digest")
-    sha = hashlib.sha256(_DIGEST.sub(rb'\\"digest\\":\\"' + _ZEROS.encode() + rb'\\"', head))
+    blank = bytearray(head)
+    for place in (*_DIGEST.finditer(head), *_SIGNATURE.finditer(head)):
+        blank[place.start(1) : place.end(1)] = _ZEROS.encode()
+    sha = hashlib.sha256(blank)
     sha.update(memoryview(content)[start:])
-    if sha.hexdigest() != found[0].decode():
+    signature = signatures[0].decode() if signatures else None
+    digest = _digest(sha.digest(), signature)
+    if digest != digests[0].decode():
         raise _altered("its digest does not match its content")
-    return sha.hexdigest()
+    if key and signature is None:
+        raise CardError("the card is not signed and a key is required; have its sender sign it")
+    if key and not key.signed(sha.digest(), signature):
+        raise CardError("the card's signature is not by this key; use the key of its sender")
+    return Stamp(digest, signature, verified=key is not None)
+
+
+def _digest(plain: bytes, signature: str | None) -> str:
+    """From the SHA-256 of a file whose digest and signature are zeros."""
+    return hashlib.sha256(plain + signature.encode()).hexdigest() if signature else plain.hex()
 
 
 def _truncated(why: str) -> CardError:

@@ -16,6 +16,7 @@ from polykv.evaluation.continuation import Comparison, compare
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
+from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task
 from polykv.supported import check_length
 
@@ -34,7 +35,8 @@ class Turn:
 class Handoff:
     """How a cache goes from one agent to the next. One per relay: it remembers the last card.
 
-    `requantize` seals everything again at each hop; `append` quantizes a token once, at its first hop.
+    `requantize` seals everything again at each hop; `append` quantizes a token once, at its first hop. With a
+    `key` every card is signed, and no other is taken.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class Handoff:
     budget_bits: float
     reseal: str
     seed: int = 0
+    key: SigningKey | None = None
     card: CacheCard | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +69,8 @@ class Handoff:
             card = self.card.append(*options, seed=self.seed)
         else:
             card = CacheCard.seal(*options, parent=self.card, seed=self.seed)
-        self.card = CacheCard.from_bytes(card.to_bytes(), self.model, self.tokenizer)
+        content = card.to_bytes(self.key)
+        self.card = CacheCard.from_bytes(content, self.model, self.tokenizer, self.key)
         return self.card.inject()
 
 

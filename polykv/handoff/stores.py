@@ -1,5 +1,6 @@
 """Where cards are kept: a local path, `memory://`, or any remote that fsspec knows."""
 
+import math
 import uuid
 
 import fsspec
@@ -28,26 +29,33 @@ def write(path: str, content: bytes | bytearray) -> None:
         raise CardError(f"cannot write {path} ({_first(error)}); give another place") from error
 
 
-def read(path: str) -> bytearray:
-    """The whole content, read into memory once.
+def read(path: str, most: float = math.inf) -> bytearray:
+    """The whole content of a file of at most `most` bytes.
 
     Raises:
-        CardError: there is no such file, or it cannot be read.
+        CardError: there is no such file, it is no file, larger than `most`, or cannot be read.
     """
     try:
         fs, place = fsspec.url_to_fs(str(path))
-        content = bytearray(fs.size(place) or 0)
-        view, n_read = memoryview(content), 0
+        info = fs.info(place)
+        size = info["size"] or 0
+        if info["type"] != "file":
+            raise CardError(f"{path} is no file; check the path")
+        if size > most:
+            raise CardError(
+                f"{path} has {size} bytes, and the model's largest card {most}; fetch it again, or "
+                "load the model that sealed it"
+            )
+        content = bytearray()  # it grows by what comes, not by what was announced
         with fs.open(place, "rb") as file:
-            while n_read < len(content) and (part := file.read(min(READ, len(content) - n_read))):
-                view[n_read : n_read + len(part)] = part
-                n_read += len(part)
+            while part := file.read(min(READ, size - len(content))):
+                content += part
     except FileNotFoundError as error:
         raise CardError(f"there is no card at {path}; check the path") from error
     except (OSError, ValueError, ImportError) as error:
         raise CardError(f"cannot read {path} ({_first(error)}); check the path") from error
-    view.release()
-    del content[n_read:]
+    except MemoryError as error:
+        raise CardError(f"{path} has {size} bytes, more than there is memory for") from error
     return content
 
 

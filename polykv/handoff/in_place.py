@@ -1,0 +1,52 @@
+"""A card's tokens as segments that attention reads in place: nothing of the cache is decoded beforehand.
+
+Keys and values have maps of their own, so tokens of one pair of tiers make one segment: at most sixteen, one
+where a policy gives all tokens the same bits. Their order does not matter to attention: cached keys carry
+their positions.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from polykv.codecs.base import Packed
+from polykv.handoff.mixed import TIERS, Mixed, MixedCodec
+from polykv.segment import Segment
+
+
+def segments_by_layer(
+    key: Mixed, value: Mixed, codec: MixedCodec, n_kv_heads: int
+) -> list[list[Segment]]:
+    """The segments of every layer, each of `n_kv_heads` heads; views of the card where a tier is not split."""
+    layers: list[list[Segment]] = [[] for _ in range(key.shape[1] // n_kv_heads)]
+    pairs_T = key.tiers_T * len(TIERS) + value.tiers_T
+    for pair in pairs_T.unique().tolist():
+        key_tier, value_tier = divmod(pair, len(TIERS))
+        wanted_T = pairs_T == pair
+        keys, values = _tokens(key, key_tier, wanted_T), _tokens(value, value_tier, wanted_T)
+        codecs = codec.codec(key_tier), codec.codec(value_tier)
+        for index, segments in enumerate(layers):
+            start = index * n_kv_heads
+            sides = (_heads(packed, start, start + n_kv_heads) for packed in (keys, values))
+            segments.append(Segment(*codecs, *sides))
+    return layers
+
+
+def _tokens(mixed: Mixed, tier: int, wanted_T: Tensor) -> Packed:
+    """Those of a tier's tokens that are wanted; all wanted ones are of this tier."""
+    part = mixed.parts[tier]
+    places = wanted_T[mixed.tiers_T == tier].nonzero().squeeze(1)
+    if len(places) == part.shape[2]:
+        return part
+    tensors = {
+        name: tensor.index_select(2, places.to(tensor.device))
+        for name, tensor in part.tensors.items()
+    }
+    return replace(part, tensors=tensors, shape=(*part.shape[:2], len(places), part.shape[3]))
+
+
+def _heads(packed: Packed, start: int, stop: int) -> Packed:
+    """One layer's heads, as views."""
+    tensors = {name: tensor[:, start:stop] for name, tensor in packed.tensors.items()}
+    batch, _, n_tokens, dim = packed.shape
+    return replace(packed, tensors=tensors, shape=(batch, stop - start, n_tokens, dim))
