@@ -1,13 +1,17 @@
 """Cells on disk -> one tidy DataFrame. The only module here that reads results."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
+from polykv.cellfile import read_cells
 from polykv.errors import PolyKVError
-from polykv.results import load_rows
+from polykv.results import frame
 
 NUMBERS = ("context_tokens", "n_agents", "n_hops", "budget_bits", "value", "ci_low", "ci_high")
 NUMBERS += ("n", "seed")
@@ -15,10 +19,45 @@ NUMBERS += ("n", "seed")
 
 @dataclass(frozen=True)
 class Results:
-    """`rows`: polykv.results.COLUMNS and head_dim; `damaged`: one line for each cell skipped."""
+    """What the analysis works on.
+
+    Attributes:
+        rows: polykv.results.COLUMNS and head_dim.
+        damaged: one line for each cell skipped.
+        unsealed: cells from before there were digests, in which an edit would not show.
+    """
 
     rows: pd.DataFrame
     damaged: tuple[str, ...] = ()
+    unsealed: int = 0
+
+
+@contextmanager
+def drawing(root: Path) -> Iterator[None]:
+    """Held from reading the rows to the last figure: who draws last has then read the most.
+
+    Processes that share a folder all draw when they end; without it an early one's table can replace a later one's.
+
+    Raises:
+        PolyKVError: the folder cannot be written.
+    """
+    if not root.is_dir():
+        yield  # `load` says so
+        return
+    marker = root / ".drawing.lock"
+    lock = FileLock(marker)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise PolyKVError(
+            f"cannot write into {root} ({error.strerror or error}); give a folder that can be written"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder became read-only: the lock is free all the same
+            marker.unlink(missing_ok=True)
+        lock.release()
 
 
 def load(root: Path) -> Results:
@@ -29,7 +68,9 @@ def load(root: Path) -> Results:
     Raises:
         PolyKVError: there is no such folder, or not one readable row in it.
     """
-    rows, damaged = load_rows(root)
+    cells, damaged = read_cells(root)
+    unsealed = sum(not cell.sealed for cell in cells)
+    rows = frame(root, cells, damaged)
     for name in NUMBERS:
         said = rows[name].notna() & (rows[name] != "")
         numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
@@ -43,7 +84,7 @@ def load(root: Path) -> Results:
         name: rows[name].astype(object).where(rows[name].notna(), "").astype(str)
         for name in rows.columns.difference(NUMBERS)
     }
-    return Results(_with_head_dim(rows.assign(**texts)), tuple(damaged))
+    return Results(_with_head_dim(rows.assign(**texts)), tuple(damaged), unsealed)
 
 
 def _with_head_dim(rows: pd.DataFrame) -> pd.DataFrame:

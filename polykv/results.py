@@ -6,33 +6,30 @@ Torch-free: the analysis reads through this module.
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
-from uuid import uuid4
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from polykv import cellfile
+from polykv.cellfile import COLUMNS, Cell, DamagedCell, read_cells
 from polykv.errors import PolyKVError
 
-COLUMNS = (
-    "experiment", "cell", "model", "weights", "document", "context_tokens", "n_agents", "n_hops",
-    "recipe", "policy", "budget_bits", "reader", "backend", "metric", "value", "unit", "ci_low", "ci_high",
-    "n", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
-)  # fmt: skip
+# Where a cell runs, where its result is kept and how progress is shown do not change its numbers.
+NOT_IDENTITY = ("results_dir", "logger", "launcher", "card")
 
-# Older results lack these.
-_ADDED = ("backend",)
-
-# Where a result is kept and how its progress is shown do not change its numbers.
-NOT_IDENTITY = ("results_dir", "logger")
+PROBE_BYTES = 65536
 
 _PACKAGES = ("torch", "transformers", "datasets", "bert-score", "numpy", "scipy")
 
@@ -94,7 +91,15 @@ class Rows:
         ci: tuple[float, float] | None = None,
         **columns: Any,
     ) -> None:
-        """One observation. A value that cannot be had is None, and `note` must say why."""
+        """One observation. A value that cannot be had is None, and `note` must say why.
+
+        Raises:
+            ValueError: it does not, or a number is NaN or infinite (polykv/evaluation/missing.py).
+        """
+        if not all(x is None or math.isfinite(x) for x in (value, *(ci or ()))):
+            raise ValueError(
+                f"{metric} is {value} with interval {ci}; only finite numbers are rows"
+            )
         if value is None and not columns.get("note"):
             raise ValueError(f"{metric} is missing without a reason")
         low, high = ci or (None, None)
@@ -108,7 +113,7 @@ class StoreError(PolyKVError):
 
 
 class Store:
-    """`ROOT/cells/EXPERIMENT/CELL.json`, one file a cell: done means that the file is there."""
+    """`ROOT/cells/EXPERIMENT/CELL.json`, one file a cell: done means that the file is there and whole."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -117,23 +122,49 @@ class Store:
         return self.root / "cells" / experiment / f"{cell}.json"
 
     def done(self, experiment: str, cell: str) -> bool:
-        return self.path(experiment, cell).is_file()
+        """Whether the cell needs no measuring; a damaged file does not count.
+
+        Raises:
+            StoreError: the file is there and cannot be read.
+        """
+        path = self.path(experiment, cell)
+        try:
+            cellfile.read(path)
+        except (FileNotFoundError, DamagedCell):
+            return False
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {path} ({error.strerror or error}); let it be read, or set results_dir "
+                "to another folder"
+            ) from error
+        return True
 
     @contextmanager
     def claim(self, experiment: str, cell: str) -> Iterator[bool]:
-        """True while this process alone may run the cell; the lock dies with the process."""
-        path = self.path(experiment, cell).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
+        """True while this process alone may run the cell; the lock dies with the process.
+
+        What a killed process left of the cell is removed; a damaged file is set aside, named on stderr.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        path = self.path(experiment, cell)
+        marker = path.with_suffix(".lock")
+        lock = FileLock(marker)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             yield False
             return
+        except OSError as error:
+            raise _unwritable(path.parent, error) from error
         try:
+            _clear(path)
             yield True
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that became read-only: the lock is free all the same
+                marker.unlink(missing_ok=True)
             lock.release()
 
     def write(
@@ -147,16 +178,15 @@ class Store:
         origin = provenance()
         stamp = {"experiment": experiment, "cell": cell}
         stamp |= {key: origin[key] for key in ("commit", "created_at")}
-        content = {"config": config, "provenance": origin, "rows": [row | stamp for row in rows]}
+        stamped = [row | stamp for row in rows]
         path = self.path(experiment, cell)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, json.dumps(content, indent=1, allow_nan=False))
+            cellfile.write_atomically(
+                path, cellfile.compose(experiment, cell, config, origin, stamped)
+            )
         except OSError as error:
-            raise StoreError(
-                f"cannot write into {path.parent} ({error.strerror or error}); free space or set "
-                "results_dir to a folder that can be written, then run again: finished cells are kept"
-            ) from error
+            raise _unwritable(path.parent, error) from error
         return path
 
     def check_writable(self) -> None:
@@ -165,30 +195,39 @@ class Store:
         Raises:
             StoreError: the results folder cannot be written, or its disk is full.
         """
-        probe = self.root / "cells" / ".probe"
+        folder = self.root / "cells"
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(probe, " " * 65536)
-            probe.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            # Without a name: processes that start together do not meet, and a kill leaves nothing.
+            with TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(PROBE_BYTES))
+                probe.flush()
+                os.fsync(probe.fileno())
         except OSError as error:
-            raise StoreError(
-                f"cannot write into {self.root} ({error.strerror or error}); free space or set "
-                "results_dir to a folder that can be written"
-            ) from error
+            raise _unwritable(self.root, error) from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    # Not tempfile's: its files can be read by their owner only, and results are shared.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+def _unwritable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot write into {folder} ({error.strerror or error}); free space or set results_dir to a "
+        "folder that can be written, then run again: finished cells are kept"
+    )
+
+
+def _clear(path: Path) -> None:
+    """Make room for a cell that this process has claimed."""
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        cellfile.remove_leftovers(path)
+        try:
+            cellfile.read(path)
+        except FileNotFoundError:
+            return
+        except DamagedCell as reason:
+            aside = cellfile.set_aside(path)
+            said = f"{path} is damaged ({reason}); set aside as {aside.name} and measured again"
+            print(f"warning: {said}", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
 
 
 def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
@@ -197,19 +236,18 @@ def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
     Raises:
         PolyKVError: the folder holds no cells.
     """
-    rows: list[dict[str, Any]] = []
-    damaged = []
-    for path in sorted(Path(root).glob("cells/*/*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            older = dict.fromkeys(_ADDED)
-            rows_read = [older | row for row in content["rows"]]
-            cell_rows = [{column: row[column] for column in COLUMNS} for row in rows_read]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            damaged.append(f"{path} ({type(error).__name__}: {error})")
-            continue
-        rows.extend(cell_rows)
+    cells, damaged = read_cells(root)
+    return frame(root, cells, damaged), damaged
+
+
+def frame(root: str | Path, cells: list[Cell], damaged: list[str]) -> pd.DataFrame:
+    """The rows of `read_cells(root)` under COLUMNS.
+
+    Raises:
+        PolyKVError: there are none.
+    """
+    rows = [row for cell in cells for row in cell.rows]
     if not rows:
         listing = f"; damaged: {', '.join(damaged)}" if damaged else ""
         raise PolyKVError(f"no results in {root}{listing}; run `make run` or `python run.py` first")
-    return pd.DataFrame(rows, columns=list(COLUMNS)), damaged
+    return pd.DataFrame(rows, columns=list(COLUMNS))

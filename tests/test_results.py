@@ -5,6 +5,7 @@ import multiprocessing
 
 import pytest
 
+from analysis.load import load
 from polykv import results
 from polykv.errors import PolyKVError
 from polykv.results import COLUMNS, Rows, Store, cell_id, load_rows
@@ -47,7 +48,11 @@ def test_missing_values_need_a_reason():
 
 def test_nan_is_never_written(tmp_path):
     rows = Rows(model="reference")
-    rows.add("perplexity", float("nan"), "ppl")
+    for bad in ({"value": float("nan")}, {"value": 1.0, "ci": (0.5, float("inf"))}):
+        with pytest.raises(ValueError, match="perplexity is .* only finite numbers"):
+            rows.add("perplexity", unit="ppl", note="median", **bad)
+    rows.add("perplexity", 1.0, "ppl")
+    rows.rows[0]["value"] = float("nan")  # past `add`
     with pytest.raises(ValueError):
         Store(tmp_path).write("quickstart", "abc", CONFIG, rows.rows)
     assert not Store(tmp_path).done("quickstart", "abc")
@@ -79,6 +84,126 @@ def test_damaged_files_are_named_and_the_rest_is_read(tmp_path):
     frame, damaged = load_rows(tmp_path)
     assert len(frame) == 1
     assert ["edited.json" in damaged[0], "half.json" in damaged[1]] == [True, True]
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+EDITS = {
+    "value": lambda content: content["rows"][0].update(value=2.4),
+    "config": lambda content: content["config"].update(seed=1),
+    "provenance": lambda content: content["provenance"].update(commit="0123456789ab"),
+    "row": lambda content: content["rows"].append(content["rows"][0]),
+    "digest": lambda content: content.update(digest=7),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_by_hand_is_noticed_and_the_file_set_aside(tmp_path, capsys, edit):
+    store = Store(tmp_path)
+    path = store.write("quickstart", "abc", CONFIG, one_row())
+    edited(path, EDITS[edit])
+    wrong = path.read_bytes()
+    assert not store.done("quickstart", "abc")
+    with store.claim("quickstart", "abc") as mine:
+        assert mine and not path.exists()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said and "abc.json.damaged" in said
+    assert path.with_name("abc.json.damaged").read_bytes() == wrong
+    store.write("quickstart", "abc", CONFIG, one_row())
+    frame, damaged = load_rows(tmp_path)
+    assert len(frame) == 1 and damaged == [] and store.done("quickstart", "abc")
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    store = Store(tmp_path)
+    for text in ("first", "second"):
+        path = store.path("quickstart", "abc")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        with store.claim("quickstart", "abc"):
+            pass
+    aside = {path.name: path.read_text() for path in path.parent.iterdir()}
+    assert aside == {"abc.json.damaged": "first", "abc.json.damaged2": "second"}
+
+
+def test_saving_a_cell_with_another_layout_is_no_damage(tmp_path):
+    store = Store(tmp_path)
+    path = store.write("quickstart", "abc", CONFIG | {"layers": {1: 2.0}}, one_row())
+    edited(path, lambda content: None)
+    assert store.done("quickstart", "abc")
+
+
+def test_a_copy_under_another_name_is_no_other_cell(tmp_path):
+    store = Store(tmp_path)
+    path = store.write("quickstart", "abc", CONFIG, one_row())
+    path.with_name("def.json").write_bytes(path.read_bytes())
+    assert store.done("quickstart", "abc") and not store.done("quickstart", "def")
+    frame, damaged = load_rows(tmp_path)
+    assert len(frame) == 1 and "it is cell abc of quickstart" in damaged[0]
+
+
+def test_cells_from_before_there_were_digests_load_and_are_counted(tmp_path):
+    store = Store(tmp_path)
+    store.write("quickstart", "new", CONFIG, one_row())
+    path = store.write("quickstart", "old", CONFIG, one_row())
+    edited(path, lambda content: [content.pop(key) for key in ("digest", "experiment", "cell")])
+    assert store.done("quickstart", "old")
+    loaded = load(tmp_path)
+    assert (len(loaded.rows), loaded.damaged, loaded.unsealed) == (2, (), 1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "NaN", '{"rows": [{"value": Infinity}]}', "\x00"])
+def test_no_text_breaks_the_reader(tmp_path, text):
+    store = Store(tmp_path)
+    store.write("quickstart", "whole", CONFIG, one_row())
+    store.path("quickstart", "abc").write_text(text)
+    frame, damaged = load_rows(tmp_path)
+    assert len(frame) == 1 and len(damaged) == 1 and "abc.json" in damaged[0]
+
+
+def test_a_folder_in_place_of_a_cell_is_set_aside_too(tmp_path, capsys):
+    store = Store(tmp_path)
+    (store.path("quickstart", "abc") / "inside").mkdir(parents=True)
+    with store.claim("quickstart", "abc"):
+        store.write("quickstart", "abc", CONFIG, one_row())
+    assert store.done("quickstart", "abc") and "a folder, not a file" in capsys.readouterr().err
+    assert (store.path("quickstart", "abc").parent / "abc.json.damaged" / "inside").is_dir()
+
+
+def test_a_cell_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.write("quickstart", "abc", CONFIG, one_row())
+
+    def refuse(path, **how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(PolyKVError, match="cannot read .*abc.json .Permission denied"):
+        store.done("quickstart", "abc")
+
+
+def test_a_folder_that_takes_no_lock_is_one_clear_error(tmp_path):
+    (tmp_path / "cells").write_text("a file where a folder should be")
+    with (
+        pytest.raises(PolyKVError, match="cannot write into .*results_dir"),
+        Store(tmp_path).claim("quickstart", "abc"),
+    ):
+        pass
+
+
+def test_the_look_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    for _ in range(2):
+        Store(tmp_path).check_writable()
+    assert [path.name for path in tmp_path.rglob("*")] == ["cells"]
+
+
+def test_where_a_cell_runs_is_not_its_identity():
+    for name in ("launcher", "logger", "results_dir"):
+        assert cell_id(CONFIG) == cell_id(CONFIG | {name: "another"})
 
 
 def test_an_empty_folder_says_what_to_run(tmp_path):

@@ -1,0 +1,1 @@
+"""What happens when something goes wrong: `python -m reliability` tries it and writes results/reliability.md."""
