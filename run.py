@@ -7,14 +7,15 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from experiments import sweep
+from experiments import processes, sweep
 from polykv.errors import PolyKVError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def task(cfg: DictConfig) -> object:
-    """One cell, called by the launcher."""
+    """One cell; the sweeper (hydra_plugins/cell_sweeper.py) has a launcher call it."""
     return sweep.run_cell(cfg)
 
 
@@ -22,38 +23,34 @@ def main() -> int:
     """Run the sweep and render what its folder holds; the exit code."""
     # Hydra prints its own errors over several lines and exits; with this it lets us see them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    processes.second_interrupt_quits()
     try:
         task()
+        return report(sweep.ended) if sweep.ended else 0
     except KeyboardInterrupt:
-        print("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
-        return 130
-    except (HydraException, OmegaConfBaseException) as error:
+        processes.stop_after_interrupt()
+        print(sweep.stopped(), file=sys.stderr)
+        return processes.INTERRUPTED
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return report(sweep.results_dir, sweep.experiment_name, sweep.outcomes)
+    return report(sweep.ended) if sweep.ended else 0
 
 
-def report(results_dir: str, experiment: str, outcomes: list[sweep.Outcome]) -> int:
+def report(ended: sweep.Ended) -> int:
     """Tables and figures of the folder, then what did not end well; the exit code."""
     from analysis.__main__ import main as render
+    from polykv.wandb_run import unsynced
 
-    code = render(["--results", results_dir, "--show", experiment])
-    for outcome in outcomes:
-        if outcome.status == "held":
-            print(f"cell {outcome.cell} is being measured by another process", file=sys.stderr)
-    reasons: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if outcome.status == "failed":
-            reasons.setdefault(outcome.reason, []).append(outcome.cell)
-    for reason, cells in reasons.items():
-        print(f"error: cell {', '.join(cells)} failed: {reason}", file=sys.stderr)
-    if reasons:
-        print("finished cells are kept; the same command tries the others again", file=sys.stderr)
-        return 1
-    return code
+    code = render(["--results", ended.results_dir, "--show", ended.experiment])
+    if line := unsynced(ended.results_dir):
+        print(line)
+    for line in ended.complaints():
+        print(line, file=sys.stderr)
+    return code if ended.well else 1
 
 
 def one_line(error: Exception) -> str:

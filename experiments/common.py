@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from polykv import hub, kernels, models
+from polykv import hub, kernels, loading, models
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation.readings import Reading
@@ -35,6 +35,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     if settled.weights == "reference":
         settled.model.digest = models.reference_digest()  # a model trained anew is another model
     device = models.pick_device(cfg.device)
+    loading.settle(settled.model, device)
     settled.device = device.type if cfg.device == "auto" else cfg.device
     if cfg.backend == "auto":
         cascade = cfg.reader == "cascade"
@@ -42,8 +43,8 @@ def settle(cfg: DictConfig) -> DictConfig:
     return settled
 
 
-def check_common(cfg: DictConfig) -> None:
-    """What every experiment refuses before any work.
+def check_common(cfg: DictConfig, spread: bool = False) -> None:
+    """What every experiment refuses before any work. `spread`: it can take a model on several devices.
 
     Raises:
         PolyKVError: one clear line.
@@ -55,14 +56,21 @@ def check_common(cfg: DictConfig) -> None:
         raise PolyKVError(f"context={cfg.context!r}; it takes a whole number of tokens, or null")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise PolyKVError(f"seed={cfg.seed!r}; it takes a whole number from 0 up")
-    if not 0 < cfg.prefix_fraction < 1:
+    if not isinstance(cfg.prefix_fraction, float) or not 0 < cfg.prefix_fraction < 1:
         raise PolyKVError(
-            f"prefix_fraction={cfg.prefix_fraction}; it takes a number between 0 and 1"
+            f"prefix_fraction={cfg.prefix_fraction!r}; it takes a number between 0 and 1"
         )
     check_reader(cfg.reader)
     models.check_weights(cfg.model)
     models.pick_dtype(cfg.model.dtype)
-    kernels.pick_backend(cfg.backend, models.pick_device(cfg.device))
+    device = models.pick_device(cfg.device)
+    loading.check(cfg.model, device)
+    if cfg.model.get("device_map") and not (spread and cfg.reader == "inject"):
+        raise PolyKVError(
+            f"model.device_map spreads a model over devices, and {cfg.experiment_name} with "
+            f"reader={cfg.reader} works on one; use experiment=polykv_quality reader=inject, or device_map=null"
+        )
+    kernels.pick_backend(cfg.backend, device)
     Recipe.from_config(cfg.recipe)
     config = models.load_config(cfg.model)
     check_model(config)
@@ -77,7 +85,7 @@ def check_quality(cfg: DictConfig) -> None:
     Raises:
         PolyKVError: random weights, no hub, or a folder without a model.
     """
-    check_common(cfg)
+    check_common(cfg, spread=True)
     if cfg.weights == "random":
         raise PolyKVError(
             f"quality cannot be measured on random weights (model={cfg.model.name}); leave weights "
@@ -107,7 +115,7 @@ def check_hub(
         PolyKVError: with the mend.
     """
     if cfg.weights == "hub":
-        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend)
+        hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
 def check_injects(cfg: DictConfig) -> None:
@@ -134,7 +142,7 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
         "backend": cfg.backend,
         "seed": cfg.seed,
         "device": cfg.device,
-        "dtype": cfg.model.dtype,
+        "dtype": loading.dtype_label(cfg.model),
     }
     return Rows(**(shared | columns))
 
@@ -147,8 +155,11 @@ def model_of(cfg: DictConfig) -> tuple[PreTrainedModel, Any]:
 def documents_of(cfg: DictConfig) -> list[Document]:
     """The cell's documents, cut to its context."""
     needed = ("model", "document", "context", "prefix_fraction", "n_documents", "seed")
-    # Documents carry at least N_QUESTIONS, whatever n_agents is, so that cells share them.
-    shared = {name: cfg[name] for name in needed} | {"n_agents": max(N_QUESTIONS, cfg.n_agents)}
+    # Documents carry at least N_QUESTIONS, whatever n_agents is, so that cells share them; a user's own are
+    # as many as they are.
+    own = cfg.document.get("questions") is not None
+    n_questions = cfg.n_agents if own else max(N_QUESTIONS, cfg.n_agents)
+    shared = {name: cfg[name] for name in needed} | {"n_agents": n_questions}
     return _documents(as_key(shared))
 
 

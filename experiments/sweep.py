@@ -1,35 +1,89 @@
-"""One cell: what it is, when it is done, and that its failure costs the others nothing."""
+"""One cell: what it is, when it is done, and that its failure costs the others nothing.
 
+A sweep's state is its results folder: `cells/` holds what is done, `failed/` why the rest is not. So it does
+not matter which launcher runs the cells, in how many processes, on which machines.
+"""
+
+import json
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
+from experiments import tracking
 from polykv.errors import PolyKVError
 from polykv.results import Store, StoreError, cell_id
 
 # The order in which cells share a model, its documents' caches, and a recipe's pools.
 SHARED_FIRST = ("weights", "model", "document", "context", "seed", "recipe")
 
-bar: tqdm | None = None  # the sweeper's, in cells that run in its process
+LONGEST = 400  # characters of a reason on the terminal; all of it is in its file
 
-outcomes: list["Outcome"] = []  # of the sweep that ran in this process, for run.py
-results_dir = ""
-experiment_name = ""
 unwritable = ""  # why the results folder takes no more; then no further cell is measured in vain
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: `done`, `held` (by another process) or `failed`, with the reason."""
+    """How a cell ended: `done`, `held` (by another process), `failed` with the reason, or `lost` with its worker."""
 
     cell: str
     status: str
     reason: str = ""
+
+
+@dataclass
+class Ended:
+    """The sweep that this process planned, for run.py. `died` says why its launcher gave up, if it did;
+    `queued` that its jobs are a cluster's, and go on without this process.
+    """
+
+    results_dir: str
+    experiment: str
+    queued: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
+    died: str = ""
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing is left that should be tried again."""
+        return not self.died and all(outcome.status != "failed" for outcome in self.outcomes)
+
+    def complaints(self) -> list[str]:
+        """What did not end well, a line each."""
+        lines = []
+        reasons: dict[str, list[str]] = {}
+        for outcome in self.outcomes:
+            if outcome.status == "held":
+                lines.append(f"cell {outcome.cell} is being measured by another process")
+            if outcome.status == "failed":
+                reasons.setdefault(outcome.reason, []).append(outcome.cell)
+        for reason, cells in reasons.items():
+            lines.append(f"error: cell {', '.join(cells)} failed: {shorten(reason, LONGEST)}")
+        if reasons:
+            kept = failure_path(self.results_dir, self.experiment, "CELL")
+            lines.append(f"tracebacks are in {kept}")
+        if self.died:
+            lost = sum(outcome.status == "lost" for outcome in self.outcomes)
+            queued = "; what is queued goes on" if self.queued else ""
+            died = shorten(self.died, LONGEST)
+            lines.append(f"error: the launcher gave up, {lost} cells to go{queued}: {died}")
+        if not self.well:
+            lines.append("finished cells are kept; the same command tries the others again")
+        return lines
+
+
+ended: Ended | None = None  # also where Hydra only showed a config
+
+
+def stopped() -> str:
+    """What to say after Ctrl-C."""
+    queued = ", queued jobs go on (scancel)" if ended and ended.queued else ""
+    return f"stopped{queued}; finished cells are kept, the same command goes on"
 
 
 def run_cell(cfg: DictConfig) -> Outcome:
@@ -39,24 +93,23 @@ def run_cell(cfg: DictConfig) -> Outcome:
     if unwritable:
         return Outcome(cell, "failed", unwritable)
     store, name = Store(cfg.results_dir), cfg.experiment_name
-    with store.claim(name, cell) as mine:
-        if not mine:
-            return Outcome(cell, "held")
-        try:
+    log = failure_path(cfg.results_dir, name, cell)
+    try:
+        with store.claim(name, cell) as mine:
+            if not mine:
+                return Outcome(cell, "held")
+            log.unlink(missing_ok=True)
             # A process beside this one may have finished it since the sweep was planned.
             if not store.done(name, cell):
                 rows = experiment.run(settled)
-                store.write(name, cell, OmegaConf.to_container(settled), rows)
-        except StoreError as error:
-            unwritable = str(error)
-            return Outcome(cell, "failed", unwritable)
-        except PolyKVError as error:
-            return Outcome(cell, "failed", str(error))
-        except Exception as error:  # one cell's bug or lack of memory must not cost the others
-            traceback.print_exc()
-            return Outcome(cell, "failed", f"{type(error).__name__}: {error}")
-    if bar is not None:
-        bar.update()
+                path = store.write(name, cell, OmegaConf.to_container(settled), rows)
+                origin = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+                tracking.record(settled, cell, rows, origin)
+    except StoreError as error:
+        unwritable = str(error)
+        return Outcome(cell, "failed", unwritable)
+    except Exception as error:  # one cell's bug or lack of memory must not cost the others
+        return Outcome(cell, "failed", _keep(error, log, settled))
     return Outcome(cell, "done")
 
 
@@ -68,5 +121,46 @@ def prepare(cfg: DictConfig) -> tuple[ModuleType, DictConfig, str]:
     return experiment, settled, cell_id(OmegaConf.to_container(settled))
 
 
+def check_device(settled: DictConfig) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        PolyKVError: names the device.
+    """
+    from polykv import models  # brings torch, which `run.py --help` does without
+
+    models.check_device(settled.device)
+
+
+def failure_path(results_dir: str, experiment: str, cell: str) -> Path:
+    """Where a failed cell keeps its reason, settings and traceback until it succeeds."""
+    return Path(results_dir) / "failed" / experiment / f"{cell}.txt"
+
+
+def outcome_on_disk(results_dir: str, experiment: str, cell: str) -> Outcome:
+    """How a cell ended whose worker did not come back to say so."""
+    if Store(results_dir).done(experiment, cell):
+        return Outcome(cell, "done")
+    try:
+        text = failure_path(results_dir, experiment, cell).read_text(encoding="utf-8")
+    except OSError:
+        return Outcome(cell, "lost")
+    return Outcome(cell, "failed", text.partition("\n")[0])
+
+
 def sharing_key(cfg: DictConfig) -> list[Any]:
     return [str(cfg[axis]) for axis in SHARED_FIRST]
+
+
+def _keep(error: Exception, log: Path, settled: DictConfig) -> str:
+    """The reason in one line; all of it goes into a file, for a worker has no terminal."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, PolyKVError):
+        reason = f"{type(error).__name__}: {reason}"
+    text = "\n".join([reason, "", traceback.format_exc(), OmegaConf.to_yaml(settled)])
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(text, encoding="utf-8")
+    except OSError:
+        traceback.print_exc()  # the folder takes no more: then it is at least said here
+    return reason

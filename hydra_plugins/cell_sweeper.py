@@ -1,52 +1,163 @@
 """The sweep: compose every cell, refuse bad input before any work, skip what is done, run the rest.
 
 Hydra takes a sweeper from the namespace package `hydra_plugins` only; what a cell is stands in
-experiments/sweep.py. Hydra's launchers (processes, clusters) run the cells unchanged.
+experiments/sweep.py. Any of Hydra's launchers runs the cells: one after the other, in processes, on a cluster.
 """
 
+import os
+import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import sweep
+from experiments import processes, progress, sweep
+from experiments.sweep import Outcome
+from polykv.config import REPO
+from polykv.errors import PolyKVError
 from polykv.results import Store
 
 
-class CellSweeper(BasicSweeper):
-    """Hydra's basic sweeper over cells, with identity and resume."""
+@dataclass(frozen=True)
+class Cell:
+    """A planned cell: Hydra's overrides, and the identity that they have where the sweep is planned."""
 
-    def get_job_batch(self) -> Sequence[Sequence[str]]:
-        """The jobs that are not done yet, in an order in which they share their work."""
-        jobs = super().get_job_batch()
-        planned, finished = {}, 0
-        for job in tqdm(jobs, desc="check", leave=False, disable=None):
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
-            experiment, settled, cell = sweep.prepare(cfg)
-            experiment.check(settled)
-            if Store(cfg.results_dir).done(cfg.experiment_name, cell):
-                finished += 1
-            else:
-                planned[cell] = (sweep.sharing_key(settled), job)
-        print(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run", flush=True)
-        return [job for _, job in sorted(planned.values(), key=lambda item: item[0])]
+    overrides: Sequence[str]
+    identity: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each of the launcher's jobs does: its share of the cells, in turn. Pickled to where it runs."""
+
+    shares: Sequence[Sequence[Cell]]
+    task: TaskFunction
+    context: HydraContext
+    config: DictConfig
+    planned_on: str
+
+    def __call__(self, cfg: DictConfig) -> list[Outcome]:
+        """`cfg` is that of the share's first cell, as the launcher composed it."""
+        processes.settle_into_worker()
+        first, *others = self.shares[HydraConfig.get().job.num]
+        return [self._run(first, cfg), *(self._run(cell, None) for cell in others)]
+
+    def _run(self, cell: Cell, cfg: DictConfig | None) -> Outcome:
+        try:
+            if cfg is None:
+                cfg = compose(self.context, self.config, cell.overrides)
+            found = sweep.prepare(cfg)[2]
+        except Exception as error:  # what could be planned cannot be prepared here
+            return Outcome(cell.identity, "failed", f"on {platform.node()}: {error}")
+        if found != cell.identity:
+            what = "a setting that is auto (device, backend, scorer) became another where it ran"
+            where = f"planned on {self.planned_on}, run on {platform.node()}"
+            return Outcome(cell.identity, "failed", f"{what} ({where}); give it by name")
+        return self.task(cfg)
+
+
+class CellSweeper(Sweeper):
+    """Hydra's basic sweeper over cells, with identity and resume.
+
+    `max_jobs` deals the cells to at most so many of the launcher's jobs, neighbours to the same job, because
+    they share a model and its caches; null makes every cell a job and leaves the balance to the launcher.
+    """
+
+    def __init__(self, params: dict[str, str] | None, max_jobs: int | None) -> None:
+        self.params = params or {}
+        self.max_jobs = max_jobs
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """As Hydra calls it, once, before `sweep`."""
+        self.context, self.task, self.config = hydra_context, task_function, config
+        self.elsewhere = "slurm" in config.hydra.launcher._target_.lower()
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run all cells.
+        """Run all cells; how they ended is in `experiments.sweep.ended`.
 
         Raises:
             PolyKVError: bad input, before any cell runs.
         """
+        if self.max_jobs is not None and self.max_jobs < 1:
+            raise PolyKVError(
+                f"hydra.sweeper.max_jobs={self.max_jobs}; it takes 1 or more, or null"
+            )
         Store(self.config.results_dir).check_writable()
-        sweep.bar = tqdm(desc="cells", unit="cell", disable=None)
-        try:
-            returned = super().sweep(arguments)
-        finally:
-            sweep.bar.close()
-        sweep.outcomes[:] = [job.return_value for batch in returned for job in batch]
-        sweep.results_dir = self.config.results_dir
-        sweep.experiment_name = self.config.experiment_name
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
+        [jobs] = BasicSweeper.split_arguments(parser.parse_overrides(given), max_batch_size=None)
+        cells = self._plan(jobs)
+        name = self.config.experiment_name
+        sweep.ended = sweep.Ended(self.config.results_dir, name, queued=self.elsewhere)
+        if cells:
+            self._launch(cells)
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Every cell was composed and checked in `get_job_batch`."""
-        sweep.bar.reset(total=len(batch))
+    def _plan(self, jobs: Sequence[Sequence[str]]) -> list[Cell]:
+        """The cells that are not done yet, in an order in which they share their work."""
+        planned: dict[str, tuple[list[Any], Cell]] = {}
+        finished = 0
+        for job in tqdm(jobs, desc="check", leave=False, disable=None):
+            cfg = compose(self.context, self.config, job)
+            if self.elsewhere and cfg.device == "auto":
+                raise PolyKVError(
+                    "device=auto is settled here, and this launcher's cells run on other machines; "
+                    "add device=cuda (or cpu)"
+                )
+            experiment, settled, identity = sweep.prepare(cfg)
+            experiment.check(settled)
+            if not self.elsewhere:
+                sweep.check_device(settled)
+            if Store(cfg.results_dir).done(cfg.experiment_name, identity):
+                finished += 1
+            else:
+                planned[identity] = (sweep.sharing_key(settled), Cell(job, identity))
+        print(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run", flush=True)
+        return [cell for _, cell in sorted(planned.values(), key=lambda item: item[0])]
+
+    def _launch(self, cells: list[Cell]) -> None:
+        ended = sweep.ended
+        shares = deal(cells, self.max_jobs or len(cells))
+        job = Job(shares, self.task, self.context, self.config, platform.node())
+        launcher = Plugins.instance().instantiate_launcher(self.context, job, self.config)
+        # A job in another process imports this checkout, wherever it starts and whatever is installed there.
+        paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        if self.max_jobs and not self.elsewhere:  # joblib does this by itself
+            threads = max((os.cpu_count() or 1) // len(shares), 1)
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        identities = {cell.identity for cell in cells}
+        with progress.shown(ended.results_dir, ended.experiment, identities):
+            try:
+                overrides = [share[0].overrides for share in shares]
+                returned = launcher.launch(overrides, initial_job_idx=0)
+                ended.outcomes = [outcome for job in returned for outcome in job.return_value]
+            except Exception as error:  # the launcher's own: a worker was killed, or no SLURM here
+                if not self.elsewhere:
+                    processes.stop_workers()  # nothing goes on behind the user's back
+                ended.died = f"{type(error).__name__}: {error}"
+                ended.outcomes = [
+                    sweep.outcome_on_disk(ended.results_dir, ended.experiment, cell.identity)
+                    for cell in cells
+                ]
+
+
+def compose(context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of one cell."""
+    return context.config_loader.load_sweep_config(config, list(overrides))
+
+
+def deal(cells: list[Cell], n_jobs: int) -> list[list[Cell]]:
+    """The cells in at most `n_jobs` runs of neighbours, whose lengths differ by one at most."""
+    n_jobs = min(n_jobs, len(cells))
+    bounds = [len(cells) * number // n_jobs for number in range(n_jobs + 1)]
+    return [cells[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]

@@ -1,6 +1,8 @@
 """Models: from the hub, a local folder, the embedded reference model, or random weights of a real architecture."""
 
 import hashlib
+import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from polykv import config
+from polykv import config, loading
 from polykv.errors import PolyKVError
 from polykv.reference import WEIGHTS_DIR
 
@@ -50,19 +52,35 @@ class Geometry:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU. A device by name need not be on this machine.
 
     Raises:
-        PolyKVError: a device that torch does not know or that is not there.
+        PolyKVError: a name that torch does not know.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _no_device(device, error) from error
+
+
+def check_device(device: str) -> torch.device:
+    """`pick_device`, and that it is there.
+
+    Raises:
+        PolyKVError: names the device.
+    """
+    place = pick_device(device)
+    try:
+        return torch.empty(0, device=place).device
     except (RuntimeError, AssertionError) as error:
-        raise PolyKVError(
-            f"device={device} cannot be used ({str(error).splitlines()[0]}); use device=cpu or auto"
-        ) from error
+        raise _no_device(device, error) from error
+
+
+def _no_device(device: str, error: Exception) -> PolyKVError:
+    first = str(error).splitlines()[0]
+    return PolyKVError(f"device={device} cannot be used ({first}); use device=cpu or auto")
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -101,21 +119,37 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
     With random weights the tokenizer is the reference model's: its ids are valid, their meaning is lost anyway.
 
     Raises:
-        PolyKVError: hub unreachable, folder missing or incomplete, unknown kind of weights or dtype.
+        PolyKVError: hub unreachable, folder missing or incomplete, unknown kind of weights or dtype, or a way
+            of loading (polykv/loading.py) that cannot be had here.
     """
     check_weights(cfg)
-    dtype, place = pick_dtype(cfg.dtype), pick_device(device)
+    dtype, place = pick_dtype(cfg.dtype), check_device(device)
+    loading.check(cfg, place)
+    options = {"dtype": dtype, **loading.options(cfg, place, dtype)}
     if cfg.get("threads") and place.type == "cpu":
         torch.set_num_threads(cfg.threads)
     if cfg.weights == "random":
         torch.manual_seed(0)
         with torch.device(place):
-            model = AutoModelForCausalLM.from_config(load_config(cfg), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                load_config(cfg), trust_remote_code=False, **options
+            )
     else:
-        model = _from_pretrained(AutoModelForCausalLM, cfg, dtype=dtype, use_safetensors=True).to(
-            place
-        )
+        model = _from_pretrained(AutoModelForCausalLM, cfg, use_safetensors=True, **options)
+        model = model if "device_map" in options else model.to(place)
+        _warn_of_branch(cfg, model)
     return model.eval().requires_grad_(False), load_tokenizer(cfg)
+
+
+def _warn_of_branch(cfg: DictConfig, model: PreTrainedModel) -> None:
+    """A hub revision that is not a commit may be another model tomorrow."""
+    if cfg.trained_weights == "hub" and not re.fullmatch("[0-9a-f]{40}", cfg.revision):
+        commit = getattr(model.config, "_commit_hash", None)
+        warnings.warn(
+            f"model {cfg.name}: revision={cfg.revision} is a branch, which may move; to have the same weights "
+            f"again, add model.revision={commit or 'COMMIT'}",
+            stacklevel=3,
+        )
 
 
 def load_tokenizer(cfg: DictConfig) -> Any:
@@ -125,7 +159,7 @@ def load_tokenizer(cfg: DictConfig) -> Any:
         PolyKVError: as `load_weights`.
     """
     if cfg.weights == "random":
-        return AutoTokenizer.from_pretrained(WEIGHTS_DIR)
+        return AutoTokenizer.from_pretrained(WEIGHTS_DIR, trust_remote_code=False)
     return _from_pretrained(AutoTokenizer, cfg)
 
 
@@ -178,7 +212,7 @@ def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
         options["revision"] = cfg.revision
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         mend = (
             "connect to the hub (or set HF_HOME to a filled cache), give a folder with "
