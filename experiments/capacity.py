@@ -1,0 +1,250 @@
+"""How many agents and documents does a device hold, how fast do they decode, and where does sharing pay?
+
+Answers no published row. Everything is computed from the architecture, the recipe's stored bytes and a data
+sheet (polykv/evaluation/capacity.py has the formulas), and every row says so. What `experiment=concurrency`
+measured of the same model and recipe is quoted beside what the formulas give (capacity_measured.py).
+"""
+
+from bisect import bisect_left
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import capacity_measured, common
+from polykv import config
+from polykv.errors import PolyKVError
+from polykv.evaluation.capacity import (
+    Architecture,
+    Crowd,
+    paying,
+)
+from polykv.evaluation.concurrency import READERS
+from polykv.evaluation.hardware import Hardware, Replica, check_number
+from polykv.evaluation.memory import GB
+from polykv.recipe import Recipe
+from polykv.results import Rows
+
+__all__ = ["check", "run", "settle"]
+
+MOST_AGENTS = 100_000  # up to which sharing is looked at
+# Of the hardware's figures; all but the first two are of one device.
+UNITS = {
+    "nodes": "nodes",
+    "devices": "devices",
+    "memory_gb": "GB",
+    "usable": "",
+    "bandwidth_gb_s": "GB/s",
+    "tflops": "TFLOPS",
+}
+WHY = {
+    "bandwidth_fraction": "assumed; vLLM was reported to reach 0.77 where it decodes llama-3.1-8b alone on an A100 "
+    "(johnmusgrave.com/p/vllm-throughput-latency-sweep-on)",
+    "flops_fraction": "assumed; attention kernels were reported to reach 0.5 to 0.75 (arXiv 2307.08691, 2407.08608)",
+    "gain": "chosen",
+}
+PARTS = ("linear", "prefix", "suffix")
+# What sharing may divide: seconds of a step, bytes of a replica.
+COSTS = {
+    "time": lambda crowd, reader, agents: crowd.step(reader, agents).seconds,
+    "memory": lambda crowd, reader, agents: (
+        crowd.model.weights_bytes + crowd.cache_bytes(reader, crowd.on_replica(agents))
+    ),
+}
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """As everywhere, less what no figure here depends on; and what was measured belongs to the cell."""
+    unused = {"reader": "inject", "backend": "torch", "device": "cpu"}
+    settled = common.settle(OmegaConf.merge(cfg, unused))
+    settled.measured_digest = capacity_measured.digest(cfg)
+    return settled
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse bad input.
+
+    Raises:
+        PolyKVError: one clear line.
+    """
+    common.check_common(cfg)
+    if cfg.context is None:
+        raise PolyKVError(
+            "context=null is the length of a text, and none is read here; set context=32768"
+        )
+    for reader in cfg.readers or (None,):
+        if reader not in READERS:
+            raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
+    for name, top in (("agents", MOST_AGENTS), ("suffix_tokens", cfg.context - 1)):
+        for number in cfg[name] or (None,):
+            if not isinstance(number, int) or not 1 <= number <= top:
+                raise PolyKVError(
+                    f"{name}={list(cfg[name])}; list whole numbers from 1 to {top}, one or more"
+                )
+    for name, above, most in (
+        ("bandwidth_fraction", 0, 1),
+        ("flops_fraction", 0, 1),
+        ("gain", 1, 100),
+    ):
+        check_number(name, cfg[name], above, most)
+    capacity_measured.check(cfg)
+    _replica(cfg, _architecture(cfg))
+
+
+def run(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The inputs, what fits and how fast it is for each reader and suffix, and the quoted rows."""
+    rows = common.new_rows(
+        cfg, document="any of this length", device=cfg.hardware.name, backend=None, n_agents=None
+    )
+    model = _architecture(cfg)
+    replica, recipe = _replica(cfg, model), Recipe.from_config(cfg.recipe)
+    _add_inputs(rows, cfg, model)
+    for n_suffix in cfg.suffix_tokens:
+        crowd = Crowd.of(model, replica, recipe, cfg.context - n_suffix, n_suffix)
+        for reader in cfg.readers:
+            about = {"reader": reader, "protocol": f"computed: {n_suffix} own tokens"}
+            _add_capacity(rows, cfg, crowd, about)
+            _add_speed(rows, cfg, crowd, about)
+            if reader != "private":
+                _add_paying(rows, cfg, crowd, about)
+                _add_least_shared(rows, cfg, crowd, recipe, about)
+    capacity_measured.add_rows(rows, cfg, model, replica)
+    return rows.rows
+
+
+def _architecture(cfg: DictConfig) -> Architecture:
+    return _built(common.as_key(cfg.model))
+
+
+@lru_cache(maxsize=8)  # cells that differ in hardware or recipe share it
+def _built(model: str) -> Architecture:
+    return Architecture.of(common.from_key(model))
+
+
+def _replica(cfg: DictConfig, model: Architecture) -> Replica:
+    hardware = Hardware.from_config(cfg.hardware)
+    fractions = (cfg.bandwidth_fraction, cfg.flops_fraction)
+    return hardware.replica(model.geometry.n_kv_heads, model.dtype, *fractions)
+
+
+def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
+    """What all else is computed from: the data sheet with its sources, our assumptions, and two sizes."""
+    for name, unit in UNITS.items():
+        figure = cfg.hardware[name]
+        figure = figure[cfg.model.dtype] if name == "tflops" else figure
+        rows.add(name, figure, unit, protocol="input: hardware", note=_source(cfg, name))
+    for name, why in WHY.items():
+        rows.add(name, cfg[name], "", protocol="input: assumption", note=why)
+    what = f"{model.n_parameters:,} parameters of {model.itemsize} bytes, of which a step reads {model.n_multiplied:,}"
+    rows.add(
+        "weights", model.weights_bytes / GB, "GB", protocol="computed: architecture", note=what
+    )
+    cache = cfg.context * model.token_bytes
+    note = f"{cfg.context} tokens of {model.token_bytes:,} bytes, full precision"
+    rows.add("agent_cache", cache / GB, "GB", protocol="computed: architecture", note=note)
+
+
+def _source(cfg: DictConfig, name: str) -> str:
+    """Where a figure of the hardware is from; one that an override changed is from there."""
+    sheet = (
+        data_sheet(cfg.hardware.name) if cfg.hardware.name in config.available("hardware") else {}
+    )
+    if sheet.get(name) != cfg.hardware[name]:
+        return "set by an override"
+    return str(sheet.get("sources", {}).get(name, f"conf/hardware/{cfg.hardware.name}.yaml"))
+
+
+def data_sheet(name: str) -> DictConfig:
+    """A hardware YAML with those that it is based on."""
+    sheet = config.load_group("hardware", name)
+    for base in sheet.pop("defaults", ()):
+        sheet = OmegaConf.merge(data_sheet(base), sheet)
+    return sheet
+
+
+def _add_capacity(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
+    """max_agents of one document, and max_documents of `n_agents` agents each."""
+    reader, n = about["reader"], cfg.n_agents
+    agents, documents = crowd.max_agents(reader), crowd.max_documents(reader, n)
+    rows.add("max_agents", agents, "agents", **about, note=_room(crowd, reader, agents, 1))
+    note = _room(crowd, reader, documents, n)
+    rows.add("max_documents", documents, "documents", **about, n_agents=n, note=note)
+
+
+def _room(crowd: Crowd, reader: str, found: int, n_agents: int) -> str:
+    need, replica = crowd.cache_bytes(reader, n_agents), crowd.replica
+    if not found:
+        return _too_much(crowd, need, n_agents)
+    return (
+        f"computed: {crowd.room / GB:.2f} GB beside the weights, {n_agents} agent(s) of a document take "
+        f"{need / GB:.3f} GB; {replica.count} replica(s) of {replica.split} device(s)"
+    )
+
+
+def _too_much(crowd: Crowd, need: int, n_agents: int) -> str:
+    """Why it does not fit: the weights alone, or the caches beside them."""
+    usable = (
+        f"of {crowd.replica.usable_bytes / GB:.1f} GB usable on {crowd.replica.split} device(s)"
+    )
+    if crowd.room <= 0:
+        return f"does not fit: weights alone need {crowd.model.weights_bytes / GB:.1f} GB {usable}"
+    return (
+        f"does not fit: {n_agents} agent(s) need {need / GB:.2f} GB beside "
+        f"{crowd.model.weights_bytes / GB:.1f} GB of weights, {usable}"
+    )
+
+
+def _add_speed(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
+    """step_time, throughput and weights_share at the agents asked for, and at all that fit."""
+    reader = about["reader"]
+    most = crowd.max_agents(reader)
+    for n_agents in sorted({*cfg.agents, cfg.n_agents, most} - {0}):
+        said = about | {"n_agents": n_agents}
+        if n_agents > most:
+            here = crowd.on_replica(n_agents)
+            note = _too_much(crowd, crowd.cache_bytes(reader, here), here)
+            found = dict.fromkeys(("step_time", "throughput", "weights_share"))
+        else:
+            step = crowd.step(reader, n_agents)
+            parts = (f"{part} {1e3 * getattr(step, part):.3g}" for part in PARTS)
+            note = f"computed, ms: {', '.join(parts)}"
+            found = {
+                "step_time": float(1e3 * step.seconds),
+                "throughput": float(n_agents / step.seconds),
+                "weights_share": float(100 * step.linear / step.seconds),
+            }
+        for (metric, value), unit in zip(found.items(), ("ms", "tokens/s", "%"), strict=True):
+            rows.add(metric, value, unit, **said, note=note)
+
+
+def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
+    """From how many agents on sharing divides the time of a step, and the memory with weights, by `gain`."""
+    agents = np.arange(1, MOST_AGENTS + 1)
+    for what, cost in COSTS.items():
+        private, shared = (cost(crowd, reader, agents) for reader in ("private", about["reader"]))
+        first, last = paying(cfg.gain, private, shared)
+        best = f"at best {1 / float((shared / private).min()):.4g} times less {what} than private"
+        end = f", until {last:,}" if last else ""
+        note = f"computed: {best}{end}" if first else f"never up to {MOST_AGENTS:,} agents: {best}"
+        rows.add(f"{what}_pays_agents", first, "agents", **about, note=note)
+
+
+def _add_least_shared(
+    rows: Rows, cfg: DictConfig, crowd: Crowd, recipe: Recipe, about: dict[str, str]
+) -> None:
+    """The fewest shared tokens at which a step of `n_agents` takes `gain` times less; the gain grows with them."""
+
+    def pays(n_tokens: int) -> bool:
+        shorter = Crowd.of(crowd.model, crowd.replica, recipe, n_tokens, crowd.n_suffix)
+        private, shared = (
+            shorter.step(reader, cfg.n_agents).seconds for reader in ("private", about["reader"])
+        )
+        return bool(private >= cfg.gain * shared)
+
+    lengths = range(1, crowd.n_prefix + 1)
+    place = bisect_left(lengths, True, key=pays)
+    found = lengths[place] if place < len(lengths) else None
+    note = f"{cfg.n_agents} agents gain time by sharing documents from this length on"
+    note = f"computed: {note}" if found else f"never up to {crowd.n_prefix:,} tokens"
+    rows.add("time_pays_tokens", found, "tokens", **about, n_agents=cfg.n_agents, note=note)
