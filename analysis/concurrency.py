@@ -3,22 +3,18 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 
-matplotlib.use("Agg")  # files only, no window
-
-import matplotlib.pyplot as plt  # noqa: E402
-import pandas as pd  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure as Canvas  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator  # noqa: E402
-
-from analysis import published  # noqa: E402
-from analysis.draw import label_ends  # noqa: E402
-from analysis.figures import STYLE  # noqa: E402
-from analysis.handoff_reduce import value  # noqa: E402
-from analysis.reduce import Value, describe  # noqa: E402
-from analysis.render import Column, Row, Table, fixed  # noqa: E402
+from analysis import published
+from analysis.colours import BLACK, BLUE, ORANGE, SKY
+from analysis.draw import reaches
+from analysis.handoff_reduce import value
+from analysis.labels import label_ends
+from analysis.layout import number_ticks, plain_log, sheet, styled
+from analysis.reduce import Value, describe
+from analysis.render import Column, Row, Table, fixed, keys
 
 EXPERIMENT = "concurrency"
 READERS = ("private", "inject", "cascade")
@@ -56,7 +52,7 @@ def concurrency(rows: pd.DataFrame) -> Table | None:
                 line = {"section": title, "agents": f"{n_agents:.0f}"} | who._asdict()
                 lines.append(line | measured | _against(private, measured))
     columns = [
-        *(Column(name, name, key=True) for name in ("agents", "reader", "backend")),
+        *keys("agents", "reader", "backend"),
         Column("stored", "prefix stored, MB", fixed(2)),
         Column("resident", "resident, MB", fixed(2)),
         Column("per_agent", "resident per agent, MB", fixed(2)),
@@ -75,28 +71,22 @@ def concurrency(rows: pd.DataFrame) -> Table | None:
     return Table(EXPERIMENT, caption, columns, lines) if lines else None
 
 
+@styled
 def draw_concurrency(rows: pd.DataFrame) -> Canvas | None:
     """Memory and throughput against the number of agents, log-log; one line of panels per setting."""
     found = list(_settings(rows))
     if not found:
         return None
-    with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(8.2, 2.9 * len(found) + 0.3))
-        panels = canvas.subplots(len(found), 2, squeeze=False)
-        for (memory, speed), (title, mine) in zip(panels, found, strict=True):
-            lines = {
-                who: {n: _measures(of) for n, of in part.groupby("n_agents")}
-                for who, part in _by_reader(mine)
-            }
-            _stored(memory, lines)
-            _panel(memory, lines, "resident", "KV memory, MB")
-            _panel(speed, lines, "throughput", "tokens per second, all agents")
-            memory.set_title(title)
-        text = (
-            "Solid: resident, peak above the loaded model. Dashed: bytes stored of the prefix. Bars: quartiles "
-            "of decode steps."
-        )
-        canvas.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="0.3")
+    canvas, panels = sheet([title.replace("; ", "\n") for title, _ in found], 2, 1.9)
+    for (resident, speed), (_, mine) in zip(panels, found, strict=True):
+        lines = {
+            who: {n: _measures(of) for n, of in part.groupby("n_agents")}
+            for who, part in _by_reader(mine)
+        }
+        _stored(resident, lines)
+        _panel(resident, lines, "resident", "KV memory, MB")
+        _panel(speed, lines, "throughput", "tokens/s, all agents")
+        resident.set_title("resident; dashed: stored of the prefix")
     return canvas
 
 
@@ -116,10 +106,8 @@ def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
     for who, by_agents in lines.items():
         if spots := _spots(by_agents, measure):
             at, found = zip(*spots, strict=True)
-            bars = [(v.value - v.low, v.high - v.value) for v in found if v.low is not None]
             means = [v.value for v in found]
-            yerr = list(zip(*bars, strict=True)) or None
-            ax.errorbar(at, means, yerr=yerr, fmt="o-", capsize=2.5, **_look(who))
+            ax.errorbar(at, means, yerr=reaches(found), fmt="o-", **_look(who))
             ends.append((means[-1], _name(who, lines), _look(who)["color"]))
     _axes(ax, lines)
     ax.set_ylabel(label)
@@ -134,21 +122,18 @@ def _spots(by_agents: dict[float, dict[str, Value]], measure: str) -> list[tuple
 
 def _axes(ax: Axes, lines: Lines) -> None:
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    plain_log(ax)
     ax.margins(x=0.06, y=0.1)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(set().union(*lines.values()))))
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    number_ticks(ax, set().union(*lines.values()))
     ax.set_xlabel("agents")
 
 
 def _look(who: Who) -> dict[str, object]:
     """Private and inject nearly coincide: the later line is thinner, so that both show."""
-    place = READERS.index(who.reader) + (who.reader == "cascade" and who.backend == "torch")
+    tint = {"private": BLACK, "inject": ORANGE, "cascade": BLUE}[who.reader]
+    tint = SKY if who == Who("cascade", "torch") else tint
     thin = 0.7 if who.reader == "inject" else 1.0
-    return {"color": f"C{place}", "linewidth": 1.8 * thin, "markersize": 5.5 * thin}
+    return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
 
 
 def _name(who: Who, lines: Lines) -> str:

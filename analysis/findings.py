@@ -1,19 +1,19 @@
-"""One page of findings in plain sentences: PolyKV's claims, which recipe at which bits, where the damage is.
+"""One page of findings in plain sentences: both papers' claims, which recipe at which bits, where the damage is.
 
 Every number comes from the rows. A verdict holds for the weights that it names and for no others.
 """
 
 import textwrap
-from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.claims import claims, p_said, with_interval
+from analysis.claims import claims
 from analysis.frontier import ALPHA, FRONTIER, Comparison, compared, layers, of_experiment, settings
-from analysis.published import Figure
+from analysis.verdict import p_said, with_interval
 from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 WIDTH = 100
+PAPERS = {"polykv": "PolyKV", "qkvshare": "QKVShare"}
 EQUAL_BITS = 0.15  # recipes within so many stored bits are compared as equal
 PAIRS = (
     ("turboquant_4bit", "uniform_rotated", "4-bit TurboQuant and plain absmax with a rotation"),
@@ -26,10 +26,13 @@ PAIRS = (
 )  # fmt: skip
 
 
-def text(rows: pd.DataFrame, figures: Sequence[Figure]) -> str:
+def text(rows: pd.DataFrame) -> str:
     """Markdown."""
-    parts = ["# Findings", "## PolyKV's claims"]
-    parts += [_bullet(line) for line in claims(rows, figures)]
+    parts = ["# Findings"]
+    judged = claims(rows)
+    for paper, name in PAPERS.items():
+        parts.append(f"## {name}'s claims")
+        parts += [_bullet(claim.markdown()) for claim in judged if claim.paper == paper]
     for found in compared(of_experiment(rows, *FRONTIER)):
         parts.append(f"## Which recipe: {found.setting}")
         parts += [_bullet(line) for line in _recipes(found)]

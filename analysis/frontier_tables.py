@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.frontier import FRONTIER, compared, layers, of_experiment, settings, trend, values
 from analysis.frontier import by_document as of_documents
 from analysis.reduce import Value, describe
-from analysis.render import Column, Table, fixed, significant
+from analysis.render import Column, Table, fixed, keys, significant
 
 
 def recipe_frontier(rows: pd.DataFrame) -> Table | None:
@@ -25,7 +25,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
             line |= {c.name: s[c.name] for c in _QUALITY}
             lines.append(line)
     columns = [
-        Column("recipe", "recipe", key=True),
+        *keys("recipe"),
         Column("rank", "rank"),
         *_QUALITY,
         Column("front", "Pareto front"),
@@ -57,7 +57,7 @@ def recipe_divergence(rows: pd.DataFrame) -> Table | None:
     kl = ("mean", "median", "p90", "p95", "p99", "p999", "max")
     delta = ("mean", "rms", "p01", "p05", "p25", "median", "p75", "p95", "p99")
     columns = [
-        Column("recipe", "recipe", key=True),
+        *keys("recipe"),
         Column("stored_bits", "stored bits", fixed(3)),
         *(Column(f"kl_{name}", f"KL {name}", significant) for name in kl),
         *(Column(f"delta_p_{name}", f"Δp {name}", significant) for name in delta),
@@ -101,7 +101,7 @@ def layer_sensitivity(rows: pd.DataFrame) -> Table | None:
             line = {"section": str(setting), "recipe": recipe, "layer": int(layer)}
             lines.append(line | values(part))
     columns = [
-        *(Column(name, name, key=True) for name in ("recipe", "layer")),
+        *keys("recipe", "layer"),
         Column("layer_kl_mean", "KL, this layer alone [95 %]", significant, interval=True),
         *(
             Column(f"error_{kind}", f"{kind} error", significant)
@@ -138,7 +138,7 @@ def context_scaling(rows: pd.DataFrame) -> Table | None:
             line = {"section": section, "recipe": recipe, "context": "per doubling"}
             lines.append({**line, "perplexity_delta": slope, **_no_slope()})
     columns = [
-        *(Column(name, name, key=True) for name in ("recipe", "context")),
+        *keys("recipe", "context"),
         Column("perplexity_delta", "Δppl % [95 %]", fixed(3, "+"), interval=True),
         Column("kl_mean", "KL mean [95 %]", significant, interval=True),
         Column("stored_bits", "stored bits", fixed(3)),
@@ -163,7 +163,7 @@ def agent_scaling(rows: pd.DataFrame) -> Table | None:
         for (recipe, n), part in mine.groupby(["recipe", "n_agents"])
     ]
     columns = [
-        *(Column(name, name, key=True) for name in ("recipe", "agents")),
+        *keys("recipe", "agents"),
         Column("perplexity_delta", "Δppl % [95 %]", fixed(3, "+"), interval=True),
         Column("kl_mean", "KL mean [95 %]", significant, interval=True),
         Column("agent_spread", "largest difference of agents, nats", significant),
@@ -181,7 +181,7 @@ def recipe_search(rows: pd.DataFrame) -> Table | None:
             line = {"section": str(setting), "recipe": recipe, "budget": budget}
             lines.append(line | {"table": part["note"].iloc[0]} | values(part))
     columns = [
-        Column("recipe", "recipe", key=True),
+        *keys("recipe"),
         Column("budget", "budget, bits", fixed(2), key=True),
         *_QUALITY[:1],
         *_QUALITY[2:4],

@@ -2,24 +2,17 @@
 
 import pandas as pd
 
-from analysis import published
 from analysis.reduce import Value
 from analysis.render import Row
+from polykv.config import load_group
+from polykv.evaluation.gsm8k import of_note
 
 POLICIES = ["full", "reprefill", "fp16", "uniform", "local", "topology", "random", "sinks_recent"]
 POLICIES += ["inverse"]
 SETTING = ["model", "weights", "device", "dtype"]
 RELAY = ["document", "n_hops", "budget_bits", "policy", "reseal"]
+SAME = 1e-9  # bits; budgets nearer than this are the same
 EXPERIMENTS = ("handoff_accuracy", "handoff_ttft", "handoff_stages", "controller_ablation")
-
-
-def qkvshare() -> pd.DataFrame:
-    """The published rows of QKVShare, in the file's order; `digest` marks those from a secondary digest."""
-    rows = pd.read_csv(published.FILE, dtype=str, keep_default_na=False)
-    rows = rows[rows["paper"] == "qkvshare"]
-    return rows.assign(
-        value=rows["value"].astype(float), digest=rows["source"].str.contains("secondary digest")
-    )
 
 
 def relays(rows: pd.DataFrame, *metrics: str) -> pd.DataFrame:
@@ -28,6 +21,14 @@ def relays(rows: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     parts = [protocol.partition("; ") for protocol in found["protocol"]]
     how, reseal = [part[0] for part in parts], [part[2] for part in parts]
     return ordered(found.assign(how=how, reseal=reseal))
+
+
+def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The accuracy rows that keep which problems were right, the newest of each, as list `verdicts`."""
+    found = relays(rows, "accuracy")
+    found = found.assign(verdicts=found["note"].map(of_note))
+    found = found[found["verdicts"].notna()].sort_values("created_at", kind="stable")
+    return ordered(found.drop_duplicates([*SETTING, *RELAY, "how", "seed", "n"], keep="last"))
 
 
 def value(rows: pd.DataFrame, why: str = "no such row in these results") -> Value:
@@ -44,6 +45,11 @@ def value(rows: pd.DataFrame, why: str = "no such row in these results") -> Valu
     return Value(float(present["value"].mean()), *ends, several if len(present) > 1 else "")
 
 
+def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
+    """Which rows have this budget; None: those without any."""
+    return rows["budget_bits"].isna() if bits is None else (rows["budget_bits"] - bits).abs() < SAME
+
+
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     """By setting, then hops, budget, and policies from exact to control."""
     rank = rows["policy"].map({name: i for i, name in enumerate(POLICIES)}).fillna(len(POLICIES))
@@ -55,6 +61,16 @@ def ordered(rows: pd.DataFrame) -> pd.DataFrame:
 
 def bits_text(bits: float | None) -> str:
     return "none" if bits is None or pd.isna(bits) else f"{bits:g} bits"
+
+
+def sides() -> dict[str, str]:
+    """The signals of the published controller, as the ablation names them: importance and demand."""
+    policy = load_group("policy", "topology")
+    return {side: " + ".join(policy[side]) for side in ("importance", "demand")}
+
+
+def hops_text(n: float) -> str:
+    return f"{n:g} handoff" + "s" * (n != 1)
 
 
 def run_text(named: Row) -> str:

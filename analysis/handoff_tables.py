@@ -13,23 +13,17 @@ from analysis.handoff_reduce import (
     RELAY,
     SETTING,
     bits_text,
-    ordered,
-    qkvshare,
     relays,
     run_text,
     value,
+    verdicts,
+    with_budget,
 )
 from analysis.handoff_timing import handoff_stages, handoff_ttft
 from analysis.reduce import Value, describe
-from analysis.render import Column, Row, Table, fixed
-from polykv.evaluation.gsm8k import of_note
+from analysis.render import Column, Row, Table, fixed, keys
 from polykv.evaluation.statistics import mcnemar
 
-# The published policies: (policy, bits).
-PUBLISHED = {"fp16_share": ("fp16", None), "reprefill": ("reprefill", None)} | {
-    f"{name}_q{bits}": (name, bits) for name in ("uniform", "local", "topology") for bits in (4, 8)
-}
-SAME = 1e-9
 DEPTH = {"working": "kl_depth_working", "passing": "kl_depth_passing"}
 
 
@@ -41,25 +35,20 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
     if found.empty:
         return None
     lines = []
-    for said in qkvshare().query("metric == 'gsm8k_accuracy'").to_dict("records"):
-        policy, bits = PUBLISHED[said["policy"]]
-        hops = int(said["hop_or_context"])
+    for said in published.load("qkvshare"):
+        if said.metric != "gsm8k_accuracy":
+            continue
+        policy, bits = said.controller
         mine = found[(found["document"] == "gsm8k") & (found["policy"] == policy)]
-        same = [published.same_model(said["model"], name) for name in mine["model"]]
+        same = [published.same_model(said.model, name) for name in mine["model"]]
         mine = mine[pd.Series(same, mine.index, bool)]
-        mine = mine[(mine["n_hops"] == hops) & (mine["budget_bits"].isna() if bits is None
-                                                else (mine["budget_bits"] - bits).abs() < SAME)]  # fmt: skip
+        mine = mine[(mine["n_hops"] == int(said.at)) & with_budget(mine, bits)]
         if len(mine):
             mine = mine[mine["reseal"] == mine["reseal"].iloc[0]]
-        note = "secondary digest of the paper, not the paper" if said["digest"] else ""
-        line = {"section": f"published on {said['model']}", "problems": "gsm8k", "policy": policy}
-        line |= {
-            "hops": hops,
-            "budget": bits_text(bits),
-            "published": Value(said["value"], note=note),
-        }
+        line = {"section": f"published on {said.model}", "problems": "gsm8k", "policy": policy}
+        line |= {"hops": int(said.at), "budget": bits_text(bits), "published": said.value}
         line |= {"reseal": mine["reseal"].iloc[0] if len(mine) else "not stated"}
-        lines.append(line | _relay(mine, published.NOT_HERE + f"{said['model']} on gsm8k"))
+        lines.append(line | _relay(mine, published.NOT_HERE + f"{said.model} on gsm8k"))
     for key, mine in found.groupby([*SETTING, *RELAY], dropna=False, sort=False):
         named = dict(zip([*SETTING, *RELAY], key, strict=True))
         line = {"section": f"measured on {run_text(named)}", "problems": named["document"]}
@@ -68,7 +57,7 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
         line["published"] = Value(None, note="not published for this model and problems")
         lines.append(line | _relay(mine, "no such row in these results"))
     columns = [
-        *(Column(n, n, key=True) for n in ("problems", "hops", "policy", "budget", "reseal")),
+        *keys("problems", "hops", "policy", "budget", "reseal"),
         Column("published", "published %", fixed(2)),
         Column("strict", "strict % [95 %]", fixed(1), interval=True),
         Column("flexible", "flexible % [95 %]", fixed(1), interval=True),
@@ -95,12 +84,9 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
 
 def handoff_pairs(rows: pd.DataFrame) -> Table | None:
     """McNemar's exact test for every pair of policies at equal budget, hops and resealing."""
-    found = relays(rows, "accuracy")
+    found = verdicts(rows)
     if found.empty:
         return None
-    found = found.assign(verdicts=found["note"].map(of_note))
-    found = found[found["verdicts"].notna()].sort_values("created_at", kind="stable")
-    found = ordered(found.drop_duplicates([*SETTING, *RELAY, "how", "seed", "n"], keep="last"))
     same = [*SETTING, "document", "n_hops", "budget_bits", "reseal", "how", "seed", "n"]
     lines = []
     for key, group in found.groupby(same, dropna=False, sort=False):
@@ -112,9 +98,8 @@ def handoff_pairs(rows: pd.DataFrame) -> Table | None:
             line |= {"budget": bits_text(named["budget_bits"]), "reseal": named["reseal"]}
             line |= {"n": len(a["verdicts"]), "only_one": only_a, "only_other": only_b}
             lines.append(line | {"p": Value(p)})
-    keys = ("hops", "budget", "reseal", "how", "one", "other")
     columns = [
-        *(Column(name, name, key=True) for name in keys),
+        *keys("hops", "budget", "reseal", "how", "one", "other"),
         Column("n", "problems"),
         Column("only_one", "right by one only"),
         Column("only_other", "right by other only"),
@@ -144,7 +129,7 @@ def controller_ablation(rows: pd.DataFrame) -> Table | None:
             line |= {f"minus_{name}": apart, f"verdict_{name}": _verdict(apart)}
         lines.append(line)
     columns = [
-        *(Column(name, name, key=True) for name in ("budget", "reseal", "hops", "signals")),
+        *keys("budget", "reseal", "hops", "signals"),
         Column("kl", "KL to fp16", fixed(5)),
         Column("minus_uniform", "minus uniform [95 %]", fixed(5, "+"), interval=True),
         Column("verdict_uniform", "against uniform"),

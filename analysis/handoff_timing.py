@@ -7,17 +7,13 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from analysis.handoff_reduce import SETTING, bits_text, ordered, qkvshare, run_text, value
+from analysis import published
+from analysis.counterpart import HOLDS
+from analysis.handoff_reduce import SETTING, bits_text, ordered, run_text, value
 from analysis.reduce import Value, describe
-from analysis.render import Column, Row, Table, fixed
+from analysis.render import Column, Row, Table, fixed, keys
 
-# The published stages, and the ones of ours that they hold.
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
-HOLDS = {
-    "card_create": ("create",),
-    "inject": ("dequantize", "inject"),
-    "generate": ("first_forward",),
-}
 
 
 def handoff_ttft(rows: pd.DataFrame) -> Table | None:
@@ -26,12 +22,12 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
     if found.empty:
         return None
     lines = []
-    for said in qkvshare().query("metric == 'ttft'").to_dict("records"):
-        note = "secondary digest of the paper, not the paper" if said["digest"] else ""
-        tokens = said["document_tokens"]
-        line = {"section": f"published on {said['model']}", "policy": said["policy"]}
-        line |= {"context": f"{said['hop_or_context']}{f' ({tokens} tokens)' if tokens else ''}"}
-        line |= {"route": "not stated", "published": Value(said["value"], note=note)}
+    for said in published.load("qkvshare"):
+        if said.metric != "ttft":
+            continue
+        tokens = f" ({said.document_tokens} tokens)" if said.document_tokens else ""
+        line = {"section": f"published on {said.model}", "policy": said.policy}
+        line |= {"context": f"{said.at}{tokens}", "route": "not stated", "published": said.value}
         blank = Value(None, note="measured rows stand below, by their own routes and contexts")
         lines.append(line | {"ttft": blank, "speedup": blank})
     for line, mine in _routes(found):
@@ -42,7 +38,7 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
         )
         lines.append(line | {"speedup": speedup})
     columns = [
-        *(Column(name, name, key=True) for name in ("context", "policy", "budget", "route")),
+        *keys("context", "policy", "budget", "route"),
         Column("published", "published ms", fixed(1)),
         Column("ttft", "ms [quartiles]", fixed(1), interval=True),
         Column("speedup", "times faster [quartiles]", fixed(2), interval=True),
@@ -61,18 +57,14 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
     if found.empty:
         return None
     lines: list[Row] = []
-    said = qkvshare().query("figure_or_table == 'stages'")
-    for tokens, mine in said.groupby("document_tokens", sort=False):
-        took = dict(zip(mine["metric"], mine["value"], strict=True))
-        note = "secondary digest of the paper, not the paper"
-        line = {"section": f"published on {mine['model'].iloc[0]}", "policy": "qkvshare"}
-        line |= {
-            "context": f"{mine['hop_or_context'].iloc[0]} ({tokens} tokens)",
-            "route": "not stated",
-        }
+    said = [f for f in published.load("qkvshare") if f.table == "stages"]
+    for label in dict.fromkeys(f.at for f in said):
+        mine = [f for f in said if f.at == label]
+        line = {"section": f"published on {mine[0].model}", "policy": "qkvshare"}
+        line |= {"context": f"{label} ({mine[0].document_tokens} tokens)", "route": "not stated"}
         line |= {name: Value(None, note="not a published stage") for name in STAGES}
-        line |= {ours[0]: Value(took[name], note=note) for name, ours in HOLDS.items()}
-        total = Value(sum(took.values()), note="sum of the published stages")
+        line |= {HOLDS[f.metric][0]: f.value for f in mine}
+        total = Value(sum(f.value.value for f in mine), note="sum of the published stages")
         lines.append(line | {"total": total, "adds_up": Value(None, note="no total was published")})
     for line, mine in _routes(found):
         absent = "this route has no such stage"
@@ -82,7 +74,7 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         line["adds_up"] = Value(100 * summed / line["total"].value)
         lines.append(line)
     columns = [
-        *(Column(name, name, key=True) for name in ("context", "policy", "budget", "route")),
+        *keys("context", "policy", "budget", "route"),
         *(Column(name, name.replace("_", " "), fixed(2)) for name in STAGES),
         Column("total", "total", fixed(2)),
         Column("adds_up", "sum / total %", fixed(1)),
@@ -97,9 +89,9 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
     """What was measured, by run, context and route: the line that names it, and its rows."""
-    keys = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
-    for key, mine in ordered(found).groupby(keys, dropna=False, sort=False):
-        named = dict(zip(keys, key, strict=True))
+    route = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
+    for key, mine in ordered(found).groupby(route, dropna=False, sort=False):
+        named = dict(zip(route, key, strict=True))
         line = {"section": f"measured on {run_text(named)}", "policy": named["policy"]}
         line |= {"context": f"{named['context_tokens']:,.0f}", "route": named["protocol"]}
         yield line | {"budget": bits_text(named["budget_bits"])}, mine

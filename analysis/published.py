@@ -18,14 +18,28 @@ FAMILY = {
     "arpanet": ("packet_networks",),
 }
 RECIPE_OF = {"no_sharing": BASELINE, "baseline": BASELINE, "polykv": "polykv"}
+# Our policy and budget that stand for one of QKVShare. Its cards are read as 4 bits, topology-aware.
+CONTROLLER_OF: dict[str, tuple[str, float | None]] = {
+    "fp16_share": ("fp16", None),
+    "fp16_copy": ("fp16", None),
+    "reprefill": ("reprefill", None),
+    "qkvshare": ("topology", 4),
+    "q4_reload": ("uniform", 4),
+} | {
+    f"{name}_q{bits}": (name, bits) for name in ("uniform", "local", "topology") for bits in (4, 8)
+}
 SAME_LENGTH = 0.1  # contexts within this relative distance count as the published one
 NOT_HERE = "not measured here: "
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One published number. `n_agents` and token counts are None where the source names none."""
+    """One published number. `n_agents` and token counts are None where the source names none.
 
+    `at`: handoffs of QKVShare's accuracy, its label of the context (1K) of its times, else empty.
+    """
+
+    paper: str
     table: str
     model: str
     document: str
@@ -33,13 +47,30 @@ class Figure:
     prefilled_tokens: int | None
     n_agents: int | None
     policy: str
+    at: str
     metric: str
     value: Value
+    unit: str
     source: str
 
     @property
     def recipe(self) -> str:
         return RECIPE_OF[self.policy]
+
+    @property
+    def controller(self) -> tuple[str, float | None]:
+        """Our policy and budget (bits; None: no budget) for a policy of QKVShare."""
+        return CONTROLLER_OF[self.policy]
+
+    @property
+    def digest(self) -> bool:
+        """Taken from a summary of the paper, not from the paper."""
+        return "secondary digest" in self.source
+
+    @property
+    def label_tokens(self) -> int:
+        """The tokens that QKVShare's context label says: 8K is 8,192."""
+        return 1024 * int(self.at.removesuffix("K"))
 
 
 def load(paper: str, file: Path = FILE) -> list[Figure]:
@@ -55,8 +86,9 @@ def load(paper: str, file: Path = FILE) -> list[Figure]:
 
 
 def _figure(row: pd.Series) -> Figure:
-    digest = "secondary digest" in row["source"]
+    note = row["source"] if "secondary digest" in row["source"] else ""
     return Figure(
+        paper=row["paper"],
         table=row["figure_or_table"],
         model=row["model"],
         document=row["document"],
@@ -64,8 +96,10 @@ def _figure(row: pd.Series) -> Figure:
         prefilled_tokens=_count(row["prefilled_tokens"]),
         n_agents=_count(row["n_agents"]),
         policy=row["policy"],
+        at=row["hop_or_context"],
         metric=row["metric"],
-        value=Value(float(row["value"]), note=row["source"] if digest else ""),
+        value=Value(float(row["value"]), note=note),
+        unit=row["unit"],
         source=row["source"],
     )
 
@@ -84,6 +118,20 @@ def distance(figure: Figure, point: Point) -> float:
     if not figure.document_tokens or not point.context_tokens:
         return math.inf
     return abs(math.log(point.context_tokens / figure.document_tokens))
+
+
+def is_beside(figure: Figure, measure: str, point: Point) -> bool:
+    """Whether the published figure may be drawn among points like this one: nothing else compares."""
+    if not same_model(figure.model, point.model):
+        return False
+    if measure == "paper":
+        return figure.metric == "kv_memory" and figure.document_tokens == point.context_tokens
+    if figure.metric != measure or point.document not in FAMILY.get(figure.document, ()):
+        return False
+    scored_alike = not measure.startswith("bertscore") or "roberta" in point.scorer
+    return scored_alike and (
+        measure == "perplexity_delta" or distance(figure, point) <= SAME_LENGTH
+    )
 
 
 def memory_answer(figure: Figure, points: Sequence[Point]) -> Point | str:

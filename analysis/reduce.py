@@ -156,17 +156,17 @@ def _plain(part: object) -> object:
     return part
 
 
-def describe(rows: pd.DataFrame) -> str:
+def describe(rows: pd.DataFrame, how: str = "Measured on") -> str:
     """What the rows are, for a caption: model (weights), n, device, dtype, commit, dates."""
     if rows.empty:
-        return "Nothing of this was measured here."
+        return "Nothing of this was run here."
     models = sorted(set(zip(rows["model"], rows["weights"], strict=True)))
     low, high = rows["n"].min(), rows["n"].max()
     n = "n not stated" if math.isnan(low) else f"n = {low:,.0f}"
     n += f" to {high:,.0f}" * bool(high > low)
     dates = sorted({text[:10] for text in rows["created_at"] if text})
     return (
-        f"Measured on {', '.join(f'{model} ({weights} weights)' for model, weights in models)}; "
+        f"{how} {', '.join(f'{model} ({weights} weights)' for model, weights in models)}; "
         f"{n}; {_listed(rows['device'])}, {_listed(rows['dtype'])}; commit {_listed(rows['commit'])}; "
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'undated'}."
     )

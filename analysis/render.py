@@ -4,17 +4,15 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from analysis.latex import Part, environment
 from analysis.reduce import Value
 
 MISSING = "–"
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
-TEX = {character: f"\\{character}" for character in "&%$#_{}"}
-TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-TEX |= {MISSING: "--", "×": r"$\times$", "Δ": r"$\Delta$"}
 Row = Mapping[str, Any]
 
 
@@ -27,6 +25,11 @@ class Column:
     form: Callable[[float, Row], str] = lambda number, row: f"{number:,}"
     key: bool = False
     interval: bool = False
+
+
+def keys(*names: str) -> list[Column]:
+    """Columns that say what a line is about, headed by their names."""
+    return [Column(name, name, key=True) for name in names]
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,11 @@ def sections(table: Table) -> tuple[list[Section], list[str]]:
         rows = [row for row in table.rows if row.get("section", "") == title]
         columns, absent = [], {}
         for column in table.columns:
+            if not any(column.name in row for row in rows):
+                continue  # it belongs to another section
             texts = [_text(column, row) for row in rows]
-            if {text for text, _ in texts} == {MISSING} and len({_alike(n) for _, n in texts}) == 1:
-                reason = _shared_note(dict.fromkeys(note for _, note in texts))
-                absent.setdefault(reason, []).append(column.header)
+            if {text for text, _ in texts} == {MISSING}:
+                absent.setdefault(_reasons(note for _, note in texts), []).append(column.header)
             else:
                 columns.append(column)
         lines = [[_marked(column, row, notes) for column in columns] for row in rows]
@@ -116,6 +120,13 @@ def _marked(column: Column, row: Row, notes: dict[str, dict[str, None]]) -> str:
         return text
     notes.setdefault(_alike(note), {})[note] = None
     return text + _superscript(list(notes).index(_alike(note)) + 1)
+
+
+def _reasons(notes: Iterable[str]) -> str:
+    alike: dict[str, dict[str, None]] = {}
+    for note in notes:
+        alike.setdefault(_alike(note), {})[note] = None
+    return "; or: ".join(map(_shared_note, alike.values()))
 
 
 def _shared_note(alike: Mapping[str, None]) -> str:
@@ -157,21 +168,13 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A `table` environment for booktabs, plain ASCII; one tabular per section."""
+    """A `table` or `longtable` for booktabs, plain ASCII; one tabular per section (analysis/latex.py)."""
     found, notes = sections(table)
-    out = [r"\begin{table}[t]", r"\centering\small", rf"\caption{{{_tex(table.caption)}}}"]
-    out.append(rf"\label{{tab:{table.name}}}")
-    for section in found:
-        if section.title:
-            out.append(rf"\par\medskip\textit{{{_tex(section.title)}}}\par\smallskip")
-        aligned = "".join("l" if column.key else "r" for column in section.columns)
-        head = [column.header for column in section.columns]
-        lines = [" & ".join(map(_tex, line)) + r" \\" for line in [head, *section.lines]]
-        out += [rf"\begin{{tabular}}{{{aligned}}}", r"\toprule", lines[0], r"\midrule"]
-        out += [*lines[1:], r"\bottomrule", r"\end{tabular}"]
-    if notes:
-        out += [r"\par\smallskip\footnotesize\raggedright", " \\\\\n".join(map(_tex, notes))]
-    return "\n".join([*out, r"\end{table}"]) + "\n"
+    parts = [
+        Part(s.title, [c.header for c in s.columns], [c.key for c in s.columns], s.lines)
+        for s in found
+    ]
+    return environment(table.name, table.caption, parts, notes)
 
 
 def to_csv(table: Table) -> str:
@@ -204,16 +207,16 @@ def plain(table: Table, width: int) -> str:
     for section in found:
         rows = [[column.header for column in section.columns], *section.lines]
         widths = [max(map(len, texts)) + 2 for texts in zip(*rows, strict=True)]
-        keys = [i for i, column in enumerate(section.columns) if column.key]
+        left = [i for i, column in enumerate(section.columns) if column.key]
         others = [i for i, column in enumerate(section.columns) if not column.key]
         # a column that alone is wider than what the keys leave still gets its block
-        room = max(0, width + 2 - sum(widths[i] for i in keys))
+        room = max(0, width + 2 - sum(widths[i] for i in left))
         n_blocks = len(_packed(others, widths, room))
         # as many blocks as it takes, but about equally wide ones
         room = next(r for r in range(room + 1) if len(_packed(others, widths, r)) <= n_blocks)
         parts += [section.title] if section.title else []
         for block in _packed(others, widths, room):
-            shown = [_aligned(row, keys, block, widths) for row in rows]
+            shown = [_aligned(row, left, block, widths) for row in rows]
             shown.insert(1, "-" * max(map(len, shown)))
             parts.append("\n".join(shown))
     parts.append("\n".join(textwrap.fill(note, width, subsequent_indent="  ") for note in notes))
@@ -230,20 +233,10 @@ def _packed(columns: Sequence[int], widths: Sequence[int], room: int) -> list[li
     return blocks
 
 
-def _aligned(row: Sequence[str], keys: list[int], block: list[int], widths: list[int]) -> str:
-    left = [row[i].ljust(widths[i] - 2) for i in keys]
-    return "  ".join([*left, *(row[i].rjust(widths[i] - 2) for i in block)]).rstrip()
+def _aligned(row: Sequence[str], left: list[int], block: list[int], widths: list[int]) -> str:
+    named = [row[i].ljust(widths[i] - 2) for i in left]
+    return "  ".join([*named, *(row[i].rjust(widths[i] - 2) for i in block)]).rstrip()
 
 
 def _superscript(number: int) -> str:
     return "".join(DIGITS[int(digit)] for digit in str(number))
-
-
-def _tex(text: str) -> str:
-    def plain_ascii(match: re.Match) -> str:
-        run = match[0]
-        if run in TEX:
-            return TEX[run]
-        return rf"\textsuperscript{{{''.join(str(DIGITS.index(digit)) for digit in run)}}}"
-
-    return re.sub(rf"[{re.escape(''.join(TEX))}]|[{DIGITS}]+", plain_ascii, text)

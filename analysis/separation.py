@@ -2,21 +2,20 @@
 
 from collections.abc import Callable
 
-import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 
-matplotlib.use("Agg")  # files only, no window
-
-import matplotlib.pyplot as plt  # noqa: E402
-import pandas as pd  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure as Canvas  # noqa: E402
-
-from analysis.figures import STYLE  # noqa: E402
-from analysis.frontier import of_experiment, settings, values  # noqa: E402
-from analysis.reduce import BASELINE, Value, describe  # noqa: E402
-from analysis.render import Column, Row, Table, fixed, significant  # noqa: E402
+from analysis.colours import BLUE, GREEN, ORANGE, VERMILION
+from analysis.draw import reaches
+from analysis.frontier import Setting, of_experiment, settings, values
+from analysis.labels import label_ends, name_points
+from analysis.layout import sheet, styled
+from analysis.reduce import BASELINE, Value, describe
+from analysis.render import Column, Row, Table, fixed, keys, significant
 
 EXPERIMENT = "recipe_separation"
+NEUTRAL = "0.3"  # the colour of names that hold for every line
 GROUPS = ("questions", "problems")
 WIDTHS = ("int8_token", "uniform", "uniform_3bit", "uniform_2bit")  # one method at 8, 4, 3, 2 bits
 
@@ -33,7 +32,7 @@ def recipe_separation(rows: pd.DataFrame) -> Table | None:
             line["restated"] = found["restated_value_perplexity"]
             lines.append(line | _answers(mine[mine["recipe"] == recipe]))
     columns = [
-        Column("recipe", "recipe", key=True),
+        *keys("recipe"),
         Column("bits", "stored bits", fixed(3)),
         Column("kl_mean", "KL mean [95 %]", significant, interval=True),
         Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
@@ -54,55 +53,56 @@ def recipe_separation(rows: pd.DataFrame) -> Table | None:
     return Table(EXPERIMENT, caption, columns, lines) if lines else None
 
 
+@styled
 def draw_separation(rows: pd.DataFrame) -> Canvas | None:
     """KL divergence and problems lost, against stored bits; one line per context."""
     rows = of_experiment(rows, EXPERIMENT)
     found = settings(rows)
     if not found:
         return None
-    with plt.style.context(STYLE):
-        canvas = plt.figure(figsize=(9, 3.8))
-        left, right = canvas.subplots(1, 2)
-        for place, (setting, mine) in enumerate(found):
-            of_recipe = _by_recipe(mine)
-            changes = {
-                recipe: _value(part, "exact_match_change", "problems")
-                for recipe, part in mine.groupby("recipe")
-            }
-            label, tint = f"{setting.context:,} tokens", f"C{place}"
-            _line(left, of_recipe, {r: f["kl_mean"] for r, f in of_recipe.items()}, label, tint)
-            _line(right, of_recipe, changes, label, tint)
-        for recipe in set(changes) - {*WIDTHS, BASELINE}:  # named once, at the last context
-            spot = of_recipe[recipe]["stored_bits"].value, changes[recipe].value
-            right.annotate(recipe, spot, (6, -10), textcoords="offset points", fontsize=7)
-        left.set_yscale("log")
-        left.set_ylabel("mean KL divergence, nats")
-        right.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        right.set_ylabel("document problems right,\npoints against the full cache")
-        left.legend(fontsize=7)
-        for ax in (left, right):
-            ax.set_xlabel("stored bits per value")
-        text = "Lines: absmax at 8, 4, 3 and 2 bits. Crosses: other recipes. Bars: 95 % over documents."
-        canvas.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="0.3")
+    contexts = " and ".join(f"{setting.context:,}" for setting, _ in found)
+    first = found[0][0]
+    heading = f"{first.model} ({first.weights} weights), {first.document}, {contexts} tokens"
+    canvas, [(left, right)] = sheet([heading], 2, 2.6)
+    kl, lost = {}, {}
+    for setting, mine in found:
+        of_recipe = _by_recipe(mine)
+        bits = {name: values["stored_bits"].value for name, values in of_recipe.items()}
+        kl[setting] = {r: (bits[r], v["kl_mean"]) for r, v in of_recipe.items() if r != BASELINE}
+        lost[setting] = {
+            recipe: (bits[recipe], _value(part, "exact_match_change", "problems"))
+            for recipe, part in mine.groupby("recipe")
+            if recipe != BASELINE
+        }
+    left.set_yscale("log")
+    left.set_ylabel("mean KL divergence, nats")
+    right.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    right.set_ylabel("document problems right,\npoints against the full cache")
+    for ax, spots in ((left, kl), (right, lost)):
+        ax.margins(x=0.12, y=0.12)
+        ax.set_xlabel("stored bits per value")
+        _lines(ax, spots)
     return canvas
 
 
-def _line(
-    ax: Axes, of_recipe: dict[str, dict], shown: dict[str, Value], label: str, tint: str
-) -> None:
-    for names, form in ((WIDTHS, "o-"), (sorted(set(shown) - {*WIDTHS, BASELINE}), "x")):
-        spots = [(of_recipe[n]["stored_bits"].value, shown[n]) for n in names if n in shown]
-        if spots:
-            ends = [[v.value - v.low, v.high - v.value] for _, v in spots]
-            ax.errorbar(
-                [bits for bits, _ in spots],
-                [v.value for _, v in spots],
-                yerr=list(zip(*ends, strict=True)),
-                fmt=form,
-                color=tint,
-                capsize=2.5,
-                label=label if form == "o-" else None,
-            )
+def _lines(ax: Axes, spots: dict[Setting, dict[str, tuple[float, Value]]]) -> None:
+    """One line a context through one method's widths, other recipes as crosses, named at the last."""
+    ends, taken = [], []
+    for (setting, mine), tint in zip(spots.items(), (BLUE, ORANGE, GREEN, VERMILION), strict=False):
+        widths = [mine[name] for name in WIDTHS if name in mine]
+        others = [spot for name, spot in mine.items() if name not in WIDTHS]
+        for form, drawn in (("o-", widths), ("x", others)):
+            if drawn:
+                found = [v for _, v in drawn]
+                means, at = [v.value for v in found], [bits for bits, _ in drawn]
+                ax.errorbar(at, means, yerr=reaches(found), fmt=form, color=tint)
+                taken += [[(b, v.low), (b, v.high)] for b, v in drawn if v.low is not None]
+                taken += [list(zip(at, means, strict=True))] if form == "o-" else []
+        if widths:
+            ends.append((widths[0][1].value, f"{setting.context:,} tokens", tint))
+    label_ends(ax, ends)
+    names = [(name, bits, v.value, NEUTRAL) for name, (bits, v) in mine.items()]
+    name_points(ax, names, taken)
 
 
 def _by_recipe(rows: pd.DataFrame) -> dict[str, dict[str, Value]]:

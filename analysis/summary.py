@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.published import Figure
 from analysis.reduce import QUALITY, Point, Value, describe, having, points
-from analysis.render import Column, Table, fixed, memory
+from analysis.render import Column, Table, fixed, keys, memory
 
 MEMORY = ("paper", "stored", "resident")
 RATIOS = ("nominal_ratio", "stored_ratio")
@@ -18,13 +18,13 @@ def summary(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
     found = having(points(rows), *RATIOS, *MEMORY, *QUALITY)
     runs = dict.fromkeys(_run(p) for p in found)
     unit = _unit(found)
-    keys = [
+    varied = [
         key for key in ("document", "scorer") if len({getattr(p, key) for p in found} - {""}) > 1
     ]
     if len({(p.recipe, p.reader) for p in found}) > len({p.recipe for p in found}):
-        keys.append("reader")
+        varied.append("reader")
     columns = [
-        *(Column(name, name, key=True) for name in (*keys, "recipe", "context", "agents")),
+        *keys(*varied, "recipe", "context", "agents"),
         Column("nominal_ratio", "nominal x", fixed(3)),
         Column("stored_ratio", "stored x", fixed(3)),
         *(Column(name, f"{name} {unit}", memory) for name in MEMORY),
@@ -39,7 +39,7 @@ def summary(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
     lines = []
     for p in found:
         line = {"section": _run(p) if len(runs) > 1 else ""}
-        line |= {name: getattr(p, name) for name in (*keys, "recipe")}
+        line |= {name: getattr(p, name) for name in (*varied, "recipe")}
         line |= {"context": p.context_tokens, "agents": agents(p)}
         line |= {c.name: p[c.name] for c in columns if c.name not in line}
         line |= {name: _scaled(p[name], unit) for name in MEMORY}

@@ -7,7 +7,7 @@ import pandas as pd
 from analysis import published
 from analysis.published import NOT_HERE, Figure
 from analysis.reduce import BASELINE, QUALITY, Point, Value, describe, having, points
-from analysis.render import Column, Row, Table, fixed, memory
+from analysis.render import Column, Row, Table, fixed, keys, memory
 from analysis.summary import MEMORY, RATIOS, agents, remarked, summary, with_interval
 
 NOT_PUBLISHED = "no published figure for this model, context and number of agents"
@@ -41,10 +41,7 @@ def polykv_memory(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
             line |= _memory(p, unshared.get(_place(p)), Value(None, note=NOT_PUBLISHED))
             lines.append({"section": "measured only", **line})
     columns = [
-        *(
-            Column(name, name, key=True)
-            for name in ("model", "context", "agents", "recipe", "reader")
-        ),
+        *keys("model", "context", "agents", "recipe", "reader"),
         Column("published", "published", memory),
         Column("paper", "paper accounting", memory),
         Column("difference", "difference", fixed(5, "+")),
@@ -89,9 +86,8 @@ def polykv_quality(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
             own = [p for p in others if (p.model, p.weights) == (measured, kind)]
             head = f"published on {model}; measured on {measured} ({kind} weights)"
             lines += [_quality(f, published.nearest(f, own), head, False) for f in mine]
-    said = ("document", "context", "agents", "recipe", "metric")
     columns = [
-        *(Column(name, name, key=True) for name in said),
+        *keys("document", "context", "agents", "recipe", "metric"),
         Column("published", "published", _by_metric),
         Column("measured", "measured [95 %]", _by_metric, interval=True),
         Column("on", "measured on"),
@@ -150,16 +146,11 @@ def polykv_ratio(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
         line["difference"] = _minus(line["nominal_ratio_low"], line["published"])
         lines.append(line)
     columns = [
-        Column("recipe", "recipe", key=True),
-        Column("head_dim", "head_dim", key=True),
-        Column("models", "models", key=True),
-        Column("contexts", "contexts", key=True),
+        *keys("recipe", "head_dim", "models", "contexts"),
         Column("published", "published", fixed(2)),
-        Column("nominal_ratio_low", "nominal, least", fixed(3)),
-        Column("nominal_ratio_high", "nominal, most", fixed(3)),
+        *_ends("nominal"),
         Column("difference", "difference", fixed(3, "+")),
-        Column("stored_ratio_low", "stored, least", fixed(3)),
-        Column("stored_ratio_high", "stored, most", fixed(3)),
+        *_ends("stored"),
     ]
     caption = (
         "Compression against fp16, least and most over the contexts run: nominal (payload bits "
@@ -167,6 +158,13 @@ def polykv_ratio(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
         f"{describe(_of(rows, 'compression_ratio'))}"
     )
     return Table("polykv_ratio", caption, columns, lines)
+
+
+def _ends(ratio: str) -> list[Column]:
+    ends = {"low": "least", "high": "most"}
+    return [
+        Column(f"{ratio}_ratio_{end}", f"{ratio}, {name}", fixed(3)) for end, name in ends.items()
+    ]
 
 
 def _by_metric(number: float, row: Row) -> str:

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from analysis import findings, published
+from analysis import findings
 from analysis.__main__ import main
 from analysis.frontier import compared, of_experiment, trend
 from analysis.frontier_figures import FRONTIER_FIGURES
@@ -177,13 +177,13 @@ def test_trend_is_the_slope_per_doubling():
 )
 def test_findings_judge_the_context_claim_by_its_interval(tmp_path, slope, verdict):
     rows = load(write(tmp_path, list(context_rows(slope)))).rows
-    text = " ".join(findings.text(rows, published.load("polykv")).split())
+    text = " ".join(findings.text(rows).split())
     assert f"**{verdict}**: the perplexity delta shrinks as the context grows (on reference" in text
     assert "**cannot be told here**: quality does not depend on how many agents" in text
 
 
 def test_findings_say_what_was_measured_and_what_was_not(root):
-    text = " ".join(findings.text(load(root).rows, published.load("polykv")).split())
+    text = " ".join(findings.text(load(root).rows).split())
     assert "**reproduced**: quality does not depend on how many agents" in text
     # These rows make values matter more, so 8-bit keys and 3-bit values lose.
     assert "**not reproduced**: keys deserve more bits than values" in text

@@ -1,0 +1,201 @@
+"""PolyKV's claims: ratio, memory, perplexity, BERTScore, and what context, agents and asymmetry do to them."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+
+from analysis import published
+from analysis.frontier import ALPHA, by_document, of_experiment, settings, trend, values
+from analysis.published import Figure
+from analysis.reduce import Point, Value, having, points
+from analysis.verdict import NO, OPEN, YES, Claim, p_said, sentence, with_interval
+from polykv.evaluation.statistics import MIN_DOCUMENTS, paired_p
+
+ROUNDING = 0.0005  # of the published GB
+of_paper = partial(Claim, "polykv")
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    """One for each claim and each weights that can tell, else one that says what would tell."""
+    figures, found = published.load("polykv"), points(rows)
+    return [
+        _ratio(rows, figures),
+        *_memory(found, figures),
+        *_quality(found, figures),
+        *_context(rows),
+        *_agents(rows),
+        *_asymmetry(rows),
+    ]
+
+
+def _ratio(rows: pd.DataFrame, figures: Sequence[Figure]) -> Claim:
+    said = next(f.value.value for f in figures if f.metric == "compression_ratio")
+    claim = f"the cache becomes {said:g} times smaller"
+    mine = rows[rows["recipe"] == "polykv"]
+    ratios = mine[mine["metric"] == "compression_ratio"][["protocol", "value"]]
+    bits = mine[mine["metric"] == "bits"][["protocol", "value"]]
+    found = pd.concat([ratios, bits.assign(value=16 / bits["value"])])
+    if found.empty:
+        return of_paper(OPEN, claim, "No ratio was measured; run experiment=polykv_ratio.")
+    nominal = found.loc[found["protocol"] == "nominal", "value"].iloc[0]
+    stored = found.loc[found["protocol"] == "stored", "value"]
+    ends = dict.fromkeys(f"{number:.3f}" for number in (stored.min(), stored.max()))
+    return of_paper(
+        YES if abs(nominal - said) < 0.005 else NO,
+        claim,
+        f"Counting payload bits it is {nominal:.3f}, whatever the weights; counting every byte kept, "
+        f"{' to '.join(ends)}.",
+    )
+
+
+def _memory(found: Sequence[Point], figures: Sequence[Figure]) -> list[Claim]:
+    mine = [f for f in figures if f.metric == "kv_memory" and f.n_agents == 15]
+    return [_gigabytes(f, having(found, "paper")) for f in mine]
+
+
+def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
+    where = f"{f.n_agents} agents at {f.document_tokens:,} tokens ({f.policy})"
+    claim = f"{f.value.value:g} GB for {where}"
+    answer = published.memory_answer(f, found)
+    if isinstance(answer, str):
+        return of_paper(OPEN, claim, sentence(f"{answer}; run experiment=polykv_memory"))
+    same = abs(answer["paper"].value - f.value.value) < ROUNDING
+    kept = answer["stored"].value
+    every_byte = "" if kept is None else f"; every byte kept is {kept:.3f} GB"
+    return of_paper(
+        YES if same else NO,
+        claim,
+        f"In the paper's accounting (fp32, computed) it is {answer['paper'].value:.3f} GB{every_byte} "
+        f"({answer.model}; bytes do not depend on weights).",
+    )
+
+
+def _quality(found: Sequence[Point], figures: Sequence[Figure]) -> list[Claim]:
+    """Of the abstract's settings: the longest context of each model, delta and BERTScore."""
+    lines = []
+    for metric, name in (("perplexity_delta", "perplexity"), ("bertscore_f1", "BERTScore F1")):
+        said = [f for f in figures if f.metric == metric and f.policy == "polykv"]
+        for model in dict.fromkeys(f.model for f in said):
+            mine = [f for f in said if f.model == model]
+            lines.append(
+                _level(max(mine, key=lambda f: (f.document_tokens, f.n_agents)), name, found)
+            )
+    return lines
+
+
+def _level(f: Figure, name: str, found: Sequence[Point]) -> Claim:
+    value = f"{f.value.value:+g} %" if f.metric == "perplexity_delta" else f"{f.value.value:g}"
+    claim = f"{name} {value} on {f.model}, {f.document}, {f.document_tokens:,} tokens"
+    answer = published.quality_answer(f, found)
+    if isinstance(answer, str) or answer[f.metric].value is None:
+        why = answer if isinstance(answer, str) else answer[f.metric].note
+        run = f"run experiment=polykv_quality model={f.model.removesuffix('-instruct')}"
+        return of_paper(OPEN, claim, sentence(f"{why}; {run}") + _beside(found, f.metric))
+    got = answer[f.metric]
+    where = f"on {answer.weights} weights of {answer.model}, {answer.document}, {answer.device}"
+    said = f"Measured {where}: {with_interval(got)}."
+    if got.low is None:
+        return of_paper(OPEN, claim, f"{said} Without an interval it decides nothing.")
+    inside = got.low <= f.value.value <= got.high
+    return of_paper(YES if inside else NO, claim, said)
+
+
+def _beside(found: Sequence[Point], metric: str) -> str:
+    """What other weights gave, for orientation."""
+    mine = [p for p in having(found, metric) if p.recipe == "polykv" and p.context_tokens]
+    if not mine:
+        return ""
+    p = max(mine, key=lambda p: p.context_tokens)
+    place = f"{p.model} ({p.weights} weights, {p.context_tokens:,} tokens)"
+    return f" On {place} it is {with_interval(p[metric])}."
+
+
+def _context(rows: pd.DataFrame) -> list[Claim]:
+    claim = "the perplexity delta shrinks as the context grows"
+    rows = of_experiment(rows, "context_scaling")
+    groups = rows[rows["recipe"] == "polykv"].groupby(["model", "weights"])
+    found = [_shrinks(_on(claim, *names), mine) for names, mine in groups]
+    return found or [_not_run(claim, "context_scaling")]
+
+
+def _shrinks(claim: str, mine: pd.DataFrame) -> Claim:
+    documents = by_document(mine, "polykv")
+    slope = trend(list(documents["context_tokens"]), list(documents["value"]))
+    if slope.value is None:
+        return of_paper(
+            OPEN, claim, sentence(f"{slope.note}; run experiment=context_scaling with three")
+        )
+    mean = float(documents["value"].mean())
+    towards = Value(slope.value, slope.low, slope.high)
+    if mean < 0:  # a negative delta shrinks upwards
+        towards = Value(-slope.value, -slope.high, -slope.low)
+    contexts = sorted({int(context) for context in documents["context_tokens"]})
+    return of_paper(
+        YES if towards.high < 0 else NO if towards.low > 0 else OPEN,
+        claim,
+        f"Over {contexts[0]:,} to {contexts[-1]:,} tokens, {len(documents)} documents, its mean is "
+        f"{mean:+.3f} % and it changes by {with_interval(slope, '+.3f')} points with each doubling"
+        + (
+            "."
+            if towards.high < 0 or towards.low > 0
+            else "; more documents (n_documents=) would tell."
+        ),
+    )
+
+
+def _agents(rows: pd.DataFrame) -> list[Claim]:
+    claim = "quality does not depend on how many agents read the pool"
+    rows = of_experiment(rows, "agent_scaling")
+    groups = settings(rows[rows["recipe"] == "polykv"])
+    found = [_same_for_all(_on(claim, s.model, s.weights), mine) for s, mine in groups]
+    return found or [_not_run(claim, "agent_scaling")]
+
+
+def _same_for_all(claim: str, mine: pd.DataFrame) -> Claim:
+    spread = float(mine.loc[mine["metric"] == "agent_spread", "value"].max())
+    numbers = sorted({int(n) for n in mine["n_agents"]})
+    return of_paper(
+        YES if spread == 0 else NO,
+        claim,
+        f"With {numbers[0]} to {numbers[-1]} agents no log-probability of any two differs by more "
+        f"than {spread:.2g} nats: the pool is never written after it is made.",
+    )
+
+
+def _asymmetry(rows: pd.DataFrame) -> list[Claim]:
+    claim = "keys deserve more bits than values (8 and 3)"
+    found = []
+    for setting, mine in settings(of_experiment(rows, "kv_asymmetry")):
+        means = [values(mine[mine["recipe"] == name]).get("kl_mean") for name in ("k8v3", "k3v8")]
+        if None not in means:
+            p = _paired(mine, "k8v3", "k3v8")
+            found.append(_unequal(_on(claim, setting.model, setting.weights), *means, p))
+    return found or [_not_run(claim, "kv_asymmetry")]
+
+
+def _unequal(claim: str, keys: Value, vals: Value, p: float | None) -> Claim:
+    tied = p is None or p >= ALPHA
+    return of_paper(
+        OPEN if tied else YES if keys.value < vals.value else NO,
+        claim,
+        f"At equal bits, rotated absmax: mean KL {with_interval(keys, '.3g')} with keys at 8 and "
+        f"values at 3, {with_interval(vals, '.3g')} the other way round{p_said(p)}"
+        + ("; more documents (n_documents=) would tell." if tied else "."),
+    )
+
+
+def _paired(rows: pd.DataFrame, first: str, second: str) -> float | None:
+    wide = rows[rows["metric"] == "document_kl_mean"].pivot_table(
+        index=["seed", "protocol"], columns="recipe", values="value"
+    )[[first, second]]
+    wide = wide.dropna()
+    return paired_p(wide[first], wide[second]) if len(wide) >= MIN_DOCUMENTS else None
+
+
+def _on(claim: str, model: str, weights: str) -> str:
+    return f"{claim} (on {weights} weights of {model})"
+
+
+def _not_run(claim: str, experiment: str) -> Claim:
+    return of_paper(OPEN, claim, f"Not measured; run experiment={experiment}.")
