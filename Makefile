@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier gpu test lint format reference clean
+.PHONY: help run frontier report gpu test faults fuzz audit lint format docs reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -26,11 +26,24 @@ FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity co
 frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME)
 	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) || exit 1; done
 
+report: $(INSTALLED)  ## one page of all that was measured, to send on (or results="FOLDER FOLDER")
+	$(BIN)/python -m analysis report --results $(or $(results),results/local)
+
 gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDIA GPU (resumable)
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
 test: $(INSTALLED)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+faults: $(INSTALLED)  ## break what can be broken: kills, full disks, hostile files, bad input, load; results/reliability.md
+	$(BIN)/python -m reliability
+
+fuzz: $(INSTALLED)  ## fuzz the readers of cards and results (seconds=300)
+	$(BIN)/python -m fuzz --seconds $(or $(seconds),300)
+
+audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the advisory service)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/python -m reliability.audit
 
 lint: $(INSTALLED)  ## ruff: lint and format check
 	$(BIN)/ruff check .
@@ -40,8 +53,11 @@ format: $(INSTALLED)  ## ruff: mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## the documentation: API, examples and a page per experiment, into site/
+	$(BIN)/python docs/build.py
+
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
 	$(BIN)/python -m polykv.reference.train
 
 clean:  ## remove the virtual environment and what was measured locally
-	rm -rf $(VENV) results/local
+	rm -rf $(VENV) results/local site

@@ -1,7 +1,7 @@
 """Does quality depend on how many agents read the pool? PolyKV: one delta for 3, 5 and 10 agents.
 
-Agents read the pool one after the other, and each scores the rest of the document; an agent that changed
-what the next one reads would show.
+Answers the published rows `quality` as far as they differ in agents alone. Agents read the pool one after the
+other, and each scores the rest of the document; an agent that changed what the next one reads would show.
 """
 
 from typing import Any

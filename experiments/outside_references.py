@@ -1,4 +1,7 @@
-"""transformers' own quantized caches (quanto, HQQ, fp8) beside our recipes, in the same tables."""
+"""How do transformers' own quantized caches (quanto, HQQ, fp8) do beside our recipes, in the same tables?
+
+Answers no published row.
+"""
 
 from typing import Any
 

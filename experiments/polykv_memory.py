@@ -1,6 +1,6 @@
-"""PolyKV's memory table (19.8 GB -> 0.45 GB), in all accountings.
+"""PolyKV's memory table: what do 15 agents need (19.8 GB -> 0.45 GB), in every accounting?
 
-Answers the ten published rows `memory`. `paper` repeats the publication's arithmetic, `stored` sums the tensors
+Answers the published rows `memory`. `paper` repeats the publication's arithmetic, `stored` sums the tensors
 kept by a pool that is really built, `resident` is measured while all agents decode. Cells with recipe=full are
 the unshared baseline: every agent holds a full cache of its own (reader `private`).
 """

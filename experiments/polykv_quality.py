@@ -1,4 +1,4 @@
-"""PolyKV's quality table: perplexity delta (+0.57 %), BERTScore (0.928), and what it left out.
+"""PolyKV's quality table: what does a compressed pool cost (perplexity +0.57 %, BERTScore 0.928)? And what it left out.
 
 Answers the published rows `quality`. Beside each delta stand its paired interval, the KL divergence to the
 uncompressed run, same-top-1, the BERTScore floor, and exact match where the right answers are known.

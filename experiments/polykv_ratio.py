@@ -1,6 +1,6 @@
-"""PolyKV's compression ratio (abstract: 2.91x): nominal, and as stored.
+"""PolyKV's compression ratio (abstract: 2.91x): is it reached, nominally and as stored?
 
-Answers the published row `ratio`. Bytes do not depend on what a cache says, so the cache is synthetic, of the
+Answers the published rows `ratio`. Bytes do not depend on what a cache says, so the cache is synthetic, of the
 model's exact geometry; the ratio is taken from the tensors that the pool keeps.
 """
 

@@ -1,4 +1,7 @@
-"""The main job, `make run`: ratio, memory and quality of each recipe, per context and agents, in one table."""
+"""The main job, `make run`: what do ratio, memory and quality look like side by side, per recipe, context and agents?
+
+Answers the published rows `ratio`, `memory` and `quality`, all in one table.
+"""
 
 from typing import Any
 

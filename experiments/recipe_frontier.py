@@ -1,7 +1,7 @@
 """Which recipe is best at the same stored bits? Divergence and perplexity of every known recipe.
 
-Beside the pooled statistics each document's own mean is kept, so that recipes are compared pair by pair
-on the same documents (analysis/frontier_tables.py).
+Answers no published row. Beside the pooled statistics each document's own mean is kept, so that recipes are
+compared pair by pair on the same documents (analysis/frontier_tables.py).
 """
 
 from dataclasses import fields

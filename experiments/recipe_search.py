@@ -1,8 +1,8 @@
-"""The best bits for each layer's keys and values under a budget of stored bits, found by Optuna.
+"""Which bits for each layer's keys and values are best under a budget of stored bits? Optuna searches.
 
-The study is an SQLite file beside the results, so a killed search goes on where it stood. What it finds
-is measured again on documents that the search never saw, beside the best table that gives every layer
-the same bits.
+Answers no published row. The study is an SQLite file beside the results, so a killed search goes on where it
+stood. What it finds is measured again on documents that the search never saw, beside the best table that gives
+every layer the same bits.
 """
 
 from importlib.util import find_spec

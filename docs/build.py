@@ -1,0 +1,52 @@
+"""`make docs`: the API by pdoc, and a page for the README, the examples and every experiment, into site/.
+
+`python docs/build.py [FOLDER]`; what the folder held is replaced.
+"""
+
+import pkgutil
+import shutil
+import sys
+from pathlib import Path
+
+import pages
+import pdoc
+from pdoc.render_helpers import to_html
+
+import polykv
+
+# Training and the Triton kernels are read in their source.
+LEFT_OUT = ("!polykv.reference", r"!polykv\.kernels\.triton.*")
+
+
+def main(site: Path) -> None:
+    """Write the whole site."""
+    shutil.rmtree(site, ignore_errors=True)
+    write_api(site)
+    for path in pages.committed("figures/*.png"):
+        place = site / "figures" / path.parts[-3]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    rows = pages.committed_rows()
+    texts = {f"experiments/{name}": pages.experiment(name, rows) for name in pages.NAMES}
+    texts |= {"index": pages.overview(), "examples": pages.examples()}
+    template = pdoc.render.env.get_template("page.html.jinja2")
+    for page, text in texts.items():
+        path = site / f"{page}.html"
+        path.parent.mkdir(exist_ok=True)
+        html = template.render(title=path.stem, body=to_html(text), root="../" * page.count("/"))
+        path.write_text(html, encoding="utf-8")
+    print(f"documentation: {site / 'index.html'}")
+
+
+def write_api(site: Path) -> None:
+    """A page for every module of polykv."""
+    pdoc.render.configure(docformat="google", template_directory=pages.REPO / "docs" / "templates")
+    pdoc.render.env.globals["experiment_names"] = pages.NAMES
+    for name in polykv.__all__:  # pdoc documents what is there, not what would be loaded
+        setattr(polykv, name, getattr(polykv, name))
+    modules = [module.name for module in pkgutil.iter_modules(polykv.__path__, "polykv.")]
+    pdoc.pdoc("polykv", *modules, *LEFT_OUT, output_directory=site)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else pages.REPO / "site")

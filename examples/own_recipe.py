@@ -1,0 +1,41 @@
+"""A quantizer of one's own, measured beside the known ones, without a change to polykv.
+
+It is one file and one YAML in a folder anywhere (here own_recipe/). `--config-dir` adds the folder's YAMLs to
+the axes, PYTHONPATH lets Python find the quantizer.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from polykv.results import load_rows
+
+FOLDER = Path(__file__).resolve().parent / "own_recipe"
+REPO = FOLDER.parents[1]
+RECIPES = ("q4_0", "uniform", "normal_float")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as results:
+        command = [
+            *(sys.executable, "run.py", "--config-dir", str(FOLDER)),
+            *("experiment=recipe_frontier", f"recipe={','.join(RECIPES)}"),
+            *("seed=0", "n_documents=4", f"results_dir={results}"),
+        ]
+        print(f"PYTHONPATH={FOLDER}", *command, "\n")
+        environment = os.environ | {"PYTHONPATH": str(FOLDER)}
+        subprocess.run(command, cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
+        rows, _ = load_rows(results)
+    print("recipe        stored bits   mean KL to the uncompressed cache, nats (95 %)")
+    for recipe in RECIPES:
+        own = rows[rows["recipe"] == recipe]
+        bits = own[(own["metric"] == "bits") & (own["protocol"] == "stored")].iloc[0]
+        kl = own[own["metric"] == "kl_mean"].iloc[0]
+        interval = f"{kl['value']:.5f} [{kl['ci_low']:.5f}, {kl['ci_high']:.5f}]"
+        print(f"{recipe:14}{bits['value']:>11.3f}   {interval}")
+
+
+if __name__ == "__main__":
+    main()

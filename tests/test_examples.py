@@ -1,0 +1,106 @@
+"""Every example is run as a user runs it, and what it prints is checked."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from polykv.config import REPO
+
+EXAMPLES = REPO / "examples"
+# bitsandbytes' own NF4 table (functional.py, create_normal_map), to four decimals: the paper's appendix E.
+NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
+NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
+
+
+def output_of(name, *arguments):
+    """What `python examples/NAME.py` prints, without the settings of this test run."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_every_example_is_tested_and_short():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert names and all(f'output_of("{name}"' in tests for name in names)
+    for name in names:
+        assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_agents_that_share_a_document_answer_from_one_small_copy():
+    text = output_of("share_a_document")
+    assert text.count("(right)") == 6
+    private, pool = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", text))
+    # 6 agents, keys and values of 4 layers, 2 heads of 64, 1,024 tokens in fp16 (2 bytes)
+    assert private == 6 * 2 * 4 * 2 * 64 * 1024 * 2
+    assert private / pool == pytest.approx(6 * 2.844, rel=1e-3)  # README: polykv at head_dim 64
+
+
+def test_a_hand_off_crosses_processes_and_a_damaged_card_is_refused():
+    text = output_of("hand_off")
+    sender, receiver = re.findall(r"process (\d+)", text)
+    assert sender != receiver
+    stored, full = (
+        int(n.replace(",", "")) for n in re.search(r"([\d,]+) bytes, .* ([\d,]+)", text).groups()
+    )
+    assert full / stored == pytest.approx(32 / 4.5, rel=0.02)  # an fp32 cache against 4.5 bits
+    # The sender's document says it; the receiver had the card alone.
+    assert "What is Bea's pet? A:Bea's pet is pigeon." in text
+    assert "one bit flipped on the way: the card was altered" in text
+
+
+def test_a_pool_in_a_pipeline_keeps_every_token():
+    text = output_of("transformers_pipeline")
+    answers = dict(re.findall(r"^(\w+) +[\d,]+ bytes.* (\d+) of 6 answers", text, re.M))
+    assert answers["full"] == "6"
+    sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", text)]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
+
+
+def test_a_claim_is_tested_on_the_committed_results(tmp_path):
+    text = output_of("read_results")
+    assert "of 16 documents" in text and text.count("keys win on") == 6
+    assert "the claim is shown for 6 of 6 pairs" in text
+    # With keys and values exchanged the same test must find nothing.
+    rows = (REPO / "results" / "frontier" / "rows.csv").read_text(encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(re.sub(r",k(\d)v(\d),", r",k\2v\1,", rows), encoding="utf-8")
+    assert "the claim is shown for 0 of 6 pairs" in output_of("read_results", str(tmp_path))
+
+
+def test_a_recipe_from_outside_runs_beside_the_known_ones():
+    text = output_of("own_recipe")
+    lines = dict(re.findall(r"^(\w+) +(\d\.\d{3}) +0\.\d{5} \[", text, re.M))
+    assert lines == {"q4_0": "4.500", "uniform": "4.250", "normal_float": "4.250"}
+    files = (EXAMPLES / "own_recipe").glob("**/*.[py]*")
+    written = [line for path in files for line in path.read_text().splitlines() if line.strip()]
+    assert len(written) < 30
+
+
+def test_the_recipe_from_outside_is_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "own_recipe"))
+    import normal_float
+
+    assert torch.allclose(normal_float.LEVELS, torch.tensor(NF4), atol=1e-4)
+    recipe = OmegaConf.load(EXAMPLES / "own_recipe" / "recipe" / "normal_float.yaml")
+    codec = instantiate(recipe.key)
+    x_BHTD = torch.randn(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))
+    x_BHTD[0, 0, 7] = 0
+    packed = codec.encode(x_BHTD)
+    assert packed.nbytes == codec.stored_bytes(packed.shape, packed.dtype)
+    decoded = codec.decode(packed)
+    assert not decoded[0, 0, 7].any()
+    # No level is farther than half the widest gap, (1 - 0.6962) / 2, of the vector's largest value.
+    error = (decoded - x_BHTD).abs().amax(-1) / x_BHTD.abs().amax(-1).clamp(min=1e-9)
+    assert error.max() < 0.153
