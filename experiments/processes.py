@@ -6,13 +6,16 @@ import os
 import signal
 import sys
 import time
-from threading import Thread
+from collections.abc import Iterator
+from threading import Event, Thread
 from typing import Any
 
 import psutil
+from joblib.externals.loky import reusable_executor
 
 INTERRUPTED = 130  # the shells' exit code of a process that Ctrl-C ended
 PATIENCE = 3.0  # seconds in which interrupted processes may end by themselves
+STUCK = 5.0  # seconds after which a dead worker must have been noticed
 
 
 def second_interrupt_quits() -> None:
@@ -57,6 +60,43 @@ def stop_workers(patience: float = PATIENCE) -> None:
     for worker in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.kill()
+
+
+@contextlib.contextmanager
+def workers_watched() -> Iterator[None]:
+    """Within it, a pool whose manager is stuck loses its workers, which frees it.
+
+    A worker that is killed while it sends its result leaves half a message, and joblib's manager, which alone
+    would notice the death, waits for the other half as long as anybody holds the pipe open: the other workers,
+    and this process, which never writes to it.
+    """
+    over = Event()
+    watch = Thread(target=_stop_when_stuck, args=(over, set(_zombies())), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def _stop_when_stuck(over: Event, others: set[int]) -> None:
+    dead = set(_zombies()) - others
+    while not over.wait(STUCK):
+        still = set(_zombies()) & dead
+        if still:  # a manager at work would have noticed long ago
+            stop_workers(patience=0)
+            reusable_executor._executor._result_queue._writer.close()
+            return
+        dead = set(_zombies()) - others
+
+
+def _zombies() -> Iterator[int]:
+    """Children that ended and that nobody has asked after."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                yield child.pid
 
 
 def settle_into_worker() -> None:

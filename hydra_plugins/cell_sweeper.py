@@ -7,6 +7,7 @@ experiments/sweep.py. Any of Hydra's launchers runs the cells: one after the oth
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,10 +137,12 @@ class CellSweeper(Sweeper):
             threads = max((os.cpu_count() or 1) // len(shares), 1)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         identities = {cell.identity for cell in cells}
+        pooled = "joblib" in self.config.hydra.launcher._target_
         with progress.shown(ended.results_dir, ended.experiment, identities):
             try:
                 overrides = [share[0].overrides for share in shares]
-                returned = launcher.launch(overrides, initial_job_idx=0)
+                with processes.workers_watched() if pooled else nullcontext():
+                    returned = launcher.launch(overrides, initial_job_idx=0)
                 ended.outcomes = [outcome for job in returned for outcome in job.return_value]
             except Exception as error:  # the launcher's own: a worker was killed, or no SLURM here
                 if not self.elsewhere:

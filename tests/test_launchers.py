@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 from hydra import compose, initialize_config_dir
+from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import BrokenProcessPool
 from omegaconf import open_dict
 
 from experiments import polykv_ratio, processes, progress, sweep, tracking
@@ -107,6 +110,8 @@ def test_a_killed_worker_costs_no_finished_cell(launch, report, sequential, tmp_
             time.sleep(0.005)
             children = psutil.Process().children(recursive=True)
             workers = [p for p in children if "popen_loky" in " ".join(p.cmdline())]
+        while len(list(tmp_path.glob("cells/*/*.lock"))) < 2:  # both measure
+            time.sleep(0.001)
         workers[0].kill()
 
     killer = threading.Thread(target=kill)
@@ -125,6 +130,19 @@ def test_a_killed_worker_costs_no_finished_cell(launch, report, sequential, tmp_
     assert statuses(ended) == ["done"] * (24 - len(kept))
     assert kept.items() <= files(tmp_path).items()  # none was run again
     pd.testing.assert_frame_equal(table(tmp_path), table(sequential))
+
+
+def test_a_worker_killed_while_it_sends_its_result_is_noticed(monkeypatch):
+    def half_a_message():
+        frame = sys._getframe()
+        while "result_queue" not in frame.f_locals:
+            frame = frame.f_back
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 100) + b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(processes, "STUCK", 0.5)
+    with processes.workers_watched(), pytest.raises(BrokenProcessPool):
+        Parallel(n_jobs=2)(delayed(job)() for job in (time.monotonic, half_a_message))
 
 
 def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatch, tmp_path):
