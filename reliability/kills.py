@@ -6,12 +6,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 from tqdm import tqdm
 
 from reliability import injected, stage
@@ -44,7 +46,7 @@ class Stop:
     phase: str
     answer: stage.Answer
     went_s: float  # from the last signal to its end
-    run: stage.Run
+    workers: list[psutil.Process]  # that it had; some may have outlived it
 
 
 def run(quick: bool) -> list[Finding]:
@@ -71,7 +73,11 @@ def kill(launcher: str, times: int) -> Finding:
             stop = stopped(launcher, root, moment, [signal.SIGKILL], group=victim != victims[0])
             phases[stop.phase] += 1
             failures += resumed(root, f"{victim} at {moment}", launcher)
-            stop.run.signal(signal.SIGKILL, group=True)  # workers that outlived it
+            for worker in stop.workers:
+                with suppress(
+                    psutil.NoSuchProcess
+                ):  # psutil knows a number that was given away again
+                    worker.kill()
     met = ", ".join(f"{phase} {phases[phase]}" for phase in injected.PHASES if phases[phase])
     return Finding(
         area="kill -9",
@@ -138,7 +144,7 @@ def stopped(
         sweep.end()
         shutil.rmtree(root)
         return stopped(launcher, root, replace(moment, share=0.9 * moment.share), signals, group)
-    phase = injected.phase(place)
+    phase, workers = injected.phase(place), sweep.workers()
     for number, one in enumerate(signals):
         if number:
             sweep.wait(0.1)
@@ -146,7 +152,7 @@ def stopped(
     last = time.monotonic()
     sweep.wait(stage.PATIENCE_S)
     went_s = time.monotonic() - last
-    return Stop(phase, sweep.end(spare_workers=True), went_s, sweep)
+    return Stop(phase, sweep.end(spare_workers=True), went_s, workers)
 
 
 def _reach(sweep: stage.Run, place: Path, moment: Moment) -> None:

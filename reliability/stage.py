@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
+import psutil
+
 from polykv.config import REPO
 from polykv.results import load_rows
 from reliability import injected
@@ -33,7 +35,7 @@ LAUNCHERS = {"sequential": (), "joblib": ("launcher=joblib", "hydra.launcher.n_j
 PATIENCE_S = 240
 
 _PRELOADED = ("run", "torch", "transformers", "joblib", "experiments.polykv_quality",
-              "hydra_plugins.cell_sweeper", "analysis.__main__")  # fmt: skip
+              "experiments.polykv_ratio", "hydra_plugins.cell_sweeper", "analysis.__main__")  # fmt: skip
 # Not what differs between two runs that measured the same.
 _STAMPS = ["created_at", "commit"]
 _VALUES = ["value", "ci_low", "ci_high", *_STAMPS]
@@ -66,6 +68,13 @@ class Run:
         self._start = time.monotonic()
         self._process.start()
         self.pid = self._process.pid
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that it has started and that live."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within that time."""

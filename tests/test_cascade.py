@@ -20,7 +20,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import score_rest
 from polykv.pool import SharedKVPool
 from polykv.recipe import load_recipe
-from polykv.results import COLUMNS, Store, load_rows
+from polykv.results import COLUMNS, Rows, Store, load_rows
 
 WORDS = TEXT.split()
 # 15 queries of 1 to 33 tokens.
@@ -415,7 +415,9 @@ def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch
 
 
 def test_results_from_before_backends_still_load(tmp_path):
-    row = {name: "x" for name in COLUMNS if name != "backend"}
+    whole = Rows(model="x", n_agents=3)
+    whole.add("perplexity", 2.5, "ppl")
+    row = {name: value for name, value in whole.rows[0].items() if name != "backend"}
     Store(tmp_path).write("old", "cell", {}, [row])
     rows, damaged = load_rows(tmp_path)
     assert damaged == [] and rows.backend.isna().all() and list(rows.columns) == list(COLUMNS)

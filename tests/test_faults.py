@@ -27,8 +27,10 @@ def test_a_disturbed_sweep_ends_with_the_undisturbed_table(part):
     check(part.run(quick=True))
 
 
-def test_bad_input_is_one_line_that_names_the_thing_and_exit_2():
-    check(bad_input.run(quick=True))
+@pytest.mark.parametrize("start", range(4))  # parts, for the processes that share the suite
+def test_bad_input_is_one_line_that_names_the_thing_and_exit_2(start):
+    mistakes = filter(bad_input.applies, bad_input.MISTAKES[start::4])
+    check([bad_input.answer(mistake) for mistake in mistakes])
 
 
 def test_moments_cover_the_whole_sweep_and_all_of_writing_and_are_the_same_again():
@@ -66,7 +68,7 @@ def test_an_answer_of_two_lines_or_with_files_written_is_a_failure(monkeypatch):
 
 def test_interrupts_are_told_apart_from_crashes():
     def judged(code, err, n_signals=1, went_s=0.1):
-        stop = kills.Stop("drawing", stage.Answer(code, "", err, 1.0), went_s, None)
+        stop = kills.Stop("drawing", stage.Answer(code, "", err, 1.0), went_s, [])
         return kills.unclean(stop, n_signals, "it")
 
     assert judged(130, kills.STOPPED) == []
