@@ -96,7 +96,7 @@ FIGURES: Mapping[str, Drawn] = {
     ),
     "handoff_ttft": Drawn(
         "Time to first token by context and route, medians",
-        "Bars: quartiles. Dashed: the card goes through a file. Log axes.",
+        "Bars: quartiles. Dashed: the card is read in place, not decoded into a cache first. Log axes.",
         ("ttft",),
         ("handoff_ttft",),
         measure="ttft",

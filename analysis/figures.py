@@ -79,7 +79,9 @@ def save(canvas: Canvas, stem: Path, formats: Sequence[str]) -> list[Path]:
     with plt.style.context(STYLE):
         for kind in formats:
             files.append(stem.with_suffix(f".{kind}"))
-            drawn = BytesIO()  # where a disk is full, matplotlib's PDF writer hides the error behind its own
+            drawn = (
+                BytesIO()
+            )  # where a disk is full, matplotlib's PDF writer hides the error behind its own
             canvas.savefig(drawn, format=kind, metadata=UNDATED[kind])
             files[-1].write_bytes(drawn.getvalue())
     plt.close(canvas)

@@ -22,6 +22,7 @@ from analysis.layout import COLUMN, PAGE, number_ticks, plain_log, sheet, styled
 from analysis.reduce import Value
 
 RUN = [*SETTING, "document", "budget_bits", "reseal"]
+TRANSPORTS = {"memory": "card in memory", "file": "card through a file"}
 DODGE = 0.09  # handoffs between policies at one place of x, so that bars do not hide each other
 
 
@@ -87,31 +88,39 @@ def handoff_ttft(rows: pd.DataFrame) -> Canvas | None:
         return None
     groups = list(found.groupby(SETTING, sort=False))
     headings = [_machine(dict(zip(SETTING, key, strict=True))) for key, _ in groups]
-    canvas, panels = sheet(headings, 1, 2.4, COLUMN)
-    for (ax,), ((model, *_), mine) in zip(panels, groups, strict=True):
-        ends = []
-        for route, line in mine.groupby("protocol", sort=False):
-            for policy, spots in _spots(line, "context_tokens").items():
-                values, tint = [v for _, v in spots], policy_colour(policy)
-                ax.errorbar(
-                    [n for n, _ in spots], [v.value for v in values], yerr=reaches(values), fmt="o",
-                    linestyle="--" if route == "file" else "-", markersize=3.5, color=tint,
-                )  # fmt: skip
-                name = policy if route == "text" else f"{policy}, {route}"
-                ends.append((values[-1].value, name, tint))
+    canvas, panels = sheet(headings, len(TRANSPORTS), 2.1, PAGE)
+    for axes, ((model, *_), mine) in zip(panels, groups, strict=True):
         said = [f for f in published.load("qkvshare") if f.metric == "ttft" and not f.digest]
         said = [f for f in said if published.same_model(f.model, model)]
-        for f in said:
-            ax.plot(
-                f.label_tokens, f.value.value, "s", color=policy_colour(f.controller[0]), **OPEN
-            )
-        ax.set_xscale("log", base=2)
-        plain_log(ax)
-        number_ticks(ax, {*mine["context_tokens"], *(f.label_tokens for f in said)})
-        ax.set_xlabel("context, tokens")
-        ax.set_ylabel("time to first token, ms")
-        label_ends(ax, ends)
+        for ax, (transport, title) in zip(axes, TRANSPORTS.items(), strict=True):
+            ax.set_title(title)
+            for f in said:
+                ax.plot(
+                    f.label_tokens, f.value.value, "s", color=policy_colour(f.controller[0]), **OPEN
+                )
+            ax.set_xscale("log", base=2)
+            plain_log(ax)
+            number_ticks(ax, {*mine["context_tokens"], *(f.label_tokens for f in said)})
+            ax.set_xlabel("context, tokens")
+            shown = mine[mine["protocol"].str.match(f"(text|{transport})")]
+            label_ends(ax, _draw_routes(ax, shown))
+        axes[0].set_ylabel("time to first token, ms")
     return canvas
+
+
+def _draw_routes(ax: Axes, mine: pd.DataFrame) -> list[tuple[float, str, str]]:
+    """A line for each policy and way of reading; where it ends, its name and colour."""
+    ends = []
+    for route, line in mine.groupby("protocol", sort=False):
+        in_place = route.endswith("in place")
+        for policy, spots in _spots(line, "context_tokens").items():
+            values, tint = [v for _, v in spots], policy_colour(policy)
+            ax.errorbar(
+                [n for n, _ in spots], [v.value for v in values], yerr=reaches(values), fmt="o",
+                linestyle="--" if in_place else "-", markersize=3.5, color=tint,
+            )  # fmt: skip
+            ends.append((values[-1].value, policy + ", in place" * in_place, tint))
+    return ends
 
 
 @styled
@@ -124,7 +133,8 @@ def handoff_stages(rows: pd.DataFrame) -> Canvas | None:
     settings = list(found.groupby(SETTING, sort=False))
     across = max(part["context_tokens"].nunique() for _, part in settings)
     headings = [_machine(dict(zip(SETTING, key, strict=True))) for key, _ in settings]
-    canvas, rows_of = sheet(headings, across, 1.6, PAGE if across > 1 else COLUMN)
+    n_bars = found.groupby(["policy", "protocol"]).ngroups
+    canvas, rows_of = sheet(headings, across, 0.6 + 0.15 * n_bars, PAGE if across > 1 else COLUMN)
     tints = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for panels, (_, mine) in zip(rows_of, settings, strict=True):
         contexts = sorted(set(mine["context_tokens"]))

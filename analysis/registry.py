@@ -90,6 +90,16 @@ def _decomposition(rows: pd.DataFrame) -> str | None:
     return None if mine.empty else decomposition.text(points(mine), published.load("polykv"))
 
 
+def _of_answers(of: Callable) -> Callable:
+    """None where only experiments were run that answer neither paper."""
+
+    def build(rows: pd.DataFrame) -> Table | str | None:
+        answering = rows["experiment"].isin((*FRONTIER, *HANDOFF)).any()
+        return of(rows) if answering or not of_papers(rows).empty else None
+
+    return build
+
+
 TOPICS = (
     Topic(
         "polykv",
@@ -125,7 +135,7 @@ TOPICS = (
         "Which recipe loses least for the bytes that it really keeps, and where the damage is.",
         FRONTIER_TABLES,
         FRONTIER_FIGURES,
-        {FINDINGS: Text(findings.text, tuple(FRONTIER_TABLES))},
+        {FINDINGS: Text(_of_answers(findings.text), tuple(FRONTIER_TABLES))},
         experiments=FRONTIER,
     ),
     Topic(
@@ -150,7 +160,7 @@ TOPICS = (
         "Every published figure",
         "Each number that the papers state, beside the measured one or beside the reason why there is "
         "none.",
-        PUBLISHED_TABLES,
+        {name: _of_answers(of) for name, of in PUBLISHED_TABLES.items()},
     ),
 )  # fmt: skip
 TABLES: dict[str, TableOf] = {name: of for topic in TOPICS for name, of in topic.tables.items()}
