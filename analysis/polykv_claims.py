@@ -1,6 +1,6 @@
 """PolyKV's claims: ratio, memory, perplexity, BERTScore, and what context, agents and asymmetry do to them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pandas as pd
@@ -8,11 +8,12 @@ import pandas as pd
 from analysis import published
 from analysis.frontier import ALPHA, by_document, of_experiment, settings, trend, values
 from analysis.published import Figure
-from analysis.reduce import Point, Value, having, points
+from analysis.reduce import BASELINE, Point, Value, having, points
 from analysis.verdict import NO, OPEN, YES, Claim, p_said, sentence, with_interval
 from polykv.evaluation.statistics import MIN_DOCUMENTS, paired_p
 
 ROUNDING = 0.0005  # of the published GB
+NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
 of_paper = partial(Claim, "polykv")
 
 
@@ -22,6 +23,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     return [
         _ratio(rows, figures),
         *_memory(found, figures),
+        *_resident(having(found, "resident")),
         *_quality(found, figures),
         *_context(rows),
         *_agents(rows),
@@ -69,6 +71,56 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
         claim,
         f"In the paper's accounting (fp32, computed) it is {answer['paper'].value:.3f} GB{every_byte} "
         f"({answer.model}; bytes do not depend on weights).",
+    )
+
+
+def _resident(found: Sequence[Point]) -> list[Claim]:
+    """At the most agents of each weights: what they take while all decode, by reader."""
+    claim = "agents that read one pool take less memory than agents with a cache each"
+    most: dict[tuple[str, str], Point] = {}
+    for p in found:
+        key = (p.model, p.weights)
+        if p.recipe == BASELINE and p.n_agents and _crowd(p) >= _crowd(most.get(key, p)):
+            most[key] = p
+    lines = []
+    for key, private in most.items():
+        readers = {p.reader: p["resident"].value for p in found if _same_crowd(p, private)}
+        if "inject" in readers:
+            lines.append(_reader_by_reader(_on(claim, *key), private, readers))
+    return lines or [_not_run(claim, "polykv_memory")]
+
+
+def _reader_by_reader(claim: str, private: Point, readers: Mapping[str, float]) -> Claim:
+    theirs = private["resident"].value
+    said = (
+        f"a private cache each {1e3 * theirs:.3g} MB; one pool, which each rebuilds as published "
+    )
+    said += f"(inject), {1e3 * readers['inject']:.3g} MB"
+    if "cascade" in readers:
+        said += (
+            f"; one pool that all attend to in place (cascade) {1e3 * readers['cascade']:.3g} MB"
+        )
+    where = f"{private.n_agents} agents decode after {private.context_tokens:,} tokens on {private.device}"
+    saved = readers["inject"] < NOTICEABLE * theirs
+    return of_paper(YES if saved else NO, claim, f"Measured while {where}: {said}.")
+
+
+def _crowd(p: Point) -> tuple[int, int]:
+    return p.n_agents, p.context_tokens
+
+
+def _same_crowd(p: Point, other: Point) -> bool:
+    return p.recipe == "polykv" and all(
+        getattr(p, name) == getattr(other, name)
+        for name in (
+            "model",
+            "weights",
+            "dtype",
+            "device",
+            "document",
+            "context_tokens",
+            "n_agents",
+        )
     )
 
 

@@ -112,6 +112,19 @@ def test_perplexity_is_judged_by_its_interval(tmp_path, monkeypatch, spread, ver
     assert "hub weights of smollm2-1.7b" in claim.said
 
 
+@pytest.mark.parametrize(("inject", "verdict"), [(0.5, YES), (0.97, NO), (1.1, NO)])
+def test_memory_is_judged_by_what_published_readers_take(tmp_path, inject, verdict):
+    rows = quickstart((256, 512), (3, 15), ("full", "polykv"))
+    private = {(row["context_tokens"], row["n_agents"]): row["value"] for row in rows
+               if row["protocol"] == "resident" and row["recipe"] == "full"}  # fmt: skip
+    for row in rows:
+        if row["protocol"] == "resident" and row["recipe"] == "polykv":
+            row["value"] = inject * private[row["context_tokens"], row["n_agents"]]
+    (claim,) = judged(tmp_path, rows, "agents that read one pool")
+    assert claim.verdict == verdict and "15 agents decode after 512 tokens on cpu" in claim.said
+    assert f"{1e3 * private[512, 15]:.3g} MB; one pool" in claim.said
+
+
 def test_paired_interval_of_accuracy_has_a_width_even_without_differences():
     exact, low, high = difference([True] * 80, [True] * 80)
     assert exact == 0 and low == -high and 2 < high < 3
