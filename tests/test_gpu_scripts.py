@@ -86,9 +86,8 @@ def test_handoff_ttft(tmp_path):
     rows = rows_of(tmp_path, "handoff_ttft")
     assert set(rows["policy"]) == {"reprefill", "fp16", "uniform", "topology"}
     assert set(rows["context_tokens"]) == {128, 256}
-    assert (
-        len(rows_of(tmp_path, "gpu_break_even")) == 12
-    )  # three policies, two transports, two readers
+    # Three policies, two transports, two readers.
+    assert len(rows_of(tmp_path, "gpu_break_even")) == 12
     assert len((tmp_path / "device_states.jsonl").read_text().splitlines()) == 1
 
 
