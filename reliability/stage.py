@@ -4,6 +4,7 @@ A process of its own costs 50 ms so, not the seconds that importing torch takes;
 then fall into the sweep, not into imports. What a run does and prints is what it does and prints in a shell.
 """
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -147,6 +148,9 @@ def _child(overrides: list[str], injections: list[Injection], folder: Path) -> N
     sys.argv = ["run.py", *overrides]
     code: object = 1
     try:
+        # Nothing is left to import, unless somebody else's forkserver was running already.
+        for name in _PRELOADED:
+            importlib.import_module(name)
         for inject in injections:
             inject()
         runpy.run_path(str(REPO / "run.py"), run_name="__main__")

@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, and a tokenizer trained on the spot."""
 
 import os
+import signal
 from pathlib import Path
 
 # The tests prove that no hub is needed, on machines that have one too.
@@ -20,6 +21,8 @@ from experiments import sweep
 from polykv.config import CONF
 
 torch.set_num_threads(1)
+# Started in the background by a script, they would ignore Ctrl-C, and so would all processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = (
     "The pool is written once and read by many agents . Each agent asks a question of its own . "
