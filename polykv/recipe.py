@@ -6,6 +6,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from polykv import config, kernels
@@ -60,7 +61,7 @@ class Recipe:
         """A recipe from its YAML (conf/recipe).
 
         Raises:
-            PolyKVError: a codec does not take the options that the YAML gives it.
+            PolyKVError: a key is missing, or a codec does not take the options that the YAML gives it.
         """
         try:
             return cls(
@@ -70,7 +71,7 @@ class Recipe:
                 exempt=Exempt(**cfg.get("exempt", {})),
                 layer_bits=tuple(tuple(bits) for bits in cfg.get("layer_bits") or ()),
             )
-        except (InstantiationException, TypeError) as error:
+        except (InstantiationException, OmegaConfBaseException, TypeError) as error:
             cause = error.__cause__ or error
             if isinstance(cause, PolyKVError):
                 raise cause from error
