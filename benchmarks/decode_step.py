@@ -32,7 +32,6 @@ from polykv.segment import Segment
 FAIR = ("private caches, matmul + softmax", "private caches, sdpa")
 # (recipe, backend) that are read in place.
 SHARED = [(r, b) for b in ("cpu", "torch") for r in ("polykv", "polykv_q8_0")]
-LIMIT_MIB = 8
 
 
 class Step:

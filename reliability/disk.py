@@ -15,7 +15,6 @@ from reliability import injected, stage
 from reliability.again import differs, outcome, resumed
 from reliability.finding import Finding
 
-KIB = 1024
 # From less than the probe before a sweep needs, over room for some cells, to all but the last figures.
 SIZES_KIB = (48, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 ROOMY = "64m"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from polykv.reference import vocabulary as v
 
-SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 4  # one fact in four is held out
 
 FORMS = {  # kind: the words of the statement, the question
