@@ -29,7 +29,7 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def wrong_codes(codec: Codec, x_BHTD: Tensor, packed: Packed) -> int:
-    """Codes that are not those of the value in fp64, although it is not at a decision boundary."""
+    """Codes that are not those of the value in fp64; at a decision boundary both of its sides are right."""
     dim = x_BHTD.shape[3]
     codes = packed.tensors["codes"]
     if isinstance(codec, TurboQuantMSE):
@@ -37,8 +37,9 @@ def wrong_codes(codec: Codec, x_BHTD: Tensor, packed: Packed) -> int:
         boundaries = torch.tensor(lloyd_max(codec.bits).boundaries, device=y.device).double()
         expected = torch.bucketize(y, boundaries)
         distance = torch.stack([(y - boundary).abs() for boundary in boundaries]).amin(dim=0)
-        codes = unpack(codes, codec.bits, dim)
+        codes = unpack(codes, codec.bits, dim).long()
     else:
+        codes = codes.long()
         scale = packed.tensors["scale"].double()
         if isinstance(codec, Q8_0):
             scale = scale.repeat_interleave(BLOCK, dim=3)[..., :dim]
@@ -46,7 +47,8 @@ def wrong_codes(codec: Codec, x_BHTD: Tensor, packed: Packed) -> int:
         expected = y.round().clamp(-127, 127)
         distance = 0.5 - (y - y.round()).abs()
     near = NEAR_Q8_0 if isinstance(codec, Q8_0) else NEAR
-    return int(((codes != expected) & (distance > near)).sum())
+    off = (codes - expected).abs()
+    return int(((off > 1) | (off == 1) & (distance > near)).sum())
 
 
 def _rotated(codec: TurboQuantMSE, x_BHTD: Tensor) -> Tensor:
