@@ -136,7 +136,8 @@ def test_the_checks_notice_a_wrong_code_and_a_wrong_value(codec):
     decoded = kernels.decode_rotated(codec, packed, "torch")
     assert checks.wrong_codes(codec, x, packed) == 0
     assert checks.decode_error(codec, packed, decoded) < 1e-6
-    packed.tensors["codes"][0, 1, 7, 3] ^= 1 << 5  # 4 levels away, or 32: no decision boundary excuses it
+    # 4 levels away, or 32: no decision boundary excuses it.
+    packed.tensors["codes"][0, 1, 7, 3] ^= 1 << 5
     assert checks.wrong_codes(codec, x, packed) == 1
     assert checks.decode_error(codec, packed, decoded) > 1e-3
 

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
-from polykv.handoff.mixed import TIERS, GroupScales, MixedCodec
+from polykv.handoff.mixed import TIERS, MixedCodec
 
 COST = (2.25, 4.25, 8.25, 16.0)
-ERROR = tuple(GroupScales(bits).relative_error for bits in TIERS[:3]) + (0.0,)
+ERROR = tuple(Uniform(bits).relative_error for bits in TIERS[:3]) + (0.0,)
 
 
 def gaussian(*shape, seed=0):
@@ -23,8 +24,8 @@ def gaussian(*shape, seed=0):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from((2, 4, 8)), st.integers(1, 80), st.integers(1, 70), st.integers(0, 99))
-def test_group_scales_err_by_half_a_step_and_store_what_they_say(bits, dim, group, seed):
-    codec, x = GroupScales(bits, group), gaussian(1, 2, 9, dim, seed=seed)
+def test_tiers_err_by_half_a_step_and_store_what_they_say(bits, dim, group, seed):
+    codec, x = Uniform(bits, group), gaussian(1, 2, 9, dim, seed=seed)
     packed = codec.encode(x)
     assert packed.nbytes == codec.stored_bytes(x.shape, x.dtype)
     size = min(group, dim)
@@ -39,7 +40,7 @@ def test_group_scales_err_by_half_a_step_and_store_what_they_say(bits, dim, grou
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_relative_error_is_that_of_uniform_values(bits):
     x = torch.rand((1, 4, 500, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    codec = GroupScales(bits)
+    codec = Uniform(bits)
     measured = (codec.decode(codec.encode(x)) - x).square().mean()
     assert measured == pytest.approx(codec.relative_error, rel=0.08)
 

@@ -19,7 +19,7 @@ from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_variants import TurboQuantNC, TurboQuantOutlier, TurboQuantProd
 from polykv.errors import PolyKVError
-from polykv.handoff.mixed import GroupScales
+from polykv.handoff.mixed import MixedCodec
 from polykv.pool import SharedKVPool
 from polykv.recipe import Exempt, Recipe
 from polykv.segment import Segment
@@ -81,10 +81,9 @@ def overflowing_spike(codec):
     per_step = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q8_0": 127}
     if type(inner).__name__ in per_step:
         return OVERFLOW * per_step[type(inner).__name__] * spread
-    if type(inner).__name__ in ("Uniform", "GroupScales"):
+    if type(inner).__name__ == "Uniform":
         steps = 2**inner.bits - 1
-        symmetric = getattr(inner, "symmetric", True)
-        return OVERFLOW * (steps / 2 if symmetric else steps) * spread
+        return OVERFLOW * (steps / 2 if inner.symmetric else steps) * spread
     if type(inner).__name__ == "KiviKey":
         return OVERFLOW * (2**inner.bits - 1)
     if type(inner).__name__ == "Identity":
@@ -94,7 +93,8 @@ def overflowing_spike(codec):
     return None
 
 
-ALL = CODECS | {repr(GroupScales(bits)): GroupScales(bits) for bits in (2, 4, 8)}
+CARD_CODECS = [MixedCodec().codec(tier) for tier in range(3)]
+ALL = CODECS | {repr(codec): codec for codec in CARD_CODECS}
 every_quantizer = pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
 
 

@@ -19,9 +19,9 @@ from polykv.errors import PolyKVError
 class Uniform(Codec):
     """2**bits evenly spaced levels per token, head and block of `block` channels (None: head_dim).
 
-    symmetric: plain absmax. The levels reach from -absmax to absmax; one fp16 step a block. There is
-    no level at 0, so that 2 bits have four levels and not three. Stored: bits + 16/block bits per
-    value, 4.125 at 4 bits and head_dim 128.
+    symmetric: plain absmax. The levels reach from -absmax to absmax; one fp16 step, the `scale`, a block:
+    code = round(x / scale + (2**bits - 1) / 2). There is no level at 0, so that 2 bits have four levels
+    and not three. Stored: bits + 16/block bits per value, 4.125 at 4 bits and head_dim 128.
 
     not symmetric: from the minimum to the maximum, both ends in fp16 (step and minimum), as KIVI
     quantizes values (arXiv 2402.02750, section 3, blocks of 32) and as vLLM's TurboQuant presets do
@@ -49,6 +49,11 @@ class Uniform(Codec):
         n_blocks = ceil(shape[3] / self._block(shape[3]))
         return prod(shape[:3]) * (packed_size(shape[3], self.bits) + per_block * n_blocks)
 
+    @property
+    def relative_error(self) -> float:
+        """Mean squared error of `symmetric` in units of absmax^2, values uniform within a step: step^2 / 12."""
+        return 1 / (3 * (2**self.bits - 1) ** 2)
+
     def _block(self, dim: int) -> int:
         return min(self.block or dim, dim)
 
@@ -67,17 +72,18 @@ class Uniform(Codec):
             kept = {"step": step.squeeze(-1), "minimum": low.squeeze(-1)}
         else:
             top = 2**self.bits - 1
-            step = (blocks.abs().amax(dim=-1, keepdim=True) * (2 / top)).half()
-            divisor = torch.where(step > 0, step, 1).float()
+            scale = (blocks.abs().amax(dim=-1, keepdim=True) * (2 / top)).half()
+            # A scale of zero belongs to values that are zero (or vanish in fp16): any divisor does.
+            divisor = torch.where(scale > 0, scale, 1).float()
             codes = (blocks / divisor).add_(top / 2).round_().clamp_(0, top).to(torch.uint8)
-            kept = {"step": step.squeeze(-1)}
+            kept = {"scale": scale.squeeze(-1)}
         return {"codes": pack(codes.flatten(-2)[..., :dim].contiguous(), self.bits), **kept}
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         codes = self._blocks(unpack(tensors["codes"], self.bits, dim))
-        step = tensors["step"].unsqueeze(-1)
         if self.symmetric:
-            blocks = (codes.float() - (2**self.bits - 1) / 2) * step.float()
+            steps = codes.float().sub_((2**self.bits - 1) / 2)
+            blocks = steps.mul_(tensors["scale"].float().unsqueeze(-1))
         else:
-            blocks = affine_values(codes, step, tensors["minimum"].unsqueeze(-1))
+            blocks = affine_values(codes, *(tensors[n].unsqueeze(-1) for n in ("step", "minimum")))
         return blocks.flatten(-2)[..., :dim]

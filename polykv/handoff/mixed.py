@@ -9,74 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polykv.codecs import bitpack
 from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.identity import Identity
+from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 
 TIERS = (2, 4, 8, 16)  # bits; the map holds the index
 EXACT = 3  # the tier that is not quantized
 MAP_BITS = 2
 GROUP = 64  # 0.25 bits per value for scales
-
-
-@dataclass(frozen=True)
-class GroupScales(Codec):
-    """Symmetric uniform quantizer without a zero level, one fp16 scale per `group_size` values of a vector.
-
-    scale = 2 absmax / (2^bits - 1); code = round(x / scale + (2^bits - 1) / 2); x' = (code - (2^bits - 1) / 2)
-    scale. All 2^bits levels are used, +-absmax among them. Granularity: token, head, group along head_dim (a
-    shorter last group where head_dim is no multiple). Stored: bits + 16 / group_size bits per value.
-    """
-
-    bits: int = 4
-    group_size: int = GROUP
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8 or self.group_size < 1:
-            raise PolyKVError(
-                f"GroupScales(bits={self.bits}, group_size={self.group_size}) is not possible; "
-                "give 1 to 8 bits and a group_size from 1 up"
-            )
-
-    def payload_bits(self, dtype: torch.dtype) -> float:
-        return float(self.bits)
-
-    def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        n_groups = ceil(shape[3] / self.group_size)
-        return prod(shape[:3]) * (bitpack.packed_size(shape[3], self.bits) + 2 * n_groups)
-
-    @property
-    def relative_error(self) -> float:
-        """Mean squared error in units of absmax^2, values uniform within a step: step^2 / 12."""
-        return 1 / (3 * (2**self.bits - 1) ** 2)
-
-    def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        top = 2**self.bits - 1
-        groups = self._groups(x_BHTD.float())
-        scale = (groups.abs().amax(dim=-1) * (2 / top)).half()
-        # A scale of zero belongs to values that are zero (or vanish in fp16): any divisor does.
-        divisor = torch.where(scale > 0, scale, 1).float().unsqueeze(-1)
-        codes = groups.div(divisor).add_(top / 2).round_().clamp_(0, top).to(torch.uint8)
-        codes = codes.flatten(-2)[..., : x_BHTD.shape[-1]]
-        return {"codes": bitpack.pack(codes, self.bits), "scale": scale}
-
-    def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        codes = bitpack.unpack(tensors["codes"], self.bits, dim).float()
-        steps = self._groups(codes.sub_((2**self.bits - 1) / 2))
-        return (steps * tensors["scale"].float().unsqueeze(-1)).flatten(-2)[..., :dim]
-
-    def _groups(self, x_BHTD: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, H, T, groups, group_size), filled up with zeros."""
-        size = min(self.group_size, x_BHTD.shape[-1])
-        missing = -x_BHTD.shape[-1] % size
-        return (F.pad(x_BHTD, (0, missing)) if missing else x_BHTD).unflatten(-1, (-1, size))
 
 
 @dataclass(frozen=True)
@@ -118,7 +65,7 @@ class MixedCodec:
     def codec(self, tier: int) -> Codec:
         if tier == EXACT:
             return Identity(self.exact)
-        return GroupScales(TIERS[tier], self.group_size)
+        return Uniform(TIERS[tier], self.group_size)
 
     def token_bits(self, tier: int, width: int, dim: int, dtype: torch.dtype) -> int:
         """Stored bits of one token's vectors in all `width` = layers * heads at a tier."""
