@@ -6,6 +6,7 @@ import subprocess
 import sys
 from math import exp
 from pathlib import Path
+from sysconfig import get_path
 
 import numpy as np
 import pandas as pd
@@ -30,8 +31,10 @@ from polykv.codecs.turboquant import TurboQuantMSE  # noqa: E402
 
 
 def run(out, script, *options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--tiny", "--out", str(out), *options]
+    """From a checkout that is not installed (-S finds no editable install), as where packages are carried."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": get_path("purelib")}
+    program = [sys.executable, "-S", str(SCRIPTS / f"{script}.py")]
+    command = [*program, "--tiny", "--out", str(out), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

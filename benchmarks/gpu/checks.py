@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import common  # noqa: F401  (a checkout that is not installed will do)
 import torch
 from torch import Tensor
 
