@@ -52,8 +52,9 @@ class CascadeLayer(DynamicLayer):
         return self.n_suffix + query_length, self.n_prefix
 
     def reset(self) -> None:
-        self.awaits_attention = False
-        super().reset()
+        # DynamicLayer's own keeps the tokens, as zeros, in some of the versions of transformers that we allow.
+        self.keys = self.values = None
+        self.is_initialized = self.awaits_attention = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens (a negative number of them) of every agent.
