@@ -6,7 +6,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polykv import attend_in_place, config
+from polykv import attend_in_place, config, kernels
 from polykv.attention.prefix import attend_prefix
 from polykv.errors import PolyKVError
 from polykv.handoff.card import CacheCard
@@ -31,10 +31,13 @@ def mixed(codec, tiers, seed):
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=24)
 
 
+BACKENDS = {kernels.TORCH, kernels.pick_backend("auto", torch.device("cpu"))}
+
+
 @settings(max_examples=40, deadline=None)
-@given(pairs)
-def test_segments_attend_as_the_decoded_card_does(tiers):
-    codec = MixedCodec()
+@given(pairs, st.sampled_from(sorted(BACKENDS)))
+def test_segments_attend_as_the_decoded_card_does(tiers, backend):
+    codec = MixedCodec(backend=backend)
     key, value = (mixed(codec, side, i) for i, side in enumerate(zip(*tiers, strict=True)))
     layers = segments_by_layer(key, value, codec, KV_HEADS)
     k_BHTD, v_BHTD = (codec.decode(side).double() for side in (key, value))
@@ -44,7 +47,7 @@ def test_segments_attend_as_the_decoded_card_does(tiers):
         assert sum(segment.n_tokens for segment in segments) == len(tiers)
         heads = slice(index * KV_HEADS, (index + 1) * KV_HEADS)
         scores_HQT = (q_HQD.double() @ k_BHTD[0, heads].mT) * 0.25
-        out_HQD, lse_HQ = attend_prefix(q_HQD, segments, 0.25, "torch")
+        out_HQD, lse_HQ = attend_prefix(q_HQD, segments, 0.25, backend)
         assert torch.allclose(lse_HQ.double(), scores_HQT.logsumexp(-1), atol=1e-5)
         assert torch.allclose(
             out_HQD.double(), scores_HQT.softmax(-1) @ v_BHTD[0, heads], atol=1e-5

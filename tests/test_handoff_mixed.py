@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polykv import kernels
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
@@ -58,6 +59,26 @@ def test_a_token_decodes_as_its_own_codec_says_whatever_its_neighbours_are():
         one = codec.codec(int(tiers[token]))
         alone = one.decode(one.encode(layers[layer][:, :, token : token + 1]))
         assert torch.equal(decoded[layer][:, :, token : token + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_every_backend_writes_the_same_bits_and_reads_the_same_values(dtype):
+    fast = kernels.pick_backend("auto", torch.device("cpu"))
+    tiers = torch.arange(150).remainder(4).to(torch.uint8)
+    x = gaussian(3, 1, 2, 150, 80)
+    x[1, :, :, 7] = (x[1, :, :, 7] * 60_000).clamp(
+        -65_504, 65_504
+    )  # decodes beyond fp16, and saturates
+    x[0, :, :, 5] = 0
+    x[0, :, :, 6] *= 1e-7  # its scale is subnormal in fp16
+    layers = list(x.to(dtype))
+    truth, ours = (MixedCodec(None, backend=name) for name in (kernels.TORCH, fast))
+    expected, found = truth.encode(layers, tiers), ours.encode(layers, tiers)
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+    decoded = ours.decode(found)
+    assert decoded.dtype == dtype and decoded.isfinite().all()
+    assert torch.equal(decoded, truth.decode(expected))
 
 
 def test_stored_bytes_are_those_of_the_tensors_and_of_the_formula():

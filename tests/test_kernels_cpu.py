@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from polykv import kernels
 from polykv.attention.prefix import attend_torch
 from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
@@ -23,7 +24,9 @@ INT8_CODECS = [Int8(), Int8("token"), Q8_0()]
 TURBOQUANT_CODECS = [
     TurboQuantMSE(bits=bits, signs=signs) for bits in (2, 3, 4) for signs in (False, True)
 ]
-CODECS = INT8_CODECS + TURBOQUANT_CODECS
+UNIFORM_CODECS = [Uniform(2, 64), Uniform(3), Uniform(4, 64), Uniform(4, 16), Uniform(8, 48)]
+CODECS = INT8_CODECS + TURBOQUANT_CODECS + UNIFORM_CODECS
+EXACT_CODECS = [Identity(), Identity("float16"), Identity("bfloat16")]
 DIMS = [16, 64, 80, 96, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A fp32 rotation of unit scale errs by less; two orders of summation differ by at most this.
@@ -140,7 +143,8 @@ def test_what_cannot_be_encoded_is_refused_by_the_torch_path(codec, value):
 
 def test_other_codecs_and_shapes_take_the_torch_path():
     x = gaussian(1, 2, 5, 64)
-    for codec in (Uniform(), TurboQuantMSE(bits=5), TurboQuantMSE(bits=1), TurboQuantNC()):
+    others = (Uniform(5), Uniform(symmetric=False), Uniform(4, 40), Identity())
+    for codec in (*others, TurboQuantMSE(bits=5), TurboQuantMSE(bits=1), TurboQuantNC()):
         assert cpu.encode(codec, x) is None
         assert cpu.decode_rotated(codec, codec.encode(x)) is None
         kept = kernels.encode(codec, x, "cpu").tensors
@@ -220,6 +224,15 @@ def test_attends_to_every_codec_pair(key_codec):
         assert_attends(gaussian(2, 7, 96, seed=2), segment)
 
 
+@pytest.mark.parametrize("dim", DIMS)
+def test_attends_to_tokens_that_are_kept_exactly(dim):
+    for exact in EXACT_CODECS:
+        for other in (exact, Uniform(2, 64), TurboQuantMSE(3)):
+            q = gaussian(2, 7, dim, seed=2)
+            assert_attends(q, segment_of(exact, other, 2, 130, dim))
+            assert_attends(q, segment_of(other, exact, 2, 130, dim))
+
+
 @pytest.mark.parametrize("heads,group", [(8, 1), (2, 4), (1, 8)])  # MHA, GQA, MQA
 @pytest.mark.parametrize("agents", [1, 15, 64])
 def test_attends_for_many_agents(agents, heads, group):
@@ -284,7 +297,8 @@ def test_what_attention_leaves_to_the_torch_path():
     q, x = gaussian(2, 3, 64), gaussian(1, 2, 9, 64)
     assert cpu.attend(q, segment_of(*pair, 2, 9, 40), 1.0) is None
     assert cpu.attend(q.double(), segment_of(*pair, 2, 9, 64), 1.0) is None
-    assert cpu.attend(q, segment_of(Int8(), Uniform(), 2, 9, 64), 1.0) is None
+    assert cpu.attend(q, segment_of(Int8(), Uniform(5), 2, 9, 64), 1.0) is None
+    assert cpu.attend(q, segment_of(Identity(), Uniform(), 2, 9, 40), 1.0) is None
     assert cpu.attend(q, segment_of(*pair, 3, 9, 64), 1.0) is None
     two = x.repeat(2, 1, 1, 1)
     assert cpu.attend(q, Segment(*pair, pair[0].encode(two), pair[1].encode(two)), 1.0) is None

@@ -201,10 +201,13 @@ class Codec(ABC):
         out = torch.empty(packed.shape, dtype=packed.dtype, device=device)
         for start, stop in _spans(packed.shape, packed.group):
             values = self._reconstruct(packed.narrow(start, stop).tensors, packed.shape[3])
-            if packed.dtype == torch.float16:
-                values = values.clamp(-FP16_MAX, FP16_MAX)
-            out[:, :, start:stop] = values
+            out[:, :, start:stop] = saturated(values, packed.dtype)
         return out
+
+
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decoded values in `dtype`; what that would round beyond fp16 stays at its end."""
+    return (values.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else values).to(dtype)
 
 
 def _all_finite(tensor: Tensor) -> Tensor | bool:

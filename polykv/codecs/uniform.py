@@ -46,7 +46,7 @@ class Uniform(Codec):
 
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         per_block = 2 if self.symmetric else 4
-        n_blocks = ceil(shape[3] / self._block(shape[3]))
+        n_blocks = ceil(shape[3] / self.block_size(shape[3]))
         return prod(shape[:3]) * (packed_size(shape[3], self.bits) + per_block * n_blocks)
 
     @property
@@ -54,12 +54,13 @@ class Uniform(Codec):
         """Mean squared error of `symmetric` in units of absmax^2, values uniform within a step: step^2 / 12."""
         return 1 / (3 * (2**self.bits - 1) ** 2)
 
-    def _block(self, dim: int) -> int:
+    def block_size(self, dim: int) -> int:
+        """Values that share a scale."""
         return min(self.block or dim, dim)
 
     def _blocks(self, x_BHTD: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, H, T, blocks, block), filled up with the last channel."""
-        block = self._block(x_BHTD.shape[-1])
+        block = self.block_size(x_BHTD.shape[-1])
         if missing := -x_BHTD.shape[-1] % block:
             last = x_BHTD[..., -1:].expand(*x_BHTD.shape[:3], missing)
             x_BHTD = torch.cat([x_BHTD, last], dim=-1)

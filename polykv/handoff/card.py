@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
@@ -44,6 +45,7 @@ class CacheCard:
     ids_T: Tensor  # (tokens,) int32, on the CPU
     key: Mixed
     value: Mixed
+    backend: str  # what decodes it, and attends to it in place
     _stamp: Stamp | None = None  # of the file that it was read from
 
     @classmethod
@@ -60,22 +62,26 @@ class CacheCard:
         parent: CacheCard | None = None,
         position_offset: int = 0,
         seed: int = 0,
+        backend: str = "auto",
     ) -> CacheCard:
         """Quantize a whole cache; `parent`, the card that the sender had received, is only named.
 
         `budget_bits` bounds the mean stored bits per cached value, everything in the file's payload counted;
-        policies that keep every token in one dtype (`full`, `fp16`) have no budget.
+        policies that keep every token in one dtype (`full`, `fp16`) have no budget. `backend` (polykv/kernels)
+        is a matter of time: all of them write the same bits.
 
         Raises:
-            PolyKVError: ids that do not fit the cache, another model's cache, or a budget below the lowest tier.
+            PolyKVError: ids that do not fit the cache, another model's cache, a budget below the lowest tier, or
+                a backend that cannot be had here.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
         ids_T = _checked(cache, token_ids, model, position_offset)
-        codec = MixedCodec(exact=exact_dtype(policy, cache))
+        backend = kernels.pick_backend(backend, model.device)
+        codec = MixedCodec(exact_dtype(policy, cache), backend=backend)
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = pack(sending, policy, codec, budget_bits)
         about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, position_offset)
-        return cls(_after(parent, about), ids_T, key, value)
+        return cls(_after(parent, about), ids_T, key, value, backend)
 
     def append(
         self,
@@ -109,7 +115,7 @@ class CacheCard:
                 f"the card to append to takes {self.mean_bits:.3f} bits and budget_bits={budget_bits}; "
                 "raise it, or use CacheCard.seal"
             )
-        codec = MixedCodec(old.exact, old.group_size)
+        codec = self._codec
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = self.key, self.value
         if len(ids_T) > old.n_tokens:
@@ -119,11 +125,16 @@ class CacheCard:
             key, value = codec.extend(key, new_key), codec.extend(value, new_value)
         offset = old.position_offset
         about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
-        return CacheCard(_after(self, about), ids_T, key, value)
+        return CacheCard(_after(self, about), ids_T, key, value, self.backend)
 
     @classmethod
     def open(
-        cls, path: str, model: PreTrainedModel, tokenizer: Any, key: SigningKey | None = None
+        cls,
+        path: str,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        key: SigningKey | None = None,
+        backend: str = "auto",
     ) -> CacheCard:
         """Read and verify a card from any place that fsspec knows.
 
@@ -135,7 +146,7 @@ class CacheCard:
                 not signed with the key.
         """
         content = stores.read(path, verify.largest(model))
-        return cls.from_bytes(content, model, tokenizer, key)
+        return cls.from_bytes(content, model, tokenizer, key, backend)
 
     @classmethod
     def from_bytes(
@@ -144,12 +155,14 @@ class CacheCard:
         model: PreTrainedModel,
         tokenizer: Any,
         key: SigningKey | None = None,
+        backend: str = "auto",
     ) -> CacheCard:
         """Verify a card; its tensors are views of `content` (copied only to another device).
 
         Raises:
             CardError: as `open`.
         """
+        backend = kernels.pick_backend(backend, model.device)
         given, tensors, stamp = cardfile.loads(content, key)
         mean_bits = given.pop("mean_bits", None)
         about = About.parse(given)
@@ -160,7 +173,7 @@ class CacheCard:
             )
         if about.tokenizer != fingerprint.of_tokenizer(tokenizer):
             raise CardError("the card is from another tokenizer; load the one that sealed it")
-        codec, dtype = MixedCodec(about.exact, about.group_size), DTYPES[about.dtype]
+        codec, dtype = MixedCodec(about.exact, about.group_size, backend), DTYPES[about.dtype]
         ids_T = tensors.pop("token_ids", None)
         sides = {"key": {}, "value": {}}
         try:
@@ -175,7 +188,7 @@ class CacheCard:
             pair = [codec.rebuild(side, about.shape, dtype) for side in sides.values()]
         except PolyKVError as error:
             raise CardError(f"the card contradicts itself: {error}; seal it again") from error
-        card = cls(about, ids_T, *pair, stamp)
+        card = cls(about, ids_T, *pair, backend, stamp)
         if mean_bits != card.mean_bits:
             raise CardError("the card's mean bits are not those of its tensors; seal it again")
         return card
@@ -199,9 +212,9 @@ class CacheCard:
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
-        codec = MixedCodec(self.about.exact, self.about.group_size)
         sides = [
-            codec.decode(side).split(self.about.n_kv_heads, 1) for side in (self.key, self.value)
+            self._codec.decode(side).split(self.about.n_kv_heads, 1)
+            for side in (self.key, self.value)
         ]
         return list(zip(*sides, strict=True))
 
@@ -218,9 +231,12 @@ class CacheCard:
         Raises:
             PolyKVError: no agents.
         """
-        codec = MixedCodec(self.about.exact, self.about.group_size)
-        layers = segments_by_layer(self.key, self.value, codec, self.about.n_kv_heads)
-        return CascadeCache(layers, n_agents)
+        layers = segments_by_layer(self.key, self.value, self._codec, self.about.n_kv_heads)
+        return CascadeCache(layers, n_agents, self.backend)
+
+    @property
+    def _codec(self) -> MixedCodec:
+        return MixedCodec(self.about.exact, self.about.group_size, self.backend)
 
     @property
     def n_tokens(self) -> int:

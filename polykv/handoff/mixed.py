@@ -14,8 +14,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from polykv import kernels
 from polykv.codecs import bitpack
-from polykv.codecs.base import Codec, Packed, Shape
+from polykv.codecs.base import Codec, Packed, Shape, saturated
 from polykv.codecs.identity import Identity
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
@@ -56,11 +57,13 @@ class Mixed:
 class MixedCodec:
     """The four tiers' codecs. `exact` is the dtype of the 16-bit tier; None keeps the model's own.
 
-    Under None a float32 model's exact tokens take 32 bits: that is policy `full`.
+    Under None a float32 model's exact tokens take 32 bits: that is policy `full`. `backend`, one that
+    `kernels.pick_backend` gave, does the work; all of them give the same bits.
     """
 
     exact: str | None = "float16"
     group_size: int = GROUP
+    backend: str = kernels.TORCH
 
     def codec(self, tier: int) -> Codec:
         if tier == EXACT:
@@ -78,7 +81,7 @@ class MixedCodec:
         for tier in tiers_T.unique().tolist():
             at = (tiers_T == tier).nonzero().squeeze(1).to(layers[0].device)
             x_BHTD = torch.cat([layer.index_select(2, at) for layer in layers], dim=1)
-            parts[tier] = self.codec(tier).encode(x_BHTD)
+            parts[tier] = kernels.encode(self.codec(tier), x_BHTD, self.backend)
         shape = (1, len(layers) * heads, n_tokens, dim)
         return Mixed(tiers_T.cpu(), parts, shape, layers[0].dtype)
 
@@ -86,13 +89,20 @@ class MixedCodec:
         """(1, layers * heads, tokens, D) in the cache's dtype; a layer is a slice along dimension 1."""
         if len(mixed.parts) == 1:
             ((tier, part),) = mixed.parts.items()
-            return self.codec(tier).decode(part)
+            return self._decode(tier, part)
         device = next(iter(next(iter(mixed.parts.values())).tensors.values())).device
         out = torch.empty(mixed.shape, dtype=mixed.dtype, device=device)
         for tier, part in mixed.parts.items():
             at = (mixed.tiers_T == tier).nonzero().squeeze(1).to(device)
-            out.index_copy_(2, at, self.codec(tier).decode(part))
+            out.index_copy_(2, at, self._decode(tier, part))
         return out
+
+    def _decode(self, tier: int, part: Packed) -> Tensor:
+        codec = self.codec(tier)
+        if tier == EXACT or self.backend == kernels.TORCH:
+            return codec.decode(part)
+        # No tier rotates its vectors.
+        return saturated(kernels.decode_rotated(codec, part, self.backend), part.dtype)
 
     def extend(self, mixed: Mixed, new: Mixed) -> Mixed:
         """Old tokens followed by new ones; the old ones' codes and scales are copied, not made again."""

@@ -88,6 +88,40 @@ static inline void pack(const uint8_t* codes, int n, uint8_t* out) {
     }
 }
 
+// Uniform, symmetric: an fp16 scale per block; 2^BITS even levels from -absmax to absmax.
+template <int BITS>
+static inline bool encode_uniform(const uint8_t* from, Dtype dtype, const Packed& to, uint8_t* packed,
+                                  uint16_t* scale) {
+    constexpr int top = (1 << BITS) - 1;
+    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const int dim = int(to.dim);
+    alignas(64) uint8_t codes[MAX_DIM];
+    for (int start = 0; start < dim; start += to.block, scale++) {
+        const int stop = start + to.block < dim ? start + to.block : dim;
+        const int32_t most = absmax_bits(from + start * bytes_of(dtype), dtype, stop - start);
+        *scale = half_of_float(bits_as<float>(most) * float(2.0 / top));
+        if (most >= INFINITE || *scale >= INFINITE_HALF) return false;
+        const float divisor = *scale > 0 ? float_of_half(*scale) : 1.0f;
+        for (int i = start; i < stop; i += LANES) {
+            Floats v = load_floats(from + i * bytes_of(dtype), dtype) / divisor + top / 2.0f;
+            v = v > float(top) ? Floats{} + float(top) : v;
+            v = v < 0.0f ? Floats{} : v;
+            store(codes + i, low_bytes(bits_as<Ints>(v + to_integer)));  // its low byte is the code
+        }
+    }
+    if constexpr (BITS == 8) memcpy(packed, codes, dim);
+    else pack<BITS>(codes, dim, packed);
+    return true;
+}
+
+static inline bool encode_uniform(const uint8_t* from, Dtype dtype, const Packed& to, uint8_t* packed,
+                                  uint16_t* scale) {
+    if (to.bits == 2) return encode_uniform<2>(from, dtype, to, packed, scale);
+    if (to.bits == 3) return encode_uniform<3>(from, dtype, to, packed, scale);
+    if (to.bits == 4) return encode_uniform<4>(from, dtype, to, packed, scale);
+    return encode_uniform<8>(from, dtype, to, packed, scale);
+}
+
 // TurboQuant-MSE: fp16 norm; the unit vector rotated, times sqrt(dim), to the nearest level.
 template <int BITS>
 static inline bool encode_turboquant(const uint8_t* from, Dtype dtype, const Packed& to, uint8_t* packed,

@@ -80,7 +80,8 @@ extern "C" {
 int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
     const Input x = *input;
     const Packed to = *packed;
-    const int dim = int(x.dim), scales = (dim + 31) / 32, packed_dim = dim / 8 * to.bits;
+    const int dim = int(x.dim), packed_dim = dim / 8 * to.bits;
+    const int block = to.kind == UNIFORM ? to.block : 32, scales = (dim + block - 1) / block;
     int8_t* codes = (int8_t*)to.codes;
     uint16_t* scale = (uint16_t*)to.scale;
     if (to.kind == INT8_TENSOR) return encode_int8_tensor(x, to, threads);
@@ -89,6 +90,8 @@ int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
             return encode_int8_token(from, x.dtype, dim, codes + row * dim, scale + row);
         if (to.kind == Q8_0)
             return encode_q8_0(from, x.dtype, dim, codes + row * dim, scale + row * scales);
+        if (to.kind == UNIFORM)
+            return encode_uniform(from, x.dtype, to, to.codes + row * packed_dim, scale + row * scales);
         return encode_turboquant(from, x.dtype, to, to.codes + row * packed_dim, scale + row);
     });
 }

@@ -3,16 +3,18 @@
 
 #include "rotate.h"
 
-enum Kind : int32_t { INT8_TENSOR = 0, INT8_TOKEN = 1, Q8_0 = 2, TURBOQUANT = 3 };
+enum Kind : int32_t { INT8_TENSOR = 0, INT8_TOKEN = 1, Q8_0 = 2, TURBOQUANT = 3, UNIFORM = 4, EXACT = 5 };
 
 // Strides are in bytes, along (batch, head, token); a row itself is contiguous.
 struct Packed {
     Kind kind;
-    int32_t bits;  // of a TURBOQUANT code
+    int32_t bits;   // of a code (TURBOQUANT, UNIFORM)
+    int32_t block;  // values that share a scale (UNIFORM)
+    Dtype dtype;    // of the values that stand in place of codes (EXACT)
     int64_t batch, heads, tokens, dim;
     uint8_t* codes;
     int64_t code_strides[3];
-    uint8_t* scale;  // fp32 (INT8_TENSOR), else fp16: of the row, of 32 values (Q8_0), or the norm
+    uint8_t* scale;  // fp32 (INT8_TENSOR), else fp16: of the row or its blocks, or the norm; null (EXACT)
     int64_t scale_strides[3];
     const float *levels, *boundaries;  // the codebook, 16 entries each
     const float* signs;                // of the rotation, or null
@@ -36,6 +38,7 @@ static inline uint32_t eight_codes(const uint8_t* from) {
 // LANES codes of a row, from code `first` (a multiple of LANES) on.
 template <int BITS>
 static inline Ints codes_at(const uint8_t* row, int first) {
+    if constexpr (BITS == 8) return whole(load<Bytes>(row + first)) & 255;
     const uint8_t* from = row + first / 8 * BITS;
     const Ints shift = (lane_index() & 7) * BITS;
     Ints word = int32_t(eight_codes<BITS>(from)) | Ints{};
@@ -60,6 +63,21 @@ static inline void q8_0_row(const uint8_t* codes, const uint8_t* scale, int dim,
         store(out + i, floats_of(load<Bytes>(codes + i)) * half_at(scale + i / 32 * 2));
 }
 
+template <int BITS>
+static inline void uniform_row(const uint8_t* codes, const uint8_t* scale, int block, int dim, float* out) {
+    constexpr float middle = ((1 << BITS) - 1) / 2.0f;
+    for (int start = 0; start < dim; start += block, scale += 2) {
+        const float step = half_at(scale);
+        const int stop = start + block < dim ? start + block : dim;
+        for (int i = start; i < stop; i += LANES)
+            store(out + i, (__builtin_convertvector(codes_at<BITS>(codes, i), Floats) - middle) * step);
+    }
+}
+
+static inline void exact_row(const uint8_t* values, Dtype dtype, int dim, float* out) {
+    for (int i = 0; i < dim; i += LANES) store(out + i, load_floats(values + i * bytes_of(dtype), dtype));
+}
+
 // Decode `n` tokens of (batch, head) number `head` into `out` (n, dim), up to the factor that all
 // values of a token share: `factor` (n).
 static inline void decode_rows(const Packed& p, int64_t head, int64_t first, int n, float* out,
@@ -74,6 +92,15 @@ static inline void decode_rows(const Packed& p, int64_t head, int64_t first, int
             else if (p.bits == 3) turboquant_row<3>(codes, p.levels, dim, out);
             else turboquant_row<4>(codes, p.levels, dim, out);
             factor[t] = half_at(scale) / root;
+        } else if (p.kind == UNIFORM) {
+            if (p.bits == 2) uniform_row<2>(codes, scale, p.block, dim, out);
+            else if (p.bits == 3) uniform_row<3>(codes, scale, p.block, dim, out);
+            else if (p.bits == 4) uniform_row<4>(codes, scale, p.block, dim, out);
+            else uniform_row<8>(codes, scale, p.block, dim, out);
+            factor[t] = 1.0f;
+        } else if (p.kind == EXACT) {
+            exact_row(codes, p.dtype, dim, out);
+            factor[t] = 1.0f;
         } else if (p.kind == Q8_0) {
             q8_0_row(codes, scale, dim, out);
             factor[t] = 1.0f;

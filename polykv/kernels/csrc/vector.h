@@ -73,10 +73,11 @@ static inline V larger(V a, V b) {
 }
 
 // Bytes to floats and back, by halving steps: that is how GCC finds the machine's conversions.
-static inline Floats floats_of(Bytes b) {
-    Ints whole = __builtin_convertvector(__builtin_convertvector(b, Shorts), Ints);
-    return __builtin_convertvector(whole, Floats);
+static inline Ints whole(Bytes b) {
+    return __builtin_convertvector(__builtin_convertvector(b, Shorts), Ints);
 }
+
+static inline Floats floats_of(Bytes b) { return __builtin_convertvector(whole(b), Floats); }
 
 static inline Bytes low_bytes(Ints v) {
     return __builtin_convertvector(__builtin_convertvector(v, Shorts), Bytes);

@@ -1,0 +1,133 @@
+"""What csrc reads and writes: its structs, and the tensors of a codec in them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from polykv.codecs.base import Codec, Packed, Shape
+from polykv.codecs.bitpack import packed_size
+from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.identity import Identity
+from polykv.codecs.int8 import Int8
+from polykv.codecs.q8_0 import BLOCK
+from polykv.codecs.rotation import random_signs
+from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.uniform import Uniform
+
+# As in csrc: Dtype (vector.h) and Kind (rows.h).
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+INT8_TENSOR, INT8_TOKEN, Q8, TURBOQUANT, UNIFORM, EXACT = range(6)
+
+
+class Input(ctypes.Structure):
+    """A tensor (batch, heads, tokens, dim) to encode: Input of encode.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 3),
+    ]
+
+
+class PackedStruct(ctypes.Structure):
+    """A codec's tensors: Packed of rows.h."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 4),
+        ("codes", ctypes.c_void_p),
+        ("code_strides", ctypes.c_int64 * 3),
+        ("scale", ctypes.c_void_p),
+        ("scale_strides", ctypes.c_int64 * 3),
+        ("levels", ctypes.c_void_p),
+        ("boundaries", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+    ]
+
+
+class Queries(ctypes.Structure):
+    """Queries (heads, count, dim): Queries of attend.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("count", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+def strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Bytes along (batch, heads, tokens); 0 where all share one entry."""
+    item = tensor.element_size()
+    return tuple(
+        s * item if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)
+    )
+
+
+def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
+    """What `codec.encode` keeps of (batch, heads, tokens, dim), yet to be written."""
+    dim = shape[3]
+    if isinstance(codec, TurboQuantMSE):
+        codes = torch.empty((*shape[:3], packed_size(dim, codec.bits)), dtype=torch.uint8)
+        return {"codes": codes, "norm": torch.empty((*shape[:3], 1), dtype=torch.float16)}
+    if isinstance(codec, Uniform):
+        size, n_blocks = packed_size(dim, codec.bits), -(-dim // codec.block_size(dim))
+        codes = torch.empty((*shape[:3], size), dtype=torch.uint8)
+        return {"codes": codes, "scale": torch.empty((*shape[:3], n_blocks), dtype=torch.float16)}
+    codes = torch.empty(shape, dtype=torch.int8)
+    if isinstance(codec, Int8) and codec.granularity == "tensor":
+        return {"codes": codes, "scale": torch.empty((1, 1, 1, 1), dtype=torch.float32)}
+    scales = 1 if isinstance(codec, Int8) else -(-dim // BLOCK)
+    return {"codes": codes, "scale": torch.empty((*shape[:3], scales), dtype=torch.float16)}
+
+
+def described(codec: Codec, packed: Packed) -> ctypes.c_void_p:
+    """The struct that csrc reads, by reference; it lives as long as `packed` does for its addresses."""
+    codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
+    told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
+    if isinstance(codec, Identity):
+        told.kind, told.dtype = EXACT, DTYPES[codes.dtype]
+        return ctypes.byref(told)
+    if isinstance(codec, TurboQuantMSE):
+        scale = packed.tensors["norm"]
+        levels, boundaries = _codebook(codec.bits)
+        told.kind, told.bits = TURBOQUANT, codec.bits
+        told.levels, told.boundaries = levels.data_ptr(), boundaries.data_ptr()
+        if codec.signs:
+            told.signs = _signs(packed.shape[3], codec.seed).data_ptr()
+    else:
+        scale = packed.tensors["scale"]
+        told.kind = _kind_of_scaled(codec)
+        if isinstance(codec, Uniform):
+            told.bits, told.block = codec.bits, codec.block_size(packed.shape[3])
+    told.scale, told.scale_strides = scale.data_ptr(), strides(scale)
+    return ctypes.byref(told)
+
+
+def _kind_of_scaled(codec: Codec) -> int:
+    if isinstance(codec, Int8):
+        return INT8_TENSOR if codec.granularity == "tensor" else INT8_TOKEN
+    return UNIFORM if isinstance(codec, Uniform) else Q8
+
+
+@lru_cache
+def _codebook(bits: int) -> tuple[Tensor, Tensor]:
+    """Levels and boundaries in fp32, each filled up to 16 entries."""
+    book = lloyd_max(bits)
+    tables = torch.zeros(2, 16, dtype=torch.float32, device="cpu")
+    tables[0, : len(book.levels)] = torch.tensor(book.levels)
+    tables[1, : len(book.boundaries)] = torch.tensor(book.boundaries)
+    return tables[0], tables[1]
+
+
+@cache
+def _signs(dim: int, seed: int) -> Tensor:
+    return random_signs(dim, seed)
