@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from polykv.attention.cache import CascadeLayer
 from polykv.attention.prefix import attend_prefix
+from polykv.attention.scratch import scratch
 from polykv.attention.softmax import merge
 from polykv.attention.suffix import attend_suffix
 from polykv.codecs.base import FP16_MAX
@@ -33,7 +34,8 @@ from polykv.errors import PolyKVError
 NAME = "polykv_cascade"
 # Attention that reads other caches alike in `attend_in_place` and out of it.
 SWITCHED = ("sdpa", NAME)
-# A long query is taken in blocks of so many bytes of fp32 queries; an attention holds about six times that.
+# A long query is taken in blocks of so many bytes of fp32 queries (on a CPU: `scratch`); an attention holds about
+# six times that.
 QUERY_BYTES = 2 << 20
 # What a model may ask of its attention and this one does not do.
 UNSUPPORTED = {
@@ -76,7 +78,7 @@ def cascade_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, heads, n_queries, dim = query.shape
     out_BQHD = query.new_empty(batch, n_queries, heads, dim)
-    block = max(QUERY_BYTES // (batch * heads * dim * 4), 1)
+    block = max(scratch(QUERY_BYTES, query.device) // (batch * heads * dim * 4), 1)
     for start in range(0, n_queries, block):
         part = slice(start, start + block)
         out_BQHD[:, part] = _attend(

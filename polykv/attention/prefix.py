@@ -12,11 +12,12 @@ from math import lcm
 from torch import Tensor
 
 from polykv import kernels
+from polykv.attention.scratch import scratch
 from polykv.attention.softmax import OnlineSoftmax, merge
 from polykv.codecs.base import Packed
 from polykv.segment import Segment
 
-# What one chunk's temporaries take: a codec's while it decodes (at most this many bytes a value, codes,
+# What one chunk's temporaries take on a CPU (`scratch`): a codec's while it decodes (at most this many bytes a value, codes,
 # indices and fp32 values together), and the scores of a block of queries.
 DECODE_BYTES = 3 << 20
 BYTES_PER_VALUE = 16
@@ -46,28 +47,28 @@ def attend_torch(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tenso
     n_queries = q_HQD.shape[1]
     q_BHQD = key_codec.rotate(q_HQD.unsqueeze(0).float() * scaling, segment.key.tensors)
     softmax: OnlineSoftmax | None = None
-    for key, value in _chunks(segment):
+    for key, value in _chunks(segment, scratch(DECODE_BYTES, q_HQD.device)):
         v_BHTD = value_codec.decode_rotated(value)
         if softmax is None:
             softmax = OnlineSoftmax(q_BHQD.shape[:3], v_BHTD.shape[3], q_HQD.device)
-        for start, stop in _query_blocks(n_queries, key):
+        for start, stop in _query_blocks(n_queries, key, scratch(SCORE_BYTES, q_HQD.device)):
             softmax.add(key_codec.scores(q_BHQD[:, :, start:stop], key), v_BHTD, start, stop)
     out_BHQD, lse_BHQ = softmax.result()
     return value_codec.unrotate(out_BHQD, segment.value.tensors).squeeze(0), lse_BHQ.squeeze(0)
 
 
-def _chunks(segment: Segment) -> Iterator[tuple[Packed, Packed]]:
+def _chunks(segment: Segment, n_bytes: int) -> Iterator[tuple[Packed, Packed]]:
     _, heads, n_tokens, dim = segment.key.shape
     group = lcm(segment.key.group, segment.value.group)
-    tokens = DECODE_BYTES // (heads * dim * BYTES_PER_VALUE)
+    tokens = n_bytes // (heads * dim * BYTES_PER_VALUE)
     step = max(tokens // group, 1) * group
     for start in range(0, n_tokens, step):
         stop = min(start + step, n_tokens)
         yield segment.key.narrow(start, stop), segment.value.narrow(start, stop)
 
 
-def _query_blocks(n_queries: int, key: Packed) -> Iterator[tuple[int, int]]:
+def _query_blocks(n_queries: int, key: Packed, n_bytes: int) -> Iterator[tuple[int, int]]:
     _, heads, n_tokens, _ = key.shape
-    block = max(SCORE_BYTES // (heads * n_tokens * 4), 1)
+    block = max(n_bytes // (heads * n_tokens * 4), 1)
     for start in range(0, n_queries, block):
         yield start, min(start + block, n_queries)

@@ -6,10 +6,11 @@ torch's scaled_dot_product_attention keeps the log-sum-exp to itself, so this is
 import torch
 from torch import Tensor
 
+from polykv.attention.scratch import scratch
 from polykv.attention.softmax import OnlineSoftmax
 
 MAX_TOKENS = 512  # of keys in a chunk
-CHUNK_BYTES = 2 << 20  # of fp32 copies of keys or values, and of scores
+CHUNK_BYTES = 2 << 20  # of fp32 copies of keys or values, and of scores, on a CPU (`scratch`)
 
 
 def attend_suffix(
@@ -28,8 +29,9 @@ def attend_suffix(
     # One query token's scores, or the fp32 copies of one key and one value, whichever is more.
     copied = 0 if k_BHTD.dtype == torch.float32 else 2 * dim
     per_token = batch * heads * max(group, copied) * 4
-    step = min(max(CHUNK_BYTES // per_token, 1), MAX_TOKENS, n_tokens)
-    block = max(CHUNK_BYTES // (batch * heads * group * step * 4), 1)
+    n_bytes = scratch(CHUNK_BYTES, q_BHRD.device)
+    step = min(max(n_bytes // per_token, 1), MAX_TOKENS, n_tokens)
+    block = max(n_bytes // (batch * heads * group * step * 4), 1)
     for start in range(0, n_tokens, step):
         stop = min(start + step, n_tokens)
         keys, values = k_BHTD[:, :, start:stop].float(), v_BHTD[:, :, start:stop].float()
