@@ -13,6 +13,7 @@ import polykv
 from polykv import kernels
 from polykv.attention import prefix
 from polykv.attention.prefix import attend_prefix
+from polykv.attention.scratch import GPU_TIMES, scratch
 from polykv.attention.softmax import OnlineSoftmax, merge
 from polykv.attention.suffix import attend_suffix
 from polykv.codecs.int8 import Int8
@@ -67,7 +68,7 @@ def test_every_codec_attends_exactly_over_several_chunks(codec, monkeypatch):
     monkeypatch.setattr(prefix, "SCORE_BYTES", 2 * 4 * 50 * 7)
     k_BHTD, v_BHTD = keys_and_values(2, 173, 64)
     segment = Segment(codec, codec, codec.encode(k_BHTD), codec.encode(v_BHTD))
-    chunks = list(prefix._chunks(segment))
+    chunks = list(prefix._chunks(segment, prefix.DECODE_BYTES))
     assert len(chunks) > 3 and sum(key.shape[2] for key, _ in chunks) == 173
     assert all(key.shape[2] <= lcm(50, codec.group) for key, _ in chunks)
     assert max(errors(gaussian(2, 30, 64, seed=3), [segment], 0.125)) < 1e-5
@@ -261,3 +262,8 @@ def test_what_a_kernel_does_not_support_torch_does(monkeypatch):
     assert asked == ["encode", "decode_rotated", "attend"]
     module.attend = lambda q, segment, scaling: answer
     assert attend_prefix(q_HQD, [segment], 0.1, "cpu") is answer
+
+
+def test_a_gpu_works_in_larger_pieces():
+    assert scratch(100, torch.device("cpu")) == 100
+    assert scratch(100, torch.device("cuda")) == 100 * GPU_TIMES

@@ -17,8 +17,8 @@ from polykv.attention.softmax import OnlineSoftmax, merge
 from polykv.codecs.base import Packed
 from polykv.segment import Segment
 
-# What one chunk's temporaries take on a CPU (`scratch`): a codec's while it decodes (at most this many bytes a value, codes,
-# indices and fp32 values together), and the scores of a block of queries.
+# What one chunk's temporaries take, on a CPU (`scratch`): a codec's while it decodes (at most this many bytes a
+# value, codes, indices and fp32 values together), and the scores of a block of queries.
 DECODE_BYTES = 3 << 20
 BYTES_PER_VALUE = 16
 SCORE_BYTES = 1 << 20
