@@ -11,7 +11,7 @@ from experiments import common, sweep
 from polykv.codecs.identity import Identity
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
-from polykv.config import CONF
+from polykv.config import CONF, available, load_group
 from polykv.errors import PolyKVError
 from polykv.evaluation import layers, outside
 from polykv.evaluation.continuation import score_rest
@@ -70,8 +70,29 @@ def test_added_exemptions_are_named_and_the_recipes_own_are_not(checkpoint, tmp_
         "q4_0+sinks4+recent8"
     )
     assert name("recipe=kivi_2bit") == "kivi_2bit"
-    assert name("recipe=vllm_k8v4") == "vllm_k8v4"  # the frontier compares the codecs alone
-    assert name("recipe=vllm_k8v4", "recipe.exempt.last_layers=2") == "vllm_k8v4+last_layers2"
+    assert name("recipe=vllm_k8v4_bare") == "vllm_k8v4_bare"
+    assert name("recipe=vllm_k8v4_bare", "recipe.exempt.last_layers=2") == (
+        "vllm_k8v4_bare+last_layers2"
+    )
+    assert name("recipe=vllm_k8v4") == "vllm_k8v4+first_layers2+last_layers2"
+
+
+def test_the_frontier_calls_bare_what_is_no_preset_of_vllm():
+    """On a model of four layers a preset of vLLM would keep all of them exact."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        swept = compose("config", ["experiment=recipe_frontier"], return_hydra_config=True)
+    names = swept.hydra.sweeper.params.recipe.replace(" ", "").split(",")
+    assert {"vllm_4bit_nc_bare", "vllm_k8v4_bare"} <= set(names)
+    for name in names:
+        exempt = load_group("recipe", name).exempt
+        assert exempt.first_layers == exempt.last_layers == 0, name
+
+
+@pytest.mark.parametrize("name", [n for n in available("recipe") if n.endswith("_bare")])
+def test_a_bare_recipe_is_its_namesake_without_exemptions(name):
+    bare, whole = (load_group("recipe", n) for n in (name, name.removesuffix("_bare")))
+    assert (bare.key, bare.value) == (whole.key, whole.value)
+    assert not any(bare.exempt.values()) and any(whole.exempt.values())
 
 
 def test_asymmetry_sets_the_bits_of_keys_and_values(checkpoint, tmp_path):
