@@ -183,13 +183,25 @@ def layers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def trend(contexts: Sequence[float], deltas: Sequence[float]) -> Value:
-    """Least-squares slope of the delta per doubling of the context, with its 95 % interval."""
+    """Least-squares slope of the delta per doubling of the context, with its 95 % interval.
+
+    Long contexts spread far less than short ones, so each has its own variance, as in Welch's test: the
+    slope is a weighted sum of the contexts' means, its degrees of freedom are Satterthwaite's (1946).
+    """
     if len(set(contexts)) < 3:
         return Value(None, note="fewer than three contexts were run")
-    x = np.log2(contexts)
-    fit = stats.linregress(x, deltas)
-    reach = stats.t.ppf(0.975, len(x) - 2) * fit.stderr
-    return Value(float(fit.slope), float(fit.slope - reach), float(fit.slope + reach))
+    x, y = np.log2(contexts), np.asarray(deltas, dtype=float)
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    slope = float(weights @ y)
+    groups = [x == at for at in np.unique(x)]
+    if min(group.sum() for group in groups) < 2:
+        return Value(slope, note="a context has one document only, which shows no spread")
+    parts = np.array([(weights[g] ** 2).sum() * y[g].var(ddof=1) for g in groups])
+    freedom = np.array([g.sum() - 1 for g in groups])
+    if not (variance := parts.sum()):
+        return Value(slope, slope, slope)
+    reach = stats.t.ppf(0.975, variance**2 / (parts**2 / freedom).sum()) * math.sqrt(variance)
+    return Value(slope, float(slope - reach), float(slope + reach))
 
 
 def by_document(rows: pd.DataFrame, recipe: str) -> pd.DataFrame:

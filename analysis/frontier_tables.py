@@ -145,7 +145,8 @@ def context_scaling(rows: pd.DataFrame) -> Table | None:
     ]
     caption = (
         "Perplexity delta by context. Per doubling: least-squares slope of the documents' deltas over "
-        f"log2 of the context; the delta shrinks where it points to 0 with its whole interval. {describe(rows)}"
+        "log2 of the context, every context with a variance of its own (Welch); the delta shrinks where it "
+        f"points to 0 with its whole interval. {describe(rows)}"
     )
     return Table("context_scaling", caption, columns, lines) if lines else None
 
