@@ -3,9 +3,9 @@
 import pandas as pd
 
 from analysis import polykv_claims, qkvshare_claims
-from analysis.verdict import NO, OPEN, YES, Claim
+from analysis.verdict import AGREES, NO, OPEN, YES, Claim
 
-__all__ = ["NO", "OPEN", "YES", "Claim", "claims"]
+__all__ = ["AGREES", "NO", "OPEN", "YES", "Claim", "claims"]
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:

@@ -1,5 +1,9 @@
-"""What was measured of a published figure: in its setting, near it, on another model, or not at all and why."""
+"""What was measured of a published figure: in its setting, near it, on another model, or not at all and why.
 
+Figures that both sides only work out (GB by the paper's accounting, payload bits) are computed, never measured.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +16,7 @@ from analysis.published import NOT_HERE, SAME_LENGTH, Figure
 from analysis.reduce import BASELINE, Point, Value, having
 
 EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", "not measured"
+COMPUTED = "computed"  # by the arithmetic of the published figure: nothing was measured
 RUN = {  # by metric, or by table
     "kv_memory": "experiment=polykv_memory",
     "memory_reduction": "experiment=polykv_memory",
@@ -33,9 +38,9 @@ ROUTE = {"reprefill": "text", "q4_reload": "file"}  # the others are read as han
 
 @dataclass(frozen=True)
 class Counterpart:
-    """`value`: measured, or None with the reason. `match`: EXACT, NEAR, OTHER or NONE.
+    """`value`: ours, or None with the reason. `match`: EXACT, NEAR, OTHER, COMPUTED or NONE.
 
-    `on`: model (weights), device, dtype; `at`: the rest of the setting in which it was measured. What
+    `on`: model (weights), device, dtype; `at`: the rest of the setting that it is from. What
     differs from the published setting stands in the value's note.
     """
 
@@ -65,20 +70,20 @@ def _ratio(figure: Figure, points: Sequence[Point]) -> Counterpart:
     mine = [p for p in having(points, "nominal_ratio") if p.recipe == figure.recipe]
     if not mine:
         return _absent(figure, "no compression ratio was measured")
-    note = "payload bits only, which no weights change"
-    return _beside(mine[0], replace(mine[0]["nominal_ratio"], note=note), EXACT)
+    note = "16 bits over the recipe's mean payload bits"
+    return _beside(mine[0], replace(mine[0]["nominal_ratio"], note=note), COMPUTED)
 
 
 def _memory(figure: Figure, points: Sequence[Point]) -> Counterpart:
-    """By the paper's own accounting: bytes do not depend on weights, nor on what the document says."""
+    """By the paper's own accounting, worked back from its table: tokens x bytes of the geometry."""
     answer = published.memory_answer(figure, having(points, "paper"))
     if isinstance(answer, str):
         others = [p for p in having(points, "paper") if p.recipe == figure.recipe and p.n_agents]
         if not others or any(published.same_model(figure.model, p.model) for p in others):
             return _absent(figure, answer)
         answer = min(others, key=partial(_apart, figure))
-        return _reduced(figure, answer, points, OTHER, "other geometry, other bytes")
-    return _reduced(figure, answer, points, EXACT, "paper accounting; no weights change bytes")
+        return _reduced(figure, answer, points, OTHER, "computed; other geometry, other bytes")
+    return _reduced(figure, answer, points, COMPUTED, "paper accounting, from the geometry")
 
 
 def _reduced(
@@ -115,8 +120,10 @@ def _quality(figure: Figure, points: Sequence[Point]) -> Counterpart:
         (answer.context_tokens, figure.document_tokens, "another length"),
         (answer.n_agents, figure.n_agents, "another number of agents"),
     )
-    if figure.metric.startswith("bertscore"):
+    if not published.scored_alike(figure, answer):
         differs.append(f"scored by {answer.scorer}")
+    if match == EXACT and (weights := published.other_weights(figure, answer)):
+        differs.append(weights)
     match = NEAR if match == EXACT and differs else match
     found = answer[figure.metric]
     return _beside(answer, replace(found, note=_joined(found.note, *differs)), match)
@@ -204,7 +211,9 @@ def _timed(figure: Figure, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]
     chosen = _of_model(figure, found, lambda own: own)
     if chosen.empty:
         return chosen, [f"{NOT_HERE}route {policy}, {route} was not timed"]
-    tokens = min(set(chosen["context_tokens"]), key=lambda n: (abs(n - figure.label_tokens), n))
+    tokens = min(
+        set(chosen["context_tokens"]), key=lambda n: (abs(math.log(n / figure.label_tokens)), n)
+    )
     chosen = chosen[chosen["context_tokens"] == tokens]
     far = abs(tokens / figure.label_tokens - 1) > SAME_LENGTH
     return chosen, ["another length"] if far else []

@@ -5,14 +5,15 @@ from functools import partial
 
 import pandas as pd
 
-from analysis import published
+from analysis import published, quality_claims
 from analysis.frontier import ALPHA, by_document, of_experiment, settings, trend, values
 from analysis.published import Figure
 from analysis.reduce import BASELINE, Point, Value, having, points
-from analysis.verdict import NO, OPEN, YES, Claim, p_said, sentence, with_interval
+from analysis.verdict import AGREES, NO, OPEN, YES, Claim, p_said, sentence, with_interval
 from polykv.evaluation.statistics import MIN_DOCUMENTS, paired_p
 
 ROUNDING = 0.0005  # of the published GB
+TREND = "run experiment=context_scaling with three contexts (context=) of n_documents=8"
 NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
 of_paper = partial(Claim, "polykv")
 
@@ -24,7 +25,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
         _ratio(rows, figures),
         *_memory(found, figures),
         *_resident(having(found, "resident")),
-        *_quality(found, figures),
+        *quality_claims.claims(found, figures),
         *_context(rows),
         *_agents(rows),
         *_asymmetry(rows),
@@ -45,10 +46,10 @@ def _ratio(rows: pd.DataFrame, figures: Sequence[Figure]) -> Claim:
         return of_paper(OPEN, claim, "No ratio was measured; run experiment=polykv_ratio.")
     ends = dict.fromkeys(f"{number:.3f}" for number in (stored.min(), stored.max()))
     return of_paper(
-        YES if abs(nominal.iloc[0] - said) < 0.005 else NO,
+        AGREES if abs(nominal.iloc[0] - said) < 0.005 else NO,
         claim,
-        f"Counting payload bits it is {nominal.iloc[0]:.3f}, whatever the weights; counting every byte kept, "
-        f"{' to '.join(ends)}.",
+        f"16 bits over the mean payload bits of the recipe are {nominal.iloc[0]:.3f}, computed, whatever the "
+        f"weights; measured, over every byte kept, it is {' to '.join(ends)}.",
     )
 
 
@@ -65,12 +66,12 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
         return of_paper(OPEN, claim, sentence(f"{answer}; run experiment=polykv_memory"))
     same = abs(answer["paper"].value - f.value.value) < ROUNDING
     kept = answer["stored"].value
-    every_byte = "" if kept is None else f"; every byte kept is {kept:.3f} GB"
+    every_byte = "" if kept is None else f"; measured, every byte kept, it is {kept:.3f} GB"
     return of_paper(
-        YES if same else NO,
+        AGREES if same else NO,
         claim,
-        f"In the paper's accounting (fp32, computed) it is {answer['paper'].value:.3f} GB{every_byte} "
-        f"({answer.model}; bytes do not depend on weights).",
+        f"The paper's accounting, worked back from its table (fp32, the prefilled part), gives "
+        f"{answer['paper'].value:.3f} GB, computed from the geometry of {answer.model}{every_byte}.",
     )
 
 
@@ -100,7 +101,8 @@ def _reader_by_reader(claim: str, private: Point, readers: Mapping[str, float]) 
         said += (
             f"; one pool that all attend to in place (cascade) {1e3 * readers['cascade']:.3g} MB"
         )
-    where = f"{private.n_agents} agents decode after {private.context_tokens:,} tokens on {private.device}"
+    where = f"{private.n_agents} agents decode after {private.context_tokens:,} tokens on {private.device}, "
+    where += private.dtype
     saved = readers["inject"] < NOTICEABLE * theirs
     return of_paper(YES if saved else NO, claim, f"Measured while {where}: {said}.")
 
@@ -124,46 +126,6 @@ def _same_crowd(p: Point, other: Point) -> bool:
     )
 
 
-def _quality(found: Sequence[Point], figures: Sequence[Figure]) -> list[Claim]:
-    """Of the abstract's settings: the longest context of each model, delta and BERTScore."""
-    lines = []
-    for metric, name in (("perplexity_delta", "perplexity"), ("bertscore_f1", "BERTScore F1")):
-        said = [f for f in figures if f.metric == metric and f.policy == "polykv"]
-        for model in dict.fromkeys(f.model for f in said):
-            mine = [f for f in said if f.model == model]
-            lines.append(
-                _level(max(mine, key=lambda f: (f.document_tokens, f.n_agents)), name, found)
-            )
-    return lines
-
-
-def _level(f: Figure, name: str, found: Sequence[Point]) -> Claim:
-    value = f"{f.value.value:+g} %" if f.metric == "perplexity_delta" else f"{f.value.value:g}"
-    claim = f"{name} {value} on {f.model}, {f.document}, {f.document_tokens:,} tokens"
-    answer = published.quality_answer(f, found)
-    if isinstance(answer, str) or answer[f.metric].value is None:
-        why = answer if isinstance(answer, str) else answer[f.metric].note
-        run = f"run experiment=polykv_quality model={f.model.removesuffix('-instruct')}"
-        return of_paper(OPEN, claim, sentence(f"{why}; {run}") + _beside(found, f.metric))
-    got = answer[f.metric]
-    where = f"on {answer.weights} weights of {answer.model}, {answer.document}, {answer.device}"
-    said = f"Measured {where}: {with_interval(got)}."
-    if got.low is None:
-        return of_paper(OPEN, claim, f"{said} Without an interval it decides nothing.")
-    inside = got.low <= f.value.value <= got.high
-    return of_paper(YES if inside else NO, claim, said)
-
-
-def _beside(found: Sequence[Point], metric: str) -> str:
-    """What other weights gave, for orientation."""
-    mine = [p for p in having(found, metric) if p.recipe == "polykv" and p.context_tokens]
-    if not mine:
-        return ""
-    p = max(mine, key=lambda p: p.context_tokens)
-    place = f"{p.model} ({p.weights} weights, {p.context_tokens:,} tokens)"
-    return f" On {place} it is {with_interval(p[metric])}."
-
-
 def _context(rows: pd.DataFrame) -> list[Claim]:
     claim = "the perplexity delta shrinks as the context grows"
     rows = of_experiment(rows, "context_scaling")
@@ -175,10 +137,8 @@ def _context(rows: pd.DataFrame) -> list[Claim]:
 def _shrinks(claim: str, mine: pd.DataFrame) -> Claim:
     documents = by_document(mine, "polykv")
     slope = trend(list(documents["context_tokens"]), list(documents["value"]))
-    if slope.value is None:
-        return of_paper(
-            OPEN, claim, sentence(f"{slope.note}; run experiment=context_scaling with three")
-        )
+    if slope.low is None:
+        return of_paper(OPEN, claim, sentence(f"{slope.note}; {TREND}"))
     mean = float(documents["value"].mean())
     towards = Value(slope.value, slope.low, slope.high)
     if mean < 0:  # a negative delta shrinks upwards

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,9 @@ CONTROLLER_OF: dict[str, tuple[str, float | None]] = {
 } | {
     f"{name}_q{bits}": (name, bits) for name in ("uniform", "local", "topology") for bits in (4, 8)
 }
+# How the authors scored answers and loaded weights (experiment log of PolyKV's repository); others: as trained.
+SCORER = "roberta-large"
+WEIGHTS_OF = {"llama-3-8b-instruct": "nf4"}
 SAME_LENGTH = 0.1  # contexts within this relative distance count as the published one
 NOT_HERE = "not measured here: "
 
@@ -37,6 +41,8 @@ class Figure:
     """One published number. `n_agents` and token counts are None where the source names none.
 
     `at`: handoffs of QKVShare's accuracy, its label of the context (1K) of its times, else empty.
+    `label_tokens`: the tokens that the label stands for. They are those that the file states for it
+    anywhere, since the times are of one run: the stages at 3,877 tokens add up to the abstract's time at 8K.
     """
 
     paper: str
@@ -52,6 +58,7 @@ class Figure:
     value: Value
     unit: str
     source: str
+    label_tokens: int | None = None
 
     @property
     def recipe(self) -> str:
@@ -67,11 +74,6 @@ class Figure:
         """Taken from a summary of the paper, not from the paper."""
         return "secondary digest" in self.source
 
-    @property
-    def label_tokens(self) -> int:
-        """The tokens that QKVShare's context label says: 8K is 8,192."""
-        return 1024 * int(self.at.removesuffix("K"))
-
 
 def load(paper: str, file: Path = FILE) -> list[Figure]:
     """All figures of one paper, in the file's order; those from a secondary digest carry a note.
@@ -82,10 +84,17 @@ def load(paper: str, file: Path = FILE) -> list[Figure]:
     if not file.is_file():
         raise PolyKVError(f"no published figures at {file}; restore it with `git checkout`")
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)
-    return [_figure(row) for _, row in rows[rows["paper"] == paper].iterrows()]
+    rows = rows[rows["paper"] == paper]
+    labelled = rows[rows["hop_or_context"].str.endswith("K")]
+    tokens = {label: 1024 * int(label.removesuffix("K")) for label in labelled["hop_or_context"]}
+    stated = labelled[labelled["document_tokens"] != ""]
+    tokens |= dict(
+        zip(stated["hop_or_context"], stated["document_tokens"].astype(int), strict=True)
+    )
+    return [_figure(row, tokens.get(row["hop_or_context"])) for _, row in rows.iterrows()]
 
 
-def _figure(row: pd.Series) -> Figure:
+def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
     note = row["source"] if "secondary digest" in row["source"] else ""
     return Figure(
         paper=row["paper"],
@@ -101,6 +110,7 @@ def _figure(row: pd.Series) -> Figure:
         value=Value(float(row["value"]), note=note),
         unit=row["unit"],
         source=row["source"],
+        label_tokens=label_tokens,
     )
 
 
@@ -128,10 +138,22 @@ def is_beside(figure: Figure, measure: str, point: Point) -> bool:
         return figure.metric == "kv_memory" and figure.document_tokens == point.context_tokens
     if figure.metric != measure or point.document not in FAMILY.get(figure.document, ()):
         return False
-    scored_alike = not measure.startswith("bertscore") or "roberta" in point.scorer
-    return scored_alike and (
+    return scored_alike(figure, point) and (
         measure == "perplexity_delta" or distance(figure, point) <= SAME_LENGTH
     )
+
+
+def scored_alike(figure: Figure, point: Point) -> bool:
+    """Whether the paper's scorer gave the point's BERTScore: those of two scorers do not compare."""
+    return not figure.metric.startswith("bertscore") or point.scorer == SCORER
+
+
+def other_weights(figure: Figure, point: Point) -> str:
+    """How the format of a point's weights differs from the one that the authors ran, or nothing."""
+    ours, theirs = point.dtype.partition(", weights ")[2], WEIGHTS_OF.get(figure.model, "")
+    if ours == theirs:
+        return ""
+    return f"{ours or 'unquantized'} weights, theirs {theirs or 'unquantized'}"
 
 
 def memory_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
@@ -156,7 +178,7 @@ def memory_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
 
 
 def quality_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
-    """The point with the figure's model, family of documents, context and agents, or why none."""
+    """The point with the figure's model, family of documents, context, scorer and agents, or why none."""
     left = list(points)
     for why, keep in (
         (f"{figure.model} was not run", lambda p: same_model(figure.model, p.model)),
@@ -169,6 +191,7 @@ def quality_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
             f"no context near {figure.document_tokens:,} tokens was run",
             lambda p: distance(figure, p) <= SAME_LENGTH,
         ),
+        (f"it was not scored by {SCORER}", partial(scored_alike, figure)),
     ):
         left = [p for p in left if keep(p)]
         if not left:
@@ -177,7 +200,10 @@ def quality_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
 
 
 def nearest(figure: Figure, points: Sequence[Point]) -> Point | str:
-    """The point with the figure's recipe, metric and agents (if they matter), nearest in context."""
+    """The point with the figure's recipe, metric and agents (if they matter), nearest in context.
+
+    Of several, one whose weights are in the authors' format.
+    """
     left = [p for p in points if p.recipe == figure.recipe]
     if not left:
         return f"{NOT_HERE}recipe {figure.recipe} was not run"
@@ -189,4 +215,7 @@ def nearest(figure: Figure, points: Sequence[Point]) -> Point | str:
     if not measured:
         return NOT_HERE + left[0][figure.metric].note
     kin = FAMILY.get(figure.document, ())
-    return min(measured, key=lambda p: (p.document not in kin, distance(figure, p)))
+    return min(
+        measured,
+        key=lambda p: (other_weights(figure, p), p.document not in kin, distance(figure, p)),
+    )

@@ -35,12 +35,17 @@ BASELINE = "full"
 
 @dataclass(frozen=True)
 class Value:
-    """A number with its interval, or None with the reason in `note` (else `note` is a remark)."""
+    """A number with its interval, or None with the reason in `note` (else `note` is a remark).
+
+    `n`: observations of a row, over seeds the fewest; `protocol`: how it was measured. Of points only.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     note: str = ""
+    n: int | None = None
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ def _over_seeds(rows: pd.DataFrame) -> Value:
         None if math.isnan(low) else float(low),
         None if math.isnan(high) else float(high),
         several if len(present) > 1 else "",
+        _plain(present["n"].astype(float).min()),
+        " or ".join(sorted(set(present["protocol"]))),
     )
 
 

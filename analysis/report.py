@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from analysis import report_origin
 from analysis.captions import caption
-from analysis.claims import NO, OPEN, YES, Claim, claims
+from analysis.claims import AGREES, NO, OPEN, YES, Claim, claims
 from analysis.load import Results
 from analysis.registry import TOPICS, Topic, measured
 from analysis.report_figures import Image, image
@@ -33,7 +33,7 @@ from polykv.errors import PolyKVError
 
 COMMAND = "report"
 TEMPLATES = Path(__file__).with_name("templates")
-VERDICTS = {YES: "yes", NO: "no", OPEN: "open"}
+VERDICTS = {YES: "yes", NO: "no", OPEN: "open", AGREES: "computed"}
 SPELLED = {"polykv": "PolyKV", "qkvshare": "QKVShare", "kv": "KV", "ttft": "TTFT"}
 SPELLED |= {"bertscore": "BERTScore"}
 PAPERS = {"polykv": "PolyKV (arXiv 2604.24971)", "qkvshare": "QKVShare (arXiv 2605.03884)"}

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from analysis.reduce import Value
 
 YES, NO, OPEN = "reproduced", "not reproduced", "cannot be told here"
+AGREES = "arithmetic agrees"  # computed from the same definitions: nothing was measured that could differ
 
 
 @dataclass(frozen=True)
 class Claim:
     """What one paper says, and what one set of weights (or any, or one device) says to it.
 
-    `verdict` is YES, NO or OPEN. `claim` ends in the weights or the device that the verdict holds for,
+    `verdict` is YES, NO, OPEN or AGREES. `claim` ends in the weights or the device that the verdict holds for,
     where it holds for no others. `said` gives the numbers that decide; of an OPEN claim the reason, and
     the command that would tell.
     """
@@ -24,6 +25,18 @@ class Claim:
     def markdown(self) -> str:
         """One line."""
         return f"**{self.verdict}**: {self.claim}. {self.said}"
+
+
+def equivalent(got: Value, low: float, high: float) -> str:
+    """YES where the whole interval of `got` lies within low to high, NO where none of it does, else OPEN.
+
+    Few data give a wide interval, which is OPEN, and never a YES.
+    """
+    if got.low is None or got.high is None:
+        return OPEN
+    if low <= got.low and got.high <= high:
+        return YES
+    return NO if got.high < low or high < got.low else OPEN
 
 
 def sentence(said: str) -> str:
