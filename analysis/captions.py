@@ -111,7 +111,8 @@ FIGURES: Mapping[str, Drawn] = {
     "controller_ablation": Drawn(
         "What each signal of the controller earns: KL divergence to the fp16 relay, less that of uniform "
         "bits on the same problems, at equal stored bits",
-        f"{BARS} Left of 0: better than uniform. "
+        f"{BARS} Left of 0: better than uniform, each line by itself; the findings say what is left after "
+        "correction for their number. "
         + "; ".join(f"{side}: {signals}" for side, signals in sides().items())
         + "; tiers: the bits that a token may get.",
         ("kl_minus_uniform",),

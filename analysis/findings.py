@@ -1,4 +1,5 @@
-"""One page of findings in plain sentences: both papers' claims, which recipe at which bits, where the damage is.
+"""One page of findings in plain sentences: both papers' claims, then our own questions: which recipe at which bits,
+where the damage is, which signals earn their bits.
 
 Every number comes from the rows. A verdict holds for the weights that it names and for no others.
 """
@@ -7,6 +8,7 @@ import textwrap
 
 import pandas as pd
 
+from analysis import ablation
 from analysis.claims import claims
 from analysis.frontier import ALPHA, FRONTIER, Comparison, compared, layers, of_experiment, settings
 from analysis.verdict import p_said, with_interval
@@ -40,6 +42,9 @@ def text(rows: pd.DataFrame) -> str:
     for setting, mine in settings(layers(found)):
         parts.append(f"## Where the damage is: {setting}")
         parts += [_bullet(line) for line in _damage(mine)]
+    for where, found in ablation.compared(rows):
+        parts.append(f"## Which signals earn their bits (our question): {where}")
+        parts += [_bullet(line) for line in ablation.sentences(found)]
     return "\n\n".join(parts) + "\n"
 
 

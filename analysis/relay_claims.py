@@ -12,15 +12,11 @@ from analysis.handoff_reduce import (
     SETTING,
     bits_text,
     hops_text,
-    relays,
-    sides,
-    value,
     verdicts,
     with_budget,
 )
 from analysis.published import Figure
-from analysis.verdict import NO, OPEN, YES, Claim, with_interval
-from polykv.config import load_group
+from analysis.verdict import NO, OPEN, YES, Claim
 from polykv.evaluation.statistics import holm, mcnemar
 
 CARD = "topology"  # the policy of a QKVShare card
@@ -38,7 +34,6 @@ def claims(rows: pd.DataFrame, figures: Sequence[Figure]) -> list[Claim]:
     """One for each claim and each run (weights, problems, device) that can tell, else what would."""
     answers = verdicts(rows)
     answers = answers[answers["how"] == "strict"]
-    signals = relays(rows[rows["experiment"] == "controller_ablation"], "kl_minus_uniform")
     said = [f for f in figures if f.metric == "gsm8k_accuracy" and f.controller[0] == CARD]
     hops, model = sorted({int(f.at) for f in said}), said[0].model.removesuffix("-instruct")
     run = f"experiment=handoff_accuracy model={model} relay=gsm8k"
@@ -47,12 +42,6 @@ def claims(rows: pd.DataFrame, figures: Sequence[Figure]) -> list[Claim]:
         *each_run(f"accuracy holds over {hops[0]} to {hops[-1]} hops{DIGEST}", run, within, _holds),
         *each_run(
             f"topology-aware cards answer better than uniform ones{DIGEST}", run, within, _better
-        ),
-        *each_run(
-            "topology-aware cards stay nearer to fp16 than uniform ones of equal bits",
-            "experiment=controller_ablation",
-            signals[signals["policy"] == _label()],
-            _nearer,
         ),
     ]
 
@@ -101,30 +90,8 @@ def _better(mine: pd.DataFrame) -> tuple[str, str]:
         f"On {_span(pairs)}: significantly better in {wins} and worse in {losses} of "
         f"{len(pairs)} comparisons (McNemar, Holm)"
     )
-    return _counted(wins, losses, said, SAYS)
-
-
-def _nearer(mine: pd.DataFrame) -> tuple[str, str]:
-    """By the paired difference of KL divergence, which tells apart what accuracy cannot."""
-    keys = ["n_hops", "budget_bits", "reseal"]
-    found = {key: value(part) for key, part in mine.groupby(keys, sort=True)}
-    found = {key: v for key, v in found.items() if v.low is not None}
-    wins = sum(v.high < 0 for v in found.values())
-    losses = sum(v.low > 0 for v in found.values())
-    parts = [
-        f"{hops_text(hops)}, {bits:g} bits, {reseal} {with_interval(v, '+.2g')}"
-        for (hops, bits, reseal), v in found.items()
-    ]
-    said = (
-        f"KL minus that of uniform, paired by problem, nats: {'; '.join(parts) or 'no interval'}. By its own "
-        f"95 % interval each, better in {wins} and worse in {losses} of {len(found)}"
-    )
-    return _counted(wins, losses, said, SAYS)
-
-
-def _counted(wins: int, losses: int, said: str, else_said: str) -> tuple[str, str]:
     if bool(wins) == bool(losses):
-        return OPEN, f"{said}{else_said}."
+        return OPEN, f"{said}{SAYS}."
     return (YES if wins else NO), f"{said}."
 
 
@@ -169,9 +136,3 @@ def difference(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float
 
 def _span(pairs: Sequence[tuple]) -> str:
     return f"the same {len(pairs[0][1])} problems, in {len(pairs)} settings"
-
-
-def _label() -> str:
-    """What experiments/controller_ablation calls the published controller: both sides, all tiers."""
-    alpha, named = load_group("policy", CARD).alpha, sides()
-    return f"{alpha:g} ({named['importance']}) + {1 - alpha:g} ({named['demand']})"
