@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from polykv.kernels import triton_attend, triton_int8, triton_turboquant
+from polykv.kernels import triton_attend, triton_int8, triton_turboquant, triton_uniform
 from polykv.kernels.triton_bits import padded, tile_shape
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -35,7 +35,7 @@ def compile_kernel(
             signature[argument] = "*" + pointers[argument]
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
-            is_float = argument in ("k_factor", "matrix_scale", "root_dim")
+            is_float = argument in ("k_factor", "matrix_scale", "root_dim", "step_of_top")
             signature[argument] = "fp32" if is_float else "i32"
             if argument in ALIGNED:
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -47,7 +47,7 @@ def compile_kernel(
 
 
 def main() -> None:
-    for dim, dtype, widths in ((128, "bf16", (2, 4)), (80, "fp32", (3,))):
+    for dim, dtype, widths in ((128, "bf16", (2, 3, 4)), (80, "fp32", (3,))):
         for bits in widths:
             tile = tile_shape(dim) | {"BITS": bits}
             pointers = {"codes": "u8", "norm": "fp16"}
@@ -61,8 +61,10 @@ def main() -> None:
         for shared_by in ("tensor", "block"):
             tile = tile_shape(dim) | {"SHARED_BY": shared_by}
             pointers = {"codes": "i8", "scale": "fp32" if shared_by == "tensor" else "fp16"}
-            compile_kernel(triton_int8, "_encode", {"x": dtype} | pointers, tile)
+            given = {"x": dtype, "top": "i32"}
+            compile_kernel(triton_int8, "_encode", given | pointers, tile)
             compile_kernel(triton_int8, "_decode", pointers | {"out": "fp32"}, tile)
+        compile_kernel(triton_int8, "_absmax", {"x": dtype, "top": "i32"}, tile_shape(dim))
         merge = {
             "parts": "fp32",
             "part_lse": "fp32",
@@ -74,6 +76,11 @@ def main() -> None:
         compile_kernel(
             triton_attend, "_merge_splits", merge, size | {"ROWS": triton_attend.MERGED_ROWS}
         )
+    for bits in (2, 4, 8):
+        tile = tile_shape(128) | {"BITS": bits, "BLOCKS": 2}
+        pointers = {"codes": "u8", "scale": "fp16"}
+        compile_kernel(triton_uniform, "_encode", {"x": "bf16"} | pointers, tile)
+        compile_kernel(triton_uniform, "_decode", pointers | {"out": "fp32"}, tile)
     attends = (
         (128, "bf16", 60, "tensor", 8, 3), (64, "bf16", 200, "token", 8, 2), (80, "bf16", 4, "block", 8, 4),
         (128, "fp32", 60, "turboquant", 4, 4),

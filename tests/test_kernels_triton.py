@@ -21,6 +21,7 @@ from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_variants import TurboQuantNC
+from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import load_recipe
@@ -128,7 +129,7 @@ def test_vectors_of_zeros_decode_to_zeros():
 def test_what_cannot_be_encoded_is_refused_as_by_torch(bad):
     x = values(1, 1, 40, 64)
     x[0, 0, 17, 3] = bad
-    for codec in (TurboQuantMSE(3), Int8("token"), Q8_0()):
+    for codec in (TurboQuantMSE(3), Int8("token"), Q8_0(), Uniform(4)):
         with pytest.raises(PolyKVError, match="cannot encode|overflow"):
             kernels.encode(codec, x, "triton")
 
@@ -140,18 +141,35 @@ def test_what_has_no_kernel_is_left_to_torch():
         (TurboQuantNC(), x),
         (Identity(), x),
         (TurboQuantMSE(3), x[..., :20]),
+        (Uniform(4, 32, symmetric=False), x),
+        (Uniform(4, 64), values(1, 2, 20, 80)),
     ]
     for codec, tensor in others:
         assert triton_kernels.encode(codec, tensor) is None
         packed = kernels.encode(codec, tensor, "triton")
         assert triton_kernels.decode_rotated(codec, packed) is None
     batch = values(2, 2, 20, 64)
-    pairs = [(Identity(), Identity(), x), (Int8(), Int8(), x), (Int8(), TurboQuantMSE(3), batch)]
+    pairs = [(Identity(), Identity(), x), (Int8(), Int8(), x), (Int8(), TurboQuantMSE(3), batch),
+             (Uniform(4), TurboQuantMSE(3), x)]  # fmt: skip
     for key_codec, value_codec, tensor in pairs:
         segment = Segment(
             key_codec, value_codec, key_codec.encode(tensor), value_codec.encode(tensor)
         )
         assert triton_kernels.attend(x[0], segment, 0.1) is None
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+@pytest.mark.parametrize("dim", (64, 128))
+def test_uniform_is_the_codecs_bit_for_bit(bits, dim):
+    codec = Uniform(bits, 64)
+    for dtype in DTYPES:
+        x = values(2, 67, 3, dim, dtype=dtype).transpose(1, 2)
+        x[0, 1, 3] = 0
+        ours, theirs = triton_kernels.encode(codec, x), codec.encode(x)
+        assert all(torch.equal(ours.tensors[key], theirs.tensors[key]) for key in theirs.tensors)
+        for packed in (theirs, theirs.narrow(5, 60)):
+            decoded = triton_kernels.decode_rotated(codec, packed)
+            assert torch.equal(decoded, codec.decode_rotated(packed))
 
 
 # kv heads, queries (agents x query tokens x heads that share a kv head), tokens

@@ -41,7 +41,7 @@ AGENTS = (1, 3, 5, 10, 15, 30)
 SWEPT_AGENTS = 15
 MOST_PRIVATE = 4  # inputs by turns; the smallest of them take 4 times the L2 cache alone
 GIGA, TERA = 1e9, 1e12
-TOLERANCE = 2e-2  # in 16 bits
+TOLERANCE = 2e-3  # relative; 16-bit queries, weights and levels leave 3e-4
 Calls = list[Callable[[], object]]
 
 
@@ -69,8 +69,8 @@ def compare(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) 
     )
     q_HQD = stacked(q_NHQD, heads)
     error = attention_error(q_HQD, segments[0], dim**-0.5, "triton")
-    note = f"largest, against fp64 over the decoded prefix; to be below {TOLERANCE}"
-    rows.add("attention_error", error, "absolute", reader="cascade", backend="triton", note=note)
+    note = f"relative, against fp64 over the decoded prefix; to be below {TOLERANCE}"
+    rows.add("attention_error", error, "relative", reader="cascade", backend="triton", note=note)
     shared = caches_of(bench.device, (1, heads, n_tokens, dim))
     private = caches_of(bench.device, (n_agents, heads, n_tokens, dim))[:MOST_PRIVATE]
     ways = {

@@ -75,7 +75,10 @@ def decode_error(codec: Codec, packed: Packed, y_BHTD: Tensor) -> float:
 
 
 def attention_error(q_HQD: Tensor, segment: Segment, scaling: float, backend: str) -> float:
-    """Largest error of attention to a segment against fp64 attention over the decoded segment."""
+    """|found - right| / |right|, right being fp64 attention over the decoded segment.
+
+    Relative, for the mean of many random values is small: at 32,768 tokens zeros would be off by 0.04 only.
+    """
     found = kernels.attend(q_HQD, segment, scaling, backend)
     if found is None:
         raise RuntimeError(f"backend {backend} has no kernel for this segment")
@@ -86,8 +89,10 @@ def attention_error(q_HQD: Tensor, segment: Segment, scaling: float, backend: st
             (segment.value_codec, segment.value),
         )
     )
-    worst = 0.0
+    wrong = right = 0.0
     for head in range(q_HQD.shape[0]):  # one at a time: fp64 scores of all would take gigabytes
         weights = (scaling * q_HQD[head].double() @ k[head].T).softmax(dim=-1)
-        worst = max(worst, float((found[0][head].double() - weights @ v[head]).abs().max()))
-    return worst
+        expected = weights @ v[head]
+        wrong += float((found[0][head].double() - expected).square().sum())
+        right += float(expected.square().sum())
+    return (wrong / right) ** 0.5

@@ -31,7 +31,7 @@ MODEL = "llama-3.1-8b"
 CONTEXTS = (476, 1939, 3877, 1024, 2048, 4096, 8192, 32768)
 TINY_CONTEXTS = (128, 256)
 TRANSPORTS = ("memory", "file")
-APART_FROM = 16384  # tokens; from here on each transport is a cell, since a file takes minutes
+APART_FROM = 8192  # tokens; from here on each transport is a cell, since a file takes minutes
 REPEATS, TINY_REPEATS = 20, 10
 TINY = {
     "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,

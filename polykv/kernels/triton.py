@@ -16,10 +16,11 @@ from polykv.codecs.base import INPUT_DTYPES, Codec, Packed
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.uniform import Uniform
 from polykv.segment import Segment
 
-# Widths, and the alignment of eight codes: whole words but for 3 bits.
-ALIGNMENT = {2: 2, 3: 1, 4: 4}
+# Widths, and the alignment of what is loaded: of 3 bits words of 4 bytes where a row is whole words, else bytes.
+ALIGNMENT = {2: 2, 3: 4, 4: 4}
 MAX_DIM = 256
 LEAST_CAPABILITY = (8, 0)  # matrix products in bf16
 
@@ -71,7 +72,7 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     keys, values = segment.key.tensors.get("codes"), segment.value.tensors.get("codes")
     if keys is None or values is None or segment.key.shape[0] != 1 or scaling <= 0:
         return None
-    if not isinstance(segment.value_codec, TurboQuantMSE):
+    if not isinstance(segment.value_codec, TurboQuantMSE) or isinstance(segment.key_codec, Uniform):
         return None
     dim = segment.key.shape[3]
     if not (_takes(segment.key_codec, dim, keys) and _takes(segment.value_codec, dim, values)):
@@ -89,7 +90,11 @@ def _takes(codec: Codec, dim: int, tensor: Tensor) -> bool:
         alignment = ALIGNMENT.get(codec.bits)
         if alignment is None or dim % 8 or dim > MAX_DIM:
             return False
+        if codec.bits == 3 and dim % 32:
+            alignment = 1
         return tensor.data_ptr() % alignment == 0
+    if type(codec) is Uniform:
+        return dim <= MAX_DIM and tensor.data_ptr() % 4 == 0 and _kernels(codec).takes(codec, dim)
     return type(codec) in (Int8, Q8_0) and dim <= MAX_DIM
 
 
@@ -101,8 +106,8 @@ def _holds_rotation(device: torch.device) -> bool:
 
 
 def _kernels(codec: Codec) -> ModuleType:
-    name = "triton_turboquant" if isinstance(codec, TurboQuantMSE) else "triton_int8"
-    return importlib.import_module(f"polykv.kernels.{name}")
+    name = {TurboQuantMSE: "turboquant", Uniform: "uniform"}.get(type(codec), "int8")
+    return importlib.import_module(f"polykv.kernels.triton_{name}")
 
 
 def _interpreted() -> bool:

@@ -22,7 +22,6 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.kernels.triton_bits import (
     INTERPRETED,
     dot,
-    fetch,
     level_table,
     levels_of,
     load_table,
@@ -30,9 +29,9 @@ from polykv.kernels.triton_bits import (
     padded,
     rotate,
     sign_matrix,
-    words,
 )  # fmt: skip
 from polykv.kernels.triton_int8 import scale_shared_by
+from polykv.kernels.triton_stream import fetch, words
 from polykv.segment import Segment
 
 LN_2 = tl.constexpr(log(2))
@@ -89,20 +88,17 @@ def _step(
     TOKENS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens of the online softmax; scores in units of 1 / k_factor, exponentials to base 2."""
-    cols, groups, t = tl.arange(0, PAD), tl.arange(0, PAD // 8), tl.arange(0, TOKENS)
+    cols, t = tl.arange(0, PAD), tl.arange(0, TOKENS)
     here_T = t < (stop - start if MASKED else TOKENS)
     # Bases move, offsets stay: all address arithmetic but one addition leaves the loop.
     k_codes, k_scale = k_codes + start * k_t, k_scale + start * ks_t
     v_codes, v_norm = v_codes + start * v_t, v_norm + start * vn_t
-    here_GT = here_T[None, :] & (groups < DIM // 8)[:, None]
     here_TD = here_T[:, None] & (cols < DIM)[None, :]
     # Asked for now, needed after the scores.
-    v_stream_GT = v_codes + t[None, :] * v_t + groups[:, None] * V_BITS
-    v_first, v_second, v_third = fetch(v_stream_GT, here_GT, V_BITS)
+    v_first, v_second, v_third = fetch(v_codes, t, v_t, here_T, DIM, PAD, V_BITS)
     norm_T = tl.load(v_norm + t * vn_t, here_T, 0.0).to(tl.float32)
     if KEYS == "turboquant":
-        k_stream_GT = k_codes + t[None, :] * k_t + groups[:, None] * K_BITS
-        k_first, k_second, k_third = fetch(k_stream_GT, here_GT, K_BITS)
+        k_first, k_second, k_third = fetch(k_codes, t, k_t, here_T, DIM, PAD, K_BITS)
         k_TD = levels_of(words(k_first, k_second, k_third, K_BITS), k_table, K_BITS, q_QD.dtype)
     else:
         k_TD = tl.load(k_codes + t[:, None] * k_t + cols[None, :], here_TD, 0)
@@ -140,7 +136,8 @@ def _merge_splits(
     m_Q = tl.full((ROWS,), float("-inf"), tl.float32)
     l_Q = tl.zeros((ROWS,), tl.float32)
     o_QD = tl.zeros((ROWS, PAD), tl.float32)
-    for split in tl.range(0, n_splits, num_stages=4):
+    # A step is small and few programs run: as many in flight as shared memory takes (48 KiB) hide L2's latency.
+    for split in tl.range(0, n_splits, num_stages=768 // PAD):
         row_Q = (split * n_heads + head) * n_queries + rows
         part_Q = tl.load(part_lse + row_Q, asked_Q, 0.0)
         part_QD = tl.load(parts + row_Q[:, None] * DIM + cols[None, :], asked_QD, 0.0)
@@ -183,6 +180,8 @@ class Launch:
         row_bytes, wide = padded(dim) * dtype.itemsize, dtype == torch.float32
         most = 2**14 // row_bytes if wide else 128 if row_bytes <= 256 else 64
         queries = max(16, min(triton.next_power_of_2(n_queries), most))
+        if queries == 32 and not wide:
+            queries = 64  # four warps' wgmma; mma of 32 rows takes more instructions, and spills at head_dim 256
         tokens = min(64, 2**14 // row_bytes)
         return cls(queries, tokens, 8 if queries == 128 else 4, 2 if wide else 3, 2)
 

@@ -1,10 +1,5 @@
 # ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: what the kernels share: the rotation as an exact product, and packed codes in and out of registers.
-
-Shapes are powers of two: D is head_dim padded, G = D / 8 the groups of eight codes, which are whole bytes at
-every width and every row's alignment. Streams are addressed (G, T), groups first: Triton lets neighbouring
-threads walk along the first dimension, so that a warp reads whole rows of packed bytes.
-"""
+"""Triton: what the kernels share: the rotation as an exact product, and the lookup of levels."""
 
 from functools import lru_cache
 
@@ -16,6 +11,7 @@ from triton.language.extra.cuda import libdevice
 
 from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.rotation import rotation
+from polykv.kernels.triton_stream import codes_of
 
 # The interpreter knows no PTX, and would multiply bf16 as integers; both are told apart when triton loads.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -46,54 +42,6 @@ def rotate(x, matrix):
         return dot(high, matrix, dot(middle, matrix, dot(low, matrix, y)))
     else:
         return dot(x, matrix.to(tl.float32).to(x.dtype), y)
-
-
-@triton.jit
-def fetch(stream_GT, mask_GT, BITS: tl.constexpr):
-    """Loads of the groups whose first byte is pointed to, not yet put together, so that nothing waits for them.
-
-    2 and 4 bits are one load of 2 or 4 bytes. 3 bits are three of one byte, for 3 bytes are aligned to nothing;
-    loading two bytes for every code instead would cost 16 loads.
-    """
-    if BITS == 3:
-        first, second = tl.load(stream_GT, mask_GT, 0), tl.load(stream_GT + 1, mask_GT, 0)
-        third = tl.load(stream_GT + 2, mask_GT, 0)
-    else:
-        KIND: tl.constexpr = tl.uint16 if BITS == 2 else tl.int32
-        first = tl.load(stream_GT.to(tl.pointer_type(KIND)), mask_GT, 0)
-        second, third = first, first
-    return first, second, third
-
-
-@triton.jit
-def words(first_GT, second_GT, third_GT, BITS: tl.constexpr):
-    """Eight codes as one int32, from what `fetch` gave."""
-    word_GT = first_GT.to(tl.int32)
-    if BITS == 3:
-        word_GT |= (second_GT.to(tl.int32) << 8) | (third_GT.to(tl.int32) << 16)
-    return word_GT
-
-
-@triton.jit
-def codes_of(word_GT, BITS: tl.constexpr):
-    """Words of eight codes -> codes (T, D) in int32. A group stays in one thread: every shift is a constant."""
-    codes = tl.join(word_GT, word_GT >> (4 * BITS))
-    codes = tl.join(codes, codes >> (2 * BITS))
-    codes = tl.join(codes, codes >> BITS) & ((1 << BITS) - 1)
-    return tl.reshape(tl.permute(codes, (1, 0, 2, 3, 4)), (word_GT.shape[1], word_GT.shape[0] * 8))
-
-
-@triton.jit
-def store_codes(stream_TG, codes_TG8, mask_TG, BITS: tl.constexpr):
-    """Pack codes (T, G, 8) in int32 to where each group's first byte is pointed to."""
-    word_TG = tl.sum(codes_TG8 << (BITS * tl.arange(0, 8))[None, None, :], axis=2)
-    if BITS == 3:
-        for byte in tl.static_range(3):
-            tl.store(stream_TG + byte, (word_TG >> (8 * byte)).to(tl.uint8), mask_TG)
-    elif BITS == 2:
-        tl.store(stream_TG.to(tl.pointer_type(tl.int16)), word_TG.to(tl.int16), mask_TG)
-    else:
-        tl.store(stream_TG.to(tl.pointer_type(tl.int32)), word_TG, mask_TG)
 
 
 @triton.jit

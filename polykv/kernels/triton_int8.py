@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polykv.codecs.base import Packed, fp32_scale
+from polykv.codecs.base import Packed
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import BLOCK, Q8_0
 from polykv.kernels.triton_bits import rows_contiguous, tile_shape
@@ -25,8 +25,22 @@ TINY = tl.constexpr(2.0**-126)  # the smallest normal fp32
 
 
 @triton.jit
+def _absmax(
+    x, top, stride_b, stride_h, stride_t, n_heads, n_tokens,
+    DIM: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Largest |x| of the whole tensor, as the bits of an fp32: torch's own takes a pass and seven small kernels."""
+    cols, head = tl.arange(0, PAD), tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = x + head // n_heads * stride_b + head % n_heads * stride_h
+    inside_TD = (t < n_tokens)[:, None] & (cols < DIM)[None, :]
+    x_TD = tl.load(source + t[:, None] * stride_t + cols[None, :], inside_TD, 0.0).to(tl.float32)
+    tl.atomic_max(top, tl.max(bits_of_size(x_TD)), sem="relaxed")
+
+
+@triton.jit
 def _encode(
-    x, codes, scale, stride_b, stride_h, stride_t, n_heads, n_tokens,
+    x, top, codes, scale, stride_b, stride_h, stride_t, n_heads, n_tokens,
     DIM: tl.constexpr, PAD: tl.constexpr, SHARED_BY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (PAD + 31) // 32
@@ -55,7 +69,10 @@ def _encode(
             tl.store(scale + row_T, scale_T, t < n_tokens)
             scale_T = scale_T.to(tl.float32)
         else:
-            scale_T = tl.zeros((ROWS,), tl.float32) + tl.load(scale)
+            one = tl.div_rn(tl.load(top).to(tl.float32, bitcast=True), 127.0)
+            one = tl.where(one < TINY, 0.0, one)  # its inverse might overflow
+            tl.store(scale, one)  # every program the same
+            scale_T = tl.zeros((ROWS,), tl.float32) + one
         x_TD *= tl.div_rn(1.0, tl.where(scale_T > 0, scale_T, 1.0))[:, None]
         x_TD = tl.minimum(tl.maximum(x_TD, -127.0), 127.0)
         codes_TD = (x_TD + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
@@ -64,9 +81,14 @@ def _encode(
 
 @triton.jit
 def absmax(x, axis: tl.constexpr):
-    """Largest |x| along `axis`; NaN wins (its bits, taken as an integer, are above infinity's)."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+    """Largest |x| along `axis`; NaN wins."""
+    return tl.max(bits_of_size(x), axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_of_size(x):
+    """|x| in fp32, its bits taken as an integer: in the same order, and NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -98,16 +120,20 @@ def encode(codec: Int8 | Q8_0, x_BHTD: Tensor) -> Packed:
     x_BHTD, (batch, heads, n_tokens, dim) = rows_contiguous(x_BHTD), x_BHTD.shape
     shared_by = scale_shared_by(codec)
     codes = x_BHTD.new_empty(x_BHTD.shape, dtype=torch.int8)
+    tile = tile_shape(dim)
+    grid = (triton.cdiv(n_tokens, tile["ROWS"]), batch * heads)
+    top = None
     if shared_by == "tensor":
-        low, high = x_BHTD.aminmax()
-        scale = fp32_scale(torch.maximum(-low, high).float(), 127).view(1, 1, 1, 1)
+        scale = x_BHTD.new_empty((1, 1, 1, 1), dtype=torch.float32)
+        top = torch.zeros(1, dtype=torch.int32, device=x_BHTD.device)
+        _absmax[grid](x_BHTD, top, *x_BHTD.stride()[:3], heads, n_tokens, **tile)
     else:
         n_scales = triton.cdiv(dim, BLOCK) if shared_by == "block" else 1
         scale = x_BHTD.new_empty((batch, heads, n_tokens, n_scales), dtype=torch.float16)
-    tile = tile_shape(dim)
-    _encode[(triton.cdiv(n_tokens, tile["ROWS"]), batch * heads)](
-        x_BHTD, codes, scale, *x_BHTD.stride()[:3], heads, n_tokens, SHARED_BY=shared_by, **tile
-    )
+    _encode[grid](
+        x_BHTD, top, codes, scale, *x_BHTD.stride()[:3], heads, n_tokens,
+        SHARED_BY=shared_by, **tile,
+    )  # fmt: skip
     return Packed({"codes": codes, "scale": scale}, (batch, heads, n_tokens, dim), x_BHTD.dtype)
 
 

@@ -18,18 +18,15 @@ from polykv.codecs.base import Packed
 from polykv.codecs.bitpack import packed_size
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.kernels.triton_bits import (
-    codes_of,
-    fetch,
     level_table,
     n_multiprocessors,
     positive_boundaries,
     rotate,
     rows_contiguous,
     sign_matrix,
-    store_codes,
     tile_shape,
-    words,
 )  # fmt: skip
+from polykv.kernels.triton_stream import codes_of, fetch, store_codes, words
 
 PROGRAMS_PER_SM = 3  # of encoding: what fits into shared memory at head_dim 128
 
@@ -40,7 +37,7 @@ def _encode(
     stride_b, stride_h, stride_t, n_heads, n_tokens, n_tiles, matrix_scale, root_dim,
     DIM: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    cols, groups = tl.arange(0, PAD), tl.arange(0, PAD // 8)
+    cols = tl.arange(0, PAD)
     rotation = tl.load(matrix + cols[:, None] * PAD + cols[None, :])
     tiles_per_head = tl.cdiv(n_tokens, ROWS)
     # The rotation is as large as a few tiles: a fixed number of programs load it once and walk over tiles.
@@ -58,9 +55,8 @@ def _encode(
         # Undo `mma_ordered`: (j, thread, i) -> (thread, j, i).
         codes_TJCI = tl.reshape(codes_TD, (ROWS, PAD // 8, 4, 2))
         codes_TG8 = tl.reshape(tl.permute(codes_TJCI, (0, 2, 1, 3)), (ROWS, PAD // 8, 8))
-        row = codes + (head * n_tokens + t)[:, None] * (DIM * BITS // 8)
-        inside = (t < n_tokens)[:, None] & (groups < DIM // 8)[None, :]
-        store_codes(row + groups[None, :] * BITS, codes_TG8, inside, BITS)
+        row_T = codes + (head * n_tokens + t) * (DIM * BITS // 8)
+        store_codes(row_T, codes_TG8, t < n_tokens, DIM, BITS)
 
 
 @triton.jit
@@ -101,19 +97,12 @@ def _decode(
     stride_b, stride_h, stride_t, norm_b, norm_h, norm_t, n_heads, n_tokens, root_dim,
     DIM: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    cols, groups = tl.arange(0, PAD), tl.arange(0, PAD // 8)
+    cols = tl.arange(0, PAD)
     head = tl.program_id(1).to(tl.int64)
     batch, kv_head = head // n_heads, head % n_heads
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    stream_GT = (
-        codes
-        + batch * stride_b
-        + kv_head * stride_h
-        + t[None, :] * stride_t
-        + groups[:, None] * BITS
-    )
-    inside_GT = (t < n_tokens)[None, :] & (groups < DIM // 8)[:, None]
-    first, second, third = fetch(stream_GT, inside_GT, BITS)
+    codes += batch * stride_b + kv_head * stride_h
+    first, second, third = fetch(codes, t, stride_t, t < n_tokens, DIM, PAD, BITS)
     codes_TD = codes_of(words(first, second, third, BITS), BITS)
     norm_T = tl.load(norm + batch * norm_b + kv_head * norm_h + t * norm_t, t < n_tokens, 0.0)
     y_TD = tl.load(levels + codes_TD) * (norm_T.to(tl.float32) / root_dim)[:, None]
