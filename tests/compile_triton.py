@@ -18,7 +18,7 @@ from polykv.kernels.triton_bits import padded, tile_shape
 HOPPER = GPUTarget("cuda", 90, 32)
 # Strides that are multiples of 16 at every head_dim here, as Triton finds out when it runs.
 ALIGNED = ("stride_b", "stride_h", "stride_t", "k_h", "k_t", "v_h", "split_tokens")
-TENSORS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TENSORS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compile_kernel(
@@ -74,29 +74,40 @@ def main() -> None:
         }
         size = {"DIM": dim, "PAD": padded(dim)}
         compile_kernel(
-            triton_attend, "_merge_splits", merge, size | {"ROWS": triton_attend.MERGED_ROWS}
+            triton_attend,
+            "_merge_splits",
+            merge,
+            size | {"ROWS": triton_attend.MERGED_ROWS, "ROTATED": dim == 128},
         )
     for bits in (2, 4, 8):
         tile = tile_shape(128) | {"BITS": bits, "BLOCKS": 2}
         pointers = {"codes": "u8", "scale": "fp16"}
         compile_kernel(triton_uniform, "_encode", {"x": "bf16"} | pointers, tile)
         compile_kernel(triton_uniform, "_decode", pointers | {"out": "fp32"}, tile)
+    # head_dim, queries, their dtype; of keys and values: kind, bits, block.
     attends = (
-        (128, "bf16", 60, "tensor", 8, 3), (64, "bf16", 200, "token", 8, 2), (80, "bf16", 4, "block", 8, 4),
-        (128, "fp32", 60, "turboquant", 4, 4),
+        (128, 60, "bf16", ("tensor", 8, 1), ("token", 3, 1)), (64, 200, "bf16", ("token", 8, 1), ("token", 2, 1)),
+        (80, 4, "bf16", ("block", 8, 32), ("token", 4, 1)), (128, 60, "fp32", ("token", 4, 1), ("token", 4, 1)),
+        (128, 64, "bf16", ("block", 4, 64), ("block", 2, 64)), (128, 64, "bf16", ("exact", 16, 1), ("block", 8, 64)),
+        (64, 16, "fp16", ("block", 2, 32), ("exact", 16, 1)),
     )  # fmt: skip
-    for dim, dtype, n_queries, keys, key_bits, value_bits in attends:
+    for dim, n_queries, dtype, (keys, key_bits, key_block), (
+        values,
+        value_bits,
+        value_block,
+    ) in attends:
         launch = triton_attend.Launch.of(n_queries, dim, TENSORS[dtype])
         table = "fp32" if dtype == "fp32" else "i32"
+        int8 = (keys, key_bits) in (("tensor", 8), ("token", 8), ("block", 8))
         pointers = {
-            "q": dtype, "k_codes": "u8" if keys == "turboquant" else "i8", "k_levels": table,
-            "k_scale": "fp32" if keys == "tensor" else "fp16", "v_codes": "u8", "v_norm": "fp16",
-            "v_levels": table, "out": "fp32", "lse": "fp32",
+            "q": dtype, "k_codes": dtype if keys == "exact" else "i8" if int8 else "u8", "k_levels": table,
+            "k_scale": "fp32" if keys == "tensor" else "fp16", "v_codes": dtype if values == "exact" else "u8",
+            "v_scale": "fp16", "v_levels": table, "out": "fp32", "lse": "fp32",
         }  # fmt: skip
         constants = {
-            "DIM": dim, "PAD": padded(dim), "KEYS": keys, "K_BITS": key_bits, "V_BITS": value_bits,
-            "QUERIES": launch.queries, "TOKENS": launch.tokens, "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
+            "DIM": dim, "PAD": padded(dim), "KEYS": keys, "K_BITS": key_bits, "K_BLOCK": key_block,
+            "VALUES": values, "V_BITS": value_bits, "V_BLOCK": value_block, "QUERIES": launch.queries,
+            "TOKENS": launch.tokens, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         }  # fmt: skip
         compile_kernel(triton_attend, "_attend_splits", pointers, constants)
 

@@ -149,8 +149,7 @@ def test_what_has_no_kernel_is_left_to_torch():
         packed = kernels.encode(codec, tensor, "triton")
         assert triton_kernels.decode_rotated(codec, packed) is None
     batch = values(2, 2, 20, 64)
-    pairs = [(Identity(), Identity(), x), (Int8(), Int8(), x), (Int8(), TurboQuantMSE(3), batch),
-             (Uniform(4), TurboQuantMSE(3), x)]  # fmt: skip
+    pairs = [(Int8(), Int8(), x), (Int8(), TurboQuantMSE(3), batch), (Uniform(3), Identity(), x)]
     for key_codec, value_codec, tensor in pairs:
         segment = Segment(
             key_codec, value_codec, key_codec.encode(tensor), value_codec.encode(tensor)
@@ -181,6 +180,17 @@ PAIRS = (
     (TurboQuantMSE(3), TurboQuantMSE(3)),
     (TurboQuantMSE(4), TurboQuantMSE(2)),
     (TurboQuantMSE(2), TurboQuantMSE(4)),
+)
+
+
+# Of cards: blocks within a vector, one for a vector, and tokens that are kept exactly.
+CARD_PAIRS = (
+    (Uniform(4, 64), Uniform(2, 64)),
+    (Uniform(2, 32), Identity()),
+    (Identity(), Uniform(8, 64)),
+    (Uniform(8, 64), Uniform(4)),
+    (Identity("float16"), Identity("float16")),
+    (Uniform(4), TurboQuantMSE(3)),
 )
 
 
@@ -215,6 +225,23 @@ def test_attend_is_attention_over_the_decoded_segment(dim, number):
     segment = make_segment(pair, k, v)
     assert_attention(q, segment, dim**-0.5, 1e-5)
     assert_attention(q.to((torch.bfloat16, torch.float16)[number % 2]), segment, dim**-0.5, 2e-2)
+
+
+@pytest.mark.parametrize("dim", (64, 128))
+@pytest.mark.parametrize("pair", CARD_PAIRS, ids=str)
+def test_attend_is_attention_over_a_cards_tokens(pair, dim):
+    k, v, q = (
+        values(1, 2, 150, dim, seed=1) / 3,
+        values(1, 2, 150, dim, seed=2) / 3,
+        values(2, 9, dim),
+    )
+    whole = make_segment(pair, k, v)
+    part = replace(whole, key=whole.key.narrow(7, 104), value=whole.value.narrow(7, 104))
+    for segment in (whole, part, make_segment(pair, torch.zeros_like(k), v)):
+        assert_attention(q / 2, segment, dim**-0.5, 1e-5)
+    for dtype in (torch.bfloat16, torch.float16):
+        segment = make_segment(pair, k.to(dtype), v.to(dtype))
+        assert_attention((q / 2).to(dtype), segment, dim**-0.5, 2e-2)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{type(pair[0]).__name__}-{pair[1].bits}")

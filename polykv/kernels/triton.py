@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polykv.codecs.base import INPUT_DTYPES, Codec, Packed
+from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
@@ -69,13 +70,13 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
 
     fp16 queries that rotation takes beyond fp16 give NaN with TurboQuant keys: a norm of 65,504 or more.
     """
-    keys, values = segment.key.tensors.get("codes"), segment.value.tensors.get("codes")
-    if keys is None or values is None or segment.key.shape[0] != 1 or scaling <= 0:
+    if segment.key.shape[0] != 1 or scaling <= 0:
         return None
-    if not isinstance(segment.value_codec, TurboQuantMSE) or isinstance(segment.key_codec, Uniform):
+    if not isinstance(segment.value_codec, TurboQuantMSE | Uniform | Identity):
         return None
-    dim = segment.key.shape[3]
-    if not (_takes(segment.key_codec, dim, keys) and _takes(segment.value_codec, dim, values)):
+    if not (
+        _attends(segment.key_codec, segment.key) and _attends(segment.value_codec, segment.value)
+    ):
         return None
     from polykv.kernels import triton_attend
 
@@ -83,8 +84,19 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
         return triton_attend.attend(q_HQD, segment, scaling)
 
 
+def _attends(codec: Codec, packed: Packed) -> bool:
+    if type(codec) is Identity:
+        return packed.shape[3] <= MAX_DIM and _reachable(packed.tensors["values"])
+    codes = packed.tensors.get("codes")
+    return codes is not None and _takes(codec, packed.shape[3], codes)
+
+
+def _reachable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" or _interpreted()
+
+
 def _takes(codec: Codec, dim: int, tensor: Tensor) -> bool:
-    if tensor.device.type != "cuda" and not _interpreted():
+    if not _reachable(tensor):
         return False
     if type(codec) is TurboQuantMSE:  # not isinstance: a subclass may quantize in another way
         alignment = ALIGNMENT.get(codec.bits)

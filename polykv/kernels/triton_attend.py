@@ -3,14 +3,15 @@
 
 Flash-decoding (Dao et al. 2023): the prefix is cut into as many splits as keep the device busy; every program
 streams one split's codes past a tile of queries, and a second kernel merges the splits by their log-sum-exp.
-Codes become numbers in registers; the prefix is never rebuilt. Integer keys are scored as they are and the
-scale is applied to the score. Values are accumulated as codebook levels times norm, in the rotated domain,
-and the merged output is rotated back once.
+Codes become numbers in registers (triton_sides.py); the prefix is never rebuilt. Where a token has one scale or
+norm, bare codes are scored and the scale is applied to the score, or to the weight. Values of a rotating codec are
+accumulated in the rotated domain, and the merged output is rotated back once.
 
 Imported only where triton is there (see triton.py).
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from math import log
 
 import torch
@@ -20,31 +21,27 @@ from torch import Tensor
 
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.kernels.triton_bits import (
-    INTERPRETED,
     dot,
-    level_table,
-    levels_of,
     load_table,
     n_multiprocessors,
     padded,
     rotate,
     sign_matrix,
 )  # fmt: skip
-from polykv.kernels.triton_int8 import scale_shared_by
-from polykv.kernels.triton_stream import fetch, words
+from polykv.kernels.triton_sides import Side, load_codes, numbers
 from polykv.segment import Segment
 
 LN_2 = tl.constexpr(log(2))
 LEAST_SCALE = tl.constexpr(2.0**-126)  # keys of zeros have the scale 0, and -inf * 0 is NaN
-FP16_MAX = tl.constexpr(65504.0)
 MERGED_ROWS = 16
 
 
 @triton.jit
 def _attend_splits(
-    q, k_codes, k_scale, k_levels, v_codes, v_norm, v_levels, out, lse,
-    k_h, k_t, ks_h, ks_t, v_h, v_t, vn_h, vn_t, n_queries, n_tokens, split_tokens, k_factor,
-    DIM: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    q, k_codes, k_scale, k_levels, v_codes, v_scale, v_levels, out, lse,
+    k_h, k_t, ks_h, ks_t, v_h, v_t, vs_h, vs_t, n_queries, n_tokens, split_tokens, k_factor,
+    DIM: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, K_BITS: tl.constexpr, K_BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, V_BITS: tl.constexpr, V_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     # Tiles of queries over the same tokens run side by side, so that L2 serves all but the first.
@@ -54,12 +51,14 @@ def _attend_splits(
     asked_QD = (rows < n_queries)[:, None] & (cols < DIM)[None, :]
     q_QD = tl.load(q + (head * n_queries + rows)[:, None] * DIM + cols[None, :], asked_QD, 0.0)
     k_codes, k_scale = k_codes + head * k_h, k_scale + head * ks_h
-    v_codes, v_norm = v_codes + head * v_h, v_norm + head * vn_h
+    v_codes, v_scale = v_codes + head * v_h, v_scale + head * vs_h
     if KEYS == "tensor":
         k_factor *= tl.maximum(tl.load(k_scale), LEAST_SCALE)
-    k_table = load_table(k_levels, q_QD.dtype)
-    WEIGHTS: tl.constexpr = tl.float32 if q_QD.dtype == tl.float32 else tl.float16
-    v_table = load_table(v_levels, WEIGHTS)
+    k_table, v_table = k_levels, v_levels
+    if K_BITS < 8:
+        k_table = load_table(k_levels, q_QD.dtype)
+    if V_BITS < 8:
+        v_table = load_table(v_levels, weights_dtype(q_QD.dtype, VALUES))
     m_Q = tl.full((QUERIES,), float("-inf"), tl.float32)
     l_Q = tl.zeros((QUERIES,), tl.float32)
     o_QD = tl.zeros((QUERIES, PAD), tl.float32)
@@ -67,13 +66,13 @@ def _attend_splits(
     whole = first + (stop - first) // TOKENS * TOKENS
     for start in range(first, whole, TOKENS):
         m_Q, l_Q, o_QD = _step(
-            q_QD, m_Q, l_Q, o_QD, start, stop, k_codes, k_scale, k_table, v_codes, v_norm, v_table,
-            k_t, ks_t, v_t, vn_t, k_factor, DIM, PAD, KEYS, K_BITS, V_BITS, TOKENS, False,
+            q_QD, m_Q, l_Q, o_QD, start, stop, k_codes, k_scale, k_table, v_codes, v_scale, v_table,
+            k_t, ks_t, v_t, vs_t, k_factor, DIM, PAD, KEYS, K_BITS, K_BLOCK, VALUES, V_BITS, V_BLOCK, TOKENS, False,
         )  # fmt: skip
     if whole < stop:
         m_Q, l_Q, o_QD = _step(
-            q_QD, m_Q, l_Q, o_QD, whole, stop, k_codes, k_scale, k_table, v_codes, v_norm, v_table,
-            k_t, ks_t, v_t, vn_t, k_factor, DIM, PAD, KEYS, K_BITS, V_BITS, TOKENS, True,
+            q_QD, m_Q, l_Q, o_QD, whole, stop, k_codes, k_scale, k_table, v_codes, v_scale, v_table,
+            k_t, ks_t, v_t, vs_t, k_factor, DIM, PAD, KEYS, K_BITS, K_BLOCK, VALUES, V_BITS, V_BLOCK, TOKENS, True,
         )  # fmt: skip
     row_Q = (split * tl.num_programs(2) + head) * n_queries + rows
     tl.store(lse + row_Q, m_Q * k_factor + tl.log2(l_Q), rows < n_queries)
@@ -82,53 +81,56 @@ def _attend_splits(
 
 @triton.jit
 def _step(
-    q_QD, m_Q, l_Q, o_QD, start, stop, k_codes, k_scale, k_table, v_codes, v_norm, v_table,
-    k_t, ks_t, v_t, vn_t, k_factor,
-    DIM: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    TOKENS: tl.constexpr, MASKED: tl.constexpr,
+    q_QD, m_Q, l_Q, o_QD, start, stop, k_codes, k_scale, k_table, v_codes, v_scale, v_table,
+    k_t, ks_t, v_t, vs_t, k_factor,
+    DIM: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, K_BITS: tl.constexpr, K_BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, V_BITS: tl.constexpr, V_BLOCK: tl.constexpr, TOKENS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens of the online softmax; scores in units of 1 / k_factor, exponentials to base 2."""
-    cols, t = tl.arange(0, PAD), tl.arange(0, TOKENS)
+    t = tl.arange(0, TOKENS)
     here_T = t < (stop - start if MASKED else TOKENS)
     # Bases move, offsets stay: all address arithmetic but one addition leaves the loop.
     k_codes, k_scale = k_codes + start * k_t, k_scale + start * ks_t
-    v_codes, v_norm = v_codes + start * v_t, v_norm + start * vn_t
-    here_TD = here_T[:, None] & (cols < DIM)[None, :]
+    v_codes, v_scale = v_codes + start * v_t, v_scale + start * vs_t
     # Asked for now, needed after the scores.
-    v_first, v_second, v_third = fetch(v_codes, t, v_t, here_T, DIM, PAD, V_BITS)
-    norm_T = tl.load(v_norm + t * vn_t, here_T, 0.0).to(tl.float32)
-    if KEYS == "turboquant":
-        k_first, k_second, k_third = fetch(k_codes, t, k_t, here_T, DIM, PAD, K_BITS)
-        k_TD = levels_of(words(k_first, k_second, k_third, K_BITS), k_table, K_BITS, q_QD.dtype)
-    else:
-        k_TD = tl.load(k_codes + t[:, None] * k_t + cols[None, :], here_TD, 0)
-        k_TD = as_float(k_TD, q_QD.dtype)
-        if KEYS == "block":
-            scale_TD = tl.load(k_scale + t[:, None] * ks_t + cols[None, :] // 32, here_TD, 0.0)
-            k_TD = k_TD.to(tl.float32) * scale_TD.to(tl.float32)
-            if q_QD.dtype == tl.float16:  # a scale that was rounded up may lead beyond it
-                k_TD = tl.minimum(tl.maximum(k_TD, -FP16_MAX), FP16_MAX)
-            k_TD = k_TD.to(q_QD.dtype)
+    v_first, v_second, v_third = load_codes(v_codes, t, v_t, here_T, DIM, PAD, V_BITS)
+    if VALUES == "token":
+        v_scale_T = tl.load(v_scale + t * vs_t, here_T, 0.0).to(tl.float32)
+    k_first, k_second, k_third = load_codes(k_codes, t, k_t, here_T, DIM, PAD, K_BITS)
+    k_TD = numbers(
+        k_first, k_second, k_third, k_table, k_scale, t, ks_t, here_T,
+        KEYS, K_BITS, K_BLOCK, DIM, PAD, q_QD.dtype,
+    )  # fmt: skip
     s_QT = dot(q_QD, tl.trans(k_TD), tl.zeros((q_QD.shape[0], TOKENS), tl.float32))
-    if KEYS == "token" or KEYS == "turboquant":
+    if KEYS == "token":
         s_QT *= tl.load(k_scale + t * ks_t, here_T, 0.0).to(tl.float32)[None, :]
     if MASKED:
         s_QT = tl.where(here_T[None, :], s_QT, float("-inf"))
     top_Q = tl.maximum(m_Q, tl.max(s_QT, axis=1))
     p_QT = tl.exp2(s_QT * k_factor - (top_Q * k_factor)[:, None])
     shrink_Q = tl.exp2((m_Q - top_Q) * k_factor)
-    v_words_GT = words(v_first, v_second, v_third, V_BITS)
-    # fp16 holds the norms, and no weight times a norm is larger.
-    WEIGHTS: tl.constexpr = tl.float32 if q_QD.dtype == tl.float32 else tl.float16
-    weight_QT = (p_QT * norm_T[None, :]).to(WEIGHTS)
-    o_QD = dot(weight_QT, levels_of(v_words_GT, v_table, V_BITS, WEIGHTS), o_QD * shrink_Q[:, None])
-    return top_Q, l_Q * shrink_Q + tl.sum(p_QT, axis=1), o_QD
+    l_Q = l_Q * shrink_Q + tl.sum(p_QT, axis=1)
+    WEIGHTS: tl.constexpr = weights_dtype(q_QD.dtype, VALUES)
+    v_TD = numbers(
+        v_first, v_second, v_third, v_table, v_scale, t, vs_t, here_T,
+        VALUES, V_BITS, V_BLOCK, DIM, PAD, WEIGHTS,
+    )  # fmt: skip
+    if VALUES == "token":
+        p_QT *= v_scale_T[None, :]
+    return top_Q, l_Q, dot(p_QT.to(WEIGHTS), v_TD, o_QD * shrink_Q[:, None])
+
+
+@triton.constexpr_function
+def weights_dtype(dtype, values):
+    """Of weights and values in their product. fp16 holds norms and scales, and no weight times one is larger; what
+    is a value already keeps the queries' range."""
+    return tl.float16 if values == "token" and dtype != tl.float32 else dtype
 
 
 @triton.jit
 def _merge_splits(
     parts, part_lse, matrix, out, lse, n_queries, n_splits, matrix_scale,
-    DIM: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     tile, head, n_heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     cols, rows = tl.arange(0, PAD), tile * ROWS + tl.arange(0, ROWS)
@@ -145,20 +147,13 @@ def _merge_splits(
         shrink_Q, weight_Q = tl.exp2(m_Q - top_Q), tl.exp2(part_Q - top_Q)
         m_Q, l_Q = top_Q, l_Q * shrink_Q + weight_Q
         o_QD = o_QD * shrink_Q[:, None] + part_QD * weight_Q[:, None]
-    rotation = tl.trans(tl.load(matrix + cols[:, None] * PAD + cols[None, :]))
-    o_QD = rotate(o_QD / l_Q[:, None], rotation) * matrix_scale
+    o_QD /= l_Q[:, None]
+    if ROTATED:
+        rotation = tl.trans(tl.load(matrix + cols[:, None] * PAD + cols[None, :]))
+        o_QD = rotate(o_QD, rotation) * matrix_scale
     row_Q = head * n_queries + rows
     tl.store(out + row_Q[:, None] * DIM + cols[None, :], o_QD, asked_QD)
     tl.store(lse + row_Q, (m_Q + tl.log2(l_Q)) * LN_2, asked_Q)
-
-
-@triton.jit
-def as_float(codes, DTYPE: tl.constexpr):
-    """int8 codes as floats; every 16-bit float holds them exactly."""
-    if INTERPRETED:  # it knows no cast from integers to bf16
-        return codes.to(tl.float32).to(DTYPE)
-    else:
-        return codes.to(DTYPE)
 
 
 @dataclass(frozen=True)
@@ -191,60 +186,43 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output (kv_heads, queries, head_dim), rotated back, and log-sum-exp (kv_heads, queries), both fp32.
 
-    Keys are Int8, Q8_0 or TurboQuantMSE, values TurboQuantMSE, 2 to 4 bits. Memory beyond the result is that
-    of the splits' outputs: bounded by the number of programs, whatever the number of tokens.
+    Keys are of any codec of triton.py, values of TurboQuantMSE, Uniform or Identity. Memory beyond the result is
+    that of the splits' outputs: bounded by the number of programs, whatever the number of tokens.
     """
     q_HQD, (heads, n_queries, dim) = q_HQD.contiguous(), q_HQD.shape
     device, n_tokens, v_codec = q_HQD.device, segment.key.shape[2], segment.value_codec
     launch = launch or Launch.of(n_queries, dim, q_HQD.dtype)
     run = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    keys = _Keys.of(segment, scaling, q_HQD)
-    v_codes, v_norm = segment.value.tensors["codes"], segment.value.tensors["norm"]
+    keys = Side.of(segment.key_codec, segment.key, q_HQD.dtype, q_HQD.dtype)
+    token_dtype = (
+        torch.float32 if q_HQD.dtype == torch.float32 else torch.float16
+    )  # see `weights_dtype`
+    values = Side.of(v_codec, segment.value, q_HQD.dtype, token_dtype)
+    factor = scaling / log(2)  # turns the raw scores into log2 of the weights
+    if isinstance(segment.key_codec, TurboQuantMSE):
+        q_HQD = segment.key_codec.rotate(q_HQD.float(), segment.key.tensors).to(q_HQD.dtype)
+        factor *= dim**-0.5
     n_tiles = triton.cdiv(n_queries, launch.queries)
     wanted = max(1, launch.programs_per_sm * n_multiprocessors(device) // (heads * n_tiles))
     split_tokens = triton.cdiv(triton.cdiv(n_tokens, wanted), launch.tokens) * launch.tokens
     n_splits = triton.cdiv(n_tokens, split_tokens)
     parts = q_HQD.new_empty((n_splits, heads, n_queries, dim), dtype=torch.float32)
     part_lse = q_HQD.new_empty((n_splits, heads, n_queries), dtype=torch.float32)
-    v_dtype = torch.float32 if q_HQD.dtype == torch.float32 else torch.float16
+    strides = (x.stride()[1:3] for x in (keys.codes, keys.scale, values.codes, values.scale))
     _attend_splits[(n_tiles, n_splits, heads)](
-        keys.q_HQD, keys.codes, keys.scale, keys.table, v_codes, v_norm,
-        level_table(v_codec.bits, v_dtype, device), parts, part_lse,
-        *keys.codes.stride()[1:3], *keys.scale.stride()[1:3], *v_codes.stride()[1:3], *v_norm.stride()[1:3],
-        n_queries, n_tokens, split_tokens, keys.factor,
-        DIM=dim, PAD=padded(dim), KEYS=keys.kind, K_BITS=keys.bits, V_BITS=v_codec.bits,
+        q_HQD, keys.codes, keys.scale, keys.table, values.codes, values.scale, values.table, parts, part_lse,
+        *chain.from_iterable(strides), n_queries, n_tokens, split_tokens, factor,
+        DIM=dim, PAD=padded(dim), KEYS=keys.kind, K_BITS=keys.bits, K_BLOCK=keys.block,
+        VALUES=values.kind, V_BITS=values.bits, V_BLOCK=values.block,
         QUERIES=launch.queries, TOKENS=launch.tokens, **run,
     )  # fmt: skip
     out_HQD, lse_HQ = torch.empty_like(parts[0]), torch.empty_like(part_lse[0])
+    rotated, matrix, matrix_scale = isinstance(v_codec, TurboQuantMSE), parts, 1.0
+    if rotated:
+        matrix = sign_matrix(dim, v_codec.seed if v_codec.signs else None, device)
+        matrix_scale = ((dim & -dim) * dim) ** -0.5
     _merge_splits[(triton.cdiv(n_queries, MERGED_ROWS), heads)](
-        parts, part_lse, sign_matrix(dim, v_codec.seed if v_codec.signs else None, device), out_HQD, lse_HQ,
-        n_queries, n_splits, ((dim & -dim) * dim) ** -0.5, DIM=dim, PAD=padded(dim), ROWS=MERGED_ROWS,
-        num_warps=max(4, padded(dim) // 32),
+        parts, part_lse, matrix, out_HQD, lse_HQ, n_queries, n_splits, matrix_scale,
+        DIM=dim, PAD=padded(dim), ROWS=MERGED_ROWS, ROTATED=rotated, num_warps=max(4, padded(dim) // 32),
     )  # fmt: skip
     return out_HQD, lse_HQ
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """What the kernel needs to know of the keys; `factor` turns its raw scores into log2 of the weights."""
-
-    kind: str
-    q_HQD: Tensor
-    codes: Tensor
-    scale: Tensor
-    table: Tensor
-    bits: int
-    factor: float
-
-    @classmethod
-    def of(cls, segment: Segment, scaling: float, q_HQD: Tensor) -> "_Keys":
-        codec, tensors, factor = segment.key_codec, segment.key.tensors, scaling / log(2)
-        codes, heads, dim = tensors["codes"], q_HQD.shape[0], q_HQD.shape[2]
-        if isinstance(codec, TurboQuantMSE):
-            rotated = codec.rotate(q_HQD.float(), tensors).to(q_HQD.dtype)
-            table = level_table(codec.bits, q_HQD.dtype, q_HQD.device)
-            return cls(
-                "turboquant", rotated, codes, tensors["norm"], table, codec.bits, factor * dim**-0.5
-            )
-        scale = tensors["scale"].expand(1, heads, -1, -1)
-        return cls(scale_shared_by(codec), q_HQD, codes, scale, scale, 8, factor)

@@ -144,15 +144,15 @@ def sign_matrix(dim: int, seed: int | None, device: torch.device) -> Tensor:
 
 
 @lru_cache
-def level_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The table for `levels_of`: fp32 levels; or, for 16-bit levels, the low bytes of the first eight as two
-    int32, then their high bytes. 4 bits keep the positive half only.
+def level_table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The table of an even codebook for `levels_of`: fp32 levels; or, for 16-bit levels, the low bytes of the first
+    eight as two int32, then their high bytes. 4 bits keep the positive half only.
     """
-    levels = torch.tensor(lloyd_max(bits).levels, dtype=dtype, device=device)
+    table = torch.tensor(levels, dtype=dtype, device=device)
     if dtype == torch.float32:
-        return levels
-    eight = levels.new_zeros(8)
-    eight[: min(len(levels), 8)] = levels[-8:]
+        return table
+    eight = table.new_zeros(8)
+    eight[: min(len(levels), 8)] = table[-8:]
     return eight.view(torch.uint8).view(8, 2).T.contiguous().view(torch.int32).flatten()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polykv.codecs.base import Packed
 from polykv.codecs.bitpack import packed_size
+from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.kernels.triton_bits import (
     level_table,
@@ -133,7 +134,7 @@ def decode_rotated(codec: TurboQuantMSE, packed: Packed) -> Tensor:
     out_BHTD = codes.new_empty(packed.shape, dtype=torch.float32)
     tile = tile_shape(dim)
     _decode[(triton.cdiv(n_tokens, tile["ROWS"]), batch * heads)](
-        codes, norm, level_table(codec.bits, torch.float32, codes.device), out_BHTD,
+        codes, norm, level_table(lloyd_max(codec.bits).levels, torch.float32, codes.device), out_BHTD,
         *codes.stride()[:3], *norm.stride()[:3], heads, n_tokens, dim**0.5, BITS=codec.bits, **tile,
     )  # fmt: skip
     return out_BHTD

@@ -1,0 +1,111 @@
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
+"""Triton: how attention reads keys and values of any codec: what is loaded, and the numbers that it stands for.
+
+What one scale is for says how it is applied. One for the whole "tensor", or for a "token" and head, is a factor
+of the score, or of the weight, and the numbers are bare codes or levels. One for a "block" of a vector is put into
+the numbers. "exact" values have none.
+
+Imported only where triton is there (see triton.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polykv.codecs.base import Codec, Packed
+from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.identity import Identity
+from polykv.codecs.q8_0 import BLOCK
+from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.uniform import Uniform
+from polykv.kernels.triton_bits import INTERPRETED, level_table, levels_of
+from polykv.kernels.triton_int8 import scale_shared_by
+from polykv.kernels.triton_stream import fetch, words
+
+FP16_MAX = tl.constexpr(65504.0)
+MIDDLE = tl.constexpr(127.5)  # of the 256 levels of 8-bit Uniform
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys or values as the kernel takes them; `table` is for `load_table`, where codes have less than 8 bits."""
+
+    kind: str
+    codes: Tensor
+    scale: Tensor
+    table: Tensor
+    bits: int
+    block: int
+
+    @classmethod
+    def of(
+        cls, codec: Codec, packed: Packed, dtype: torch.dtype, token_dtype: torch.dtype
+    ) -> "Side":
+        """`dtype` is that of the numbers, `token_dtype` where a token has one scale."""
+        heads, dim = packed.shape[1], packed.shape[3]
+        if isinstance(codec, Identity):
+            values = packed.tensors["values"]
+            return cls("exact", values, values, values, 8 * values.itemsize, 1)
+        codes = packed.tensors["codes"]
+        if isinstance(codec, TurboQuantMSE):
+            table = level_table(lloyd_max(codec.bits).levels, token_dtype, codes.device)
+            return cls("token", codes, packed.tensors["norm"], table, codec.bits, 1)
+        scale = packed.tensors["scale"].expand(1, heads, -1, -1)
+        if not isinstance(codec, Uniform):
+            return cls(scale_shared_by(codec), codes, scale, scale, 8, BLOCK)
+        if codec.bits == 8:  # 16-bit floats do not hold its levels
+            return cls("block", codes, scale, scale, 8, codec.block_size(dim))
+        levels = tuple(code - (2**codec.bits - 1) / 2 for code in range(2**codec.bits))
+        kind = "token" if scale.shape[3] == 1 else "block"
+        table = level_table(levels, token_dtype if kind == "token" else dtype, codes.device)
+        return cls(kind, codes, scale, table, codec.bits, codec.block_size(dim))
+
+
+@triton.jit
+def load_codes(
+    codes, t, stride_t, here_T, DIM: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr
+):
+    """What is kept of tokens `t`, for `numbers`: loads that nothing waits for yet."""
+    if BITS < 8:
+        return fetch(codes, t, stride_t, here_T, DIM, PAD, BITS)
+    else:
+        cols = tl.arange(0, PAD)
+        here_TD = here_T[:, None] & (cols < DIM)[None, :]
+        whole_TD = tl.load(codes + t[:, None] * stride_t + cols[None, :], here_TD, 0)
+        return whole_TD, whole_TD, whole_TD
+
+
+@triton.jit
+def numbers(
+    first, second, third, table, scale, t, scale_t, here_T,
+    KIND: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What `load_codes` gave as numbers (T, D) in DTYPE, up to the factor that a token's all share."""
+    if BITS < 8:
+        x_TD = levels_of(words(first, second, third, BITS), table, BITS, DTYPE)
+    elif first.dtype == tl.uint8:
+        x_TD = first.to(tl.float32) - MIDDLE
+    else:
+        x_TD = as_float(first, DTYPE)
+    if KIND == "block":
+        cols = tl.arange(0, PAD)
+        here_TD = here_T[:, None] & (cols < DIM)[None, :]
+        scale_TD = tl.load(scale + t[:, None] * scale_t + cols[None, :] // BLOCK, here_TD, 0.0)
+        x_TD = x_TD.to(tl.float32) * scale_TD.to(tl.float32)
+        if tl.float16 == DTYPE:  # a scale that was rounded up may lead beyond it
+            x_TD = tl.minimum(tl.maximum(x_TD, -FP16_MAX), FP16_MAX)
+        x_TD = x_TD.to(DTYPE)
+    return x_TD
+
+
+@triton.jit
+def as_float(values, DTYPE: tl.constexpr):
+    """int8 codes, which every 16-bit float holds exactly, or exact values."""
+    if INTERPRETED:  # it knows no cast from integers to bf16
+        return values.to(tl.float32).to(DTYPE)
+    else:
+        return values.to(DTYPE)
