@@ -1,7 +1,7 @@
 """QKVShare's time to first token, its stages and the break-even context on a GPU: llama-3.1-8b's geometry in bf16.
 
     python benchmarks/gpu/handoff_ttft.py            one GPU with 40 GB; goes on where it was stopped
-    python benchmarks/gpu/handoff_ttft.py --contexts 8192 32768      a part of it
+    python benchmarks/gpu/handoff_ttft.py --contexts 8192 --transports memory      a part of it
     python benchmarks/gpu/handoff_ttft.py --tiny     the same path on a CPU, tiny shapes
 
 First it checks that cards sealed on the device hold the bits that torch gives them, decode to the same from their
@@ -47,6 +47,7 @@ IN_PLACE_TOLERANCE = 2e-2  # of logits, relative; the arithmetic around attentio
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--contexts", type=int, nargs="+")
+    options.add_argument("--transports", choices=TRANSPORTS, nargs="+", default=TRANSPORTS)
     arguments = options.parse_args()
     bench = Bench(arguments)
     before = device_state(bench.device)
@@ -72,7 +73,7 @@ def cells(bench: Bench, arguments: argparse.Namespace) -> list[sweep.Outcome]:
     with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "conf")):
         for context in contexts:
             apart = context >= (TINY_CONTEXTS[-1] if bench.tiny else APART_FROM)
-            for transports in TRANSPORTS if apart else (",".join(TRANSPORTS),):
+            for transports in arguments.transports if apart else (",".join(arguments.transports),):
                 for experiment in ("handoff_ttft", "handoff_stages"):
                     own = [
                         f"experiment={experiment}",
