@@ -21,6 +21,7 @@ from polykv.evaluation.concurrency import (
     step_times,
 )
 from polykv.evaluation.memory import GB, check_fits, resident_bytes
+from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import quartiles
 from polykv.results import Rows
 
@@ -163,7 +164,7 @@ def _add_time(rows: Rows, cfg: DictConfig, steps: Steps | str, about: dict[str, 
         return
     low, mid, high = quartiles(np.array(steps.milliseconds))
     about = about | {"protocol": _threads(steps), "n": len(steps.milliseconds)}
-    about["note"] = f"median over steps, interval: quartiles; {HOW[about['reader']]}"
+    about["note"] = f"median over steps, interval: quartiles; {HOW[about['reader']]}; {KEPT}"
     rows.add("step_time", mid, "ms", ci=(low, high), **about)
     slow, median, fast = (1e3 * cfg.n_agents / ms for ms in (high, mid, low))
     rows.add("throughput", median, "tokens/s", ci=(slow, fast), **about)

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.handoff_ttft import check, columns, new_rows, settle, timed
+from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import quartiles
 
 __all__ = ["check", "run", "settle"]
@@ -20,7 +21,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     rows, timings = new_rows(cfg), timed(cfg)
     for (_, timing), described in zip(timings, columns(cfg, timings), strict=True):
-        about = {"n": len(timing.total), "note": "mean; interval: quartiles", **described}
+        about = {"n": len(timing.total), "note": f"mean; interval: quartiles; {KEPT}", **described}
         for stage, times in {"total": timing.total, **timing.stages}.items():
             low, _, high = quartiles(times)
             mean = float(times.mean())

@@ -1,6 +1,8 @@
 """N agents that decode together: that they share what they should, what is measured, table and figure."""
 
 import os
+import platform
+import resource
 
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from polykv.evaluation import memory
 from polykv.evaluation.concurrency import (
     QUERY_TOKENS,
     READERS,
+    _step_times,
     caches_of,
     decode,
     is_prefilled,
@@ -23,8 +26,10 @@ from polykv.evaluation.concurrency import (
     synthetic_layers,
 )
 from polykv.evaluation.memory import resident_bytes
-from polykv.evaluation.process import in_fresh_process
-from polykv.models import Geometry
+from polykv.evaluation.process import CpuMeter, in_fresh_process, keep_freed_memory
+from polykv.evaluation.ttft import Route, measure
+from polykv.handoff.policy import load_policy
+from polykv.models import Geometry, load_weights
 from polykv.pool import SharedKVPool
 from polykv.results import COLUMNS
 
@@ -155,6 +160,61 @@ def test_a_measurement_that_fails_in_its_process_says_so():
         in_fresh_process(end, OmegaConf.create({"code": 3}))
 
 
+N_BLOCKS, BLOCK_BYTES, PAGE = (
+    5,
+    48 * 2**20,
+    os.sysconf("SC_PAGESIZE"),
+)  # above what glibc learns to keep
+
+
+def faults_of_blocks():
+    """Page faults of blocks that are allocated, filled and freed in turn, after two for warming up."""
+
+    def block():
+        torch.ones(BLOCK_BYTES, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    found = [block() for _ in range(2 + N_BLOCKS)]
+    return found[-1] - found[1]
+
+
+def faults_after_steps(model, recipe):
+    before = faults_of_blocks()
+    _step_times(model, recipe, READERS, 20, 2, 2, 1, "cpu", "torch")
+    return before, faults_of_blocks()
+
+
+def faults_after_ttft(model):
+    loaded = load_weights(model, "cpu")
+    measure(loaded[0], loaded[1], 20, 4, [Route(load_policy("reprefill"))], 4.0, 2, 0)
+    return faults_of_blocks()
+
+
+def meter_after_keeping():
+    keep_freed_memory()
+    faults_of_blocks()
+    meter = CpuMeter()
+    meter.start()
+    faults_of_blocks()
+    meter.reset_peak()
+    kept = torch.ones(BLOCK_BYTES, dtype=torch.uint8)
+    return meter.peak() / kept.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc has the settings")
+def test_what_is_timed_reuses_memory_and_what_is_metered_gives_it_back():
+    model, recipe = (
+        polykv.config.load_group(*x) for x in (("model", "reference"), ("recipe", "full"))
+    )
+    model.weights = "reference"
+    before, after = in_fresh_process(faults_after_steps, model, recipe)
+    fresh = N_BLOCKS * BLOCK_BYTES / PAGE
+    # Without the setting each block is mapped anew; huge pages would make few faults of that.
+    assert after < 0.01 * fresh and (before < 0.01 * fresh or before > 0.9 * fresh)
+    assert in_fresh_process(faults_after_ttft, model) < 0.01 * fresh
+    assert 0.9 < in_fresh_process(meter_after_keeping) < 1.2
+
+
 def cell(*overrides):
     return checked_cell("experiment=concurrency", "device=cpu", *overrides)
 
@@ -180,6 +240,7 @@ def of(rows, metric, reader, n_agents, protocol=None):
 
 def test_rows_say_what_was_kept_and_how_long_a_step_took(rows):
     assert set(rows.loc[rows["metric"] == "step_time", "protocol"]) == {"1 CPU thread"}
+    assert rows.loc[rows["metric"] == "step_time", "note"].str.contains("freed memory").all()
     assert set(rows["backend"]) == {"torch"} and rows["note"].str.len().gt(0).all()
     assert rows["value"].gt(0).all()
     cache = (160 - QUERY_TOKENS - 5) * Geometry(4, 2, 64).values_per_token * 4

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place
-from polykv.evaluation.process import in_fresh_process
+from polykv.evaluation.process import in_fresh_process, keep_freed_memory
 from polykv.evaluation.ttft import Clock
 from polykv.models import Geometry, load_config, load_weights
 from polykv.pool import READERS as POOL_READERS
@@ -69,6 +69,7 @@ def _step_times(
 
     So a machine that is busy for a while is so for all readers. `backend` writes the pool and attends to it.
     """
+    keep_freed_memory()
     model, _ = load_weights(model_cfg, device)
     layers = prefix_layers(model_cfg, model, n_tokens)
     pool = pool_of(readers, layers, recipe_cfg, backend)

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.attention.cascade import attend_in_place
 from polykv.errors import PolyKVError
+from polykv.evaluation.process import keep_freed_memory
 from polykv.handoff import stores
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
@@ -90,7 +91,8 @@ def measure(
     """One Timing per path, for `n_context` tokens of which the receiver's own turn is the last `n_turn`.
 
     Token ids are random: time does not depend on what they say. With a `key` cards in files are signed (part
-    of the stage `serialize`), and their signatures checked (`verify`).
+    of the stage `serialize`), and their signatures checked (`verify`). From here on this process keeps the
+    memory that it frees, as a server that has run for a while does (`keep_freed_memory`).
 
     Raises:
         PolyKVError: more tokens than the model has positions, or fewer than two repeats, which have no spread.
@@ -98,6 +100,7 @@ def measure(
     if repeats < 2:
         raise PolyKVError(f"repeats={repeats}, and quartiles need two or more; raise it")
     check_length(model.config, n_context, f"context={n_context}")
+    keep_freed_memory()
     generator = torch.Generator().manual_seed(seed)
     ids_T = torch.randint(model.config.vocab_size, (n_context,), generator=generator)
     known_T, turn_T = ids_T[:-n_turn], ids_T[-n_turn:]
