@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.reduce import BASELINE, Value
-from polykv.evaluation.statistics import MIN_DOCUMENTS, bootstrap_mean, holm, paired_p
+from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, holm, paired_p
 
 EXPERIMENTS = ("recipe_frontier", "outside_references", "kv_asymmetry", "layer_sensitivity", "context_scaling",
                "agent_scaling", "recipe_search")  # fmt: skip
@@ -121,7 +121,7 @@ def _compare(setting: Setting, rows: pd.DataFrame) -> Comparison:
     means = complete.mean()
     if tested:
         for recipe in complete.columns:
-            measured[recipe]["kl_mean"] = _pooled(complete[recipe])
+            measured[recipe]["kl_mean"] = _pooled(complete[recipe], least=0)
         for recipe in deltas.columns:
             logs = _pooled(np.log1p(deltas[recipe] / 100))
             percent = [100 * math.expm1(x) for x in (logs.value, logs.low, logs.high)]
@@ -164,9 +164,10 @@ def _by_document(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     )
 
 
-def _pooled(of_documents: pd.Series) -> Value:
-    """Mean over the documents of all seeds, with its bootstrap interval."""
-    low, high = bootstrap_mean([np.array([value]) for value in of_documents], seed=0)
+def _pooled(of_documents: pd.Series, least: float = -math.inf) -> Value:
+    """Mean over the documents of all seeds, with its interval; `least` is what it can be."""
+    documents = [np.array([value]) for value in of_documents]
+    low, high = document_interval(documents, (least, math.inf))
     return Value(float(of_documents.mean()), low, high)
 
 

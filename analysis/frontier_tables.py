@@ -34,7 +34,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
     caption = (
         "Recipes by mean KL divergence to the uncompressed cache. Ranks that paired tests leave open "
         "(Wilcoxon signed-rank over documents, Holm over all pairs, 5 %): 3-6 is a tie of four. Bits per "
-        "value count every byte kept. Intervals: bootstrap over the documents of all seeds; a seed draws "
+        "value count every byte kept. Intervals: skewness-corrected t over the documents of all seeds; a seed draws "
         "documents and rotations. Perplexity ratio: paired standard error over tokens, as llama.cpp's "
         f"perplexity tool; over seeds the hull of their intervals. {describe(rows)}"
     )

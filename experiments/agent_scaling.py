@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             gap = (log_probs_TV - reading.log_probs_TV).abs().max()
             spread = max(spread, float(gap))
         comparisons.append(compare(full.log_probs_TV, log_probs_TV, reading.document.rest_BT))
-    continuation.add_rows(rows, comparisons, cfg.seed)
+    continuation.add_rows(rows, comparisons)
     note = "largest difference of a log-probability between any agent and a single reader"
     rows.add("agent_spread", spread, "nats", note=note)
     return rows.rows

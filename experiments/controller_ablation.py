@@ -17,7 +17,7 @@ from experiments.handoff_accuracy import add_divergence, forced, new_rows, per_p
 from polykv.errors import PolyKVError
 from polykv.evaluation import missing
 from polykv.evaluation.continuation import Comparison, why_not_finite
-from polykv.evaluation.statistics import bootstrap_mean
+from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.policy import Policy, load_policy
 
@@ -61,10 +61,10 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             float(np.mean(apart)),
             "nats",
             why_not_finite(found),
-            ci=bootstrap_mean(apart, cfg.seed),
+            ci=document_interval(apart),
             n=len(apart),
             protocol=f"teacher-forced; {cfg.reseal}",
-            note=f"paired by problem; below 0 the policy beats {name}",
+            note=f"paired by problem; below 0 the policy beats {name}; {interval_name(apart, 'problems')}",
         )
     return rows.rows
 

@@ -17,7 +17,7 @@ from polykv import loading
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k, missing
 from polykv.evaluation.continuation import Comparison, why_not_finite
-from polykv.evaluation.statistics import bootstrap_mean
+from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
@@ -128,12 +128,14 @@ def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
 def add_divergence(rows: Rows, found: list[Comparison], cfg: DictConfig) -> None:
     """Mean KL and same-top-1 against the fp16 relay on the last agent's answer."""
     shared = {"n": len(found), "protocol": f"teacher-forced; {cfg.reseal}"}
-    for metric, unit, samples in (
-        ("relay_kl", "nats", per_problem(found)),
-        ("relay_same_top1", "rate", [np.array([c.top1.mean()]) for c in found]),
+    for metric, unit, samples, most in (
+        ("relay_kl", "nats", per_problem(found), np.inf),
+        ("relay_same_top1", "rate", [np.array([c.top1.mean()]) for c in found], 1),
     ):
         mean, why = float(np.concatenate(samples).mean()), why_not_finite(found)
-        missing.add(rows, metric, mean, unit, why, ci=bootstrap_mean(samples, cfg.seed), **shared)
+        about = shared | {"note": interval_name(samples, "problems")}
+        interval = document_interval(samples, (0, most))
+        missing.add(rows, metric, mean, unit, why, ci=interval, **about)
 
 
 def add_depth(rows: Rows, found: list[Comparison], cfg: DictConfig, policy: Policy) -> None:
@@ -145,10 +147,11 @@ def add_depth(rows: Rows, found: list[Comparison], cfg: DictConfig, policy: Poli
     once = per_problem(forced(cfg, policy, n_handoffs=1))
     passed = per_problem(forced(cfg, policy, n_handoffs=1, n_passes=cfg.n_hops))
     shared = {"n": len(once), "protocol": f"teacher-forced; {cfg.reseal}"}
-    shared["note"] = "KL less the one after the last handoff alone, paired by problem"
+    how = interval_name(once, "problems")
+    shared["note"] = f"KL less the one after the last handoff alone, paired by problem; {how}"
     for name, deep in (("working", per_problem(found)), ("passing", passed)):
         apart = [a - b for a, b in zip(deep, once, strict=True)]
-        mean, interval = float(np.mean(apart)), bootstrap_mean(apart, cfg.seed)
+        mean, interval = float(np.mean(apart)), document_interval(apart)
         why = why_not_finite(found)
         missing.add(rows, f"kl_depth_{name}", mean, "nats", why, ci=interval, **shared)
 

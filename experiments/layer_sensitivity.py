@@ -3,6 +3,7 @@
 Answers no published row.
 """
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,7 +14,7 @@ from experiments.recipe_frontier import settle
 from polykv.evaluation import layers, missing
 from polykv.evaluation.continuation import compare, score_rest, why_not_finite
 from polykv.evaluation.readings import Reading
-from polykv.evaluation.statistics import bootstrap_mean
+from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
@@ -86,8 +87,8 @@ def _add_damage(rows: Rows, cfg: DictConfig, full: tuple[Reading, ...]) -> None:
             float(sum(s.mean() for s in samples) / len(samples)),
             "nats",
             why_not_finite(found),
-            ci=bootstrap_mean(samples, cfg.seed),
+            ci=document_interval(samples, (0, math.inf)),
             n=sum(map(len, samples)),
             protocol=f"layer {layer}",
-            note="this layer alone is compressed",
+            note=f"this layer alone is compressed; {interval_name(samples)}",
         )

@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             rows.add("bits", stored, "bits per value", protocol="stored")
         log_probs_TV = score_rest(full.model, cache, full.document.rest_BT)
         comparisons.append(compare(full.log_probs_TV, log_probs_TV, full.document.rest_BT))
-    continuation.add_rows(rows, comparisons, cfg.seed)
+    continuation.add_rows(rows, comparisons)
     continuation.add_document_rows(rows, comparisons)
     return rows.rows
 

@@ -44,13 +44,13 @@ def add_rows(
     """Perplexity, KL, BERTScore and exact match of `readings` against the uncompressed `full`."""
     pairs = list(zip(readings, full, strict=True))
     comparisons = [reading.compare_to(baseline) for reading, baseline in pairs]
-    continuation.add_rows(rows, comparisons, cfg.seed)
+    continuation.add_rows(rows, comparisons)
 
     answers, references = [], []
     for reading, baseline in tqdm(pairs, desc="answers", leave=False, disable=None):
         answers.append(reading.answers(cfg.n_agents))
         references.append(baseline.answers(cfg.n_agents))
-    bertscore.add_rows(rows, answers, references, cfg.scorer.name, cfg.seed)
+    bertscore.add_rows(rows, answers, references, cfg.scorer.name)
     _add_exact_match(rows, cfg, readings, answers)
 
 

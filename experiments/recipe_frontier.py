@@ -73,5 +73,5 @@ def add_rows(
     rows.add("bits", 16 / pool.nominal_ratio, "bits per value", protocol="nominal")
     rows.add("bits", 16 / pool.stored_ratio, "bits per value", protocol="stored")
     comparisons = [a.compare_to(b) for a, b in zip(readings, full, strict=True)]
-    continuation.add_rows(rows, comparisons, cfg.seed)
+    continuation.add_rows(rows, comparisons)
     continuation.add_document_rows(rows, comparisons)

@@ -19,7 +19,7 @@ from experiments.common import new_rows, settle
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import Comparison, compare, score_rest
-from polykv.evaluation.statistics import bootstrap_mean, mcnemar, unit_name, wilson
+from polykv.evaluation.statistics import document_interval, interval_name, mcnemar, wilson
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference.documents import Question
@@ -82,11 +82,11 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     ]
     rows = new_rows(cfg, document="evaluation_set", reader=cfg.reader)
     rows.add("bits", 16 / read[0].pool.stored_ratio, "bits per value", protocol="stored")
-    continuation.add_rows(rows, comparisons, cfg.seed)
+    continuation.add_rows(rows, comparisons)
     _add_restated(rows, tokenizer, full, comparisons)
     for group in GROUPS:
         before, after = ([one.right[group] for one in reads] for reads in (full, read))
-        _add_exact_match(rows, group, before, after, cfg.seed)
+        _add_exact_match(rows, group, before, after)
     return rows.rows
 
 
@@ -131,7 +131,7 @@ def _add_restated(
 
 
 def _add_exact_match(
-    rows: Rows, group: str, before: list[np.ndarray], after: list[np.ndarray], seed: int
+    rows: Rows, group: str, before: list[np.ndarray], after: list[np.ndarray]
 ) -> None:
     """Answers right, lost and won against the full cache, and McNemar's exact test of the two."""
     asked = [(a, b) for a, b in zip(before, after, strict=True) if len(a)]
@@ -148,11 +148,10 @@ def _add_exact_match(
         "exact_match", n_right / len(second), "rate", ci=wilson(n_right, len(second)), **common_
     )
     changes = [100 * (b - a) for a, b in asked]
-    note = f"recipe less full cache; interval over {unit_name(changes)}"
+    note = f"recipe less full cache; {interval_name(changes)}"
     mean = float(np.concatenate(changes).mean())
-    rows.add(
-        "exact_match_change", mean, "points", ci=bootstrap_mean(changes, seed), note=note, **common_
-    )
+    interval = document_interval(changes, (-100, 100))
+    rows.add("exact_match_change", mean, "points", ci=interval, note=note, **common_)
     lost, won, p = mcnemar(first, second)
     rows.add("answers_lost", lost, "answers", **common_)
     rows.add("answers_won", won, "answers", **common_)

@@ -174,7 +174,7 @@ def _perplexities() -> Iterable[Rows]:
                 columns = ([1.0, nll_full, 2.0], [1.1, nll, 2.0], [0.1, kl, 0.0])
                 found = [Comparison(*(np.float32(c) for c in columns), np.ones(3, bool))]
                 rows = Rows()
-                continuation.add_rows(rows, found, seed=0)
+                continuation.add_rows(rows, found)
                 continuation.add_document_rows(rows, found)
                 yield rows
 
@@ -188,7 +188,7 @@ def _answers() -> Iterable[Rows]:
         ([blank], [blank[::-1]]),
     ):
         rows = Rows()
-        bertscore.add_rows(rows, answers, references, bertscore.resolve("auto"), seed=0)
+        bertscore.add_rows(rows, answers, references, bertscore.resolve("auto"))
         yield rows
     for texts in ([], ["", "no number"]):
         rows = Rows()

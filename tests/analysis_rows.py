@@ -37,7 +37,7 @@ def cell_rows(model, weights, context, n_agents, recipe, quality, document="gene
     if quality:
         delta = 0 if recipe == "full" else 400 / context * RATIO[recipe][0]
         inject = {"reader": "inject", "n": 1000}
-        paper = {**inject, "protocol": "paper; interval over documents"}
+        paper = {**inject, "protocol": "paper; interval: skewness-corrected t over documents"}
         scored = {**inject, "protocol": "bertscore minilm"}
         rows += [
             {**paper, "metric": "perplexity", "value": 9 + delta / 10},

@@ -20,7 +20,7 @@ from polykv.evaluation.memory import (
     synthetic_pool,
 )
 from polykv.evaluation.process import CpuMeter
-from polykv.evaluation.statistics import bootstrap_mean, wilson
+from polykv.evaluation.statistics import document_interval, wilson
 from polykv.models import Geometry
 from polykv.pool import prefill
 from polykv.results import Rows
@@ -60,7 +60,7 @@ def test_perplexity_delta_is_the_ratio_of_perplexities():
         for f in full
     ]
     rows = Rows()
-    continuation.add_rows(rows, found, seed=0)
+    continuation.add_rows(rows, found)
     got = values(rows)
     assert got["perplexity"] / got["perplexity_full"] == pytest.approx(math.exp(0.01))
     assert got["perplexity_delta"] == pytest.approx(100 * math.expm1(0.01))
@@ -68,14 +68,14 @@ def test_perplexity_delta_is_the_ratio_of_perplexities():
     delta = next(row for row in rows.rows if row["metric"] == "perplexity_delta")
     # The same difference at every token: pairing leaves no spread at all.
     assert delta["ci_low"] == pytest.approx(delta["ci_high"])
-    assert delta["protocol"] == "paper; interval over documents"
+    assert delta["protocol"] == "paper; interval: skewness-corrected t over documents"
 
 
-def test_bootstrap_covers_the_mean_as_often_as_it_says():
+def test_the_interval_over_blocks_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0
-    for trial in range(200):
-        low, high = bootstrap_mean([rng.normal(0, 1, 100)], seed=trial)
+    for _ in range(200):
+        low, high = document_interval([rng.normal(0, 1, 100)])
         hits += low <= 0 <= high
     assert 0.90 <= hits / 200 <= 0.99
 
@@ -162,7 +162,7 @@ class TestBertScore:
     def test_floor_and_rescaled(self):
         answers = [["It was July.", "Two people walked.", "The flag was blue."]]
         rows = Rows()
-        bertscore.add_rows(rows, answers, answers, MINILM, seed=0)
+        bertscore.add_rows(rows, answers, answers, MINILM)
         got = values(rows)
         assert got["bertscore_f1"] == pytest.approx(1, abs=1e-5)
         assert got["bertscore_floor"] < 0.9
@@ -170,7 +170,7 @@ class TestBertScore:
 
     def test_a_floor_without_mismatched_pairs_is_missing_with_a_reason(self):
         rows = Rows()
-        bertscore.add_rows(rows, [["yes"]], [["yes"]], MINILM, seed=0)
+        bertscore.add_rows(rows, [["yes"]], [["yes"]], MINILM)
         floor = next(row for row in rows.rows if row["metric"] == "bertscore_floor")
         assert floor["value"] is None and "mismatched" in floor["note"]
 

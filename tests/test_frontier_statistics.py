@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from polykv.evaluation import continuation
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.statistics import (
-    bootstrap_mean,
+    document_interval,
     holm,
+    interval_name,
     mean_interval,
     paired_p,
-    unit_name,
 )
 from polykv.results import Rows
 
@@ -71,15 +72,58 @@ def test_blocks_of_tokens_widen_the_interval_of_dependent_tokens():
     dependent = [np.convolve(noise, np.ones(8) / 8, mode="same")]
 
     def width(samples):
-        low, high = bootstrap_mean(samples, seed=0)
+        low, high = document_interval(samples)
         return high - low
 
     per_token = 2 * 1.96 * dependent[0].std() / math.sqrt(2000)
     assert width(dependent) > 2 * per_token
     assert width(independent) == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.15)
-    assert unit_name(dependent) == "blocks of tokens"
-    assert unit_name(dependent * 8) == "documents"
-    assert bootstrap_mean([np.ones(1)], seed=0) is None
+    assert interval_name(dependent).endswith("over blocks of tokens")
+    assert interval_name(dependent * 8).endswith("over documents")
+    assert document_interval([np.ones(1)]) is None
+
+
+def one_each(values):
+    return [np.array([value]) for value in values]
+
+
+def test_without_skewness_the_interval_is_students_t():
+    values = np.array([-5.0, -3, -2, -1, 1, 2, 3, 5])
+    expected = stats.t.interval(0.95, 7, loc=values.mean(), scale=stats.sem(values))
+    assert document_interval(one_each(values)) == pytest.approx(expected)
+
+
+def test_at_its_ends_halls_transformed_error_is_the_quantile_of_t():
+    values = np.array([0.1, 0.2, 0.2, 0.3, 0.4, 0.5, 0.9, 2.5])
+    reach = stats.t.ppf(0.975, 7) / math.sqrt(8)
+    g = stats.skew(values)
+    for end, sign in zip(document_interval(one_each(values)), (1, -1), strict=True):
+        w = (values.mean() - end) / values.std(ddof=1)
+        transformed = w + g * w**2 / 3 + g**2 * w**3 / 27 + g / 48
+        assert transformed == pytest.approx(sign * reach)
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth", "least"),
+    [
+        (lambda rng, n: rng.normal(0.3, 1, n), 0.3, {8: 0.94, 24: 0.94}),
+        # As skewed as divergences are, worse than which nothing with so few documents is near nominal.
+        (lambda rng, n: rng.lognormal(0, 0.5, n), math.exp(0.125), {8: 0.92, 24: 0.935}),
+        (lambda rng, n: rng.lognormal(0, 1, n), math.exp(0.5), {8: 0.89, 24: 0.915}),
+    ],
+)
+def test_the_interval_over_documents_covers_what_it_says(draw, truth, least):
+    rng = np.random.default_rng(0)
+    for n_documents, share in least.items():
+        found = [document_interval(one_each(draw(rng, n_documents))) for _ in range(2000)]
+        assert share < np.mean([low <= truth <= high for low, high in found]) < 0.965
+
+
+def test_an_interval_stays_within_what_the_mean_can_be():
+    one_large = one_each([0.0] * 7 + [1.0])
+    assert document_interval(one_large)[0] < 0
+    low, high = document_interval(one_large, (0, 1))
+    assert low == 0 and 0.5 < high <= 1
 
 
 def comparison(rng, n=100):
@@ -93,7 +137,7 @@ def test_continuation_reports_what_llama_cpp_reports():
     rng = np.random.default_rng(0)
     found = [comparison(rng) for _ in range(9)]
     rows = Rows()
-    continuation.add_rows(rows, found, seed=0)
+    continuation.add_rows(rows, found)
     got = {row["metric"]: row for row in rows.rows}
     kl = np.concatenate([c.kl for c in found])
     for name, q in [("median", 50), ("p90", 90), ("p95", 95), ("p99", 99), ("p999", 99.9)]:
@@ -116,7 +160,7 @@ def test_document_rows_average_to_the_whole():
     found = [comparison(rng) for _ in range(5)]
     rows, whole = Rows(), Rows()
     continuation.add_document_rows(rows, found)
-    continuation.add_rows(whole, found, seed=0)
+    continuation.add_rows(whole, found)
     kl = [row["value"] for row in rows.rows if row["metric"] == "document_kl_mean"]
     assert len(kl) == 5 and len({row["protocol"] for row in rows.rows}) == 5
     total = next(row["value"] for row in whole.rows if row["metric"] == "kl_mean")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polykv.errors import PolyKVError
 from polykv.evaluation import bertscore, continuation, gsm8k, layers, missing
 from polykv.evaluation.continuation import Comparison, compare
-from polykv.evaluation.statistics import bootstrap_mean, mcnemar, mean_interval, paired_p, wilson
+from polykv.evaluation.statistics import document_interval, mcnemar, mean_interval, paired_p, wilson
 from polykv.results import Rows
 
 INF, NAN = math.inf, math.nan
@@ -34,7 +34,7 @@ def rows_of(add, *args):
 
 def test_a_perplexity_without_bound_is_missing_with_its_reason():
     found = rows_of(
-        continuation.add_rows, [comparison([1, 2, 3, 1], [1, 2, INF, 1], [0, 0, INF, 0.5])], 0
+        continuation.add_rows, [comparison([1, 2, 3, 1], [1, 2, INF, 1], [0, 0, INF, 0.5])]
     )
     assert found["perplexity_full"]["value"] == pytest.approx(math.exp(7 / 4))
     for metric in ("perplexity", "perplexity_delta", "perplexity_ratio", "kl_mean", "kl_max"):
@@ -42,16 +42,16 @@ def test_a_perplexity_without_bound_is_missing_with_its_reason():
         assert "infinite at 1 of 4 scored tokens" in found[metric]["note"]
     assert found["kl_median"]["value"] == 0.25  # three of four are finite
     overflow = [comparison([1, 2], [800, 900], [1, 1])]
-    found = rows_of(continuation.add_rows, overflow, 0)
+    found = rows_of(continuation.add_rows, overflow)
     assert "range of a float" in found["perplexity"]["note"]
     assert found["kl_mean"]["value"] == 1
-    better = rows_of(continuation.add_rows, [comparison([INF, 1], [1, 1], [1, 1])], 0)
+    better = rows_of(continuation.add_rows, [comparison([INF, 1], [1, 1], [1, 1])])
     assert better["perplexity_delta"]["value"] is None  # not -100 %
     assert "uncompressed" in better["perplexity_delta"]["note"]
 
 
 def test_nan_is_never_averaged_away():
-    found = rows_of(continuation.add_rows, [comparison([1, 2], [1, NAN], [0, NAN], [1, 1])], 0)
+    found = rows_of(continuation.add_rows, [comparison([1, 2], [1, NAN], [0, NAN], [1, 1])])
     assert all(row["value"] is None for name, row in found.items() if name != "perplexity_full")
     assert "NaN at 1 of 2" in found["same_top1"]["note"]
     by_document = rows_of(continuation.add_document_rows, [comparison([1], [INF], [INF])])
@@ -59,12 +59,12 @@ def test_nan_is_never_averaged_away():
 
 
 def test_one_scored_token_has_no_interval_and_none_is_an_error():
-    found = rows_of(continuation.add_rows, [comparison([1], [1.1], [0.1])], 0)
+    found = rows_of(continuation.add_rows, [comparison([1], [1.1], [0.1])])
     assert found["perplexity_delta"]["ci_low"] is None
     assert found["perplexity_delta"]["value"] == pytest.approx(100 * math.expm1(0.1), rel=1e-5)
     for none in ([], [comparison([], [], [])]):
         with pytest.raises(PolyKVError, match="no token was scored"):
-            continuation.add_rows(Rows(), none, 0)
+            continuation.add_rows(Rows(), none)
 
 
 def test_kl_over_masked_vocabulary():
@@ -87,7 +87,7 @@ def test_kl_over_masked_vocabulary():
     )
 )
 def test_no_row_is_ever_nan_or_infinite(values):
-    found = rows_of(continuation.add_rows, [comparison(*zip(*values, strict=True))], 0)
+    found = rows_of(continuation.add_rows, [comparison(*zip(*values, strict=True))])
     assert len(found) == 21
 
 
@@ -95,8 +95,8 @@ def test_intervals_and_tests_of_nothing_or_one():
     assert wilson(0, 0) is None
     assert wilson(1, 1) == pytest.approx((0.2065, 1.0), abs=1e-4)
     for samples in ([], [np.array([])], [np.ones(1)], [np.array([1, INF, 2, 3, 4, 5.0])]):
-        assert bootstrap_mean(samples, 0) is None
-    assert bootstrap_mean([np.array([]), np.arange(9.0)], 0) == bootstrap_mean([np.arange(9.0)], 0)
+        assert document_interval(samples) is None
+    assert document_interval([np.array([]), np.arange(9.0)]) == document_interval([np.arange(9.0)])
     assert mean_interval(np.ones(1)) is mean_interval(np.array([1, NAN])) is None
     assert mcnemar([True], [False]) == (1, 0, 1.0)
     assert paired_p([1], [2]) == paired_p([1, 1], [1, 1]) == 1
@@ -118,7 +118,7 @@ def test_bertscore_of_answers_without_words():
     assert (bertscore.f1(texts, ["a cat"] * 5, bertscore.MINILM) == 0).all()
 
     def scored(answers, references):
-        return rows_of(bertscore.add_rows, answers, references, bertscore.MINILM, 0)
+        return rows_of(bertscore.add_rows, answers, references, bertscore.MINILM)
 
     assert scored([["", ""]], [["", ""]])["bertscore_f1"]["value"] == 1
     for nobody in ([], [[]]):

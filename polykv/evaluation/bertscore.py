@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from polykv import hub
 from polykv.errors import PolyKVError
-from polykv.evaluation.statistics import bootstrap_mean
+from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.results import Rows
 
 ROBERTA, MINILM = "roberta-large", "minilm"
@@ -87,7 +87,7 @@ def _said(text: str, scorer: str) -> str:
 
 
 def add_rows(
-    rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str, seed: int
+    rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str
 ) -> None:
     """F1, floor and rescaled F1. `answers[d][a]` is agent a's answer on document d.
 
@@ -101,8 +101,8 @@ def add_rows(
     per_document = [f1(a, r, scorer) for a, r in zip(answers, references, strict=True)]
     scores = np.concatenate(per_document)
     common = {"n": len(scores), "protocol": f"bertscore {scorer}"}
-    ci = bootstrap_mean(per_document, seed)
-    rows.add("bertscore_f1", float(scores.mean()), "f1", ci=ci, **common)
+    ci, how = document_interval(per_document, (-1, 1)), {"note": interval_name(per_document)}
+    rows.add("bertscore_f1", float(scores.mean()), "f1", ci=ci, **how, **common)
 
     # A mismatched pair: the next agent's answer to another question of the same document.
     shifted = [r[1:] + r[:1] for r in references]
@@ -124,4 +124,4 @@ def add_rows(
         rows.add("bertscore_rescaled", None, "f1", note=note, **common)
         return
     rescale = [(value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ()))]
-    rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **common)
+    rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **how, **common)

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.evaluation import missing
-from polykv.evaluation.statistics import bootstrap_mean, mean_interval, unit_name
+from polykv.evaluation.statistics import document_interval, interval_name, mean_interval
 from polykv.results import Rows
 
 # As llama.cpp's perplexity tool prints them.
@@ -75,7 +75,7 @@ quietly = np.errstate(invalid="ignore", over="ignore")
 
 
 @quietly
-def add_rows(rows: Rows, comparisons: list[Comparison], seed: int) -> None:
+def add_rows(rows: Rows, comparisons: list[Comparison]) -> None:
     """Perplexity, its delta and ratio, KL, same-top-1 and the true token's probability, all documents.
 
     What is not finite is missing, with its reason: NaN or infinite log-probabilities, or an overflow.
@@ -87,21 +87,21 @@ def add_rows(rows: Rows, comparisons: list[Comparison], seed: int) -> None:
     n = sum(len(d) for d in differences)
     if n == 0:
         raise PolyKVError("no token was scored, so nothing can be compared; give more text")
-    protocol = f"paper; interval over {unit_name(differences)}"
+    protocol = f"paper; {interval_name(differences)}"
     common = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
     for name in ("nll_full", "nll"):
         mean = np.concatenate([getattr(c, name) for c in comparisons]).mean()
         missing.add(rows, name.replace("nll", "perplexity"), _exp(mean), "ppl", **common)
-    interval = bootstrap_mean(differences, seed)
+    interval = document_interval(differences)
     ends = interval and (_percent(interval[0]), _percent(interval[1]))
     delta = _percent(float(np.concatenate(differences).mean()))
     missing.add(rows, "perplexity_delta", delta, "percent", ci=ends, **common)
     _add_ratio(rows, np.concatenate(differences), common)
     kl = [c.kl for c in comparisons]
-    _add_mean(rows, "kl_mean", "nats", kl, seed, common)
+    _add_mean(rows, "kl_mean", "nats", kl, (0, math.inf), common)
     _add_percentiles(rows, "kl", "nats", kl, KL_PERCENTILES, common)
-    _add_delta_p(rows, comparisons, seed, common)
-    _add_mean(rows, "same_top1", "rate", [c.top1 for c in comparisons], seed, common)
+    _add_delta_p(rows, comparisons, common)
+    _add_mean(rows, "same_top1", "rate", [c.top1 for c in comparisons], (0, 1), common)
 
 
 def _add_ratio(rows: Rows, differences: np.ndarray, common: dict[str, Any]) -> None:
@@ -113,10 +113,15 @@ def _add_ratio(rows: Rows, differences: np.ndarray, common: dict[str, Any]) -> N
 
 
 def _add_mean(
-    rows: Rows, metric: str, unit: str, samples: list[np.ndarray], seed: int, common: dict[str, Any]
+    rows: Rows,
+    metric: str,
+    unit: str,
+    samples: list[np.ndarray],
+    bounds: tuple[float, float],
+    common: dict[str, Any],
 ) -> None:
     mean = float(np.concatenate(samples).mean())
-    missing.add(rows, metric, mean, unit, ci=bootstrap_mean(samples, seed), **common)
+    missing.add(rows, metric, mean, unit, ci=document_interval(samples, bounds), **common)
 
 
 def _add_percentiles(
@@ -133,11 +138,9 @@ def _add_percentiles(
         missing.add(rows, f"{metric}_{name}", value, unit, **common)
 
 
-def _add_delta_p(
-    rows: Rows, comparisons: list[Comparison], seed: int, common: dict[str, Any]
-) -> None:
+def _add_delta_p(rows: Rows, comparisons: list[Comparison], common: dict[str, Any]) -> None:
     samples, unit = [c.delta_p for c in comparisons], "probability"
-    _add_mean(rows, "delta_p_mean", unit, samples, seed, common)
+    _add_mean(rows, "delta_p_mean", unit, samples, (-1, 1), common)
     rms = float(np.sqrt(np.square(np.concatenate(samples)).mean()))
     missing.add(rows, "delta_p_rms", rms, unit, **common)
     _add_percentiles(rows, "delta_p", unit, samples, DELTA_P_PERCENTILES, common)
