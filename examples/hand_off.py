@@ -40,7 +40,7 @@ def receive(path: str) -> None:
     model, tokenizer = polykv.load_model("reference")
     card = polykv.CacheCard.open(path, model, tokenizer)
     ids_T = tokenizer(QUERY, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    (answer,) = generate(model, tokenizer, card.inject(), card.n_tokens, [ids_T], 24)
+    (answer,) = generate(model, tokenizer, card.inject(), [ids_T], 24)
     print(f"process {os.getpid()} opened the card of {card.about.sender!r} and was asked")
     print(f"   {QUERY}{answer}")
     content = card.to_bytes()

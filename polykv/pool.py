@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -17,6 +16,7 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place, read_privately
 from polykv.errors import PolyKVError
+from polykv.greedy import greedy
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
 from polykv.supported import check_cache, check_length, check_model
@@ -171,17 +171,16 @@ class SharedKVPool:
         check_reader(reader)
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if reader == "inject":
-            n = self.n_tokens
             with read_privately(model):
                 return [
-                    generate(model, tokenizer, self.inject(), n, [ids], max_new_tokens)[0]
+                    generate(model, tokenizer, self.inject(), [ids], max_new_tokens)[0]
                     for ids in queries_ids
                 ]
         if not queries_ids:
             return []
         cache = self.reader(len(queries_ids))
         with attend_in_place(model):
-            return generate(model, tokenizer, cache, self.n_tokens, queries_ids, max_new_tokens)
+            return generate(model, tokenizer, cache, queries_ids, max_new_tokens)
 
 
 def check_reader(name: str) -> None:
@@ -234,28 +233,9 @@ def generate(
     model: PreTrainedModel,
     tokenizer: Any,
     cache: Cache,
-    n_prefix: int,
     queries_ids: Sequence[Tensor],
     max_new_tokens: int,
 ) -> list[str]:
-    """Continue a cache of `n_prefix` tokens with a query (tokens,) in each of its rows; the new text of each."""
-    # generate() wants ids for the whole sequence; those of the prefix are never read, the cache stands for them.
-    prefix = queries_ids[0].new_zeros(n_prefix)
-    longest = max(len(ids_T) for ids_T in queries_ids)
-    full = torch.stack(
-        [torch.cat([prefix, F.pad(ids_T, (longest - len(ids_T), 0))]) for ids_T in queries_ids]
-    )
-    mask = torch.ones_like(full)
-    for row, ids_T in enumerate(queries_ids):
-        mask[row, n_prefix : full.shape[1] - len(ids_T)] = 0
-    out = model.generate(
-        full,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(out[:, full.shape[1] :], skip_special_tokens=True)
+    """Continue each row of a cache with its query (tokens,); the new text of each, greedily."""
+    answers = greedy(model, cache, queries_ids, max_new_tokens)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import Comparison, compare
+from polykv.greedy import greedy
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
@@ -151,14 +152,7 @@ def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor) -> tuple[Cache, T
 
 
 def _answer(model: PreTrainedModel, cache: Cache, prompt_T: Tensor, limit: int) -> Tensor:
-    """Greedy ids up to the end-of-sequence token; unlike after `generate`, the cache holds all of them."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    written: list[int] = []
-    feed = prompt_T[None].to(model.device)
-    while len(written) < limit and (not written or written[-1] not in stops):
-        logits_V = model(input_ids=feed, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-        feed = logits_V.argmax().view(1, 1)
-        written.append(int(feed))
-    model(input_ids=feed, past_key_values=cache, logits_to_keep=1)
-    return torch.tensor(written)
+    """The agent's ids, with which the cache ends, the last of them too."""
+    (written_T,) = greedy(model, cache, [prompt_T], limit)
+    _read(model, cache, written_T[-1:])
+    return written_T
