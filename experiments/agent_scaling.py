@@ -1,7 +1,8 @@
 """Does quality depend on how many agents read the pool? PolyKV: one delta for 3, 5 and 10 agents.
 
-Answers the published rows `quality` as far as they differ in agents alone. Agents read the pool one after the
-other, and each scores the rest of the document; an agent that changed what the next one reads would show.
+Answers the published rows `quality` as far as they differ in agents alone. All agents score the rest of the
+document in one batch, each of them padded differently: reader `cascade` from the one pool, `inject` from copies
+of their own. A sum, a mask or a position that went by the batch would show against a reader that is alone.
 """
 
 from typing import Any
@@ -12,24 +13,25 @@ from tqdm import tqdm
 from experiments import common
 from experiments.common import new_rows
 from experiments.recipe_frontier import check, settle
-from polykv.evaluation import continuation
-from polykv.evaluation.continuation import compare
+from polykv.evaluation import continuation, missing
+from polykv.evaluation.continuation import compare, why_not_finite
 
 __all__ = ["check", "run", "settle"]
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Quality of the last agent's reading, and the largest difference between any two agents'."""
+    """Quality of the last agent's reading, and the largest difference of any agent's to a single reader's."""
     rows = new_rows(cfg, reader=cfg.reader)
-    comparisons, spread = [], 0.0
+    comparisons, gaps = [], []
     pairs = zip(common.readings(cfg), common.full_readings(cfg), strict=True)
     for reading, full in tqdm(list(pairs), desc="agents", leave=False, disable=None):
-        for _ in range(cfg.n_agents):
-            log_probs_TV = reading.score()
-            gap = (log_probs_TV - reading.log_probs_TV).abs().max()
-            spread = max(spread, float(gap))
-        comparisons.append(compare(full.log_probs_TV, log_probs_TV, reading.document.rest_BT))
+        alone_TV, together_NTV = reading.log_probs_TV, reading.score_together(cfg.n_agents)
+        apart_NTV = (together_NTV - alone_TV).abs()
+        # What a model masks is infinite for all.
+        gaps.append(float(apart_NTV.masked_fill_(together_NTV == alone_TV, 0).max()))
+        comparisons.append(compare(full.log_probs_TV, together_NTV[-1], reading.document.rest_BT))
     continuation.add_rows(rows, comparisons)
-    note = "largest difference of a log-probability between any agent and a single reader"
-    rows.add("agent_spread", spread, "nats", note=note)
+    note = f"largest difference of a log-probability between any of {cfg.n_agents} in a batch and a single reader"
+    why = why_not_finite(comparisons)
+    missing.add(rows, "agent_spread", max(gaps), "nats", why, note=note)
     return rows.rows

@@ -8,6 +8,8 @@ from conftest import ARCHITECTURES, TEXT, checked_cell, tiny_model
 from hydra import compose, initialize_config_dir
 
 from experiments import common, sweep
+from polykv.attention import cascade
+from polykv.attention.suffix import attend_suffix
 from polykv.codecs.identity import Identity
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
@@ -15,7 +17,7 @@ from polykv.config import CONF, available, load_group
 from polykv.errors import PolyKVError
 from polykv.evaluation import layers, outside
 from polykv.evaluation.continuation import score_rest
-from polykv.pool import SharedKVPool, prefill
+from polykv.pool import READERS, SharedKVPool, prefill
 from polykv.recipe import Recipe, load_recipe
 
 
@@ -116,10 +118,28 @@ def test_auto_document_follows_the_weights():
         module.check(settled)
 
 
-def test_all_agents_read_the_same(checkpoint, tmp_path):
-    rows = run(checkpoint, tmp_path, "agent_scaling", "n_agents=4", "recipe=polykv")
-    got = {row["metric"]: row["value"] for row in rows}
-    assert got["agent_spread"] == 0 and got["kl_mean"] > 0
+def agents(checkpoint, tmp_path, reader, n_agents=4):
+    options = (f"reader={reader}", f"n_agents={n_agents}", "recipe=polykv", "backend=torch")
+    rows = run(checkpoint, tmp_path, "agent_scaling", *options)
+    return {row["metric"]: row["value"] for row in rows}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_agents_in_a_batch_read_what_one_reads_alone(reader, checkpoint, tmp_path):
+    alone, crowd = (agents(checkpoint, tmp_path, reader, n_agents) for n_agents in (1, 4))
+    assert alone["agent_spread"] < 1e-4 and crowd["agent_spread"] < 1e-4
+    assert 0 < crowd["kl_mean"] == pytest.approx(alone["kl_mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("fault", ["mask", "agent"])
+def test_agents_that_disturb_each_other_show(fault, checkpoint, tmp_path, monkeypatch):
+    def disturbed(q, k, v, mask, scaling):
+        if fault == "mask":
+            return attend_suffix(q, k, v, torch.ones_like(mask).tril(), scaling)
+        return attend_suffix(q, k.roll(1, 0), v.roll(1, 0), mask, scaling)
+
+    monkeypatch.setattr(cascade, "attend_suffix", disturbed)
+    assert agents(checkpoint, tmp_path, "cascade")["agent_spread"] > 0.01
 
 
 def test_layer_sensitivity_names_layers_and_heads(checkpoint, tmp_path):
