@@ -95,7 +95,11 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """The inputs, what fits and how fast it is for each reader and suffix, and the quoted rows."""
     rows = common.new_rows(
-        cfg, document="any of this length", device=cfg.hardware.name, backend=None, n_agents=None
+        cfg,
+        document="any of this length",
+        device=common.label(cfg, "hardware"),
+        backend=None,
+        n_agents=None,
     )
     model = _architecture(cfg)
     replica, recipe = _replica(cfg, model), Recipe.from_config(cfg.recipe)
@@ -147,20 +151,11 @@ def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
 
 def _source(cfg: DictConfig, name: str) -> str:
     """Where a figure of the hardware is from; one that an override changed is from there."""
-    sheet = (
-        data_sheet(cfg.hardware.name) if cfg.hardware.name in config.available("hardware") else {}
-    )
+    known = cfg.hardware.name in config.available("hardware")
+    sheet = config.load_group("hardware", cfg.hardware.name) if known else {}
     if sheet.get(name) != cfg.hardware[name]:
         return "set by an override"
     return str(sheet.get("sources", {}).get(name, f"conf/hardware/{cfg.hardware.name}.yaml"))
-
-
-def data_sheet(name: str) -> DictConfig:
-    """A hardware YAML with those that it is based on."""
-    sheet = config.load_group("hardware", name)
-    for base in sheet.pop("defaults", ()):
-        sheet = OmegaConf.merge(data_sheet(base), sheet)
-    return sheet
 
 
 def _add_capacity(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
+from experiments import common
 from polykv.errors import PolyKVError
 from polykv.evaluation.capacity import TOLERANCE, WORKSPACE, Architecture, Crowd
 from polykv.evaluation.hardware import Replica
@@ -45,7 +46,8 @@ def add_rows(rows: Rows, cfg: DictConfig, model: Architecture, replica: Replica)
     gives the bandwidth that it would have had, had it read what the formulas count.
     """
     found = _measured(cfg)
-    found = found[(found["model"] == cfg.model.name) & (found["recipe"] == cfg.recipe.name)]
+    for group in ("model", "recipe"):
+        found = found[found[group] == common.label(cfg, group)]
     # Quantized weights are not what is computed here.
     found = found[~found["dtype"].str.contains("weights", na=False)]
     prefixes = found["note"].str.extract(PREFIX, expand=False).groupby(found["cell"])

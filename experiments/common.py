@@ -5,14 +5,16 @@ them once. Cells that share them run one after the other (experiments/sweep.py s
 """
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from polykv import hub, kernels, loading, models
+from polykv import digests, hub, kernels, loading, models, naming
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation.readings import Reading
@@ -22,18 +24,29 @@ from polykv.results import Rows
 from polykv.supported import check_length, check_model
 
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
+# Settings that name a file, and where the digest of what it holds goes.
+FILES = (
+    ("document", "path", "digest"),
+    ("document", "questions", "questions_digest"),
+    ("relay", "path", "digest"),
+)
 
 
-def settle(cfg: DictConfig) -> DictConfig:
+def settle(cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
     backend=auto is the fastest one here for reader=cascade, for encoding and attention alike. Reader inject
     rebuilds the cache in torch; auto encodes it in torch too, so that its numbers are the same everywhere.
+    What is not its YAML gets a label (`changes`: see naming.labels); what is, none: its cells stay the same.
+
+    Raises:
+        PolyKVError: a local file or model that cannot be read.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    if labels := naming.labels(settled, changes or {}):
+        settled.labels = labels
     settled.model.weights = settled.weights
-    if settled.weights == "reference":
-        settled.model.digest = models.reference_digest()  # a model trained anew is another model
+    _add_digests(settled)
     device = models.pick_device(cfg.device)
     loading.settle(settled.model, device)
     settled.device = device.type if cfg.device == "auto" else cfg.device
@@ -41,6 +54,23 @@ def settle(cfg: DictConfig) -> DictConfig:
         cascade = cfg.reader == "cascade"
         settled.backend = kernels.pick_backend("auto", device) if cascade else "torch"
     return settled
+
+
+def _add_digests(settled: DictConfig) -> None:
+    """A model trained anew is another model, and a file rewritten another file, though the path is the same."""
+    if settled.weights == "reference":
+        settled.model.digest = models.reference_digest()
+    elif settled.model.trained_weights == "local":
+        settled.model.digest = models.local_digest(settled.model)
+    for group, key, name in FILES:
+        setting = f"{group}.{key}"
+        if path := OmegaConf.select(settled, setting):  # `check` says where one is missing
+            settled[group][name] = digests.of_file(Path(path).expanduser(), setting)
+
+
+def label(cfg: DictConfig, group: str) -> str:
+    """What rows call the cell's model, document, recipe or another of naming.GROUPS."""
+    return OmegaConf.select(cfg, f"labels.{group}") or cfg[group].name
 
 
 def check_common(cfg: DictConfig, spread: bool = False) -> None:
@@ -133,12 +163,12 @@ def check_injects(cfg: DictConfig) -> None:
 def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
     """Rows that say which cell they belong to."""
     shared = {
-        "model": cfg.model.name,
+        "model": label(cfg, "model"),
         "weights": cfg.weights,
-        "document": cfg.document.name,
+        "document": label(cfg, "document"),
         "context_tokens": cfg.context,
         "n_agents": cfg.n_agents,
-        "recipe": cfg.recipe.name,
+        "recipe": label(cfg, "recipe"),
         "backend": cfg.backend,
         "seed": cfg.seed,
         "device": cfg.device,

@@ -5,32 +5,39 @@ cell hand on the same relays under the same budget, so that their differences ar
 here: KL against the fp16 relay separates policies at a hundredth of the cost.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, handoff_accuracy
 from experiments.handoff_accuracy import add_divergence, forced, new_rows, per_problem
+from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import missing
 from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.mixed import TIERS
-from polykv.handoff.policy import Policy, load_policy
+from polykv.handoff.policy import Policy
 
 BASELINES = ("uniform", "random")
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """Signals that alpha leaves no weight are dropped, so that equal policies are one cell."""
+    """Signals that alpha leaves no weight are dropped, so that equal policies are one cell.
+
+    What a policy is held to belongs to the cell as well: BASELINES, with the tiers of the policy.
+    """
     settled = handoff_accuracy.settle(cfg)
     if settled.policy.alpha == 0:
         settled.policy.importance = []
     if settled.policy.alpha == 1:
         settled.policy.demand = []
+    settled.baselines = {
+        name: OmegaConf.merge(config.load_group("policy", name), {"tiers": settled.policy.tiers})
+        for name in BASELINES
+    }
     return settled
 
 
@@ -52,8 +59,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     found = forced(cfg, policy)
     add_divergence(rows, found, cfg)
     mine = per_problem(found)
-    for name in BASELINES:
-        theirs = per_problem(_baseline(name, _key(cfg)))
+    for name, baseline in cfg.baselines.items():
+        theirs = per_problem(_baseline(common.as_key(baseline), _key(cfg)))
         apart = [a - b for a, b in zip(mine, theirs, strict=True)]
         missing.add(
             rows,
@@ -85,10 +92,9 @@ def label(policy: Policy) -> str:
 
 def _key(cfg: DictConfig) -> str:
     needed = (*handoff_accuracy.SHARED, "budget_bits", "reseal")
-    return common.as_key({**{name: cfg[name] for name in needed}, "tiers": list(cfg.policy.tiers)})
+    return common.as_key({name: cfg[name] for name in needed})
 
 
 @lru_cache(maxsize=8)
-def _baseline(name: str, key: str) -> list[Comparison]:
-    cfg = common.from_key(key)
-    return forced(cfg, replace(load_policy(name), tiers=tuple(cfg.tiers)))
+def _baseline(policy: str, key: str) -> list[Comparison]:
+    return forced(common.from_key(key), Policy.from_config(common.from_key(policy)))

@@ -19,7 +19,7 @@ from polykv.evaluation import gsm8k, missing
 from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.card import CacheCard
-from polykv.handoff.policy import Policy, load_policy
+from polykv.handoff.policy import Policy
 from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
@@ -27,6 +27,7 @@ from polykv.results import Rows
 
 # What the fp16 relay depends on; cells that agree here share it.
 SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed")
+FP16 = Policy("fp16", store="float16")  # what all others are held to, whatever conf/policy says
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -93,7 +94,7 @@ def check_budget(bits: Any) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Accuracy, KL at the last hop, and the bits that the last card really took."""
-    rows, policy = new_rows(cfg, cfg.policy.name), Policy.from_config(cfg.policy)
+    rows, policy = new_rows(cfg, common.label(cfg, "policy")), Policy.from_config(cfg.policy)
     _, tokenizer = loaded(cfg)
     tasks, bits, texts = tasks_of(cfg), [], []
     for task in tqdm(tasks, desc=policy.name, leave=False, disable=None):
@@ -112,9 +113,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
     """Rows of a relay; `document` names its problems."""
     return Rows(
-        model=cfg.model.name,
+        model=common.label(cfg, "model"),
         weights=cfg.weights,
-        document=cfg.relay.name,
+        document=common.label(cfg, "relay"),
         n_agents=cfg.n_hops + 1,
         n_hops=cfg.n_hops,
         policy=policy_name,
@@ -215,8 +216,8 @@ def _fp16_relays(key: str) -> tuple[list[list[Turn]], list[list[Any]]]:
     cfg = common.from_key(key)
     # Under fp16 both ways of resealing are the same.
     cfg = OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": "append"})
-    fp16, scripts, exact = load_policy("fp16"), [], []
+    scripts, exact = [], []
     for task in tqdm(tasks_of(cfg), desc="fp16 relay", leave=False, disable=None):
-        scripts.append(play(task, new_handoff(cfg, fp16)))
-        exact.append(force(scripts[-1], new_handoff(cfg, fp16)))
+        scripts.append(play(task, new_handoff(cfg, FP16)))
+        exact.append(force(scripts[-1], new_handoff(cfg, FP16)))
     return scripts, exact

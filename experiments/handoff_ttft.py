@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 
 from experiments import common
 from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
-from polykv import loading
+from polykv import config, loading
 from polykv.errors import PolyKVError
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
-from polykv.handoff.policy import load_policy
+from polykv.handoff.policy import Policy
 from polykv.models import load_config
 from polykv.pool import check_reader
 from polykv.results import Rows
@@ -23,6 +23,7 @@ from polykv.supported import check_length
 
 __all__ = ["check", "run", "settle"]
 LEAST_REPEATS = 10
+REPREFILL = Policy("reprefill", store="text")
 # What times depend on.
 TIMED = (
     "model", "device", "context", "turn_tokens", "policies", "transports", "readers", "budget_bits", "repeats",
@@ -31,8 +32,14 @@ TIMED = (
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The cell's settings, made explicit."""
-    return settle_key(common.settle(cfg))
+    """Policies are given by name, and become their settings: a YAML that says otherwise makes another cell.
+
+    Raises:
+        PolyKVError: an unknown policy.
+    """
+    settled = settle_key(common.settle(cfg))
+    settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
+    return settled
 
 
 def check(cfg: DictConfig) -> None:
@@ -84,16 +91,16 @@ def routes_of(cfg: DictConfig) -> list[Route]:
     """Re-prefill, then every policy by every transport, read in every way.
 
     Raises:
-        PolyKVError: unknown policy, transport or reader.
+        PolyKVError: unknown transport or reader, or a policy that is none.
     """
     for transport in cfg.transports:
         if transport not in TRANSPORTS:
             raise PolyKVError(f"no transport {transport!r}; there are: {', '.join(TRANSPORTS)}")
     for reader in cfg.readers:
         check_reader(reader)
-    policies = [load_policy(name) for name in cfg.policies]
+    policies = [Policy.from_config(policy) for policy in cfg.policies.values()]
     ways = product(policies, cfg.transports, cfg.readers)
-    return [Route(load_policy("reprefill")), *(Route(*way) for way in ways)]
+    return [Route(REPREFILL), *(Route(*way) for way in ways)]
 
 
 def timed(cfg: DictConfig) -> list[tuple[Route, Timing]]:
@@ -114,7 +121,7 @@ def _timed(key: str) -> list[tuple[Route, Timing]]:
 def new_rows(cfg: DictConfig) -> Rows:
     """Rows of one receiver; `context_tokens` counts its own turn too."""
     return Rows(
-        model=cfg.model.name,
+        model=common.label(cfg, "model"),
         weights=cfg.weights,
         context_tokens=cfg.context,
         n_agents=2,

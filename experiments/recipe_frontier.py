@@ -18,31 +18,25 @@ from polykv.evaluation.readings import Reading
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
+LAYERS = ("first_layers", "last_layers")
+
 
 def settle(cfg: DictConfig) -> DictConfig:
     """`document=auto` becomes the document that suits the model; the seed also draws the rotations.
 
-    Exemptions beyond the recipe's own tokens (`recipe.exempt.sinks=4`) join its name in the rows.
+    A recipe stands here for its codecs: exempt layers, whose weight depends on the model's depth, are always in
+    its label, and of a recipe that an experiment names itself (k8v4) all that it keeps exact.
     """
-    settled = common.settle(cfg)
+    own = cfg.recipe.name in config.available("recipe")
+    exact = [name for name in cfg.recipe.get("exempt", {}) if not own or name in LAYERS]
+    settled = common.settle(cfg, {"recipe": {"exempt": dict.fromkeys(exact, 0)}})
     if settled.document.name == "auto":
         suited = "generated" if settled.weights == "reference" else "wikitext2"
         settled.document = config.load_group("document", suited)
     Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
     for part in (settled.recipe.key, settled.recipe.value):
         _seed(part, settled.seed)
-    settled.recipe.name += _added_exemptions(settled.recipe)
     return settled
-
-
-def _added_exemptions(recipe: DictConfig) -> str:
-    own = {}
-    if recipe.name in config.available("recipe"):
-        own = dict(config.load_group("recipe", recipe.name).exempt)
-    # Exempt layers are always named: what they leave depends on the model's depth.
-    own |= {"first_layers": 0, "last_layers": 0}
-    added = {k: n for k, n in recipe.exempt.items() if n not in (0, own.get(k))}
-    return "".join(f"+{name}{count}" for name, count in added.items())
 
 
 def _seed(codec: DictConfig, seed: int) -> None:

@@ -122,7 +122,7 @@ def _best(trials: list["optuna.trial.FrozenTrial"]) -> Table | None:
 def _measure(cfg: DictConfig, name: str, table: Table | None) -> list[dict[str, Any]]:
     recipe = OmegaConf.merge(cfg.recipe, {"name": name, "layer_bits": table})
     fresh = OmegaConf.merge(cfg, {"seed": cfg.seed + 1, "recipe": recipe})
-    rows = new_rows(fresh, reader=cfg.reader, budget_bits=cfg.budget_bits)
+    rows = new_rows(fresh, recipe=name, reader=cfg.reader, budget_bits=cfg.budget_bits)
     if table is None:
         rows.add("kl_mean", None, "nats", note="no table of equal bits was tried within the budget")
         return rows.rows

@@ -41,10 +41,12 @@ class Cell:
     Attributes:
         rows: one dict of COLUMNS for each observation.
         sealed: a digest vouches for it; cells written before there were digests have none.
+        config: its settings; empty where the file does not say.
     """
 
     rows: list[dict[str, Any]]
     sealed: bool
+    config: dict[str, Any]
 
 
 def compose(
@@ -87,6 +89,7 @@ def read(path: Path) -> Cell:
         rows = [_row(row) for row in content["rows"]]
         sealed = "digest" in content
         whole = not sealed or content["digest"] == digest(content)
+        config = content.get("config")
     except IsADirectoryError as error:
         raise DamagedCell("a folder, not a file") from error
     except KeyError as error:
@@ -98,7 +101,7 @@ def read(path: Path) -> Cell:
     if sealed and (content.get("experiment"), content.get("cell")) != (path.parent.name, path.stem):
         other = f"{content.get('cell')} of {content.get('experiment')}"
         raise DamagedCell(f"it is cell {ascii(other[:80])[1:-1]}")
-    return Cell(rows, sealed)
+    return Cell(rows, sealed, config if isinstance(config, dict) else {})
 
 
 def read_cells(root: str | Path) -> tuple[list[Cell], list[str]]:

@@ -17,14 +17,17 @@ def available(group: str) -> list[str]:
 
 
 def load_group(group: str, name: str) -> DictConfig:
-    """One YAML file of `conf/`.
+    """One YAML file of `conf/`, with those of its group that it is based on.
 
     Raises:
         PolyKVError: there is no such name; the message lists those that are.
     """
     if name not in available(group):
         raise PolyKVError(f"no {group} named {name!r}{did_you_mean(name, available(group))}")
-    return OmegaConf.load(CONF / group / f"{name}.yaml")
+    found = OmegaConf.load(CONF / group / f"{name}.yaml")
+    for base in found.pop("defaults", ()):
+        found = OmegaConf.merge(load_group(group, base), found)
+    return found
 
 
 def did_you_mean(name: str, names: list[str]) -> str:

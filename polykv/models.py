@@ -1,6 +1,5 @@
 """Models: from the hub, a local folder, the embedded reference model, or random weights of a real architecture."""
 
-import hashlib
 import re
 import warnings
 from dataclasses import dataclass
@@ -19,12 +18,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from polykv import config, loading
+from polykv import config, digests, loading
 from polykv.errors import PolyKVError
 from polykv.reference import WEIGHTS_DIR
 
 logging.disable_progress_bar()  # cells have their own
 KINDS = ("hub", "local", "reference", "random")
+# The files of a local model that its numbers depend on.
+PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,20 @@ def load_config(cfg: DictConfig) -> PretrainedConfig:
 
 @cache
 def reference_digest() -> str:
-    """SHA-256 of the embedded weights, shortened."""
-    content = (WEIGHTS_DIR / "model.safetensors").read_bytes()
-    return hashlib.sha256(content).hexdigest()[:12]
+    """Of the embedded weights (polykv/digests.py)."""
+    return digests.of_file(WEIGHTS_DIR / "model.safetensors", "model=reference")
+
+
+def local_digest(cfg: DictConfig) -> str:
+    """Of a local model's config, tokenizer and weights; with random weights, of its config alone.
+
+    Raises:
+        PolyKVError: no folder is named, it holds no model, or a file cannot be read.
+    """
+    folder = Path(_place(cfg))
+    parts = ("config.json",) if cfg.weights == "random" else PARTS
+    files = {path for part in parts for path in folder.glob(part)}
+    return digests.of_files(files, "model.path")
 
 
 def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel, Any]:
@@ -197,17 +209,7 @@ def load_model(name_or_folder: str, device: str = "auto") -> tuple[PreTrainedMod
 
 def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
     """`from_pretrained` for hub ids, folders and the reference model, with one clear line when it fails."""
-    kind = cfg.trained_weights
-    if kind == "reference":
-        path = WEIGHTS_DIR
-    elif OmegaConf.is_missing(cfg, "path") or not cfg.path:
-        raise PolyKVError(f"model={cfg.name} needs a folder; add model.path=/path/to/the/model")
-    else:
-        path = cfg.path
-    if kind == "local" and not (Path(path) / "config.json").is_file():
-        raise PolyKVError(
-            f"no model in {path}: it holds no config.json; give a folder made by save_pretrained"
-        )
+    kind, path = cfg.trained_weights, _place(cfg)
     if kind == "hub":
         options["revision"] = cfg.revision
     try:
@@ -223,3 +225,16 @@ def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
         raise PolyKVError(
             f"model {cfg.name!r} cannot be loaded from {path} ({first}); {mend}"
         ) from error
+
+
+def _place(cfg: DictConfig) -> Path | str:
+    """The folder or hub id of a model config, where there is one and, if local, a model in it."""
+    if cfg.trained_weights == "reference":
+        return WEIGHTS_DIR
+    if OmegaConf.is_missing(cfg, "path") or not cfg.path:
+        raise PolyKVError(f"model={cfg.name} needs a folder; add model.path=/path/to/the/model")
+    if cfg.trained_weights == "local" and not (Path(cfg.path) / "config.json").is_file():
+        raise PolyKVError(
+            f"no model in {cfg.path}: it holds no config.json; give a folder made by save_pretrained"
+        )
+    return cfg.path

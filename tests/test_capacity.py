@@ -16,7 +16,6 @@ from analysis.capacity import capacity
 from analysis.capacity_figure import draw_capacity
 from analysis.load import load
 from analysis.render import latex, markdown, plain, to_csv
-from experiments import capacity as experiment
 from polykv.config import REPO, available, load_group
 from polykv.errors import PolyKVError
 from polykv.evaluation.capacity import Architecture, Crowd, paying, pool_bytes
@@ -233,7 +232,7 @@ def test_readers_keep_their_order(crowd, n):
 @pytest.mark.parametrize("name", available("hardware"))
 def test_every_device_has_its_figures_and_their_sources(name):
     rows = rows_of(f"hardware={name}", *SMALL)
-    sheet = experiment.data_sheet(name)
+    sheet = load_group("hardware", name)
     assert sheet.name == name
     inputs = rows[rows["protocol"] == "input: hardware"].set_index("metric")
     assert set(sheet.sources) == {"memory_gb", "usable", "bandwidth_gb_s", "tflops"}
@@ -248,8 +247,8 @@ def test_every_device_has_its_figures_and_their_sources(name):
 
 
 def test_a_model_is_split_over_the_devices_that_share_its_heads():
-    hardware = Hardware.from_config(experiment.data_sheet("h200-2x8"))
-    one = Hardware.from_config(experiment.data_sheet("h200"))
+    hardware = Hardware.from_config(load_group("hardware", "h200-2x8"))
+    one = Hardware.from_config(load_group("hardware", "h200"))
     replica, alone = (h.replica(8, "bfloat16", 0.5, 0.25) for h in (hardware, one))
     assert (replica.split, replica.count) == (8, 2)
     assert replica.usable_bytes == 8 * alone.usable_bytes == pytest.approx(8 * 141e9 * 0.9)

@@ -65,18 +65,19 @@ def test_the_seed_draws_the_rotation_too(checkpoint, tmp_path):
 
 def test_added_exemptions_are_named_and_the_recipes_own_are_not(checkpoint, tmp_path):
     def name(*overrides):
-        return cell(checkpoint, tmp_path, "recipe_frontier", *overrides)[1].recipe.name
+        settled = cell(checkpoint, tmp_path, "recipe_frontier", *overrides)[1]
+        return common.label(settled, "recipe")
 
     assert name("recipe=q4_0") == "q4_0"
     assert name("recipe=q4_0", "recipe.exempt.sinks=4", "recipe.exempt.recent=8") == (
-        "q4_0+sinks4+recent8"
+        "q4_0+exempt.recent=8+exempt.sinks=4"
     )
     assert name("recipe=kivi_2bit") == "kivi_2bit"
     assert name("recipe=vllm_k8v4_bare") == "vllm_k8v4_bare"
     assert name("recipe=vllm_k8v4_bare", "recipe.exempt.last_layers=2") == (
-        "vllm_k8v4_bare+last_layers2"
+        "vllm_k8v4_bare+exempt.last_layers=2"
     )
-    assert name("recipe=vllm_k8v4") == "vllm_k8v4+first_layers2+last_layers2"
+    assert name("recipe=vllm_k8v4") == ("vllm_k8v4+exempt.first_layers=2+exempt.last_layers=2")
 
 
 def test_the_frontier_calls_bare_what_is_no_preset_of_vllm():
@@ -99,7 +100,10 @@ def test_a_bare_recipe_is_its_namesake_without_exemptions(name):
 
 def test_asymmetry_sets_the_bits_of_keys_and_values(checkpoint, tmp_path):
     module, settled = cell(checkpoint, tmp_path, "kv_asymmetry", "key_bits=8", "value_bits=2")
-    assert settled.recipe.name == "k8v2"
+    assert common.label(settled, "recipe") == "k8v2"
+    _, exempt = cell(checkpoint, tmp_path, "kv_asymmetry", "key_bits=8", "value_bits=2",
+                     "recipe.exempt.sinks=4")  # fmt: skip
+    assert common.label(exempt, "recipe") == "k8v2+exempt.sinks=4"
     got = values(module.run(settled), recipe="k8v2")
     assert got["bits", "nominal"] == 5
     # Codes of 8 and 2 bytes and an fp16 step each, for 8 values.
