@@ -10,14 +10,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.apart import told_by
 from analysis.reduce import BASELINE, Value
 from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, holm, paired_p
 
 EXPERIMENTS = ("recipe_frontier", "outside_references", "kv_asymmetry", "layer_sensitivity", "context_scaling",
                "agent_scaling", "recipe_search")  # fmt: skip
 ALPHA = 0.05
-IDENTITY = ["model", "weights", "device", "dtype", "document", "context_tokens", "n_agents", "recipe",
-            "budget_bits", "seed", "metric", "protocol"]  # fmt: skip
+LINE = ["model", "weights", "document", "context_tokens", "recipe", "budget_bits", "seed", "metric",
+        "protocol"]  # fmt: skip
+HIDDEN = ["device", "dtype", "reader", "backend"]  # in no table here
+IDENTITY = [*LINE, *HIDDEN, "n_agents"]
 
 
 FRONTIER = ("recipe_frontier", "outside_references")  # whose recipes are compared with each other
@@ -76,10 +79,13 @@ class Comparison:
 
 
 def of_experiment(rows: pd.DataFrame, *experiments: str) -> pd.DataFrame:
-    """Their rows; re-measured ones: the newest counts."""
+    """Their rows; re-measured ones: the newest counts. Lines that differ in what no table shows are told apart."""
     rows = rows[rows["experiment"].isin(experiments)]
     rows = rows.sort_values(["created_at", "cell"], kind="stable")
-    return rows.drop_duplicates(IDENTITY, keep="last")
+    rows = rows.drop_duplicates(IDENTITY, keep="last")
+    if "agent_scaling" in experiments:  # the one whose lines are numbers of agents
+        return told_by(rows, [*LINE, "n_agents"], HIDDEN)
+    return told_by(rows, LINE, [*HIDDEN, "n_agents"])
 
 
 def settings(rows: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:

@@ -1,15 +1,16 @@
 """Cells on disk -> one tidy DataFrame. The only module here that reads results."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
 
-from polykv.cellfile import read_cells
+from analysis.apart import Configs, told_apart
+from polykv.cellfile import Cell, read_cells
 from polykv.errors import PolyKVError
 from polykv.results import frame
 
@@ -25,11 +26,13 @@ class Results:
         rows: polykv.results.COLUMNS and head_dim.
         damaged: one line for each cell skipped.
         unsealed: cells from before there were digests, in which an edit would not show.
+        configs: the settings of each cell, by experiment and cell.
     """
 
     rows: pd.DataFrame
     damaged: tuple[str, ...] = ()
     unsealed: int = 0
+    configs: Configs = field(default_factory=dict)
 
 
 @contextmanager
@@ -61,7 +64,17 @@ def drawing(root: Path) -> Iterator[None]:
 
 
 def load(root: Path) -> Results:
-    """Every row of every readable cell below `root`.
+    """Every row of every readable cell below `root`; lines that several cells share are told apart.
+
+    Raises:
+        PolyKVError: as `read`.
+    """
+    found = read(root)
+    return replace(found, rows=told_apart(found.rows, found.configs))
+
+
+def read(root: Path) -> Results:
+    """Every row of every readable cell below `root`, as it was written.
 
     Numbers become float (missing or not finite: NaN), everything else str (missing: "").
 
@@ -84,7 +97,16 @@ def load(root: Path) -> Results:
         name: rows[name].astype(object).where(rows[name].notna(), "").astype(str)
         for name in rows.columns.difference(NUMBERS)
     }
-    return Results(_with_head_dim(rows.assign(**texts)), tuple(damaged), unsealed)
+    rows = _with_head_dim(rows.assign(**texts))
+    return Results(rows, tuple(damaged), unsealed, _configs(cells))
+
+
+def _configs(cells: Sequence[Cell]) -> Configs:
+    return {
+        (str(row["experiment"] or ""), str(row["cell"] or "")): cell.config
+        for cell in cells
+        for row in cell.rows
+    }
 
 
 def _with_head_dim(rows: pd.DataFrame) -> pd.DataFrame:

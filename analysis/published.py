@@ -119,8 +119,10 @@ def _count(text: str) -> int | None:
 
 
 def same_model(published: str, measured: str) -> bool:
-    """conf/model leaves out the `-instruct` of the published names."""
-    return published.removesuffix("-instruct") == measured.removesuffix("-instruct")
+    """conf/model leaves out the `-instruct` of the published names; what runs are told apart by is in brackets."""
+    return published.removesuffix("-instruct") == measured.partition(" (")[0].removesuffix(
+        "-instruct"
+    )
 
 
 def distance(figure: Figure, point: Point) -> float:

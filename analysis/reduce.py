@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from analysis.apart import joined
+
 # Measure -> (metric, protocol). None: any; for BERTScore the protocol names the scorer, a key of its own.
 MEASURES: dict[str, tuple[str, str | None]] = {
     "nominal_ratio": ("compression_ratio", "nominal"),
@@ -78,7 +80,7 @@ class Point:
 
 def points(rows: pd.DataFrame) -> list[Point]:
     """Reduce tidy rows (analysis.load) to points, sorted. Re-measured values: the newest counts."""
-    rows = _readers(_measures(rows))
+    rows = _backends(_readers(_measures(rows)))
     rows = _spread(_latest(rows))
     keys = [*SETTING, *OPEN]
     found = []
@@ -119,6 +121,16 @@ def _readers(rows: pd.DataFrame) -> pd.DataFrame:
     """An uncompressed cache is private however it got there."""
     full = (rows["recipe"] == BASELINE) & rows["reader"].isin(["", "inject"])
     return rows.assign(reader=rows["reader"].mask(full, "private"))
+
+
+def _backends(rows: pd.DataFrame) -> pd.DataFrame:
+    """A reader that several backends ran is several readers: `cascade (backend=cpu)`."""
+    backend = rows["backend"].where((rows["reader"] != "") & rows["backend"].notna(), "")
+    stated = rows.assign(backend=backend)[backend != ""]
+    each = stated.groupby([*SETTING, *OPEN, "measure", "seed"], dropna=False)["backend"].nunique()
+    several = each[each > 1].index.get_level_values("reader")
+    told = rows["reader"].isin(several) & (backend != "")
+    return joined(rows, "reader", ("backend=" + backend).where(told, ""))
 
 
 def _latest(rows: pd.DataFrame) -> pd.DataFrame:

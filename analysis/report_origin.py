@@ -1,15 +1,17 @@
 """Where the rows of a report come from: folders, experiments, settings, commits, machines and versions."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.load import Results, load
+from analysis.apart import told_apart
+from analysis.load import Results, read
 from analysis.render import Column, Table, keys
+from polykv.naming import flat
 from polykv.results import NOT_IDENTITY, Store
 
 COPY = ["experiment", "cell"]
@@ -43,7 +45,7 @@ def union(folders: Sequence[Path]) -> tuple[Results, list[Origin]]:
     Raises:
         PolyKVError: a folder is not there, or holds not one readable row.
     """
-    found = [load(folder) for folder in folders]
+    found = [read(folder) for folder in folders]
     rows = pd.concat(
         [results.rows.assign(folder=place) for place, results in enumerate(found)],
         ignore_index=True,
@@ -55,10 +57,12 @@ def union(folders: Sequence[Path]) -> tuple[Results, list[Origin]]:
         _origin(Store(folders[place]), experiment, cell)
         for experiment, cell, place in copies.itertuples(index=False)
     ]
+    configs = {cell: config for results in found for cell, config in results.configs.items()}
     everything = Results(
-        rows.drop(columns="folder"),
+        told_apart(rows.drop(columns="folder"), configs),
         tuple(dict.fromkeys(cell for results in found for cell in results.damaged)),
         sum(results.unsealed for results in found),
+        configs,
     )
     return everything, origins
 
@@ -135,7 +139,8 @@ def settings(origins: Sequence[Origin]) -> list[Settings]:
     for origin in origins:
         if origin.config:
             kept = {k: v for k, v in origin.config.items() if k not in NOT_IDENTITY}
-            by_experiment.setdefault(origin.experiment, []).append(dict(_flat(kept)))
+            said = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat(kept).items()}
+            by_experiment.setdefault(origin.experiment, []).append(said)
     found = []
     for experiment, configs in sorted(by_experiment.items()):
         same, swept = [], []
@@ -144,15 +149,6 @@ def settings(origins: Sequence[Origin]) -> list[Settings]:
             (swept if len(values) > 1 else same).append((name, _listed(values)))
         found.append(Settings(experiment, len(configs), same, swept))
     return found
-
-
-def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """`model.dtype` -> "float32", for every leaf."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield before + name, value if isinstance(value, str) else json.dumps(value)
 
 
 def _listed(values: list[str]) -> str:
