@@ -64,7 +64,9 @@ def test_help_needs_no_torch():
 def test_own_model_and_text_end_to_end(undisturbed, checkpoint):
     results, printed = undisturbed
     frame = numbers(results)
-    assert set(frame.weights) == {"local"} and set(frame.model) == {"local"}
+    assert set(frame.weights) == {"local"}
+    assert set(frame.model) == {f"local {checkpoint.name}"}
+    assert set(frame.document) == {"file text.txt"}
     assert frame.cell.nunique() == 6
     found = set(frame.metric)
     assert {"perplexity", "perplexity_delta", "kl_mean", "same_top1", "bertscore_f1"} <= found
