@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from experiments import common
 from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
-from polykv import config, loading
+from polykv import config, kernels, loading, models
 from polykv.errors import PolyKVError
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
@@ -27,17 +27,20 @@ REPREFILL = Policy("reprefill", store="text")
 # What times depend on.
 TIMED = (
     "model", "device", "context", "turn_tokens", "policies", "transports", "readers", "budget_bits", "repeats",
-    "seed", "card",
+    "seed", "card", "backend",
 )  # fmt: skip
 
 
 def settle(cfg: DictConfig) -> DictConfig:
     """Policies are given by name, and become their settings: a YAML that says otherwise makes another cell.
 
+    backend=auto is the fastest one here, whatever the reader: it writes the bits that torch writes.
+
     Raises:
-        PolyKVError: an unknown policy.
+        PolyKVError: an unknown policy, or a backend that cannot be had.
     """
     settled = settle_key(common.settle(cfg))
+    settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
     return settled
 
@@ -100,7 +103,7 @@ def routes_of(cfg: DictConfig) -> list[Route]:
         check_reader(reader)
     policies = [Policy.from_config(policy) for policy in cfg.policies.values()]
     ways = product(policies, cfg.transports, cfg.readers)
-    return [Route(REPREFILL), *(Route(*way) for way in ways)]
+    return [Route(REPREFILL), *(Route(*way, cfg.backend) for way in ways)]
 
 
 def timed(cfg: DictConfig) -> list[tuple[Route, Timing]]:
@@ -142,5 +145,6 @@ def columns(cfg: DictConfig, timings: list[tuple[Route, Timing]]) -> list[dict[s
         if policy.store != "text":
             in_place = ", in place" if route.reader == "cascade" else ""
             about |= {"protocol": route.transport + in_place, "reader": route.reader}
+            about["backend"] = route.backend
         found.append(about)
     return found

@@ -127,7 +127,7 @@ def check_cards(bench: Bench) -> str:
 def report(bench: Bench) -> None:
     """Median times by route; and the break-even contexts, which are rows of their own, worked out anew each time."""
     found = bench.rows("handoff_ttft", device=bench.device.type)
-    found = found[(found["metric"] == "ttft") & (found["model"] == MODEL)]
+    found = found[(found["metric"] == "ttft") & (found["model"].str.startswith(MODEL))]
     found = found.assign(route=found["policy"] + ", " + found["protocol"])
     medians = found.pivot_table(
         index="context_tokens", columns="route", values="value"

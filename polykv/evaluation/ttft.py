@@ -39,11 +39,13 @@ class Route:
     """How the context reaches the receiver: as text (store `text`), or as a card in memory or in a file.
 
     The receiver decodes a card into a cache of its own (reader `inject`) or attends to it in place (`cascade`).
+    `backend` (polykv/kernels) encodes, decodes and attends.
     """
 
     policy: Policy
     transport: str = "memory"
     reader: str = "inject"
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def _run(
         feed = torch.cat([known_T, turn_T])
     else:
         topology = Topology(n_shared=len(known_T) // 2)
-        card = CacheCard.seal(cache, known_T, model, tokenizer, path.policy, budget_bits, topology)
+        card = CacheCard.seal(
+            *(cache, known_T, model, tokenizer, path.policy, budget_bits, topology),
+            backend=path.backend,
+        )
         clock.lap("create")
         if path.transport == "file":
             content = card.to_bytes(key)
@@ -139,7 +144,7 @@ def _run(
             stores.write(str(file), content)
             content = stores.read(str(file))
             clock.lap("transfer")
-            card = CacheCard.from_bytes(content, model, tokenizer, key)
+            card = CacheCard.from_bytes(content, model, tokenizer, key, path.backend)
             clock.lap("verify")
         if path.reader == "cascade":
             received = card.reader()
