@@ -29,7 +29,8 @@ def settle(cfg: DictConfig) -> DictConfig:
     """
     own = cfg.recipe.name in config.available("recipe")
     exact = [name for name in cfg.recipe.get("exempt", {}) if not own or name in LAYERS]
-    settled = common.settle(cfg, {"recipe": {"exempt": dict.fromkeys(exact, 0)}})
+    bare = {"recipe": {"exempt": dict.fromkeys(exact, 0)}} if exact else {}
+    settled = common.settle(cfg, bare)
     if settled.document.name == "auto":
         suited = "generated" if settled.weights == "reference" else "wikitext2"
         settled.document = config.load_group("document", suited)
