@@ -50,10 +50,11 @@ def polykv_memory(rows: pd.DataFrame, figures: Sequence[Figure]) -> Table:
         Column("resident", "resident", memory),
     ]
     caption = (
-        f"KV memory in GB (10^9 bytes), published by PolyKV and measured. Recipe {BASELINE}: every "
-        "agent keeps its own cache; other recipes: one pool. Paper accounting counts fp32 and only "
-        "the prefilled 70 %; the true figures are fp16 unshared (half of that fp32), stored (every "
-        "byte kept) and resident (measured while all agents decode, with what readers rebuild). "
+        "KV memory in GB (10^9 bytes): published by PolyKV, worked out as it did, and measured. "
+        f"Recipe {BASELINE}: every agent keeps its own cache; other recipes: one pool. Paper accounting "
+        "counts fp32 and only the prefilled 70 %; the true figures are fp16 unshared (half of that "
+        "fp32), stored (every byte kept) and resident (measured while all agents decode, with what "
+        "readers rebuild). "
         f"{describe(_of(rows, 'kv_memory'))}"
     )
     return Table("polykv_memory", caption, columns, lines)
