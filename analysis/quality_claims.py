@@ -7,7 +7,7 @@ from analysis import published
 from analysis.published import Figure
 from analysis.reduce import Point, having
 from analysis.verdict import OPEN, Claim, equivalent, sentence, with_interval
-from polykv.evaluation.statistics import MIN_DOCUMENTS
+from polykv.evaluation.statistics import MIN_DOCUMENTS, interval_over
 
 # What counts as the same: no margin is published, both are our choice. The authors' own two runs of one setting differ
 # by 0.32 points (+1.27 and +1.59 %, their experiment log); answers to other questions score near 0.89 by
@@ -15,7 +15,8 @@ from polykv.evaluation.statistics import MIN_DOCUMENTS
 MARGIN = {"perplexity_delta": 0.5, "bertscore_f1": 0.01}
 UNIT = {"perplexity_delta": " points", "bertscore_f1": ""}
 NAME = {"perplexity_delta": "perplexity", "bertscore_f1": "BERTScore F1"}
-OVER_DOCUMENTS = "paper; interval over documents"  # the protocol of polykv.evaluation.continuation
+# The protocol of polykv.evaluation.continuation.
+OVER_DOCUMENTS = f"paper; {interval_over('documents')}"
 of_paper = partial(Claim, "polykv")
 
 

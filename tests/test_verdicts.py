@@ -55,7 +55,7 @@ def quality(monkeypatch, delta=(None, None), f1=(None, None), **more):
     for row in rows:
         if row["metric"] == "perplexity_delta":
             row |= {"value": 0.5, "ci_low": delta[0], "ci_high": delta[1]}
-            row["protocol"] = f"paper; interval over {over}"
+            row["protocol"] = f"paper; interval: skewness-corrected t over {over}"
         if row["metric"] == "bertscore_f1":
             row |= {"value": 0.92, "ci_low": f1[0], "ci_high": f1[1]}
             row |= {"protocol": f"bertscore {scorer}", "n": n}

@@ -57,8 +57,12 @@ def _runs(sample: np.ndarray) -> list[np.ndarray]:
 
 def interval_name(samples: list[np.ndarray], unit: str = "documents") -> str:
     """What `document_interval` is, for the row's protocol or note; `unit` is what each sample is of."""
-    known = unit if len(samples) >= MIN_DOCUMENTS else "blocks of tokens"
-    return f"interval: skewness-corrected t over {known}"
+    return interval_over(unit if len(samples) >= MIN_DOCUMENTS else "blocks of tokens")
+
+
+def interval_over(units: str) -> str:
+    """What the interval is called whose sample `units` are."""
+    return f"interval: skewness-corrected t over {units}"
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
