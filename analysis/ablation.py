@@ -35,8 +35,8 @@ class Comparison:
     def p(self) -> float:
         """Two-sided, as a normal mean has it whose 95 % interval is as wide.
 
-        The width and not the side of zero: with skew, a percentile interval leans to the wrong side
-        (Hesterberg 2015), so that its nearer end would flatter.
+        The width and not the side of zero: with skew, a percentile interval, as older rows have it, leans to the
+        wrong side (Hesterberg 2015), so that its nearer end would flatter.
         """
         width, reach = self.apart.high - self.apart.low, NormalDist().inv_cdf(0.975)
         if not width:

@@ -25,7 +25,7 @@ COLUMN = {"model": "model", "document": "document", "relay": "document", "recipe
 TOLD = {*NOT_IDENTITY, "experiment_name", "labels", "weights", "context", "n_agents", "n_hops", "budget_bits",
         "seed", "reader", "backend", "device", "reseal", "scorer", "model.weights", "model.dtype",
         "model.quantization", "document.n_documents", "agents", "readers", "suffix_tokens", "transports",
-        "measured", "measured_digest"}  # fmt: skip
+        "measured", "measured_digest", "state"}  # fmt: skip
 
 Cell = tuple[str, str]  # experiment and cell
 Configs = Mapping[Cell, Mapping[str, Any]]
@@ -78,6 +78,11 @@ def joined(rows: pd.DataFrame, label: str, words: pd.Series) -> pd.DataFrame:
     """Rows whose label says these words too, in brackets; "" says nothing."""
     told = rows[label] + " (" + words + ")"
     return rows.assign(**{label: rows[label].where(words == "", told)})
+
+
+def without_settings(label: str) -> str:
+    """A label without what `joined` added."""
+    return label.partition(" (")[0]
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:

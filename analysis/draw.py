@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from analysis.apart import without_settings
 from analysis.colours import colours
 from analysis.labels import label_ends
 from analysis.layout import number_ticks, plain_log
@@ -129,7 +130,10 @@ def _lines(points: Sequence[Point], by_reader: bool = True) -> dict[str, list[Po
     """A line for each recipe; those who read its pool in place may have one of their own."""
     lines: dict[str, list[Point]] = {}
     for p in points:
-        lines.setdefault(p.recipe + IN_PLACE * (by_reader and p.reader == "cascade"), []).append(p)
+        reader = without_settings(p.reader)
+        backend = p.reader.removeprefix(reader)  # where several read in place
+        name = p.recipe + backend + IN_PLACE if by_reader and reader == "cascade" else p.recipe
+        lines.setdefault(name, []).append(p)
     return lines
 
 

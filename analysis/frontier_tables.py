@@ -156,7 +156,7 @@ def _no_slope() -> dict[str, Value]:
 
 
 def agent_scaling(rows: pd.DataFrame) -> Table | None:
-    """Perplexity delta by number of agents, and how far any two agents differ."""
+    """Perplexity delta by number of agents, and how far any agent is from a single reader."""
     rows = of_experiment(rows, "agent_scaling")
     lines = [
         {"section": str(setting), "recipe": recipe, "agents": int(n)} | values(part)
@@ -167,7 +167,7 @@ def agent_scaling(rows: pd.DataFrame) -> Table | None:
         *keys("recipe", "agents"),
         Column("perplexity_delta", "Δppl % [95 %]", fixed(3, "+"), interval=True),
         Column("kl_mean", "KL mean [95 %]", significant, interval=True),
-        Column("agent_spread", "largest difference of agents, nats", significant),
+        Column("agent_spread", "largest difference to a single reader, nats", significant),
     ]
     caption = f"Quality of the last of N agents that read one pool. {describe(rows)}"
     return Table("agent_scaling", caption, columns, lines) if lines else None

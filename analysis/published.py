@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.apart import without_settings
 from analysis.reduce import BASELINE, Point, Value
 from polykv.errors import PolyKVError
 
@@ -120,9 +121,8 @@ def _count(text: str) -> int | None:
 
 def same_model(published: str, measured: str) -> bool:
     """conf/model leaves out the `-instruct` of the published names; what runs are told apart by is in brackets."""
-    return published.removesuffix("-instruct") == measured.partition(" (")[0].removesuffix(
-        "-instruct"
-    )
+    bare = without_settings(measured)
+    return published.removesuffix("-instruct") == bare.removesuffix("-instruct")
 
 
 def distance(figure: Figure, point: Point) -> float:

@@ -26,7 +26,7 @@ from polykv.handoff.tasks import Task, load_tasks
 from polykv.results import Rows
 
 # What the fp16 relay depends on; cells that agree here share it.
-SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed")
+SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
 FP16 = Policy("fp16", store="float16")  # what all others are held to, whatever conf/policy says
 
 
@@ -193,7 +193,7 @@ def forced(
 
 def new_handoff(cfg: DictConfig, policy: Policy) -> Handoff:
     model, tokenizer = loaded(cfg)
-    settings = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg))
+    settings = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg), cfg.backend)
     return Handoff(model, tokenizer, *settings)
 
 

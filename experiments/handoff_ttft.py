@@ -143,8 +143,11 @@ def columns(cfg: DictConfig, timings: list[tuple[Route, Timing]]) -> list[dict[s
         about = {"policy": policy.name, "protocol": "text"}
         about["budget_bits"] = cfg.budget_bits if policy.has_budget else None
         if policy.store != "text":
-            in_place = ", in place" if route.reader == "cascade" else ""
-            about |= {"protocol": route.transport + in_place, "reader": route.reader}
+            how = ", in place" if route.reader == "cascade" else ""
+            # Not the fastest one here: another route, which was asked for by name.
+            if route.backend != kernels.pick_backend("auto", models.pick_device(cfg.device)):
+                how += f", {route.backend}"
+            about |= {"protocol": route.transport + how, "reader": route.reader}
             about["backend"] = route.backend
         found.append(about)
     return found

@@ -92,13 +92,13 @@ def context_rows(slope):
                       protocol=f"document {i}", **place)  # fmt: skip
 
 
-def agent_rows():
-    for n in (1, 15):
+def agent_rows(numbers=(1, 15), spread=0.0):
+    for n in numbers:
         place = {"n_agents": n, "cell": f"agents-{n}"}
         yield row(
             "agent_scaling", "polykv", "perplexity_delta", 1.0, ci_low=0.5, ci_high=1.5, **place
         )
-        yield row("agent_scaling", "polykv", "agent_spread", 0.0, **place)
+        yield row("agent_scaling", "polykv", "agent_spread", spread, **place)
 
 
 def search_rows():
@@ -202,6 +202,20 @@ def test_findings_judge_the_context_claim_by_its_interval(tmp_path, slope, verdi
     text = " ".join(findings.text(rows).split())
     assert f"**{verdict}**: the perplexity delta shrinks as the context grows (on reference" in text
     assert "**cannot be told here**: quality does not depend on how many agents" in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "spread", "verdict"),
+    [
+        ((1, 15), 1e-5, "reproduced"),
+        ((1, 15), 3.0, "not reproduced"),
+        ((5,), 1e-5, "cannot be told here"),
+    ],
+)
+def test_findings_judge_the_agents_by_every_one_of_them(tmp_path, numbers, spread, verdict):
+    rows = load(write(tmp_path, list(agent_rows(numbers, spread)))).rows
+    text = " ".join(findings.text(rows).split())
+    assert f"**{verdict}**: quality does not depend on how many agents" in text
 
 
 def test_findings_say_what_was_measured_and_what_was_not(root):

@@ -13,8 +13,12 @@ from analysis.handoff_figures import HANDOFF_FIGURES
 from analysis.handoff_reduce import EXPERIMENTS
 from analysis.handoff_tables import HANDOFF_TABLES
 from analysis.load import load
+from experiments import handoff_ttft
+from polykv import kernels
 from polykv.config import CONF
 from polykv.errors import PolyKVError
+from polykv.evaluation.ttft import Route
+from polykv.handoff.policy import load_policy
 from polykv.results import Store, cell_id
 
 SMALL = ("n_problems=3", "relay.n_facts=8", "relay.max_new_tokens=12", "budget_bits=3")
@@ -146,3 +150,13 @@ def test_evaluate_module_agrees_with_the_rows():
 
     metric = GSM8K().compute(predictions=["#### 3", "it is 4", "no"], references=["3", "4", "5"])
     assert metric == {"strict": pytest.approx(100 / 3), "flexible": pytest.approx(200 / 3)}
+
+
+def test_a_backend_that_was_asked_for_by_name_is_a_route_of_its_own(monkeypatch):
+    monkeypatch.setattr(kernels, "pick_backend", lambda name, device: "cpu")
+    cfg = OmegaConf.create({"device": "cpu", "budget_bits": 4.0})
+    uniform = load_policy("uniform")
+    routes = [Route(uniform, "memory", "cascade", backend) for backend in ("cpu", "torch")]
+    told = handoff_ttft.columns(cfg, [(route, None) for route in routes])
+    assert [one["protocol"] for one in told] == ["memory, in place", "memory, in place, torch"]
+    assert [one["backend"] for one in told] == ["cpu", "torch"]

@@ -232,3 +232,12 @@ def test_a_label_stands_for_the_tokens_that_the_file_states_for_it():
     stages = [f.value.value for f in figures if f.table == "stages" and f.at == "8K"]
     (whole,) = [f for f in figures if (f.metric, f.policy, f.at) == ("ttft", "qkvshare", "8K")]
     assert math.isclose(sum(stages), whole.value.value, abs_tol=0.2)
+
+
+def test_a_second_backend_does_not_lose_the_claim_on_memory(tmp_path):
+    rows = [
+        row | {"backend": backend, "cell": f"{row['cell']}-{backend}"}
+        for recipe, backend in (("full", "torch"), ("polykv", "torch"), ("polykv", "cpu"))
+        for row in cell_rows("reference", "reference", 512, 15, recipe, True)
+    ]
+    assert judged(tmp_path, rows, "agents that read one pool take less memory").verdict == NO

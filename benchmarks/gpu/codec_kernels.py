@@ -1,4 +1,4 @@
-"""Encode and decode of every codec that has a Triton kernel, on a GPU: correct in fp64, and against a device copy.
+"""Encode and decode of a pool's codecs by Triton, on a GPU: correct in fp64, and against a device copy.
 
     python benchmarks/gpu/codec_kernels.py            one GPU with 8 GB; goes on where it was stopped
     python benchmarks/gpu/codec_kernels.py --tiny     the same path on a CPU, through Triton's interpreter

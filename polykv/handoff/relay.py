@@ -47,6 +47,7 @@ class Handoff:
     reseal: str
     seed: int = 0
     key: SigningKey | None = None
+    backend: str = "auto"
     card: CacheCard | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -69,9 +70,12 @@ class Handoff:
         if self.card is not None and self.reseal == "append":
             card = self.card.append(*options, seed=self.seed)
         else:
-            card = CacheCard.seal(*options, parent=self.card, seed=self.seed)
+            made = {"seed": self.seed, "backend": self.backend}
+            card = CacheCard.seal(*options, parent=self.card, **made)
         content = card.to_bytes(self.key)
-        self.card = CacheCard.from_bytes(content, self.model, self.tokenizer, self.key)
+        self.card = CacheCard.from_bytes(
+            content, self.model, self.tokenizer, self.key, self.backend
+        )
         return self.card.inject()
 
 
