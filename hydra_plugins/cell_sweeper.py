@@ -59,9 +59,10 @@ class Job:
         except Exception as error:  # what could be planned cannot be prepared here
             return Outcome(cell.identity, "failed", f"on {platform.node()}: {error}")
         if found != cell.identity:
-            what = "a setting that is auto (device, backend, scorer) became another where it ran"
+            what = "a setting that is auto (device, backend, scorer) or a file that it reads became another"
             where = f"planned on {self.planned_on}, run on {platform.node()}"
-            return Outcome(cell.identity, "failed", f"{what} ({where}); give it by name")
+            mend = "give the setting by name, or run again with the file as it is"
+            return Outcome(cell.identity, "failed", f"{what} ({where}); {mend}")
         return self.task(cfg)
 
 
