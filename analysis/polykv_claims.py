@@ -17,7 +17,7 @@ from polykv.evaluation.statistics import MIN_DOCUMENTS, paired_p
 ROUNDING = 0.0005  # of the published GB
 TREND = "run experiment=context_scaling with three contexts (context=) of n_documents=8"
 PRINTED = 0.01  # a perplexity delta's last printed digit, in percent
-NOTICED = 0.01  # nats of one token's log-probability; rounding is a hundred times less
+SAME_NATS = 0.01  # of one token's log-probability; rounding is a hundred times less
 NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
 of_paper = partial(Claim, "polykv")
 
@@ -89,13 +89,10 @@ def _resident(found: Sequence[Point]) -> list[Claim]:
             most[key] = p
     lines = []
     for key, private in most.items():
-        readers: dict[str, float] = {}
+        readers: dict[str, float] = {}  # of several backends the best
         for p in (p for p in found if _same_crowd(p, private)):
-            name, taken = (
-                without_settings(p.reader),
-                p["resident"].value,
-            )  # the best of several backends
-            readers[name] = min(taken, readers.get(name, taken))
+            reader, taken = without_settings(p.reader), p["resident"].value
+            readers[reader] = min(taken, readers.get(reader, taken))
         if "inject" in readers:
             lines.append(_reader_by_reader(_on(claim, *key), private, readers))
     return lines or [_not_run(claim, "polykv_memory")]
@@ -183,7 +180,7 @@ def _same_for_all(claim: str, mine: pd.DataFrame) -> Claim:
     if len(deltas) < 2 or not isfinite(apart) or not isfinite(spread):
         return of_paper(OPEN, claim, "One number of agents tells nothing; run n_agents=1,15.")
     return of_paper(
-        YES if apart < PRINTED and spread < NOTICED else NO,
+        YES if apart < PRINTED and spread < SAME_NATS else NO,
         claim,
         f"With {numbers[0]} to {numbers[-1]} agents in a batch the perplexity delta changes by {apart:.2g} "
         f"points, and no agent's log-probability differs from a single reader's by more than {spread:.2g} nats.",

@@ -7,5 +7,5 @@ GPU_TIMES = 32
 
 
 def scratch(n_bytes: int, device: torch.device) -> int:
-    """`n_bytes` on a CPU, and as many more on a GPU as make a launch worth its time."""
+    """`n_bytes` on a CPU; on a GPU so many times that as make a launch worth its time."""
     return n_bytes if device.type == "cpu" else n_bytes * GPU_TIMES
