@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments import processes, sweep
+from experiments import processes, progress, sweep
 from polykv.errors import PolyKVError
 
 
@@ -25,8 +25,9 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     processes.second_interrupt_quits()
     try:
-        task()
-        return report(sweep.ended) if sweep.ended else 0
+        with progress.Reporter():
+            task()
+            return report(sweep.ended) if sweep.ended else 0
     except KeyboardInterrupt:
         processes.stop_after_interrupt()
         print(sweep.stopped(), file=sys.stderr)
@@ -37,15 +38,14 @@ def main() -> int:
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return report(sweep.ended) if sweep.ended else 0
 
 
 def report(ended: sweep.Ended) -> int:
     """Tables and figures of the folder, then what did not end well; the exit code."""
-    from analysis.__main__ import main as render
+    from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    code = render(["--results", ended.results_dir, "--show", ended.experiment])
+    code = show(ended.results_dir, ended.experiment, ended.cells)
     if line := unsynced(ended.results_dir):
         print(line)
     for line in ended.complaints():

@@ -6,20 +6,26 @@ Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an e
 """
 
 import argparse
+import re
 import shutil
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from analysis import render, report
+from analysis import answers, compare, published, render, report
+from analysis.apart import told_apart
 from analysis.captions import caption
 from analysis.figures import save
 from analysis.latex import tex
-from analysis.load import drawing, load
-from analysis.registry import FIGURES, NAMES, SUMMARY, TABLES, TEXTS
+from analysis.load import Results, drawing, load, read, told
+from analysis.registry import COMPARE, FIGURES, NAMES, TABLES, TEXTS, names_of, of_papers, table_of
 from analysis.upload import upload
 from polykv.errors import PolyKVError
+from polykv.progress import track
 
 WRITERS = {"md": render.markdown, "tex": render.latex, "csv": render.to_csv}
 PICTURES = ("png", "pdf")
@@ -28,9 +34,18 @@ LOCAL = Path("results/local")
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    command = COMMANDS.get(argv[0]) if argv else None
+    return _exit_code(partial(command, argv[1:]) if command else partial(_render, argv))
+
+
+def show(root: str, experiment: str, cells: Sequence[str]) -> int:
+    """What run.py ends with: `after_sweep`, its errors and warnings as lines; the exit code."""
+    return _exit_code(partial(after_sweep, Path(root), experiment, cells))
+
+
+def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
     try:
-        command = COMMANDS.get(argv[0]) if argv else None
-        damaged = command(argv[1:]) if command else _render(argv)
+        damaged = render()
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,20 +79,73 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     formats = [*WRITERS, *PICTURES]
     parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
     parser.add_argument("--only", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--show", default="", metavar="EXPERIMENT", help="whose table to print")
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
     arguments = parser.parse_args(argv)
     only = _chosen("--only", arguments.only, NAMES) if arguments.only else list(NAMES)
     kinds = _chosen("--format", arguments.format, formats)
-    with drawing(arguments.results):
-        results = load(arguments.results)
-        shown = only[0] if len(only) == 1 else arguments.show
-        shown = shown if shown in NAMES else SUMMARY
-        _write(results.rows, arguments.results, only, kinds, shown)
+    root = arguments.results
+    with drawing(root):
+        results = load(root)
+        undrawn = _write(results, root, only, kinds)
+    for name, reason in undrawn.items():
+        print(f"figure {name} is not drawn: {reason}")
+    _print(results.rows, only[0] if len(only) == 1 else COMPARE)
+    _say_where(root)
     if results.unsealed:
         said = "cells are from before there were digests; an edit in them would not show"
         print(f"note: {results.unsealed} {said}", file=sys.stderr)
     return results.damaged
+
+
+def after_sweep(root: Path, experiment: str, cells: Sequence[str]) -> tuple[str, ...]:
+    """Write what the experiment is shown in, and print the table of these cells first; the damaged cells.
+
+    Raises:
+        PolyKVError: not one of the cells can be read.
+    """
+    names = names_of(experiment)
+    with drawing(root):
+        found = read(root)
+        asked = found.rows[
+            (found.rows["experiment"] == experiment) & found.rows["cell"].isin(cells)
+        ]
+        _write(told(found), root, names, [*WRITERS, *PICTURES])
+    if len(asked):
+        rows = told_apart(asked, found.configs)
+        _print(rows, table_of(experiment))
+        _say_published(rows, root)
+    _say_where(root)
+    return found.damaged
+
+
+def _print(rows: pd.DataFrame, name: str) -> None:
+    """A table (or text) of these rows, and of recipes which of them the documents tell apart."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    if name in TEXTS and (text := TEXTS[name].of(rows)):
+        print(text)
+    if name in TABLES and (table := TABLES[name](rows)):
+        print(render.plain(render.measured(table), width))
+    if name == COMPARE:
+        for line in compare.separations(of_papers(rows)):
+            print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
+
+
+def _say_published(rows: pd.DataFrame, root: Path) -> None:
+    """How many published figures are of these models, and where they stand beside what was measured."""
+    models = [re.sub(r"\W", "", name.lower()) for name in set(rows["model"])]
+    for paper in ("polykv", "qkvshare"):
+        theirs = [re.sub(r"\W", "", figure.model.lower()) for figure in published.load(paper)]
+        n = sum(any(name and model.startswith(name) for name in models) for model in theirs)
+        file = root / "tables" / f"published_{paper}.md"
+        if n and file.is_file():
+            print(f"{n} published figures of this model: {file}")
+
+
+def _say_where(root: Path) -> None:
+    places = {"tables": root / "tables", "figures": root / "figures", "answers": root / "answers"}
+    for what, place in {"rows": root / "rows.csv", **places}.items():
+        if place.exists():
+            print(f"{what}: {place}")
 
 
 def _chosen(option: str, text: str, known: tuple[str, ...] | list[str]) -> list[str]:
@@ -87,52 +155,50 @@ def _chosen(option: str, text: str, known: tuple[str, ...] | list[str]) -> list[
     return chosen
 
 
-def _write(rows: pd.DataFrame, root: Path, only: list[str], kinds: list[str], shown: str) -> None:
-    tables, pictures = root / "tables", root / "figures"
+def _write(
+    results: Results, root: Path, only: Sequence[str], kinds: Sequence[str]
+) -> dict[str, str]:
+    """Write the tables, figures and texts of these names; why a figure could not be drawn, by name."""
+    undrawn = {}
+    rows, tables, pictures = results.rows, root / "tables", root / "figures"
     try:
         tables.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
         rows.to_csv(root / "rows.csv", index=False)
-        for name in only:
-            if name in TEXTS:
-                _write_text(rows, name, tables, shown)
+        answers.write(results, root / "answers")
+        for name in track(only, "tables and figures"):
+            if name in TEXTS and (text := TEXTS[name].of(rows)):
+                (tables / f"{name}.md").write_text(text, encoding="utf-8")
             if name in TABLES:
-                _write_table(rows, name, tables, kinds, shown)
+                _write_table(rows, name, tables, kinds)
             if name in FIGURES:
-                _write_figure(rows, name, pictures, [kind for kind in kinds if kind in PICTURES])
+                reason = _write_figure(rows, name, pictures, [k for k in kinds if k in PICTURES])
+                undrawn |= {name: reason} if reason else {}
     except OSError as error:
         raise PolyKVError(
             f"cannot write {error.filename or root} ({error.strerror or error}); free space or give "
             "a folder that can be written"
         ) from error
-    print(f"rows: {root / 'rows.csv'}\ntables: {tables}\nfigures: {pictures}")
+    return undrawn
 
 
-def _write_text(rows: pd.DataFrame, name: str, tables: Path, shown: str) -> None:
-    if text := TEXTS[name].of(rows):
-        (tables / f"{name}.md").write_text(text, encoding="utf-8")
-        if shown in (SUMMARY, name, *TEXTS[name].beside):
-            print(text)
-
-
-def _write_table(rows: pd.DataFrame, name: str, tables: Path, kinds: list[str], shown: str) -> None:
+def _write_table(rows: pd.DataFrame, name: str, tables: Path, kinds: Sequence[str]) -> None:
     """What was not run has no table."""
     if table := TABLES[name](rows):
         for kind in filter(WRITERS.get, kinds):
             (tables / f"{name}.{kind}").write_text(WRITERS[kind](table), encoding="utf-8")
-        if name == shown:
-            print(render.plain(render.measured(table), shutil.get_terminal_size((100, 24)).columns))
 
 
-def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> None:
-    """The figure, and beside it its caption for LaTeX; what was not run has neither."""
+def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> str:
+    """The figure, and beside it its caption for LaTeX; or why it cannot be drawn. What was not run has none."""
     canvas = FIGURES[name](rows) if kinds else None
     if isinstance(canvas, str):
-        print(f"figure {name} is not drawn: {canvas}")
-    elif canvas:
+        return canvas
+    if canvas:
         save(canvas, pictures / name, kinds)
         text = tex(caption(name, rows))
         (pictures / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
+    return ""
 
 
 if __name__ == "__main__":

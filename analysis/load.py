@@ -1,21 +1,22 @@
 """Cells on disk -> one tidy DataFrame. The only module here that reads results."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock
 
 from analysis.apart import Configs, told_apart
-from polykv.cellfile import Cell, read_cells
+from polykv.cellfile import read_cells
 from polykv.errors import PolyKVError
 from polykv.results import frame
 
 NUMBERS = ("context_tokens", "n_agents", "n_hops", "budget_bits", "value", "ci_low", "ci_high")
-NUMBERS += ("n", "seed")
+NUMBERS += ("n", "sample", "seed")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Results:
         damaged: one line for each cell skipped.
         unsealed: cells from before there were digests, in which an edit would not show.
         configs: the settings of each cell, by experiment and cell.
+        answers: what agents were asked and said in a cell, where it holds that, by experiment and cell.
     """
 
     rows: pd.DataFrame
     damaged: tuple[str, ...] = ()
     unsealed: int = 0
     configs: Configs = field(default_factory=dict)
+    answers: Mapping[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -70,6 +73,11 @@ def load(root: Path) -> Results:
         PolyKVError: as `read`.
     """
     found = read(root)
+    return told(found)
+
+
+def told(found: Results) -> Results:
+    """The results, with lines that several cells share told apart."""
     return replace(found, rows=told_apart(found.rows, found.configs))
 
 
@@ -98,15 +106,14 @@ def read(root: Path) -> Results:
         for name in rows.columns.difference(NUMBERS)
     }
     rows = _with_head_dim(rows.assign(**texts))
-    return Results(rows, tuple(damaged), unsealed, _configs(cells))
-
-
-def _configs(cells: Sequence[Cell]) -> Configs:
-    return {
-        (str(row["experiment"] or ""), str(row["cell"] or "")): cell.config
+    by_name = {
+        (str(row["experiment"] or ""), str(row["cell"] or "")): cell
         for cell in cells
         for row in cell.rows
     }
+    configs = {name: cell.config for name, cell in by_name.items()}
+    answers = {name: cell.answers for name, cell in by_name.items() if cell.answers}
+    return Results(rows, tuple(damaged), unsealed, configs, answers)
 
 
 def _with_head_dim(rows: pd.DataFrame) -> pd.DataFrame:

@@ -28,6 +28,7 @@ MEASURES: dict[str, tuple[str, str | None]] = {
 RELATIVE = ["perplexity_delta", "kl_mean", "same_top1"]
 RELATIVE += ["bertscore_f1", "bertscore_floor", "bertscore_rescaled"]
 QUALITY = ["perplexity", *RELATIVE, "exact_match"]
+ANSWERS = ("bertscore_f1", "bertscore_floor", "bertscore_rescaled", "exact_match", "contains")
 SETTING = ["model", "weights", "dtype", "device", "document", "context_tokens", "recipe"]
 # What a row may leave open because its value does not depend on it (a ratio has no reader).
 OPEN = ["n_agents", "reader", "scorer"]
@@ -78,9 +79,20 @@ class Point:
         return "no such row in these results"
 
 
+def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, each under the dtype in which its cell scores; answers may come from another, which is added."""
+    scored = rows["dtype"].where(~rows["metric"].isin(ANSWERS))
+    own = scored.groupby(rows["cell"]).transform("first")
+    answered = rows["dtype"].where(rows["metric"].isin(ANSWERS))
+    answered = answered.groupby(rows["cell"]).transform("first")
+    apart = own.notna() & answered.notna() & (own != answered)
+    told = own.fillna(rows["dtype"]).where(~apart, own + " (answers " + answered + ")")
+    return rows.assign(dtype=told)
+
+
 def points(rows: pd.DataFrame) -> list[Point]:
     """Reduce tidy rows (analysis.load) to points, sorted. Re-measured values: the newest counts."""
-    rows = _backends(_readers(_measures(rows)))
+    rows = _backends(_readers(_measures(cell_dtype(rows))))
     rows = _spread(_latest(rows))
     keys = [*SETTING, *OPEN]
     found = []

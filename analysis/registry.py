@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
-from analysis import capacity, concurrency, decomposition, findings, published, separation
+from analysis import capacity, compare, concurrency, decomposition, findings, published, separation
 from analysis.figures import FIGURES as PAPER_FIGURES
 from analysis.frontier import EXPERIMENTS as FRONTIER
 from analysis.frontier_figures import FRONTIER_FIGURES
@@ -23,14 +23,14 @@ from analysis.tables import TABLES as PAPER_TABLES
 TableOf = Callable[[pd.DataFrame], Table | None]
 FigureOf = Callable[[pd.DataFrame], Canvas | str | None]
 TextOf = Callable[[pd.DataFrame], str | None]
-SUMMARY = "summary"
+COMPARE = "compare"
 NOTE = "polykv_memory_decomposition"
 FINDINGS = "findings"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Markdown, printed with the summary and with the tables named in `beside`."""
+    """Markdown, printed with the tables named in `beside`."""
 
     of: TextOf
     beside: tuple[str, ...]
@@ -102,6 +102,13 @@ def _of_answers(of: Callable) -> Callable:
 
 TOPICS = (
     Topic(
+        COMPARE,
+        "Recipes side by side",
+        "What each recipe keeps, and what it costs on this model and text.",
+        {COMPARE: lambda rows: compare.table(of_papers(rows))},
+        {COMPARE: lambda rows: compare.figure(of_papers(rows))},
+    ),
+    Topic(
         "polykv",
         "PolyKV: memory and quality",
         "One document's cache, compressed once and read by many agents: what is kept, what is resident, "
@@ -163,6 +170,23 @@ TOPICS = (
         {name: _of_answers(of) for name, of in PUBLISHED_TABLES.items()},
     ),
 )  # fmt: skip
+
+
+def table_of(experiment: str) -> str:
+    """The table in which an experiment's own rows are looked at first."""
+    owned = any(experiment in topic.experiments for topic in TOPICS)
+    return experiment if owned and experiment in TABLES else COMPARE
+
+
+def names_of(experiment: str) -> list[str]:
+    """The tables, figures and texts in which an experiment's rows are shown, and those that rows of any answer."""
+    own = [topic for topic in TOPICS if experiment in topic.experiments]
+    shown = own or [topic for topic in TOPICS if not topic.experiments]
+    shown += [topic for topic in TOPICS if topic.name == "published" and topic not in shown]
+    names = [name for t in shown for name in (*t.texts, *t.tables, *t.figures)]
+    return list(dict.fromkeys([*names, FINDINGS]))
+
+
 TABLES: dict[str, TableOf] = {name: of for topic in TOPICS for name, of in topic.tables.items()}
 FIGURES: dict[str, FigureOf] = {name: of for topic in TOPICS for name, of in topic.figures.items()}
 TEXTS: dict[str, Text] = {name: text for topic in TOPICS for name, text in topic.texts.items()}

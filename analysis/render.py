@@ -34,12 +34,21 @@ def keys(*names: str) -> list[Column]:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows map column names to Value, int, str or None, and `section` to the heading they are under."""
+    """Rows map column names to Value, int, str or None, and `section` to the heading they are under.
+
+    `caption` says what was measured on what, `legend` what the columns mean.
+    """
 
     name: str
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Row]
+    legend: str = ""
+
+    @property
+    def about(self) -> str:
+        """Caption and legend in one."""
+        return ". ".join(filter(None, [self.caption, self.legend]))
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,11 @@ def fixed(digits: int, sign: str = "") -> Callable[[float, Row], str]:
 def significant(number: float, row: Row) -> str:
     """Three significant digits, for numbers that span decades."""
     return f"{number:.3g}"
+
+
+def compact(number: float, row: Row) -> str:
+    """Two significant digits, plain from 0.0001 up: 0.0052, 4.5e-05."""
+    return f"{number:.2g}"
 
 
 def memory(number: float, row: Row) -> str:
@@ -155,7 +169,7 @@ def _text(column: Column, row: Row) -> tuple[str, str]:
 def markdown(table: Table) -> str:
     """A pipe table (one per section) with caption and footnotes."""
     found, notes = sections(table)
-    parts = [table.caption]
+    parts = [table.about]
     for section in found:
         head = [column.header for column in section.columns]
         rule = [":--" if column.key else "--:" for column in section.columns]
@@ -174,13 +188,13 @@ def latex(table: Table) -> str:
         Part(s.title, [c.header for c in s.columns], [c.key for c in s.columns], s.lines)
         for s in found
     ]
-    return environment(table.name, table.caption, parts, notes)
+    return environment(table.name, table.about, parts, notes)
 
 
 def to_csv(table: Table) -> str:
     """Full precision, missing values empty, reasons in the last column, the caption a `#` line on top."""
     out = io.StringIO()
-    out.write(f"# {table.caption}\n")
+    out.write(f"# {table.about}\n")
     sections = any(row.get("section") for row in table.rows)
     head = ["section"] * sections
     for column in table.columns:
@@ -201,36 +215,31 @@ def to_csv(table: Table) -> str:
 
 
 def plain(table: Table, width: int) -> str:
-    """Aligned text no wider than `width`: columns that do not fit form a further block with its keys."""
+    """Aligned text no wider than `width`: the columns furthest right are left out, and named, where they do not fit.
+
+    The columns that say what a line is about and the first of the others always stay.
+    """
     found, notes = sections(table)
     parts = [textwrap.fill(table.caption, width)]
+    left_out: dict[str, None] = {}
     for section in found:
         rows = [[column.header for column in section.columns], *section.lines]
         widths = [max(map(len, texts)) + 2 for texts in zip(*rows, strict=True)]
         left = [i for i, column in enumerate(section.columns) if column.key]
         others = [i for i, column in enumerate(section.columns) if not column.key]
-        # a column that alone is wider than what the keys leave still gets its block
-        room = max(0, width + 2 - sum(widths[i] for i in left))
-        n_blocks = len(_packed(others, widths, room))
-        # as many blocks as it takes, but about equally wide ones
-        room = next(r for r in range(room + 1) if len(_packed(others, widths, r)) <= n_blocks)
+        while len(others) > 1 and sum(widths[i] for i in [*left, *others]) > width + 2:
+            left_out[section.columns[others.pop()].header] = None
+        shown = [_aligned(row, left, others, widths) for row in rows]
+        shown.insert(1, "-" * max(map(len, shown)))
         parts += [section.title] if section.title else []
-        for block in _packed(others, widths, room):
-            shown = [_aligned(row, left, block, widths) for row in rows]
-            shown.insert(1, "-" * max(map(len, shown)))
-            parts.append("\n".join(shown))
+        parts.append("\n".join(shown))
+    if left_out:
+        notes.append(
+            f"Left out for want of width: {', '.join(left_out)} (the table's file has all)"
+        )
+    notes = [*notes, *filter(None, [table.legend])]
     parts.append("\n".join(textwrap.fill(note, width, subsequent_indent="  ") for note in notes))
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _packed(columns: Sequence[int], widths: Sequence[int], room: int) -> list[list[int]]:
-    """Columns in order, each block no wider than `room` unless one column alone is."""
-    blocks: list[list[int]] = [[]]
-    for column in columns:
-        if blocks[-1] and sum(widths[i] for i in [*blocks[-1], column]) > room:
-            blocks.append([])
-        blocks[-1].append(column)
-    return blocks
 
 
 def _aligned(row: Sequence[str], left: list[int], block: list[int], widths: list[int]) -> str:

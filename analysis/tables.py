@@ -1,6 +1,7 @@
 """What each table holds. Every builder: (rows, points, published figures) -> Table."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -8,9 +9,10 @@ from analysis import published
 from analysis.published import NOT_HERE, Figure
 from analysis.reduce import BASELINE, QUALITY, Point, Value, describe, having, points
 from analysis.render import Column, Row, Table, fixed, keys, memory
-from analysis.summary import MEMORY, RATIOS, agents, remarked, summary, with_interval
 
 NOT_PUBLISHED = "no published figure for this model, context and number of agents"
+MEMORY = ("paper", "stored", "resident")
+RATIOS = ("nominal_ratio", "stored_ratio")
 DECIMALS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
 
 
@@ -186,6 +188,20 @@ def _minus(measured: Value, said: Value) -> Value:
     return Value(measured.value - said.value)
 
 
+def agents(p: Point) -> int | str:
+    return p.n_agents or "any"
+
+
+def with_interval(delta: Value) -> Value:
+    """A perplexity delta without its interval is not a result: say so."""
+    bare = delta.value is not None and (delta.low is None or delta.high is None)
+    return remarked(delta, "no interval was given") if bare else delta
+
+
+def remarked(value: Value, remark: str) -> Value:
+    return replace(value, note="; ".join(filter(None, [value.note, remark])))
+
+
 TABLES: dict[str, Callable[[pd.DataFrame, Sequence[Figure]], Table]] = {
-    table.__name__: table for table in (summary, polykv_memory, polykv_quality, polykv_ratio)
+    table.__name__: table for table in (polykv_memory, polykv_quality, polykv_ratio)
 }

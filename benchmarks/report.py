@@ -37,7 +37,7 @@ class Report:
     def write(self, path: Path | None) -> Path:
         path = path or OUT / f"{self.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        frame = pd.concat([pd.DataFrame(self._rows.rows), pd.DataFrame(self._extras)], axis=1)
+        frame = pd.concat([pd.DataFrame(self._rows), pd.DataFrame(self._extras)], axis=1)
         frame.to_csv(path, index=False)
         return path
 

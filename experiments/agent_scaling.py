@@ -8,13 +8,13 @@ of their own. A sum, a mask or a position that went by the batch would show agai
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from experiments import common
 from experiments.common import new_rows
 from experiments.recipe_frontier import check, settle
 from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import compare, why_not_finite
+from polykv.progress import track
 
 __all__ = ["check", "run", "settle"]
 
@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     rows = new_rows(cfg, reader=cfg.reader)
     comparisons, gaps = [], []
     pairs = zip(common.readings(cfg), common.full_readings(cfg), strict=True)
-    for reading, full in tqdm(list(pairs), desc="agents", leave=False, disable=None):
+    for reading, full in track(list(pairs), "scoring in one batch"):
         alone_TV, together_NTV = reading.log_probs_TV, reading.score_together(cfg.n_agents)
         apart_NTV = (together_NTV - alone_TV).abs()
         # What a model masks is infinite for all.
@@ -34,4 +34,4 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     note = f"largest difference of a log-probability between any of {cfg.n_agents} in a batch and a single reader"
     why = why_not_finite(comparisons)
     missing.add(rows, "agent_spread", max(gaps), "nats", why, note=note)
-    return rows.rows
+    return rows

@@ -114,7 +114,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
                 _add_paying(rows, cfg, crowd, about)
                 _add_least_shared(rows, cfg, crowd, recipe, about)
     capacity_measured.add_rows(rows, cfg, model, replica)
-    return rows.rows
+    return rows
 
 
 def _architecture(cfg: DictConfig) -> Architecture:

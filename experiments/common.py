@@ -5,20 +5,21 @@ them once. Cells that share them run one after the other (experiments/sweep.py s
 """
 
 import json
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from polykv import digests, hub, kernels, loading, models, naming
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
+from polykv.evaluation import readings as reading
 from polykv.evaluation.readings import Reading
 from polykv.pool import SharedKVPool, check_reader, prefill
+from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 from polykv.supported import check_length, check_model
@@ -32,18 +33,18 @@ FILES = (
 )
 
 
-def settle(cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> DictConfig:
+def settle(cfg: DictConfig) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
     backend=auto is the fastest one here for reader=cascade, for encoding and attention alike. Reader inject
     rebuilds the cache in torch; auto encodes it in torch too, so that its numbers are the same everywhere.
-    What is not its YAML gets a label (`changes`: see naming.labels); what is, none: its cells stay the same.
+    What is not its YAML gets a label; what is, none: its cells stay the same.
 
     Raises:
         PolyKVError: a local file or model that cannot be read.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    if labels := naming.labels(settled, changes or {}):
+    if labels := naming.labels(settled):
         settled.labels = labels
     settled.model.weights = settled.weights
     _add_digests(settled)
@@ -177,9 +178,14 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
     return Rows(**(shared | columns))
 
 
+def answer_dtype(cfg: DictConfig) -> str:
+    """The dtype of rows that come from answers."""
+    return loading.dtype_label(answering(cfg))
+
+
 def model_of(cfg: DictConfig) -> tuple[PreTrainedModel, Any]:
     """The cell's model and tokenizer, loaded once."""
-    return _model(as_key(cfg.model), cfg.device)
+    return _model(as_key(scoring(cfg)), cfg.device)
 
 
 def documents_of(cfg: DictConfig) -> list[Document]:
@@ -195,19 +201,43 @@ def documents_of(cfg: DictConfig) -> list[Document]:
 
 def full_readings(cfg: DictConfig) -> tuple[Reading, ...]:
     """The cell's documents read from their uncompressed cache: the baseline."""
-    return _full_readings(
-        as_key(cfg.model), cfg.device, tuple(documents_of(cfg)), cfg.max_new_tokens
-    )
+    return _full_readings(as_key(scoring(cfg)), cfg.device, tuple(documents_of(cfg)))
 
 
 def readings(cfg: DictConfig) -> tuple[Reading, ...]:
     """The cell's documents read under its recipe."""
-    full = full_readings(cfg)
-    return _readings(full, as_key(cfg.recipe), cfg.reader, cfg.backend)
+    return _readings(full_readings(cfg), as_key(cfg.recipe), cfg.reader, cfg.backend)
 
 
-@lru_cache(maxsize=1)
+def answers(cfg: DictConfig, n_documents: int, recipe: Recipe | None = None) -> list[list[str]]:
+    """What the agents of the first documents say under the cell's recipe (or another): a list for each document.
+
+    Model and caches are in `model.answer_dtype`, where one is set.
+    """
+    documents = tuple(documents_of(cfg)[:n_documents])
+    asked = _asked_pools(as_key(answering(cfg)), cfg.device, documents)
+    reader = cfg.reader if recipe is None else "inject"
+    recipe = recipe or Recipe.from_config(cfg.recipe)
+    return _answers(asked, recipe, reader, cfg.backend, cfg.n_agents, cfg.max_new_tokens)
+
+
+def scoring(cfg: DictConfig) -> DictConfig:
+    """The cell's model as it scores: in `model.dtype`."""
+    chosen = cfg.model.copy()
+    chosen.pop("answer_dtype", None)
+    return chosen
+
+
+def answering(cfg: DictConfig) -> DictConfig:
+    """The cell's model as it answers: in `model.answer_dtype`, where one is set."""
+    chosen = OmegaConf.merge(cfg.model, {"dtype": cfg.model.get("answer_dtype") or cfg.model.dtype})
+    chosen.pop("answer_dtype", None)
+    return chosen
+
+
+@lru_cache(maxsize=2)  # in float32 for scores, in bfloat16 for answers
 def _model(model: str, device: str) -> tuple[PreTrainedModel, Any]:
+    phase("loading the model")
     return models.load_weights(from_key(model), device)
 
 
@@ -219,15 +249,13 @@ def _documents(key: str) -> list[Document]:
 
 @lru_cache(maxsize=1)
 def _full_readings(
-    model_key: str, device: str, documents: tuple[Document, ...], max_new_tokens: int
+    model_key: str, device: str, documents: tuple[Document, ...]
 ) -> tuple[Reading, ...]:
-    model, tokenizer = _model(model_key, device)
-    full = load_recipe("full")
-    found = []
-    for document in tqdm(documents, desc="prefill", leave=False, disable=None):
-        pool = SharedKVPool.from_cache(prefill(model, document.prefix_BT), full, backend="torch")
-        found.append(Reading(model, tokenizer, document, pool, max_new_tokens))
-    return tuple(found)
+    model, _ = _model(model_key, device)
+    return tuple(
+        Reading(model, document, _full_pool(model, document.prefix_BT))
+        for document in track(documents, "prefilling the documents")
+    )
 
 
 @lru_cache(maxsize=1)
@@ -235,10 +263,43 @@ def _readings(
     full: tuple[Reading, ...], recipe: str, reader: str, backend: str
 ) -> tuple[Reading, ...]:
     made = Recipe.from_config(from_key(recipe))
+    return tuple(one.under(made, reader, backend) for one in track(full, f"encoding {made.name}"))
+
+
+AskedPool = tuple[PreTrainedModel, Any, Document, SharedKVPool]
+
+
+@lru_cache(maxsize=1)
+def _asked_pools(
+    model_key: str, device: str, documents: tuple[Document, ...]
+) -> tuple[AskedPool, ...]:
+    """The uncompressed pool of what the agents of each document read."""
+    model, tokenizer = _model(model_key, device)
     return tuple(
-        reading.under(made, reader, backend)
-        for reading in tqdm(full, desc=made.name, leave=False, disable=None)
+        (model, tokenizer, document, _full_pool(model, document.asked_BT))
+        for document in track(documents, "prefilling for answers")
     )
+
+
+@lru_cache(maxsize=256)  # of text
+def _answers(
+    asked: tuple[AskedPool, ...],
+    recipe: Recipe,
+    reader: str,
+    backend: str,
+    n_agents: int,
+    max_new_tokens: int,
+) -> list[list[str]]:
+    found = []
+    for model, tokenizer, document, full in track(asked, f"{recipe.name} answers"):
+        pool = full.under(recipe, backend)
+        about = (model, tokenizer, document, pool, n_agents, max_new_tokens, reader)
+        found.append(reading.answers(*about))
+    return found
+
+
+def _full_pool(model: PreTrainedModel, ids_BT: Tensor) -> SharedKVPool:
+    return SharedKVPool.from_cache(prefill(model, ids_BT), load_recipe("full"), backend="torch")
 
 
 def as_key(settings: Any) -> str:

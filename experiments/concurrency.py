@@ -85,7 +85,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         about = {"reader": reader, "backend": cfg.backend if reader == "cascade" else "torch"}
         _add_memory(rows, cfg, resident, steps, about)
         _add_time(rows, cfg, steps, about)
-    return rows.rows
+    return rows
 
 
 def _measured(cfg: DictConfig) -> dict[str, tuple[int | str, Steps | str]]:

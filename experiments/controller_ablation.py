@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             protocol=f"teacher-forced; {cfg.reseal}",
             note=f"paired by problem; below 0 the policy beats {name}; {interval_name(apart, 'problems')}",
         )
-    return rows.rows
+    return rows
 
 
 def label(policy: Policy) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments import common
@@ -23,6 +22,7 @@ from polykv.handoff.policy import Policy
 from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
+from polykv.progress import track
 from polykv.results import Rows
 
 # What the fp16 relay depends on; cells that agree here share it.
@@ -97,7 +97,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     rows, policy = new_rows(cfg, common.label(cfg, "policy")), Policy.from_config(cfg.policy)
     _, tokenizer = loaded(cfg)
     tasks, bits, texts = tasks_of(cfg), [], []
-    for task in tqdm(tasks, desc=policy.name, leave=False, disable=None):
+    for task in track(tasks, f"relays under {policy.name}"):
         handoff = new_handoff(cfg, policy)
         texts.append(text_of(play(task, handoff)[-1], tokenizer))
         bits.append(card_bits(handoff.card) if handoff.card else None)
@@ -107,7 +107,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     if cfg.n_hops > 1:
         add_depth(rows, found, cfg, policy)
     add_bits(rows, bits, cfg)
-    return rows.rows
+    return rows
 
 
 def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
@@ -217,7 +217,7 @@ def _fp16_relays(key: str) -> tuple[list[list[Turn]], list[list[Any]]]:
     # Under fp16 both ways of resealing are the same.
     cfg = OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": "append"})
     scripts, exact = [], []
-    for task in tqdm(tasks_of(cfg), desc="fp16 relay", leave=False, disable=None):
+    for task in track(tasks_of(cfg), "fp16 relays"):
         scripts.append(play(task, new_handoff(cfg, FP16)))
         exact.append(force(scripts[-1], new_handoff(cfg, FP16)))
     return scripts, exact

@@ -28,4 +28,4 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             rows.add(f"stage_{stage}", mean, "ms", ci=(low, high), **about)
             share = 100 * mean / float(timing.total.mean())
             rows.add(f"share_{stage}", share, "percent", **(about | {"note": "of the mean total"}))
-    return rows.rows
+    return rows

@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             low, mid, high = quartiles(text.total / timing.total)
             rows.add("ttft_speedup", mid, "x", ci=(low, high), **about,
                      note=f"re-prefill over card, median of pairs; interval: quartiles; {KEPT}")  # fmt: skip
-    return rows.rows
+    return rows
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:

@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     _add_errors(rows, full, readings)
     _add_theory(rows, Recipe.from_config(cfg.recipe), full[0])
     _add_damage(rows, cfg, full)
-    return rows.rows
+    return rows
 
 
 def _add_errors(rows: Rows, full: tuple[Reading, ...], readings: tuple[Reading, ...]) -> None:

@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         comparisons.append(compare(full.log_probs_TV, log_probs_TV, full.document.rest_BT))
     continuation.add_rows(rows, comparisons)
     continuation.add_document_rows(rows, comparisons)
-    return rows.rows
+    return rows
 
 
 def _options(cfg: DictConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     pool = pool_of(cfg)
     add_ratio_rows(rows, pool, "synthetic cache")
     add_rows(rows, cfg, pool)
-    return rows.rows
+    return rows
 
 
 def add_rows(rows: Rows, cfg: DictConfig, pool: SharedKVPool) -> None:

@@ -7,13 +7,15 @@ uncompressed run, same-top-1, the BERTScore floor, and exact match where the rig
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from experiments import common
 from experiments.common import check_quality, new_rows
+from polykv.errors import PolyKVError
 from polykv.evaluation import bertscore, continuation
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import wilson
+from polykv.progress import phase, track
+from polykv.recipe import load_recipe
 from polykv.reference.documents import matches
 from polykv.results import Rows
 
@@ -26,41 +28,62 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse bad input, random weights above all."""
+    """Refuse bad input, random weights above all.
+
+    Raises:
+        PolyKVError: one clear line.
+    """
+    if not isinstance(cfg.answers, int) or cfg.answers < 0:
+        raise PolyKVError(
+            f"answers={cfg.answers!r}; it takes the number of documents whose agents are asked, or 0"
+        )
     check_quality(cfg)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Quality rows of the cell."""
-    full, readings = common.full_readings(cfg), common.readings(cfg)
-    rows = new_rows(cfg, reader=cfg.reader, context_tokens=full[0].document.n_tokens)
-    add_rows(rows, cfg, full, readings)
-    return rows.rows
+    readings = common.readings(cfg)
+    rows = new_rows(cfg, reader=cfg.reader, context_tokens=readings[0].document.n_tokens)
+    add_scores(rows, readings)
+    add_answers(rows, cfg)
+    return rows
 
 
-def add_rows(
-    rows: Rows, cfg: DictConfig, full: tuple[Reading, ...], readings: tuple[Reading, ...]
-) -> None:
-    """Perplexity, KL, BERTScore and exact match of `readings` against the uncompressed `full`."""
-    pairs = list(zip(readings, full, strict=True))
-    comparisons = [reading.compare_to(baseline) for reading, baseline in pairs]
+def add_scores(rows: Rows, readings: tuple[Reading, ...]) -> None:
+    """Perplexity, KL and same-top-1 against the uncompressed cache, pooled and of each document."""
+    comparisons = [one.comparison for one in track(readings, "scoring")]
     continuation.add_rows(rows, comparisons)
+    continuation.add_document_rows(rows, comparisons)
 
-    answers, references = [], []
-    for reading, baseline in tqdm(pairs, desc="answers", leave=False, disable=None):
-        answers.append(reading.answers(cfg.n_agents))
-        references.append(baseline.answers(cfg.n_agents))
-    bertscore.add_rows(rows, answers, references, cfg.scorer.name)
-    _add_exact_match(rows, cfg, readings, answers)
+
+def add_answers(rows: Rows, cfg: DictConfig) -> None:
+    """BERTScore against the uncompressed cache's answers, exact match, and the answers themselves."""
+    if not cfg.answers:
+        return
+    said = common.answers(cfg, cfg.answers)
+    references = common.answers(cfg, cfg.answers, load_recipe("full"))
+    asked = common.documents_of(cfg)[: cfg.answers]
+    questions = [document.questions[: cfg.n_agents] for document in asked]
+    own = {"context_tokens": asked[0].n_tokens, "dtype": common.answer_dtype(cfg)}
+    about = new_rows(cfg, reader=cfg.reader, **own)
+    phase("BERTScore")
+    bertscore.add_rows(about, said, references, cfg.scorer.name)
+    _add_exact_match(about, cfg, questions, said)
+    rows += about
+    for index, parts in enumerate(zip(questions, references, said, strict=True)):
+        for agent, (question, reference, answer) in enumerate(zip(*parts, strict=True)):
+            asked_of = {"document": index, "agent": agent, "question": question.prompt}
+            told = {"gold": question.answer, "reference": reference, "answer": answer}
+            rows.answers.append(asked_of | told)
 
 
 def _add_exact_match(
-    rows: Rows, cfg: DictConfig, readings: tuple[Reading, ...], answers: list[list[str]]
+    rows: Rows, cfg: DictConfig, questions: list[tuple], answers: list[list[str]]
 ) -> None:
     verdicts = [
         matches(answer, question.answer)
-        for reading, given in zip(readings, answers, strict=True)
-        for answer, question in zip(given, reading.document.questions, strict=False)
+        for asked, given in zip(questions, answers, strict=True)
+        for answer, question in zip(given, asked, strict=True)
         if question.answer is not None
     ]
     if not verdicts:

@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Nominal and stored ratio of the cell's recipe on its geometry."""
     rows = new_rows(cfg)
     add_rows(rows, pool_of(cfg), "synthetic cache")
-    return rows.rows
+    return rows
 
 
 def pool_of(cfg: DictConfig) -> SharedKVPool:

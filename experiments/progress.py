@@ -1,59 +1,176 @@
-"""The sweep's progress bar, kept by what the results folder holds: workers on any machine need not report."""
+"""A run's progress on stderr: the cell, the phase and what is left, at least every 5 seconds.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+On a terminal it is one line that is rewritten; in a pipe, a line for each phase and each finished cell, and one
+whenever nothing was said for HEARTBEAT seconds. Finished cells are counted in the results folder, so that workers on
+any machine need not report.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Thread
-
-from tqdm import tqdm
+from threading import Event, Lock, Thread
+from typing import TextIO
 
 from experiments.sweep import failure_path
+from polykv import progress
+from polykv.progress import Phase
 from polykv.results import Store
 
-INTERVAL = 0.5  # seconds; a look is two listings
+HEARTBEAT = 4.0  # seconds
+LOOK = 0.5  # seconds between two looks into the results folder
+CLEAR = "\r\x1b[K"
+
+
+@dataclass
+class Cells:
+    """How many of a sweep's cells have ended, by what the results folder holds."""
+
+    folders: tuple[Path, Path]  # of finished and of failed cells
+    names: set[str]
+    started: float
+    before: dict[Path, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.before = self._ended()  # failures that are tried again
+
+    def n_ended(self) -> int:
+        """Cells that have finished or failed since the sweep began."""
+        return len({path.stem for path, _ in self._ended().items() - self.before.items()})
+
+    def _ended(self) -> dict[Path, int]:
+        times = {}
+        for folder, suffix in zip(self.folders, (".json", ".txt"), strict=True):
+            for path in folder.glob(f"*{suffix}"):
+                try:
+                    times[path] = path.stat().st_mtime_ns if path.stem in self.names else 0
+                except FileNotFoundError:
+                    continue  # it is tried again just now
+        return {path: changed for path, changed in times.items() if changed}
+
+
+class Reporter:
+    """Shows the phases of this process, and a sweep's cells, until it is closed."""
+
+    def __init__(self, out: TextIO = sys.stderr) -> None:
+        self._out, self._terminal = out, out.isatty()
+        self._phase, self._since = Phase("starting"), time.monotonic()
+        self._began = self._said = self._since
+        self._cells: Cells | None = None
+        self._n_ended, self._last_ended = 0, 0.0
+        self._lock, self._over = Lock(), Event()
+        self._thread = Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Reporter":
+        global _current
+        _current = self
+        progress.listen(self._hear)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _current
+        _current = None
+        self._over.set()
+        self._thread.join()
+        progress.listen(None)
+        with self._lock:
+            self._clear()
+
+    @contextmanager
+    def sweep(self, results_dir: str, experiment: str, cells: set[str]) -> Iterator[None]:
+        """Count the cells of a sweep while it runs."""
+        done = Store(results_dir).path(experiment, "CELL").parent
+        failed = failure_path(results_dir, experiment, "CELL").parent
+        self._n_ended, self._cells = 0, Cells((done, failed), cells, time.monotonic())
+        try:
+            yield
+        finally:
+            self._look()
+            self._cells = None
+
+    def say(self, line: str) -> None:
+        """Print a line of its own on stdout, clear of the progress."""
+        with self._lock:
+            self._clear()
+            print(line, flush=True)
+
+    def _hear(self, phase: Phase) -> None:
+        with self._lock:
+            changed = phase.name != self._phase.name
+            self._phase = phase
+            if changed:
+                self._since = time.monotonic()
+                if not self._terminal and self._cells:
+                    self._write(self._line())
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK):
+            self._look()
+
+    def _look(self) -> None:
+        with self._lock:
+            if self._cells and (n := self._cells.n_ended()) != self._n_ended:
+                self._n_ended, self._last_ended = n, time.monotonic()
+                if not self._terminal:
+                    self._write(f"{n} of {len(self._cells.names)} cells finished{self._left()}")
+            if self._terminal:
+                width = shutil.get_terminal_size((80, 24)).columns
+                self._out.write(CLEAR + self._line()[: width - 1])
+                self._out.flush()
+            elif time.monotonic() - self._said >= HEARTBEAT:
+                self._write(self._line())
+
+    def _line(self) -> str:
+        parts = []
+        if self._cells:
+            number = min(self._n_ended + 1, len(self._cells.names))
+            parts.append(f"cell {number}/{len(self._cells.names)}")
+        phase = self._phase
+        parts.append(
+            phase.name
+            + (f" {min(phase.done + 1, phase.total)}/{phase.total}" if phase.total else "")
+        )
+        return ", ".join(parts) + self._left()
+
+    def _left(self) -> str:
+        """The time left: by the mean finished cell, before there is one by the finished part of the phase."""
+        now, phase = time.monotonic(), self._phase
+        if self._cells and self._n_ended:
+            per_cell = (self._last_ended - self._cells.started) / self._n_ended
+            left = per_cell * (len(self._cells.names) - self._n_ended) - (now - self._last_ended)
+            return f", about {max(left, 0):.0f} s left"
+        if phase.total and phase.done:
+            left = (now - self._since) / phase.done * (phase.total - phase.done)
+            return f", about {left:.0f} s left of it"
+        return ""
+
+    def _write(self, line: str) -> None:
+        self._said = time.monotonic()
+        print(f"[{self._said - self._began:4.0f} s] {line}", file=self._out, flush=True)
+
+    def _clear(self) -> None:
+        if self._terminal:
+            self._out.write(CLEAR)
+            self._out.flush()
+
+
+_current: Reporter | None = None
 
 
 @contextmanager
 def shown(results_dir: str, experiment: str, cells: set[str]) -> Iterator[None]:
-    """Show how many of the cells are done or have failed, on a terminal."""
-    with tqdm(total=len(cells), desc="cells", unit="cell", disable=None) as bar:
-        if bar.disable or not cells:
-            yield
-            return
-        one = next(iter(cells))
-        done = Store(results_dir).path(experiment, one).parent
-        failed = failure_path(results_dir, experiment, one).parent
-        before = _times(failed, cells)  # failures that are tried again
-
-        def look() -> None:
-            n_failed = len(_times(failed, cells).items() - before.items())
-            if n_failed:
-                bar.set_postfix(failed=n_failed, refresh=False)
-            bar.update(len(_times(done, cells)) + n_failed - bar.n)
-
-        ended = Event()
-        watcher = Thread(target=_watch, args=(look, ended), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            look()
+    """Count the cells of a sweep, where this process has a reporter."""
+    with _current.sweep(results_dir, experiment, cells) if _current else nullcontext():
+        yield
 
 
-def _watch(look: Callable[[], None], ended: Event) -> None:
-    while not ended.wait(INTERVAL):
-        look()
-
-
-def _times(folder: Path, cells: set[str]) -> dict[str, int]:
-    """When each of the cells that the folder holds was written."""
-    times = {}
-    for path in folder.glob("*.*"):
-        if path.stem in cells and path.suffix in (".json", ".txt"):
-            try:
-                times[path.stem] = path.stat().st_mtime_ns
-            except FileNotFoundError:
-                continue  # it is tried again just now
-    return times
+def say(line: str) -> None:
+    """Print a line on stdout, clear of the progress."""
+    if _current:
+        _current.say(line)
+    else:
+        print(line, flush=True)

@@ -15,22 +15,14 @@ from experiments.common import check_quality, new_rows
 from polykv import config
 from polykv.evaluation import continuation
 from polykv.evaluation.readings import Reading
+from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-LAYERS = ("first_layers", "last_layers")
-
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`document=auto` becomes the document that suits the model; the seed also draws the rotations.
-
-    A recipe stands here for its codecs: exempt layers, whose weight depends on the model's depth, are always in
-    its label, and of a recipe that an experiment names itself (k8v4) all that it keeps exact.
-    """
-    own = cfg.recipe.name in config.available("recipe")
-    exact = [name for name in cfg.recipe.get("exempt", {}) if not own or name in LAYERS]
-    bare = {"recipe": {"exempt": dict.fromkeys(exact, 0)}} if exact else {}
-    settled = common.settle(cfg, bare)
+    """`document=auto` becomes the document that suits the model; the seed also draws the rotations."""
+    settled = common.settle(cfg)
     if settled.document.name == "auto":
         suited = "generated" if settled.weights == "reference" else "wikitext2"
         settled.document = config.load_group("document", suited)
@@ -56,17 +48,15 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Stored bits and quality of the cell's recipe."""
     rows = new_rows(cfg, reader=cfg.reader)
-    add_rows(rows, cfg, common.full_readings(cfg), common.readings(cfg))
-    return rows.rows
+    add_rows(rows, common.readings(cfg))
+    return rows
 
 
-def add_rows(
-    rows: Rows, cfg: DictConfig, full: tuple[Reading, ...], readings: tuple[Reading, ...]
-) -> None:
+def add_rows(rows: Rows, readings: tuple[Reading, ...]) -> None:
     """Bits per value in all accountings, then quality pooled and by document."""
     pool = readings[0].pool
     rows.add("bits", 16 / pool.nominal_ratio, "bits per value", protocol="nominal")
     rows.add("bits", 16 / pool.stored_ratio, "bits per value", protocol="stored")
-    comparisons = [a.compare_to(b) for a, b in zip(readings, full, strict=True)]
+    comparisons = [one.comparison for one in track(readings, "scoring")]
     continuation.add_rows(rows, comparisons)
     continuation.add_document_rows(rows, comparisons)

@@ -106,8 +106,7 @@ def _search(cfg: DictConfig, study: "optuna.Study") -> None:
         if over > 0:  # not worth scoring; the further over, the worse
             return 1e3 + over
         kl = [
-            reading.under(recipe, cfg.reader, cfg.backend).compare_to(reading).kl.mean()
-            for reading in full
+            reading.under(recipe, cfg.reader, cfg.backend).comparison.kl.mean() for reading in full
         ]
         return float(sum(kl) / len(kl))
 
@@ -125,9 +124,9 @@ def _measure(cfg: DictConfig, name: str, table: Table | None) -> list[dict[str, 
     rows = new_rows(fresh, recipe=name, reader=cfg.reader, budget_bits=cfg.budget_bits)
     if table is None:
         rows.add("kl_mean", None, "nats", note="no table of equal bits was tried within the budget")
-        return rows.rows
+        return rows
     note = f"layer_bits={[list(bits) for bits in table]}"
-    recipe_frontier.add_rows(rows, fresh, common.full_readings(fresh), common.readings(fresh))
-    for row in rows.rows:
+    recipe_frontier.add_rows(rows, common.readings(fresh))
+    for row in rows:
         row["note"] = note
-    return rows.rows
+    return rows

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments import common
 from experiments.common import new_rows, settle
@@ -21,6 +20,7 @@ from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.evaluation.statistics import document_interval, interval_name, mcnemar, wilson
 from polykv.pool import SharedKVPool, prefill
+from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference.documents import Question
 from polykv.reference.evaluate import encode, exact_matches_after, restated_values
@@ -71,7 +71,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     shared = ("model", "weights", "device", "context", "n_documents")
     full = _full(common.as_key({name: cfg[name] for name in shared}))
     read = []
-    for one in tqdm(full, desc=recipe.name, leave=False, disable=None):
+    for one in track(full, f"answers under {recipe.name}"):
         layers = (one.pool.decode_layer(index) for index in range(one.pool.n_layers))
         pool = SharedKVPool.from_layers(
             layers, recipe, n_layers=one.pool.n_layers, backend=cfg.backend
@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     for group in GROUPS:
         before, after = ([one.right[group] for one in reads] for reads in (full, read))
         _add_exact_match(rows, group, before, after)
-    return rows.rows
+    return rows
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +97,7 @@ def _full(key: str) -> list[Read]:
     model, tokenizer = common.model_of(cfg)
     full, found = load_recipe("full"), []
     documents = sheets(tokenizer, cfg.context, cfg.n_documents)
-    for sheet in tqdm(documents, "prefill", cfg.n_documents, leave=False, disable=None):
+    for sheet in track(list(documents), "prefilling the documents"):
         ids_BT = torch.tensor([encode(tokenizer, sheet.document.text)])
         prefix_BT, rest_BT = ids_BT.tensor_split([sheet.document.n_prefix], dim=1)
         pool = SharedKVPool.from_cache(prefill(model, prefix_BT), full, backend="torch")

@@ -38,12 +38,15 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """The sweep that this process planned, for run.py. `died` says why its launcher gave up, if it did;
-    `queued` that its jobs are a cluster's, and go on without this process.
+    """The sweep that this process planned, for run.py: `cells` are all that it asked for, done before or now.
+
+    `died` says why its launcher gave up, if it did; `queued` that its jobs are a cluster's, and go on without
+    this process.
     """
 
     results_dir: str
     experiment: str
+    cells: tuple[str, ...]
     queued: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     died: str = ""
@@ -102,7 +105,8 @@ def run_cell(cfg: DictConfig) -> Outcome:
             # A process beside this one may have finished it since the sweep was planned.
             if not store.done(name, cell):
                 rows = experiment.run(settled)
-                path = store.write(name, cell, OmegaConf.to_container(settled), rows)
+                config = OmegaConf.to_container(settled)
+                path = store.write(name, cell, config, rows, getattr(rows, "answers", None))
                 origin = json.loads(path.read_text(encoding="utf-8"))["provenance"]
                 tracking.record(settled, cell, rows, origin)
     except StoreError as error:

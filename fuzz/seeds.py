@@ -49,7 +49,7 @@ def cells() -> dict[str, bytes]:
     rows.add("kv_memory", None, "GB", note="no GPU")
     config = {"model": {"name": "reference"}, "context": 512, "seed": 0, "results_dir": "a"}
     origin = {"commit": "0" * 12, "versions": {"torch": "2.13.0"}}
-    sealed = cellfile.compose(EXPERIMENT, CELL, config, origin, rows.rows)
+    sealed = cellfile.compose(EXPERIMENT, CELL, config, origin, rows)
     older = {key: value for key, value in json.loads(sealed).items() if key != "digest"}
     return {"sealed": sealed.encode(), "older": json.dumps(older).encode()}
 

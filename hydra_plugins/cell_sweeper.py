@@ -18,12 +18,12 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from experiments import processes, progress, sweep
 from experiments.sweep import Outcome
 from polykv.config import REPO
 from polykv.errors import PolyKVError
+from polykv.progress import track
 from polykv.results import Store
 
 
@@ -98,17 +98,17 @@ class CellSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
         [jobs] = BasicSweeper.split_arguments(parser.parse_overrides(given), max_batch_size=None)
-        cells = self._plan(jobs)
-        name = self.config.experiment_name
-        sweep.ended = sweep.Ended(self.config.results_dir, name, queued=self.elsewhere)
+        asked, cells = self._plan(jobs)
+        place = (self.config.results_dir, self.config.experiment_name)
+        sweep.ended = sweep.Ended(*place, tuple(asked), queued=self.elsewhere)
         if cells:
             self._launch(cells)
 
-    def _plan(self, jobs: Sequence[Sequence[str]]) -> list[Cell]:
-        """The cells that are not done yet, in an order in which they share their work."""
+    def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Cell]]:
+        """All cells, and those that are not done yet in an order in which they share their work."""
         planned: dict[str, tuple[list[Any], Cell]] = {}
-        finished = 0
-        for job in tqdm(jobs, desc="check", leave=False, disable=None):
+        asked: list[str] = []
+        for job in track(jobs, "checking the settings"):
             cfg = compose(self.context, self.config, job)
             if self.elsewhere and cfg.device == "auto":
                 raise PolyKVError(
@@ -119,12 +119,12 @@ class CellSweeper(Sweeper):
             experiment.check(settled)
             if not self.elsewhere:
                 sweep.check_device(settled)
-            if Store(cfg.results_dir).done(cfg.experiment_name, identity):
-                finished += 1
-            else:
+            asked.append(identity)
+            if not Store(cfg.results_dir).done(cfg.experiment_name, identity):
                 planned[identity] = (sweep.sharing_key(settled), Cell(job, identity))
-        print(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run", flush=True)
-        return [cell for _, cell in sorted(planned.values(), key=lambda item: item[0])]
+        finished = len(jobs) - len(planned)
+        progress.say(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run")
+        return asked, [cell for _, cell in sorted(planned.values(), key=lambda item: item[0])]
 
     def _launch(self, cells: list[Cell]) -> None:
         ended = sweep.ended

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,16 +18,16 @@ from uuid import uuid4
 COLUMNS = (
     "experiment", "cell", "model", "weights", "document", "context_tokens", "n_agents", "n_hops",
     "recipe", "policy", "budget_bits", "reader", "backend", "metric", "value", "unit", "ci_low", "ci_high",
-    "n", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
+    "n", "sample", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
 )  # fmt: skip
 
 MAX_BYTES = 1 << 23  # of a cell's file; the largest that any experiment writes has 53 kB
-_COUNTS = ("context_tokens", "n_agents", "n_hops", "n", "seed")
+_COUNTS = ("context_tokens", "n_agents", "n_hops", "n", "sample", "seed")
 _NUMBERS = ("budget_bits", "value", "ci_low", "ci_high")
 # Half characters: JSON can hold them, and no table could be written.
 _HALVES = re.compile("[\ud800-\udfff]")
 # Older results lack these.
-_ADDED = ("backend",)
+_ADDED = ("backend", "sample")
 
 
 class DamagedCell(Exception):
@@ -42,11 +42,13 @@ class Cell:
         rows: one dict of COLUMNS for each observation.
         sealed: a digest vouches for it; cells written before there were digests have none.
         config: its settings; empty where the file does not say.
+        answers: what agents were asked and said, a dict each.
     """
 
     rows: list[dict[str, Any]]
     sealed: bool
     config: dict[str, Any]
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def compose(
@@ -55,6 +57,7 @@ def compose(
     config: dict[str, Any],
     provenance: dict[str, Any],
     rows: list[dict[str, Any]],
+    answers: list[dict[str, Any]] | None = None,
 ) -> str:
     """The text of a cell's file.
 
@@ -63,6 +66,7 @@ def compose(
     """
     content = {"experiment": experiment, "cell": cell}
     content |= {"config": config, "provenance": provenance, "rows": rows}
+    content |= {"answers": answers} if answers else {}
     return json.dumps(content | {"digest": digest(content)}, indent=1, allow_nan=False)
 
 
@@ -89,7 +93,7 @@ def read(path: Path) -> Cell:
         rows = [_row(row) for row in content["rows"]]
         sealed = "digest" in content
         whole = not sealed or content["digest"] == digest(content)
-        config = content.get("config")
+        config, answers = content.get("config"), content.get("answers", [])
     except IsADirectoryError as error:
         raise DamagedCell("a folder, not a file") from error
     except KeyError as error:
@@ -101,7 +105,9 @@ def read(path: Path) -> Cell:
     if sealed and (content.get("experiment"), content.get("cell")) != (path.parent.name, path.stem):
         other = f"{content.get('cell')} of {content.get('experiment')}"
         raise DamagedCell(f"it is cell {ascii(other[:80])[1:-1]}")
-    return Cell(rows, sealed, config if isinstance(config, dict) else {})
+    if not isinstance(answers, list) or not all(isinstance(said, dict) for said in answers):
+        raise DamagedCell("its answers are no list of objects")
+    return Cell(rows, sealed, config if isinstance(config, dict) else {}, answers)
 
 
 def read_cells(root: str | Path) -> tuple[list[Cell], list[str]]:

@@ -46,6 +46,10 @@ class Document:
         return self.ids_BT[:, : self.n_prefix]
 
     @property
+    def asked_BT(self) -> Tensor:
+        return self.prefix_BT
+
+    @property
     def rest_BT(self) -> Tensor:
         return self.ids_BT[:, self.n_prefix :]
 

@@ -22,6 +22,7 @@ DEFAULTS = {
     "device_map": None,
     "attn_implementation": "sdpa",
     "threads": None,
+    "answer_dtype": None,
 }
 HOPPER = (9, 0)  # compute capability; FlashAttention 3 needs it
 

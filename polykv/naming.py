@@ -23,29 +23,37 @@ COPY = ("path", None)  # where a YAML asks for no path, one is that of a copy: G
 # How a model is run and not which it is, or a column of its own; how many windows of a text are read. Where cells
 # differ in nothing else, the analysis tells them apart (analysis/apart.py).
 UNTOLD = {
-    "model": ("dtype", "quantization", "device_map", "attn_implementation", "threads"),
+    "model": (
+        "dtype",
+        "answer_dtype",
+        "quantization",
+        "device_map",
+        "attn_implementation",
+        "threads",
+    ),
     "document": ("n_documents",),
 }
 PLAIN = re.compile(r"[\w .,+=&'\[\](){}-]{1,60}")
 
 
-def labels(cfg: DictConfig, changes: Mapping[str, Any]) -> dict[str, str]:
-    """Group -> label, of the groups of a composed config that are not their YAML.
-
-    `changes`: what the YAML of a group is compared with after, where an experiment has a reading of its own.
-    """
+def labels(cfg: DictConfig) -> dict[str, str]:
+    """Group -> label, of the groups of a composed config that are not their YAML."""
     found = {}
     for group in GROUPS:
         if group in cfg:
-            named = label(group, cfg[group], changes.get(group, {}))
+            named = label(group, cfg[group])
             if named != cfg[group].name:
                 found[group] = named
     return found
 
 
-def label(group: str, chosen: DictConfig, changes: Mapping[str, Any]) -> str:
-    """The name of `chosen`, with what differs from the YAML of that name; where none has it, from `changes` alone."""
-    base = OmegaConf.merge(_yaml(group, chosen.name) or chosen, changes)
+def label(group: str, chosen: DictConfig) -> str:
+    """The name of `chosen`, with what differs from the YAML of that name.
+
+    Where there is none, as of a recipe that an experiment composes (k8v4), with what is exempt.
+    """
+    bare = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
+    base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, bare)
     mine, theirs = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
     told = []
     for name in sorted(mine.keys() | theirs.keys()):

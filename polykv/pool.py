@@ -6,6 +6,7 @@ together to the one compressed copy (polykv/attention/cascade.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from polykv.segment import Segment, decode_segments
 from polykv.supported import check_cache, check_length, check_model
 
 READERS = ("inject", "cascade")
+COPIES = 2 << 30  # bytes of full-precision caches that a batch of agents may hold
 
 
 class SharedKVPool:
@@ -136,9 +138,22 @@ class SharedKVPool:
         """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim), in the cache's dtype."""
         return decode_segments(self._layers[index])
 
-    def inject(self) -> DynamicCache:
-        """A private full-precision DynamicCache, ready to continue the document."""
-        return DynamicCache(self.decode_layer(index) for index in range(self.n_layers))
+    def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
+        """A pool of the same cache, as this one decodes it, under another recipe."""
+        if recipe == self.recipe:
+            return self
+        layers = (self.decode_layer(index) for index in range(self.n_layers))
+        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)
+
+    def inject(self, n_agents: int = 1) -> DynamicCache:
+        """A full-precision DynamicCache, ready to continue the document: a row for each of `n_agents`.
+
+        The rows are views of one decoded copy; the first tokens that are added to them make each its own.
+        """
+        layers = (self.decode_layer(index) for index in range(self.n_layers))
+        return DynamicCache(
+            tuple(x_BHTD.expand(n_agents, -1, -1, -1) for x_BHTD in layer) for layer in layers
+        )
 
     def reader(self, n_agents: int) -> CascadeCache:
         """A cache in which `n_agents` attend to this pool in place, within `attend_in_place(model)`.
@@ -161,8 +176,8 @@ class SharedKVPool:
     ) -> list[str]:
         """Each agent's greedy answer to its own query, which continues the document directly.
 
-        `reader` "inject": one agent after the other, each from a full-precision cache of its own; "cascade":
-        all agents in one batch that attends to the compressed copy.
+        `reader` "inject": each from a full-precision cache of its own, as many agents in one batch as COPIES
+        bytes hold; "cascade": all agents in one batch that attends to the compressed copy.
 
         Raises:
             PolyKVError: unknown reader, an empty query, no token to generate, no room left in the model's
@@ -170,14 +185,19 @@ class SharedKVPool:
         """
         check_reader(reader)
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
-        if reader == "inject":
-            with read_privately(model):
-                return [
-                    generate(model, tokenizer, self.inject(), [ids], max_new_tokens)[0]
-                    for ids in queries_ids
-                ]
         if not queries_ids:
             return []
+        if reader == "inject":
+            batch = max(COPIES // (self.n_values * self.dtype.itemsize), 1)
+            with read_privately(model):
+                answers = [
+                    generate(model, tokenizer, self.inject(len(part)), part, max_new_tokens)
+                    for part in (
+                        queries_ids[start : start + batch]
+                        for start in range(0, len(queries_ids), batch)
+                    )
+                ]
+            return list(chain.from_iterable(answers))
         cache = self.reader(len(queries_ids))
         with attend_in_place(model):
             return generate(model, tokenizer, cache, queries_ids, max_new_tokens)

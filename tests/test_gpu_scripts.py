@@ -112,7 +112,7 @@ def test_the_largest_crowd_is_found_by_trying(monkeypatch):
 
     rows = Rows()
     concurrency.largest(Crowd(), 100, 256, rows)
-    found = {row["reader"]: (row["value"], row["note"]) for row in rows.rows}
+    found = {row["reader"]: (row["value"], row["note"]) for row in rows}
     assert found == {
         "private": (37, "38 do not fit"),
         "inject": (0, "1 do not fit"),

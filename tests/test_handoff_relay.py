@@ -163,7 +163,7 @@ def test_extraction(text, strict, flexible):
 def test_accuracy_rows_carry_their_verdicts():
     rows = Rows(experiment="x")
     gsm8k.add_rows(rows, ["#### 1", "2", "x"], ["1", "2.0", "3"], "append")
-    strict, flexible = rows.rows
+    strict, flexible = rows
     assert strict["value"] == pytest.approx(100 / 3) and flexible["value"] == pytest.approx(200 / 3)
     assert gsm8k.of_note(flexible["note"]) == [True, True, False]
     assert gsm8k.of_note("nothing") is None

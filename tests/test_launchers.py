@@ -237,13 +237,6 @@ def test_where_results_are_logged_and_how_they_are_launched_is_no_identity():
     assert len(cells) == 1
 
 
-def test_committed_results_are_not_measured_again():
-    axes = ["context=256", "recipe=polykv", "n_agents=3", "scorer=minilm", "device=cpu"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cell = sweep.prepare(compose("config", ["experiment=quickstart", *axes]))[2]
-    assert Store(REPO / "results" / "reference").done("quickstart", cell)
-
-
 def test_a_finished_cell_is_logged_and_a_logger_that_fails_costs_nothing(monkeypatch, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random",

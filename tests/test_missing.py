@@ -26,10 +26,10 @@ def rows_of(add, *args):
     """metric -> row, every one of them checked: a finite value, or none and a reason."""
     rows = Rows()
     add(rows, *args)
-    for row in rows.rows:
+    for row in rows:
         assert row["value"] is None and row["note"] or math.isfinite(row["value"]), row
         assert all(row[end] is None or math.isfinite(row[end]) for end in ("ci_low", "ci_high"))
-    return {row["metric"]: row for row in rows.rows}
+    return {row["metric"]: row for row in rows}
 
 
 def test_a_perplexity_without_bound_is_missing_with_its_reason():
@@ -142,6 +142,6 @@ def test_a_missing_row_says_why():
     missing.add(rows, "x", NAN, "u", "because", n=3, note="median")
     missing.add(rows, "y", 1, "u", "because", ci=(0.5, INF))
     missing.add(rows, "z", 1, "u", "because", ci=(0.5, 2))
-    assert [(r["value"], r["ci_low"], r["note"]) for r in rows.rows] == [
+    assert [(r["value"], r["ci_low"], r["note"]) for r in rows] == [
         (None, None, "because"), (1, None, None), (1, 0.5, None)
     ]  # fmt: skip

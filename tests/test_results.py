@@ -16,7 +16,7 @@ CONFIG = {"model": {"name": "reference"}, "context": 512, "seed": 0, "results_di
 def one_row() -> list[dict]:
     rows = Rows(model="reference", recipe="polykv")
     rows.add("perplexity", 2.5, "ppl", ci=(2.4, 2.6), n=10)
-    return rows.rows
+    return rows
 
 
 def test_identity_is_what_affects_the_numbers():
@@ -52,9 +52,9 @@ def test_nan_is_never_written(tmp_path):
         with pytest.raises(ValueError, match="perplexity is .* only finite numbers"):
             rows.add("perplexity", unit="ppl", note="median", **bad)
     rows.add("perplexity", 1.0, "ppl")
-    rows.rows[0]["value"] = float("nan")  # past `add`
+    rows[0]["value"] = float("nan")  # past `add`
     with pytest.raises(ValueError):
-        Store(tmp_path).write("quickstart", "abc", CONFIG, rows.rows)
+        Store(tmp_path).write("quickstart", "abc", CONFIG, rows)
     assert not Store(tmp_path).done("quickstart", "abc")
 
 

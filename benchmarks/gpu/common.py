@@ -118,8 +118,8 @@ class Bench:
             before = device_state(self.device)
             measure(rows)
             state = {"before": before, "after": device_state(self.device)}
-            self.store.write(experiment, cell, identity | {"state": state}, rows.rows)
-        self.say(f"{what}: {len(rows.rows)} rows")
+            self.store.write(experiment, cell, identity | {"state": state}, rows)
+        self.say(f"{what}: {len(rows)} rows")
 
     def milliseconds(
         self, cases: Mapping[Any, Callable[[], object]], repeats: int = REPEATS

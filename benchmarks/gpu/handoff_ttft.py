@@ -138,10 +138,10 @@ def report(bench: Bench) -> None:
         context, note = break_even(medians[["reprefill, text", route]].dropna())
         policy, protocol = route.split(", ", 1)
         rows.add("break_even", context, "tokens", policy=policy, protocol=protocol, note=note)
-    identity = {"experiment": BREAK_EVEN, "model": MODEL, "device": rows.rows[0]["device"]}
-    bench.store.write(BREAK_EVEN, cell_id(identity), identity, rows.rows)
+    identity = {"experiment": BREAK_EVEN, "model": MODEL, "device": rows[0]["device"]}
+    bench.store.write(BREAK_EVEN, cell_id(identity), identity, rows)
     columns = ["policy", "protocol", "value", "note"]
-    bench.show("gpu_break_even", "Break-even context, tokens", pd.DataFrame(rows.rows)[columns])
+    bench.show("gpu_break_even", "Break-even context, tokens", pd.DataFrame(rows)[columns])
 
 
 def break_even(medians: pd.DataFrame) -> tuple[float | None, str]:

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from polykv import hub
 from polykv.errors import PolyKVError
-from polykv.evaluation.statistics import document_interval, interval_name
+from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, interval_name
 from polykv.results import Rows
 
 ROBERTA, MINILM = "roberta-large", "minilm"
@@ -101,7 +101,9 @@ def add_rows(
     per_document = [f1(a, r, scorer) for a, r in zip(answers, references, strict=True)]
     scores = np.concatenate(per_document)
     common = {"n": len(scores), "protocol": f"bertscore {scorer}"}
-    ci, how = document_interval(per_document, (-1, 1)), {"note": interval_name(per_document)}
+    ci, how = None, {"note": f"no interval: {len(scores)} answers, and it takes {MIN_DOCUMENTS}"}
+    if len(scores) >= MIN_DOCUMENTS:
+        ci, how = document_interval(per_document, (-1, 1)), {"note": interval_name(per_document)}
     rows.add("bertscore_f1", float(scores.mean()), "f1", ci=ci, **how, **common)
 
     # A mismatched pair: the next agent's answer to another question of the same document.

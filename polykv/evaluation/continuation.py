@@ -150,7 +150,8 @@ def _add_delta_p(rows: Rows, comparisons: list[Comparison], common: dict[str, An
 def add_document_rows(rows: Rows, comparisons: list[Comparison]) -> None:
     """Each document's mean KL and perplexity delta, for paired tests between recipes."""
     for index, c in enumerate(comparisons):
-        common = {"why": why_not_finite([c]), "n": len(c.kl), "protocol": f"document {index}"}
+        common = {"why": why_not_finite([c]), "n": len(c.kl), "sample": index}
+        common["protocol"] = f"document {index}"
         delta = _percent((c.nll - c.nll_full).mean())
         missing.add(rows, "document_kl_mean", float(c.kl.mean()), "nats", **common)
         missing.add(rows, "document_perplexity_delta", delta, "percent", **common)

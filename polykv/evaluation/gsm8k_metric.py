@@ -26,4 +26,4 @@ class GSM8K(evaluate.Metric):
     ) -> dict[str, float | None]:
         rows = Rows()
         gsm8k.add_rows(rows, predictions, references, "evaluate")
-        return {how: row["value"] for how, row in zip(gsm8k.EXTRACTIONS, rows.rows, strict=True)}
+        return {how: row["value"] for how, row in zip(gsm8k.EXTRACTIONS, rows, strict=True)}

@@ -1,14 +1,17 @@
 """KV memory in its four accountings, never mixed (DESIGN: byte accounting).
 
 `nominal` and `paper` are arithmetic, `stored` is the sum of the tensors kept, `resident` is measured in a
-fresh process while all agents decode at the same time.
+process of its own while all agents decode at the same time.
 """
 
+import json
 import sys
+from functools import lru_cache
 
 import psutil
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import (
@@ -19,7 +22,7 @@ from polykv.evaluation.concurrency import (
     prefix_layers,
     synthetic_layers,
 )
-from polykv.evaluation.process import in_fresh_process, meter_of
+from polykv.evaluation.process import MeasuringProcess, meter_of
 from polykv.models import Geometry, load_config, load_weights, pick_device, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
@@ -62,7 +65,7 @@ def resident_bytes(
 ) -> int:
     """Peak memory above the loaded model while `n_agents` decode `n_steps` tokens, all their caches alive.
 
-    Measured in a fresh process: peak resident set on a CPU, peak allocated memory on CUDA. Reader
+    Measured in a process of its own: peak resident set on a CPU, peak allocated memory on CUDA. Reader
     `private` holds N full caches, `inject` the pool and what its N readers rebuild, `cascade` the pool. Agents
     take turns, each with a cache of its own, or decode `together` in one batch, as those of `cascade` always do.
 
@@ -74,8 +77,7 @@ def resident_bytes(
             f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
         )
     check_fits(model, recipe, reader, n_tokens, n_agents, device)
-    return in_fresh_process(
-        _resident_bytes,
+    return _process()(
         model,
         recipe,
         reader=reader,
@@ -86,6 +88,18 @@ def resident_bytes(
         together=together,
         n_steps=n_steps,
     )
+
+
+_kept: list[MeasuringProcess] = []
+
+
+def _process() -> MeasuringProcess:
+    """The one process for memory, which loads a model once and ends with this one."""
+    if _kept and not _kept[0].is_alive():
+        _kept.clear()
+    if not _kept:
+        _kept.append(MeasuringProcess(_resident_bytes))
+    return _kept[0]
 
 
 def check_fits(
@@ -129,7 +143,7 @@ def _resident_bytes(
     together: bool,
     n_steps: int,
 ) -> int:
-    model, _ = load_weights(model_cfg, device)
+    model = _model(json.dumps(OmegaConf.to_container(model_cfg)), device)
     meter = meter_of(model.device)
 
     def measure(length: int) -> int:
@@ -147,3 +161,8 @@ def _resident_bytes(
 
     measure(WARMUP_TOKENS)  # whatever the first calls leave behind is not KV memory
     return measure(n_tokens)
+
+
+@lru_cache(maxsize=1)
+def _model(key: str, device: str) -> PreTrainedModel:
+    return load_weights(OmegaConf.create(json.loads(key)), device)[0]

@@ -29,35 +29,67 @@ def in_fresh_process(measure: Callable[..., Any], *configs: DictConfig, **settin
     Raises:
         PolyKVError: it failed, or its process was ended.
     """
-    # A forkserver imports torch once; each of its children starts with a heap that nothing has touched.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([measure.__module__])
-    receiver, sender = context.Pipe(duplex=False)
-    plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
-    process = context.Process(target=_child, args=(sender, measure, plain, settings))
-    process.start()
-    sender.close()
+    worker = MeasuringProcess(measure)
     try:
-        found, error = receiver.recv()
-    except EOFError:
-        process.join()
-        raise PolyKVError(
-            f"the measuring process ended with code {process.exitcode} (out of memory?); lower n_agents or "
-            "context"
-        ) from None
-    process.join()
-    if error is not None:
-        raise PolyKVError(error)
-    return found
+        return worker(*configs, **settings)
+    finally:
+        worker.end()
 
 
-def _child(sender: Any, measure: Callable[..., Any], configs: list[dict], settings: dict) -> None:
-    try:
-        sender.send((measure(*map(OmegaConf.create, configs), **settings), None))
-    except PolyKVError as error:
-        sender.send((None, str(error)))
-    except Exception as error:  # the parent reports it
-        sender.send((None, f"not measured: {type(error).__name__}: {error}"))
+class MeasuringProcess:
+    """A process of its own that answers one measurement after another, and may keep a model between them."""
+
+    def __init__(self, measure: Callable[..., Any]) -> None:
+        # A forkserver imports torch once; each of its children starts with a heap that nothing has touched.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([measure.__module__])
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, measure), daemon=True)
+        self._process.start()
+        child.close()
+
+    def __call__(self, *configs: DictConfig, **settings: Any) -> Any:
+        """As `in_fresh_process`; after a measurement that ended the process there is no other.
+
+        Raises:
+            PolyKVError: it failed, or its process was ended.
+        """
+        plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
+        try:
+            self._pipe.send((plain, settings))
+            found, error = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise PolyKVError(
+                f"the measuring process ended with code {self._process.exitcode} (out of memory?); lower "
+                "n_agents or context"
+            ) from None
+        if error is not None:
+            raise PolyKVError(error)
+        return found
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, measure: Callable[..., Any]) -> None:
+    """Answer what comes through the pipe until it is closed."""
+    while True:
+        try:
+            configs, settings = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((measure(*map(OmegaConf.create, configs), **settings), None))
+        except PolyKVError as error:
+            pipe.send((None, str(error)))
+        except Exception as error:  # the parent reports it
+            pipe.send((None, f"not measured: {type(error).__name__}: {error}"))
 
 
 def meter_of(device: torch.device) -> "CpuMeter | CudaMeter":

@@ -1,6 +1,6 @@
-"""One document read under one recipe: what its scored rest and its agents' answers come from."""
+"""One document read under one recipe: the score of its rest, and its agents' answers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,36 +18,45 @@ from polykv.recipe import Recipe
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix. Scores and answers are computed when asked for, once."""
+    """A pool over a document's prefix, read by `model`. `full` is the uncompressed reading, None where it is that."""
 
     model: PreTrainedModel
-    tokenizer: Any
     document: Document
     pool: SharedKVPool
-    max_new_tokens: int
     reader: str = "inject"
-    _answers: list[str] = field(default_factory=list)
+    full: "Reading | None" = None
 
     def under(self, recipe: Recipe, reader: str, backend: str = "torch") -> "Reading":
-        """The same document's cache under another recipe, taken from this pool's decoded layers."""
-        layers = (self.pool.decode_layer(index) for index in range(self.pool.n_layers))
-        pool = SharedKVPool.from_layers(
-            layers, recipe, n_layers=self.pool.n_layers, backend=backend
-        )
-        return Reading(self.model, self.tokenizer, self.document, pool, self.max_new_tokens, reader)
+        """The same document's cache under another recipe, taken from this uncompressed one."""
+        if recipe == self.pool.recipe and reader == self.reader:
+            return self
+        pool = self.pool.under(recipe, backend)
+        return Reading(self.model, self.document, pool, reader, self)
 
-    @cached_property
-    def log_probs_TV(self) -> Tensor:
-        """Of the rest of the document: (scored tokens, vocabulary), fp32."""
+    def score(self) -> Tensor:
+        """Log-probabilities of the rest of the document: (scored tokens, vocabulary), fp32."""
         if self.reader == "inject":
             with read_privately(self.model):
                 return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
         with attend_in_place(self.model):
             return score_rest(self.model, self.pool.reader(1), self.document.rest_BT)
 
+    @cached_property
+    def log_probs_TV(self) -> Tensor:
+        """`score`, kept: what other readings are compared with."""
+        return self.score()
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Per scored token, this reading against the uncompressed one."""
+        full = self.full or self
+        # Only the uncompressed run's log-probabilities are needed again: they take vocabulary x tokens x 4 bytes.
+        mine_TV = self.score() if self.full else self.log_probs_TV
+        return compare(full.log_probs_TV, mine_TV, self.document.rest_BT)
+
     @torch.no_grad()
     def score_together(self, n_agents: int) -> Tensor:
-        """What `log_probs_TV` says, by each of `n_agents` in one batch: (agents, scored tokens, vocabulary).
+        """What `score` says, by each of `n_agents` in one batch: (agents, scored tokens, vocabulary).
 
         Agent 0 starts with the rest of the document, each other one with one token of padding more than the
         one before; what fills their rows behind the rest is not scored. `inject` gives each its own copy.
@@ -75,19 +84,16 @@ class Reading:
         scored = [logits_NTV[n, n : n + n_rest - 1] for n in range(n_agents)]
         return torch.stack(scored).float().log_softmax(dim=-1)
 
-    def compare_to(self, full: "Reading") -> Comparison:
-        """Per scored token, this reading against the uncompressed one."""
-        return compare(full.log_probs_TV, self.log_probs_TV, self.document.rest_BT)
 
-    def answers(self, n_agents: int) -> list[str]:
-        """The first `n_agents` agents' greedy answers; agents already asked are not asked again."""
-        new = self.document.questions[len(self._answers) : n_agents]
-        if new:
-            self._answers += self.pool.ask(
-                self.model,
-                self.tokenizer,
-                [question.prompt for question in new],
-                max_new_tokens=self.max_new_tokens,
-                reader=self.reader,
-            )
-        return self._answers[:n_agents]
+def answers(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    document: Document,
+    pool: SharedKVPool,
+    n_agents: int,
+    max_new_tokens: int,
+    reader: str = "inject",
+) -> list[str]:
+    """The greedy answers of the document's first `n_agents` agents, all of whom read `pool`."""
+    prompts = [question.prompt for question in document.questions[:n_agents]]
+    return pool.ask(model, tokenizer, prompts, max_new_tokens, reader)

@@ -1,0 +1,27 @@
+"""What does each of these recipes keep, and what does it cost, on this model and this text?
+
+The question that users have, in one table: stored bits, perplexity delta and KL divergence with intervals over
+documents, memory while all agents decode and, on request (`answers`), what the agents say. Answers the published rows
+`ratio`, `memory` and `quality`.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments import common, polykv_memory, polykv_quality, polykv_ratio
+from experiments.polykv_quality import check, settle
+
+__all__ = ["check", "run", "settle"]
+
+
+def run(cfg: DictConfig) -> list[dict[str, Any]]:
+    """All rows of the cell, from the model's real cache."""
+    readings = common.readings(cfg)
+    document, pool = readings[0].document, readings[0].pool
+    rows = common.new_rows(cfg, context_tokens=document.n_tokens, reader=cfg.reader)
+    polykv_ratio.add_rows(rows, pool)
+    polykv_memory.add_rows(rows, cfg, pool)
+    polykv_quality.add_scores(rows, readings)
+    polykv_quality.add_answers(rows, cfg)
+    return rows
