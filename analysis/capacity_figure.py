@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.capacity_reduce import ANY, Kind, devices, newest, rank
-from analysis.colours import BLACK, BLUE, ORANGE, SKY, colours
-from analysis.layout import absent, sheet, styled
+from analysis.colours import BLACK, BLUE, READERS, SKY, colours
+from analysis.layout import absent, legend, sheet, styled
 from analysis.reduce import BASELINE
 
 SETTING = ["model", "dtype", "context_tokens"]
@@ -37,9 +36,9 @@ def draw_capacity(rows: pd.DataFrame) -> Canvas | None:
             ax.set_axis_off()
         _share(axes[: len(places)], mine[mine["value"].notna()])
     kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
-    handles = [plt.Line2D([], [], label=_name(kind), **_look(kind, kinds)) for kind in kinds]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return canvas
+    for kind in kinds:  # once each, whichever panels it is in
+        panels[0][0].plot([], [], label=_name(kind), **_look(kind, kinds))
+    return legend(canvas)
 
 
 def _lines_of_panels(
@@ -116,11 +115,12 @@ def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
         shared = colours(recipe for reader, recipe in kinds if reader == "cascade")
         tint = SKY if recipe == BASELINE else {BLACK: BLUE}.get(shared[recipe], shared[recipe])
     else:
-        tint = BLACK if reader == "private" else ORANGE
+        tint = READERS[reader][1]
     thick = reader == "private" or kind == ("cascade", BASELINE)
     return {"color": tint, "linewidth": THICK if thick else THIN}
 
 
 def _name(kind: Kind) -> str:
     reader, recipe = kind
-    return reader if recipe == ANY else f"{reader}, {recipe}"
+    name = READERS[reader][0]
+    return name if recipe == ANY else f"{recipe}, {name}"

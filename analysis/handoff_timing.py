@@ -52,7 +52,7 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
 
 
 def handoff_stages(rows: pd.DataFrame) -> Table | None:
-    """Where the time goes: means of the stages, and how nearly they add up to the total."""
+    """Where the time goes: the stages, and how nearly they add up to the total."""
     found = rows[rows["metric"].str.match(r"(stage|share)_")]
     if found.empty:
         return None
@@ -80,11 +80,16 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         Column("adds_up", "sum / total %", fixed(1)),
     ]
     caption = (
-        "Milliseconds by stage, means over repeats. The total is timed on its own; the published create, inject and "
-        "generate stand under create, dequantize (which theirs holds) and first forward. "
+        f"Milliseconds by stage, {average(found)} over repeats. The total is timed on its own; the published "
+        "create, inject and generate stand under create, dequantize (which theirs holds) and first forward. "
         f"{describe(found)}"
     )
     return Table("handoff_stages", caption, columns, lines)
+
+
+def average(rows: pd.DataFrame) -> str:
+    """Which average the rows of stages give: medians, or in older cells means."""
+    return "means" if rows["note"].str.startswith("mean;").any() else "medians"
 
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
