@@ -26,18 +26,16 @@ def draw_capacity(rows: pd.DataFrame) -> Canvas | None:
     if speed["value"].notna().sum() == 0:
         return None
     lines = list(_lines_of_panels(rows, speed))
+    kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
     across = max(len(places) for _, places, _ in lines)
     canvas, panels = sheet([heading for heading, _, _ in lines], across, HEIGHT)
     for axes, (_, places, mine) in zip(panels, lines, strict=True):
         for ax, device in zip(axes, places, strict=False):
             ax.set_title(device)
-            _panel(ax, mine[mine["device"] == device])
+            _panel(ax, mine[mine["device"] == device], kinds)
         for ax in axes[len(places) :]:
             ax.set_axis_off()
         _share(axes[: len(places)], mine[mine["value"].notna()])
-    kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
-    for kind in kinds:  # once each, whichever panels it is in
-        panels[0][0].plot([], [], label=_name(kind), **_look(kind, kinds))
     return legend(canvas)
 
 
@@ -54,15 +52,13 @@ def _lines_of_panels(
             yield heading if not start else "", places[start : start + ACROSS], mine
 
 
-def _panel(ax: Axes, rows: pd.DataFrame) -> None:
-    kinds = sorted({kind for kind, _, _ in _lines(rows)}, key=rank)
+def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
     if rows["value"].isna().all():
         absent(ax, "not one agent fits")
     for kind, own, spots in _lines(rows):
-        look = _look(kind, kinds)
-        ax.plot(
-            spots["n_agents"], spots["value"], ls="-" if own == rows["own"].min() else ":", **look
-        )
+        look, fewest = _look(kind, kinds), own == rows["own"].min()
+        named = {"ls": "-", "label": _name(kind)} if fewest else {"ls": ":"}
+        ax.plot(spots["n_agents"], spots["value"], **named, **look)
         ax.plot(*spots[["n_agents", "value"]].iloc[-1], "x", color=look["color"])
 
 

@@ -207,7 +207,7 @@ def _seen(says: Says, shows: str, canvas: Canvas) -> list[str]:
     axes = [ax for ax in canvas.axes if ax.axison and ax.has_data()]
     axes = [ax for ax in axes if ax.get_label() != "<colorbar>"]
     titles = dict.fromkeys(ax.get_title(loc="left") for ax in axes)
-    names = [text.get_text() for text in _legend(canvas)]
+    names = [text.get_text().replace("\n", " ") for text in _legend(canvas)]
     marks = {mark for ax in axes for line in ax.lines if (mark := _mark(line))}
     log = {axis for ax in axes for axis in "xy" if getattr(ax, f"get_{axis}scale")() != "linear"}
     return [

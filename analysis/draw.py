@@ -58,7 +58,8 @@ def perplexity_delta(
         at = [context * shift for context, _ in values]
         means = [v.value for _, v in values]
         look = _look(name, recipes)
-        ax.errorbar(at, means, yerr=reaches([v for _, v in values]), label=name, **look)
+        spread = reaches([v for _, v in values])
+        ax.errorbar(at, means, yerr=spread, elinewidth=0.9, label=name, **look)
         top = max(top, *map(abs, means))
     spots = sorted({(f.document_tokens, f.value.value) for f in figures})
     if spots:
@@ -90,7 +91,7 @@ def bertscore(
         ax.errorbar(
             [n for n, _ in line], [v.value for v in values],
             yerr=reaches([v if _supported(v) else Value(v.value) for v in values]),
-            label=name, **_look(name, recipes),
+            elinewidth=0.9, label=name, **_look(name, recipes),
         )  # fmt: skip
     _published(ax, figures, recipes)
     ax.margins(x=0.08, y=0.12)
@@ -136,7 +137,7 @@ def _published(
 def _look(name: str, recipes: Sequence[str]) -> dict[str, object]:
     """Later recipes are thinner and their markers smaller, so that equal ones still all show."""
     recipe = name.removesuffix(IN_PLACE)
-    thin = 0.78 ** recipes.index(recipe)
+    thin = max(0.35, 0.78 ** recipes.index(recipe))
     look = {"color": _colour(recipe, recipes), "marker": family(recipe)[2]}
     look |= {"markersize": 6 * thin, "linewidth": 2.2 * thin}
     return look | (READ_IN_PLACE if name.endswith(IN_PLACE) else {})

@@ -1,5 +1,6 @@
 """Panels of the frontier figures: a draw function takes an Axes and what to draw, and returns the Axes."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from analysis.draw import reaches
 from analysis.frontier import Standing
 from analysis.layout import SIZE, number_ticks
 from analysis.reduce import Value
+
+LETTERS = 32  # of a line of the frontier's legend
 
 
 def frontier(ax: Axes, standings: Sequence[Standing], metric: str = "kl_mean") -> Axes:
@@ -40,6 +43,7 @@ def frontier(ax: Axes, standings: Sequence[Standing], metric: str = "kl_mean") -
     ax.set_ylabel("mean KL divergence, nats")
     handles, names = ax.get_legend_handles_labels()
     points = [container[0] for container in handles]  # without their intervals
+    names = [textwrap.fill(name, LETTERS) for name in names]
     ax.legend(points, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
     return ax
 

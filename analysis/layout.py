@@ -2,6 +2,7 @@
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -28,6 +29,7 @@ STYLE = Path(__file__).with_name("style.mplstyle")
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, and both
 HEADING = 0.2  # inches that a heading takes
 ENTRY = 0.15  # inches that a line of a legend takes
+LETTERS = 13  # of a legend to an inch, its handle counted
 SIZE = 7.0  # points, the smallest text of any figure
 # Where a decade of a log axis may have its numbers, coarsest first, and the fewest numbers that show it is log.
 DIGITS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))
@@ -70,18 +72,23 @@ def sheet(
 
 
 def legend(canvas: Canvas) -> Canvas:
-    """Every labelled line of the panels once, below them, in as many columns as fit the width."""
+    """Every labelled line of the panels once, below them, in as many columns as fit the width.
+
+    Names too long for the width (a recipe's with many settings) are broken.
+    """
     named = {}
     for ax in canvas.axes:
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             named.setdefault(name, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
     width, height = canvas.get_size_inches()
+    texts = [textwrap.fill(name, int(LETTERS * width)) for name in named]
     for columns in range(len(named), 0, -1):
         shown = canvas.legend(
-            list(named.values()), list(named), loc="outside lower center", ncols=columns
+            list(named.values()), texts, loc="outside lower center", ncols=columns
         )
-        if shown.get_window_extent().width <= canvas.bbox.width:
-            canvas.set_size_inches(width, height + ENTRY * math.ceil(len(named) / columns))
+        if shown.get_window_extent().width <= canvas.bbox.width or columns == 1:
+            lines = sum(1 + text.count("\n") for text in texts)
+            canvas.set_size_inches(width, height + ENTRY * math.ceil(lines / columns))
             break
         shown.remove()
     return canvas

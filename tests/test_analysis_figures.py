@@ -120,6 +120,19 @@ def test_published_points_are_drawn_open_and_only_beside_their_own_model(tmp_pat
         plt.close(canvas)
 
 
+@pytest.mark.parametrize("n_recipes", [2, 14])
+def test_a_legend_holds_many_recipes_and_long_names_inside_the_figure(tmp_path, n_recipes):
+    rows = []
+    for place in range(n_recipes):
+        name = f"polykv_{place}+exempt.first_layers=2+exempt.last_layers=2+exempt.recent=128+key.bits=8"
+        mine = quickstart((256, 512), (3, 5), ("polykv",))
+        rows += [{**r, "recipe": name, "cell": f"{r['cell']}-{place}"} for r in mine]
+    for name in FIGURES:
+        canvas, _ = drawn(tmp_path / name, name, rows)
+        assert len(names_in(canvas)) == n_recipes
+        assert_readable(canvas)
+
+
 def test_each_recipe_has_a_colour_of_its_own_and_keeps_it():
     names = ["full", "fp16", "polykv", "polykv_q8_0", "turboquant_3bit", "turboquant_4bit", "q4_0"]
     found = colours(names)
