@@ -15,8 +15,7 @@ from matplotlib.lines import Line2D
 from analysis import capacity, concurrency, published, registry, separation
 from analysis.colours import READERS
 from analysis.frontier import FRONTIER
-from analysis.handoff_reduce import sides
-from analysis.handoff_timing import average
+from analysis.handoff_reduce import average, sides
 from analysis.reduce import describe, points
 from analysis.registry import measured, of_papers
 from polykv.evaluation.statistics import MIN_DOCUMENTS

@@ -85,3 +85,8 @@ def spots_of(mine: pd.DataFrame, axis: str) -> dict[str, list[tuple[float, Value
         if spots := [(n, v) for n, v in spots if v.value is not None]:
             found[policy] = spots
     return found
+
+
+def average(rows: pd.DataFrame) -> str:
+    """Which average the rows of stages give: medians, or in older cells means."""
+    return "means" if rows["note"].str.startswith("mean;").any() else "medians"

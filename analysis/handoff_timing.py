@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.counterpart import HOLDS
-from analysis.handoff_reduce import SETTING, bits_text, ordered, run_text, value
+from analysis.handoff_reduce import SETTING, average, bits_text, ordered, run_text, value
 from analysis.reduce import Value, describe
 from analysis.render import Column, Row, Table, fixed, keys
 
@@ -85,11 +85,6 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         f"{describe(found)}"
     )
     return Table("handoff_stages", caption, columns, lines)
-
-
-def average(rows: pd.DataFrame) -> str:
-    """Which average the rows of stages give: medians, or in older cells means."""
-    return "means" if rows["note"].str.startswith("mean;").any() else "medians"
 
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure as Canvas
 from analysis import published
 from analysis.colours import policy_colour
 from analysis.draw import IN_PLACE, OPEN, READ_IN_PLACE, reaches
-from analysis.handoff_reduce import SETTING, ordered, run_text, spots_of, value
-from analysis.handoff_timing import STAGES, average
+from analysis.handoff_reduce import SETTING, average, ordered, run_text, spots_of, value
+from analysis.handoff_timing import STAGES
 from analysis.layout import PAGE, SIZE, legend, number_ticks, plain_log, sheet, styled
 from analysis.published import Figure
 from analysis.reduce import Value
