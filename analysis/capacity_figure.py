@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis.capacity_reduce import ANY, Kind, devices, newest, rank
-from analysis.colours import BLACK, BLUE, ORANGE, SKY, colours
-from analysis.layout import absent, sheet, styled
+from analysis.colours import BLACK, BLUE, READERS, SKY, colours
+from analysis.layout import absent, legend, sheet, styled
 from analysis.reduce import BASELINE
 
 SETTING = ["model", "dtype", "context_tokens"]
@@ -27,19 +26,17 @@ def draw_capacity(rows: pd.DataFrame) -> Canvas | None:
     if speed["value"].notna().sum() == 0:
         return None
     lines = list(_lines_of_panels(rows, speed))
+    kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
     across = max(len(places) for _, places, _ in lines)
     canvas, panels = sheet([heading for heading, _, _ in lines], across, HEIGHT)
     for axes, (_, places, mine) in zip(panels, lines, strict=True):
         for ax, device in zip(axes, places, strict=False):
             ax.set_title(device)
-            _panel(ax, mine[mine["device"] == device])
+            _panel(ax, mine[mine["device"] == device], kinds)
         for ax in axes[len(places) :]:
             ax.set_axis_off()
         _share(axes[: len(places)], mine[mine["value"].notna()])
-    kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
-    handles = [plt.Line2D([], [], label=_name(kind), **_look(kind, kinds)) for kind in kinds]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return canvas
+    return legend(canvas)
 
 
 def _lines_of_panels(
@@ -55,15 +52,13 @@ def _lines_of_panels(
             yield heading if not start else "", places[start : start + ACROSS], mine
 
 
-def _panel(ax: Axes, rows: pd.DataFrame) -> None:
-    kinds = sorted({kind for kind, _, _ in _lines(rows)}, key=rank)
+def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
     if rows["value"].isna().all():
         absent(ax, "not one agent fits")
     for kind, own, spots in _lines(rows):
-        look = _look(kind, kinds)
-        ax.plot(
-            spots["n_agents"], spots["value"], ls="-" if own == rows["own"].min() else ":", **look
-        )
+        look, fewest = _look(kind, kinds), own == rows["own"].min()
+        named = {"ls": "-", "label": _name(kind)} if fewest else {"ls": ":"}
+        ax.plot(spots["n_agents"], spots["value"], **named, **look)
         ax.plot(*spots[["n_agents", "value"]].iloc[-1], "x", color=look["color"])
 
 
@@ -116,11 +111,12 @@ def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
         shared = colours(recipe for reader, recipe in kinds if reader == "cascade")
         tint = SKY if recipe == BASELINE else {BLACK: BLUE}.get(shared[recipe], shared[recipe])
     else:
-        tint = BLACK if reader == "private" else ORANGE
+        tint = READERS[reader][1]
     thick = reader == "private" or kind == ("cascade", BASELINE)
     return {"color": tint, "linewidth": THICK if thick else THIN}
 
 
 def _name(kind: Kind) -> str:
     reader, recipe = kind
-    return reader if recipe == ANY else f"{reader}, {recipe}"
+    name = READERS[reader][0]
+    return name if recipe == ANY else f"{recipe}, {name}"

@@ -1,6 +1,8 @@
-"""Which colour and marker stand for a recipe or a policy, alike in every figure."""
+"""Which colour, marker and name stand for a recipe, policy or reader, alike in every figure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from matplotlib.colors import to_hex, to_rgb
 
 from analysis.reduce import BASELINE
 
@@ -30,6 +32,14 @@ POLICIES = {
     "sinks_recent": BLUE,
     "inverse": PINK,
 }
+# What a figure calls a reader, and its colour.
+READERS = {
+    "private": ("unshared caches", BLACK),
+    "inject": ("dequantize, as published", ORANGE),
+    "cascade": ("in place", BLUE),
+}
+MARKERS = "osD^vPX*<>"
+CONTRAST = 4.5  # to white, WCAG's least for text
 SPARE = (ORANGE, SKY, GREEN, PINK, BLUE, VERMILION, GREY, BLACK)
 
 
@@ -52,3 +62,30 @@ def colours(recipes: Iterable[str]) -> dict[str, str]:
 
 def policy_colour(policy: str) -> str:
     return POLICIES.get(policy, BLACK)
+
+
+def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each recipe among many: its family's colour, and a marker of its own in the family."""
+    members: dict[str, list[str]] = {}
+    for recipe in recipes:
+        members.setdefault(family(recipe)[0], []).append(recipe)
+    return {
+        recipe: (family(recipe)[1], MARKERS[place % len(MARKERS)])
+        for mine in members.values()
+        for place, recipe in enumerate(mine)
+    }
+
+
+def ink(tint: str) -> str:
+    """The colour as text: as dark as reading on white needs, of the same hue."""
+    shade = to_rgb(tint)
+    while contrast(shade) < CONTRAST:
+        shade = tuple(0.95 * part for part in shade)
+    return to_hex(shade)
+
+
+def contrast(shade: Sequence[float]) -> float:
+    """To white, from 1 to 21 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade[:3]]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return 1.05 / (luminance + 0.05)

@@ -8,16 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from analysis import published
-from analysis.colours import BLACK, BLUE, ORANGE, SKY
+from analysis.colours import READERS, SKY
 from analysis.draw import reaches
 from analysis.handoff_reduce import value
-from analysis.labels import label_ends
-from analysis.layout import number_ticks, plain_log, sheet, styled
+from analysis.layout import legend, number_ticks, plain_log, sheet, styled
 from analysis.reduce import Value, describe
 from analysis.render import Column, Row, Table, fixed, keys
 
 EXPERIMENT = "concurrency"
-READERS = ("private", "inject", "cascade")
 KEYS = ["model", "weights", "device", "dtype", "document", "context_tokens", "recipe"]
 MB_PER_GB = 1e3
 SAME_LENGTH = 0.01  # a published pool within this relative length is that of the rows
@@ -87,7 +85,7 @@ def draw_concurrency(rows: pd.DataFrame) -> Canvas | None:
         _panel(resident, lines, "resident", "KV memory, MB")
         _panel(speed, lines, "throughput", "tokens/s, all agents")
         resident.set_title("resident; dashed: stored of the prefix")
-    return canvas
+    return legend(canvas)
 
 
 def _speed(number: float, row: Row) -> str:
@@ -102,16 +100,13 @@ def _stored(ax: Axes, lines: Lines) -> None:
 
 def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
     """One line of `measure` a reader, with its intervals where it has them."""
-    ends = []
     for who, by_agents in lines.items():
         if spots := _spots(by_agents, measure):
             at, found = zip(*spots, strict=True)
-            means = [v.value for v in found]
-            ax.errorbar(at, means, yerr=reaches(found), fmt="o-", **_look(who))
-            ends.append((means[-1], _name(who, lines), _look(who)["color"]))
+            means, name = [v.value for v in found], _name(who, lines)
+            ax.errorbar(at, means, yerr=reaches(found), fmt="o-", label=name, **_look(who))
     _axes(ax, lines)
     ax.set_ylabel(label)
-    label_ends(ax, ends)
 
 
 def _spots(by_agents: dict[float, dict[str, Value]], measure: str) -> list[tuple[float, Value]]:
@@ -130,8 +125,7 @@ def _axes(ax: Axes, lines: Lines) -> None:
 
 def _look(who: Who) -> dict[str, object]:
     """Private and inject nearly coincide: the later line is thinner, so that both show."""
-    tint = {"private": BLACK, "inject": ORANGE, "cascade": BLUE}[who.reader]
-    tint = SKY if who == Who("cascade", "torch") else tint
+    tint = SKY if who == Who("cascade", "torch") else READERS[who.reader][1]
     thin = 0.7 if who.reader == "inject" else 1.0
     return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
 
@@ -139,7 +133,8 @@ def _look(who: Who) -> dict[str, object]:
 def _name(who: Who, lines: Lines) -> str:
     """The reader, with its backend where several were run."""
     alone = sum(other.reader == who.reader for other in lines) == 1
-    return who.reader if alone else f"{who.reader}, {who.backend}"
+    name = READERS[who.reader][0]
+    return name if alone else f"{name}, {who.backend}"
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -153,7 +148,7 @@ def _settings(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
     found = rows.groupby(["reader", "backend"])
-    for key in sorted(found.groups, key=lambda key: (READERS.index(key[0]), key[1])):
+    for key in sorted(found.groups, key=lambda key: ([*READERS].index(key[0]), key[1])):
         yield Who(*key), found.get_group(key)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import pandas as pd
 
 from analysis import published
-from analysis.handoff_reduce import SETTING, hops_text, relays, value, with_budget
+from analysis.handoff_reduce import SETTING, average, hops_text, relays, value, with_budget
 from analysis.published import NOT_HERE, SAME_LENGTH, Figure
 from analysis.reduce import BASELINE, Point, Value, having
 
@@ -198,7 +198,8 @@ def _stage(figure: Figure, rows: pd.DataFrame) -> Counterpart:
         return _absent(figure, f"{NOT_HERE}a stage is missing")
     held = " + ".join(HOLDS[figure.metric])
     got = parts[0] if len(parts) == 1 else Value(sum(part.value for part in parts))
-    note = _joined(got.note, f"{held}, means" if figure.metric != held else "means", *differs)
+    of = average(chosen)
+    note = _joined(got.note, f"{held}, {of}" if figure.metric != held else of, *differs)
     return _timing(figure, chosen, replace(got, note=note), differs)
 
 

@@ -1,4 +1,7 @@
-"""One panel each: a draw function takes an Axes and points and returns the Axes. No layout here."""
+"""One panel each: a draw function takes an Axes and points and returns the Axes. No layout here.
+
+`recipes` are those of the whole figure (`recipes_of`), so that each looks alike in every panel.
+"""
 
 from collections.abc import Sequence
 
@@ -6,92 +9,105 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from analysis.apart import without_settings
-from analysis.colours import colours
-from analysis.labels import label_ends
+from analysis.colours import READERS, colours, family
 from analysis.layout import number_ticks, plain_log
 from analysis.published import Figure
 from analysis.reduce import Point, Value
+from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}
-IN_PLACE = ", cascade"
+IN_PLACE = f", {READERS['cascade'][0]}"
+READ_IN_PLACE = {"linestyle": "--", "markerfacecolor": "white"}
+PER_GB = {"GB": 1.0, "MB": 1e3}
 WIDE = 50.0  # percent; deltas beyond it need an axis that shows small ones too
-GREY = "0.35"
+LEAST_F1 = -1.0
+ROOM = 1.3  # beyond the first and last context, for lines that stand side by side
 
 
-def memory(ax: Axes, points: Sequence[Point], measure: str, figures: Sequence[Figure]) -> Axes:
-    """GB against agents, log y; `figures` (published kv_memory of this setting) as open markers.
+def memory(
+    ax: Axes,
+    points: Sequence[Point],
+    measure: str,
+    figures: Sequence[Figure],
+    recipes: Sequence[str],
+    unit: str = "GB",
+) -> Axes:
+    """Memory in `unit` against agents, log y; `figures` (published kv_memory of this setting) as open markers.
 
     Only resident memory depends on who reads: the others have one line a recipe.
     """
-    ends = []
-    largest = max(p[measure].value for p in points)
-    unit, scale = ("GB", 1) if largest >= 0.1 else ("MB", 1e3)
-    lines = _lines(points, by_reader=measure == "resident")
-    for place, (name, mine) in enumerate(lines.items()):
-        line = sorted({p.n_agents: p[measure].value * scale for p in mine}.items())
-        look = _look(place, name, lines)
-        ax.plot(*zip(*line, strict=True), **look)
-        ends.append((line[-1][1], name, look["color"]))
-    _published(ax, figures, lines, scale)
-    plain_log(ax)
+    for name, mine in _lines(points, by_reader=measure == "resident").items():
+        line = sorted({p.n_agents: p[measure].value * PER_GB[unit] for p in mine}.items())
+        ax.plot(*zip(*line, strict=True), label=name, **_look(name, recipes))
+    _published(ax, figures, recipes, PER_GB[unit])
     ax.margins(x=0.08, y=0.12)
     _agents_axis(ax, points, figures)
     ax.set_ylabel(f"KV memory, {unit}")
-    return label_ends(ax, ends)
+    return plain_log(ax)
 
 
-def perplexity_delta(ax: Axes, points: Sequence[Point], figures: Sequence[Figure]) -> Axes:
+def perplexity_delta(
+    ax: Axes, points: Sequence[Point], figures: Sequence[Figure], recipes: Sequence[str]
+) -> Axes:
     """Percent against context (log x) with intervals; published ones of this model and text open."""
-    ends, top = [], 0.0
+    top = 0.0
     lines = _lines(points)
     for place, (name, mine) in enumerate(lines.items()):
         shift = 2 ** (0.05 * (place - (len(lines) - 1) / 2))  # side by side, not on each other
         values = sorted({(p.context_tokens, p["perplexity_delta"]) for p in mine}, key=_by_context)
-        tint = _colour(name, lines)
         at = [context * shift for context, _ in values]
         means = [v.value for _, v in values]
-        ax.errorbar(at, means, yerr=reaches([v for _, v in values]), fmt="o-", color=tint)
-        ends.append((means[-1], name, tint))
+        look = _look(name, recipes)
+        spread = reaches([v for _, v in values])
+        ax.errorbar(at, means, yerr=spread, elinewidth=0.9, label=name, **look)
         top = max(top, *map(abs, means))
     spots = sorted({(f.document_tokens, f.value.value) for f in figures})
     if spots:
-        ax.plot(*zip(*spots, strict=True), marker="o", color=_colour("polykv", lines), **OPEN)
+        ax.plot(*zip(*spots, strict=True), marker="o", color=_colour("polykv", recipes), **OPEN)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xscale("log", base=2)
     if top > WIDE:
         ax.set_yscale("symlog", linthresh=1)
-    ax.margins(x=0.1, y=0.12)
+    ax.margins(y=0.12)
     contexts = {p.context_tokens for p in points} | {f.document_tokens for f in figures}
+    ax.set_xlim(min(contexts) / ROOM, max(contexts) * ROOM)
     number_ticks(ax, _thinned(sorted(contexts)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
     ax.set_xlabel("context, tokens")
     ax.set_ylabel("perplexity delta, %" + (" (log beyond 1)" if top > WIDE else ""))
-    return label_ends(ax, ends)
+    return ax
 
 
-def bertscore(ax: Axes, points: Sequence[Point], figures: Sequence[Figure]) -> Axes:
-    """F1 against agents with intervals, and each recipe's floor (dashed); published figures open."""
-    ends, floors = [], []
-    lines = _lines(points)
-    for place, (name, mine) in enumerate(lines.items()):
-        look = _look(place, name, lines)
+def bertscore(
+    ax: Axes, points: Sequence[Point], figures: Sequence[Figure], recipes: Sequence[str]
+) -> Axes:
+    """F1 against agents with the intervals that the answers support; published figures open.
+
+    The floor, far below, is named and not drawn: on one axis with it no two recipes differ.
+    """
+    for name, mine in _lines(points).items():
         line = sorted(((p.n_agents, p["bertscore_f1"]) for p in mine), key=_by_context)
         values = [v for _, v in line]
-        at = [n for n, _ in line]
-        ax.errorbar(at, [v.value for v in values], yerr=reaches(values), **look)
-        ends.append((values[-1].value, name, look["color"]))
-        floor = [(p.n_agents, p["bertscore_floor"].value) for p in mine]
-        floor = sorted(spot for spot in floor if spot[1] is not None)
-        if floor:
-            ax.plot(*zip(*floor, strict=True), "_--", markersize=8, color=look["color"])
-            floors.append(floor[-1][1])
-    if floors:
-        ends.append((sum(floors) / len(floors), "floor", GREY))
-    _published(ax, figures, lines)
+        ax.errorbar(
+            [n for n, _ in line], [v.value for v in values],
+            yerr=reaches([v if _supported(v) else Value(v.value) for v in values]),
+            elinewidth=0.9, label=name, **_look(name, recipes),
+        )  # fmt: skip
+    _published(ax, figures, recipes)
     ax.margins(x=0.08, y=0.12)
+    ax.ticklabel_format(axis="y", useOffset=False)
     _agents_axis(ax, points, figures)
-    ax.set_ylabel("BERTScore F1")
-    return label_ends(ax, ends)
+    floors = [p["bertscore_floor"].value for p in points]
+    ends = sorted(f"{floor:.2f}" for floor in floors if floor is not None)
+    said = f"\n(floor {' to '.join(dict.fromkeys((ends[0], ends[-1])))})" if ends else ""
+    ax.set_ylabel("BERTScore F1" + said)
+    return ax
+
+
+def recipes_of(points: Sequence[Point]) -> list[str]:
+    """The recipes that lines of these points are about, in their order."""
+    names = (*_lines(points, by_reader=False), *_lines(points))
+    return list(dict.fromkeys(name.removesuffix(IN_PLACE) for name in names))
 
 
 def reaches(values: Sequence[Value]) -> list[list[float]]:
@@ -105,36 +121,41 @@ def reaches(values: Sequence[Value]) -> list[list[float]]:
     ]
 
 
+def _supported(f1: Value) -> bool:
+    """Whether there were answers enough for an interval: one that is cut at the least F1 says nothing."""
+    return f1.low is not None and f1.low > LEAST_F1 and (f1.n or 0) >= MIN_DOCUMENTS
+
+
 def _published(
-    ax: Axes, figures: Sequence[Figure], lines: dict[str, list[Point]], scale: float = 1
+    ax: Axes, figures: Sequence[Figure], recipes: Sequence[str], scale: float = 1
 ) -> None:
     for recipe in dict.fromkeys(f.recipe for f in figures):
         mine = [(f.n_agents, f.value.value * scale) for f in figures if f.recipe == recipe]
-        ax.plot(*zip(*mine, strict=True), marker="o", color=_colour(recipe, lines), **OPEN)
+        ax.plot(*zip(*mine, strict=True), marker="o", color=_colour(recipe, recipes), **OPEN)
 
 
-def _look(place: int, name: str, lines: dict[str, list[Point]]) -> dict[str, object]:
-    """Later lines are thinner and their markers smaller, so that equal ones still all show."""
-    thin = 0.8**place
-    look = {"linestyle": "--" if name.endswith(IN_PLACE) else "-", "marker": "o"}
-    look |= {"markersize": 4.5 * thin, "linewidth": 1.8 * thin}
-    return {**look, "color": _colour(name, lines)}
+def _look(name: str, recipes: Sequence[str]) -> dict[str, object]:
+    """Later recipes are thinner and their markers smaller, so that equal ones still all show."""
+    recipe = name.removesuffix(IN_PLACE)
+    thin = max(0.35, 0.78 ** recipes.index(recipe))
+    look = {"color": _colour(recipe, recipes), "marker": family(recipe)[2]}
+    look |= {"markersize": 6 * thin, "linewidth": 2.2 * thin}
+    return look | (READ_IN_PLACE if name.endswith(IN_PLACE) else {})
 
 
-def _colour(name: str, lines: dict[str, list[Point]]) -> str:
-    recipes = [line.removesuffix(IN_PLACE) for line in lines]
-    return colours([*recipes, name.removesuffix(IN_PLACE)])[name.removesuffix(IN_PLACE)]
+def _colour(recipe: str, recipes: Sequence[str]) -> str:
+    return colours([*recipes, recipe])[recipe]
 
 
 def _lines(points: Sequence[Point], by_reader: bool = True) -> dict[str, list[Point]]:
-    """A line for each recipe; those who read its pool in place may have one of their own."""
+    """A line for each recipe; those who read its pool in place may have one of their own, after the others."""
     lines: dict[str, list[Point]] = {}
     for p in points:
         reader = without_settings(p.reader)
         backend = p.reader.removeprefix(reader)  # where several read in place
         name = p.recipe + backend + IN_PLACE if by_reader and reader == "cascade" else p.recipe
         lines.setdefault(name, []).append(p)
-    return lines
+    return dict(sorted(lines.items(), key=lambda line: line[0].endswith(IN_PLACE)))
 
 
 def _by_context(pair: tuple) -> tuple:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Canvas
 
 from analysis import draw, published
-from analysis.layout import COLUMN, PAGE, STYLE, absent, sheet, styled
+from analysis.layout import COLUMN, PAGE, STYLE, absent, legend, sheet, styled
 from analysis.published import Figure
 from analysis.reduce import BASELINE, Point, having
 
@@ -37,16 +37,24 @@ def memory_agents(points: Sequence[Point], figures: Sequence[Figure]) -> Canvas 
     settings = _grouped(found, lambda p: (*_run(p), p.context_tokens))
     shown = [name for name in ACCOUNTINGS if having(found, name)]
     headings = [f"{_name(run)}, {context:,} tokens" for *run, context in settings]
-    canvas, rows = sheet(headings, len(shown), HEIGHT, PAGE if len(shown) > 1 else COLUMN)
+    width = PAGE if len(shown) > 1 else COLUMN
+    canvas, rows = sheet(headings, len(shown), HEIGHT, width, share_y=True)
+    recipes = draw.recipes_of(found)
     for panels, mine in zip(rows, settings.values(), strict=True):
+        largest = max(p[name].value or 0 for p in mine for name in shown)
+        unit = "GB" if largest >= 0.1 else "MB"
+        drawn = []
         for ax, name in zip(panels, shown, strict=True):
             ax.set_title(ACCOUNTINGS[name])
             if of := having(mine, name):
                 beside = [f for f in figures if any(published.is_beside(f, name, p) for p in of)]
-                draw.memory(ax, of, name, beside)
+                drawn.append(draw.memory(ax, of, name, beside, recipes, unit))
             else:
                 absent(ax, mine[0][name].note)
-    return canvas
+        drawn[0].tick_params(labelleft=True)
+        for ax in drawn[1:]:
+            ax.set_ylabel("")
+    return legend(canvas)
 
 
 @styled
@@ -61,7 +69,7 @@ def perplexity_context(points: Sequence[Point], figures: Sequence[Figure]) -> Ca
 
 @styled
 def bertscore_agents(points: Sequence[Point], figures: Sequence[Figure]) -> Canvas | str:
-    """One panel per model, document, context and scoring model."""
+    """One panel per model, document, context and scoring model in which a score differs from the others."""
     found = [p for p in having(_compressed(points), "bertscore_f1") if p.n_agents]
     if not found:
         return "no bertscore_f1 rows of a compressed recipe with a number of agents"
@@ -70,7 +78,11 @@ def bertscore_agents(points: Sequence[Point], figures: Sequence[Figure]) -> Canv
         length = f"{p.context_tokens:,} tokens" if p.context_tokens else "whole text"
         return f"{_name(_run(p))}\n{p.document}, {length}; scored by {p.scorer}"
 
-    return _wrapped(_grouped(found, title), draw.bertscore, "bertscore_f1", figures)
+    settings = _grouped(found, title)
+    settings = {name: mine for name, mine in settings.items() if _differ(mine)}
+    if not settings:
+        return "every recipe's answers score 1.0000, as the uncompressed cache's do"
+    return _wrapped(settings, draw.bertscore, "bertscore_f1", figures)
 
 
 def save(canvas: Canvas, stem: Path, formats: Sequence[str]) -> list[Path]:
@@ -98,12 +110,17 @@ def _wrapped(
     panels = [ax for row in rows for ax in row]
     for ax in panels[len(settings) :]:
         ax.remove()
+    recipes = draw.recipes_of([p for mine in settings.values() for p in mine])
     for ax, (title, mine) in zip(panels, settings.items(), strict=False):
-        panel(
-            ax, mine, [f for f in figures if any(published.is_beside(f, metric, p) for p in mine)]
-        )
+        beside = [f for f in figures if any(published.is_beside(f, metric, p) for p in mine)]
+        panel(ax, mine, beside, recipes)
         ax.set_title(title)
-    return canvas
+    return legend(canvas)
+
+
+def _differ(points: Sequence[Point]) -> bool:
+    """Whether, in the digits that tables give, a score is not that of the uncompressed cache's own answers."""
+    return any(round(p["bertscore_f1"].value, 4) != 1 for p in points)
 
 
 def _grouped(points: Sequence[Point], key: Callable[[Point], Key]) -> dict[Key, list[Point]]:

@@ -1,5 +1,6 @@
 """Panels of the frontier figures: a draw function takes an Axes and what to draw, and returns the Axes."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,47 +9,50 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from analysis.colours import colours, family
+from analysis.colours import colours, contrast, ink, looks
 from analysis.draw import reaches
 from analysis.frontier import Standing
-from analysis.labels import SIZE, contrast, ink, label_ends, name_points
-from analysis.layout import number_ticks
+from analysis.layout import SIZE, number_ticks
 from analysis.reduce import Value
+
+LETTERS = 32  # of a line of the frontier's legend
 
 
 def frontier(ax: Axes, standings: Sequence[Standing], metric: str = "kl_mean") -> Axes:
-    """KL against stored bits, log y, with intervals, every recipe named and the Pareto front as a step."""
+    """KL against stored bits, log y, with intervals, and the Pareto front as a step.
+
+    The legend has every recipe under its family; those on the front are filled, since others lie over each other.
+    """
     drawn = [s for s in standings if (s[metric].value or 0) > 0]
-    lines = []
-    for s in drawn:
-        _, tint, marker = family(s.recipe)
-        value, bits = s[metric], s["stored_bits"].value
-        ax.errorbar(
-            bits, value.value, yerr=reaches([value]), fmt=marker, color=tint, elinewidth=0.9,
-            markersize=5.5 if s.on_front else 4.5,
-            markeredgecolor="black" if s.on_front else tint, markeredgewidth=0.8,
-        )  # fmt: skip
-        if value.low is not None:
-            lines.append([(bits, value.low), (bits, value.high)])
+    found = {s.recipe: s for s in drawn}
+    for recipe, (tint, marker) in _looks(standings).items():
+        if s := found.get(recipe):
+            ax.errorbar(
+                s["stored_bits"].value, s[metric].value, yerr=reaches([s[metric]]), fmt=marker,
+                color=tint, elinewidth=0.9, markersize=6, markeredgewidth=1,
+                markerfacecolor=tint if s.on_front else "none", label=recipe,
+            )  # fmt: skip
     front = sorted((s["stored_bits"].value, s[metric].value) for s in drawn if s.on_front)
     if front:
         corners = [(right, y) for (_, y), (right, _) in zip(front, front[1:], strict=False)]
         steps = [spot for pair in zip(front, [*corners, front[-1]], strict=True) for spot in pair]
         ax.plot(*zip(*steps, strict=True), color="0.55", linewidth=1, zorder=0)
-        lines.append(steps)
     ax.set_yscale("log")
     ax.margins(x=0.08, y=0.08)
     ax.set_xlabel("stored bits per value (every byte kept)")
     ax.set_ylabel("mean KL divergence, nats")
-    points = [(s.recipe, s["stored_bits"].value, s[metric].value) for s in drawn]
-    return name_points(ax, [(*p, family(p[0])[1]) for p in points], lines)
+    handles, names = ax.get_legend_handles_labels()
+    points = [container[0] for container in handles]  # without their intervals
+    names = [textwrap.fill(name, LETTERS) for name in names]
+    ax.legend(points, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
+    return ax
 
 
 def ranking(ax: Axes, standings: Sequence[Standing], metric: str, title: str) -> Axes:
     """One line per recipe, best on top, with its interval; KL log, perplexity deltas linear."""
+    look = _looks(standings)
     for place, s in enumerate(standings):
-        _, tint, marker = family(s.recipe)
-        value = s[metric]
+        (tint, marker), value = look[s.recipe], s[metric]
         if value.value is None:
             continue
         ax.errorbar(
@@ -70,10 +74,17 @@ def ranking_names(ax: Axes, standings: Sequence[Standing]) -> Axes:
     ax.set_yticklabels(
         [f"{s.recipe}   {s['stored_bits'].value:.2f} bits   rank {s.rank}" for s in standings]
     )
+    look = _looks(standings)
     for tick, s in zip(ax.get_yticklabels(), standings, strict=True):
-        tick.set_color(ink(family(s.recipe)[1]))
+        tick.set_color(ink(look[s.recipe][0]))
         tick.set_fontweight("bold" if s.on_front else "normal")
     return ax
+
+
+def _looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each recipe, by family and then stored bits."""
+    by_bits = sorted(standings, key=lambda s: (s["stored_bits"].value or 0, s.recipe))
+    return looks(s.recipe for s in by_bits)
 
 
 def heat_map(ax: Axes, grid: pd.DataFrame, note: Callable[[float], str]) -> Axes:
@@ -106,7 +117,6 @@ def by_layer(
 ) -> Axes:
     """One line per recipe over the layers, with intervals where there are any; single heads as dots."""
     tints = colours(lines)
-    ends = []
     for place, (recipe, mine) in enumerate(lines.items()):
         mine = mine.sort_values("layer")
         shift = 0.05 * (place - (len(lines) - 1) / 2)
@@ -114,8 +124,8 @@ def by_layer(
         ax.errorbar(
             mine["layer"] + shift, mine["value"], yerr=None if mine["ci_low"].isna().any() else spread,
             fmt="o-", elinewidth=0.8, markersize=3, linewidth=1, color=tints[recipe],
+            label=recipe,
         )  # fmt: skip
-        ends.append((mine["value"].iloc[-1], recipe, tints[recipe]))
         if heads:
             own = heads[recipe]
             ax.plot(own["layer"] + shift, own["value"], ".", markersize=2.5, color=tints[recipe])
@@ -125,7 +135,7 @@ def by_layer(
     number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
-    return label_ends(ax, ends)
+    return ax
 
 
 def over(
@@ -133,7 +143,6 @@ def over(
 ) -> Axes:
     """Perplexity delta over contexts or agents (log x) with intervals; single documents as dots."""
     tints = colours(lines)
-    ends = []
     for place, (recipe, spots) in enumerate(lines.items()):
         shift = 1.07 ** (place - (len(lines) - 1) / 2)
         found = [value for _, value in spots]
@@ -146,13 +155,12 @@ def over(
             )  # fmt: skip
         ax.errorbar(
             [x * shift for x, _ in spots], means, yerr=reaches(found), fmt="o-", markersize=3.5,
-            color=tints[recipe],
+            color=tints[recipe], label=recipe,
         )  # fmt: skip
-        ends.append((means[-1], recipe, tints[recipe]))
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xscale("log", base=2)
     number_ticks(ax, [x for spots in lines.values() for x, _ in spots])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
     ax.set_xlabel(axis)
     ax.set_ylabel("perplexity delta, %")
-    return label_ends(ax, ends)
+    return ax

@@ -16,7 +16,7 @@ from analysis.frontier import (
     settings,
     values,
 )
-from analysis.layout import COLUMN, sheet, styled
+from analysis.layout import COLUMN, legend, sheet, styled
 
 
 @styled
@@ -86,7 +86,7 @@ def layer_sensitivity(rows: pd.DataFrame) -> Canvas | None:
             ax.set_title(f"{kind} error over that on Gaussian data")
         damage.set_title("this layer alone compressed")
         output.set_title("attention output; dots: single heads")
-    return canvas
+    return legend(canvas)
 
 
 def _lines(rows: pd.DataFrame, metric: str, of_heads: bool = False) -> dict[str, pd.DataFrame]:
@@ -117,7 +117,7 @@ def context_scaling(rows: pd.DataFrame) -> Canvas | None:
     for (ax,), (_, mine) in zip(panels, found, strict=True):
         dots = {recipe: by_document(mine, recipe) for recipe in sorted(set(mine["recipe"]))}
         draw.over(ax, "context, tokens", _spots(mine, "context_tokens"), dots)
-    return canvas
+    return legend(canvas)
 
 
 @styled
@@ -129,7 +129,7 @@ def agent_scaling(rows: pd.DataFrame) -> Canvas | None:
     canvas, panels = sheet([_short(setting) for setting, _ in found], 1, 1.8, COLUMN)
     for (ax,), (_, mine) in zip(panels, found, strict=True):
         draw.over(ax, "agents that read the pool", _spots(mine, "n_agents"), {})
-    return canvas
+    return legend(canvas)
 
 
 def _short(setting: Setting) -> str:

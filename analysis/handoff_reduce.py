@@ -75,3 +75,18 @@ def hops_text(n: float) -> str:
 
 def run_text(named: Row) -> str:
     return f"{named['model']} ({named['weights']} weights), {named['device']}, {named['dtype']}"
+
+
+def spots_of(mine: pd.DataFrame, axis: str) -> dict[str, list[tuple[float, Value]]]:
+    """The values of each policy along an axis, of those that have any."""
+    found = {}
+    for policy, line in mine.groupby("policy", sort=False):
+        spots = [(n, value(of)) for n, of in line.groupby(axis)]
+        if spots := [(n, v) for n, v in spots if v.value is not None]:
+            found[policy] = spots
+    return found
+
+
+def average(rows: pd.DataFrame) -> str:
+    """Which average the rows of stages give: medians, or in older cells means."""
+    return "means" if rows["note"].str.startswith("mean;").any() else "medians"

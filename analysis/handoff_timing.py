@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.counterpart import HOLDS
-from analysis.handoff_reduce import SETTING, bits_text, ordered, run_text, value
+from analysis.handoff_reduce import SETTING, average, bits_text, ordered, run_text, value
 from analysis.reduce import Value, describe
 from analysis.render import Column, Row, Table, fixed, keys
 
@@ -52,7 +52,7 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
 
 
 def handoff_stages(rows: pd.DataFrame) -> Table | None:
-    """Where the time goes: means of the stages, and how nearly they add up to the total."""
+    """Where the time goes: the stages, and how nearly they add up to the total."""
     found = rows[rows["metric"].str.match(r"(stage|share)_")]
     if found.empty:
         return None
@@ -80,8 +80,8 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
         Column("adds_up", "sum / total %", fixed(1)),
     ]
     caption = (
-        "Milliseconds by stage, means over repeats. The total is timed on its own; the published create, inject and "
-        "generate stand under create, dequantize (which theirs holds) and first forward. "
+        f"Milliseconds by stage, {average(found)} over repeats. The total is timed on its own; the published "
+        "create, inject and generate stand under create, dequantize (which theirs holds) and first forward. "
         f"{describe(found)}"
     )
     return Table("handoff_stages", caption, columns, lines)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import published, relay_claims
 from analysis.counterpart import HOLDS
-from analysis.handoff_reduce import value, with_budget
+from analysis.handoff_reduce import average, value, with_budget
 from analysis.published import SAME_LENGTH, Figure
 from analysis.reduce import Value
 from analysis.relay_claims import CARD, DIGEST, each_run
@@ -142,7 +142,7 @@ def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:
             return OPEN, "A stage has no quartiles; run experiment=handoff_stages."
         ends[name] = sum(v.low for v in found), sum(v.high for v in found)
         parts.append(f"{name} {sum(v.value for v in found):.3g} ms")
-    said = f"Means at {at:,.0f} tokens, in memory: {', '.join(parts)}."
+    said = f"{average(mine).capitalize()} at {at:,.0f} tokens, in memory: {', '.join(parts)}."
     (low, high), others = ends["generate"], [e for name, e in ends.items() if name != "generate"]
     if all(low > other[1] for other in others):
         return YES, said

@@ -6,16 +6,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from analysis.colours import BLUE, GREEN, ORANGE, VERMILION
+from analysis.colours import BLUE, GREEN, MARKERS, ORANGE, VERMILION
 from analysis.draw import reaches
 from analysis.frontier import Setting, of_experiment, settings, values
-from analysis.labels import label_ends, name_points
-from analysis.layout import sheet, styled
+from analysis.layout import legend, sheet, styled
 from analysis.reduce import BASELINE, Value, describe
 from analysis.render import Column, Row, Table, fixed, keys, significant
 
 EXPERIMENT = "recipe_separation"
-NEUTRAL = "0.3"  # the colour of names that hold for every line
+NEUTRAL = "0.3"  # the colour of what holds for every context
 GROUPS = ("questions", "problems")
 WIDTHS = ("int8_token", "uniform", "uniform_3bit", "uniform_2bit")  # one method at 8, 4, 3, 2 bits
 
@@ -82,27 +81,27 @@ def draw_separation(rows: pd.DataFrame) -> Canvas | None:
         ax.margins(x=0.12, y=0.12)
         ax.set_xlabel("stored bits per value")
         _lines(ax, spots)
-    return canvas
+    return legend(canvas)
 
 
 def _lines(ax: Axes, spots: dict[Setting, dict[str, tuple[float, Value]]]) -> None:
-    """One line a context through one method's widths, other recipes as crosses, named at the last."""
-    ends, taken = [], []
+    """One colour a context: a line through one method's widths, and a marker for each other recipe."""
+    others = sorted({name for mine in spots.values() for name in mine} - {*WIDTHS})
+    forms = {name: MARKERS[place % len(MARKERS)] for place, name in enumerate(others)}
     for (setting, mine), tint in zip(spots.items(), (BLUE, ORANGE, GREEN, VERMILION), strict=False):
         widths = [mine[name] for name in WIDTHS if name in mine]
-        others = [spot for name, spot in mine.items() if name not in WIDTHS]
-        for form, drawn in (("o-", widths), ("x", others)):
+        context = f"{setting.context:,} tokens"
+        for form, drawn in (
+            (".-", widths), *((forms[name], [mine[name]]) for name in others if name in mine)
+        ):  # fmt: skip
             if drawn:
-                found = [v for _, v in drawn]
-                means, at = [v.value for v in found], [bits for bits, _ in drawn]
-                ax.errorbar(at, means, yerr=reaches(found), fmt=form, color=tint)
-                taken += [[(b, v.low), (b, v.high)] for b, v in drawn if v.low is not None]
-                taken += [list(zip(at, means, strict=True))] if form == "o-" else []
-        if widths:
-            ends.append((widths[0][1].value, f"{setting.context:,} tokens", tint))
-    label_ends(ax, ends)
-    names = [(name, bits, v.value, NEUTRAL) for name, (bits, v) in mine.items()]
-    name_points(ax, names, taken)
+                ax.errorbar(
+                    [bits for bits, _ in drawn], [v.value for _, v in drawn],
+                    yerr=reaches([v for _, v in drawn]), fmt=form, color=tint,
+                    label=context if drawn is widths else None,
+                )  # fmt: skip
+    for name, form in forms.items():
+        ax.plot([], [], form, color=NEUTRAL, label=name)
 
 
 def _by_recipe(rows: pd.DataFrame) -> dict[str, dict[str, Value]]:

@@ -15,17 +15,20 @@ __all__ = ["check", "run", "settle"]
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Mean of every stage, its share of the total, and the total, which is timed on its own.
+    """Median of every stage with quartiles, and of the total, which is timed on its own; shares of the mean total.
 
-    Means, because medians of parts do not add up to the median of the whole.
+    Shares are of means, because medians of parts do not add up to the median of the whole.
     """
     rows, timings = new_rows(cfg), timed(cfg)
     for (_, timing), described in zip(timings, columns(cfg, timings), strict=True):
-        about = {"n": len(timing.total), "note": f"mean; interval: quartiles; {KEPT}", **described}
+        about = {
+            "n": len(timing.total),
+            "note": f"median; interval: quartiles; {KEPT}",
+            **described,
+        }
         for stage, times in {"total": timing.total, **timing.stages}.items():
-            low, _, high = quartiles(times)
-            mean = float(times.mean())
-            rows.add(f"stage_{stage}", mean, "ms", ci=(low, high), **about)
-            share = 100 * mean / float(timing.total.mean())
+            low, mid, high = quartiles(times)
+            rows.add(f"stage_{stage}", mid, "ms", ci=(low, high), **about)
+            share = 100 * float(times.mean() / timing.total.mean())
             rows.add(f"share_{stage}", share, "percent", **(about | {"note": "of the mean total"}))
     return rows

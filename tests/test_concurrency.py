@@ -293,12 +293,12 @@ def test_table_and_figure(rows):
     canvas = draw_concurrency(rows)
     assert [len(ax.lines) > 0 for ax in canvas.axes] == [True, True]
     other = rows[rows["reader"] == "cascade"].assign(backend="cpu")
-    both = draw_concurrency(pd.concat([rows, other])).axes[0].texts
+    both = draw_concurrency(pd.concat([rows, other])).legends[0].get_texts()
     assert {text.get_text() for text in both} == {
-        "private",
-        "inject",
-        "cascade, cpu",
-        "cascade, torch",
+        "unshared caches",
+        "dequantize, as published",
+        "in place, cpu",
+        "in place, torch",
     }
     lost = rows.assign(value=rows["value"].where(rows["reader"] != "private"))
     assert "nan" not in markdown(concurrency(lost)).lower() and draw_concurrency(lost).axes
