@@ -12,6 +12,7 @@ from tqdm import tqdm
 from experiments import common
 from experiments.common import check_quality, new_rows
 from polykv.evaluation import bertscore, continuation
+from polykv.evaluation.answers import contains
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import wilson
 from polykv.reference.documents import matches
@@ -41,7 +42,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 def add_rows(
     rows: Rows, cfg: DictConfig, full: tuple[Reading, ...], readings: tuple[Reading, ...]
 ) -> None:
-    """Perplexity, KL, BERTScore and exact match of `readings` against the uncompressed `full`."""
+    """Perplexity, KL, BERTScore and right answers of `readings` against the uncompressed `full`."""
     pairs = list(zip(readings, full, strict=True))
     comparisons = [reading.compare_to(baseline) for reading, baseline in pairs]
     continuation.add_rows(rows, comparisons)
@@ -51,21 +52,22 @@ def add_rows(
         answers.append(reading.answers(cfg.n_agents))
         references.append(baseline.answers(cfg.n_agents))
     bertscore.add_rows(rows, answers, references, cfg.scorer.name)
-    _add_exact_match(rows, cfg, readings, answers)
+    _add_right(rows, cfg, readings, answers)
 
 
-def _add_exact_match(
+def _add_right(
     rows: Rows, cfg: DictConfig, readings: tuple[Reading, ...], answers: list[list[str]]
 ) -> None:
-    verdicts = [
-        matches(answer, question.answer)
+    pairs = [
+        (answer, question.answer)
         for reading, given in zip(readings, answers, strict=True)
         for answer, question in zip(given, reading.document.questions, strict=False)
         if question.answer is not None
     ]
-    if not verdicts:
-        note = f"document={cfg.document.name} has no exact answers"
-        rows.add("exact_match", None, "rate", note=note)
-        return
-    right, n = sum(verdicts), len(verdicts)
-    rows.add("exact_match", right / n, "rate", ci=wilson(right, n), n=n, protocol="greedy")
+    for metric, is_right in (("exact_match", matches), ("contains", contains)):
+        if not pairs:
+            note = f"document={cfg.document.name} has no exact answers"
+            rows.add(metric, None, "rate", note=note)
+            continue
+        right, n = sum(is_right(*pair) for pair in pairs), len(pairs)
+        rows.add(metric, right / n, "rate", ci=wilson(right, n), n=n, protocol="greedy")

@@ -22,7 +22,7 @@ LAYERS = ("first_layers", "last_layers")
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`document=auto` becomes the document that suits the model; the seed also draws the rotations.
+    """The seed also draws the rotations.
 
     A recipe stands here for its codecs: exempt layers, whose weight depends on the model's depth, are always in
     its label, and of a recipe that an experiment names itself (k8v4) all that it keeps exact.
@@ -31,9 +31,6 @@ def settle(cfg: DictConfig) -> DictConfig:
     exact = [name for name in cfg.recipe.get("exempt", {}) if not own or name in LAYERS]
     bare = {"recipe": {"exempt": dict.fromkeys(exact, 0)}} if exact else {}
     settled = common.settle(cfg, bare)
-    if settled.document.name == "auto":
-        suited = "generated" if settled.weights == "reference" else "wikitext2"
-        settled.document = config.load_group("document", suited)
     Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
     for part in (settled.recipe.key, settled.recipe.value):
         _seed(part, settled.seed)

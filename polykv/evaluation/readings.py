@@ -18,7 +18,10 @@ from polykv.recipe import Recipe
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix. Scores and answers are computed when asked for, once."""
+    """A pool over a document's prefix. Scores and answers are computed when asked for, once.
+
+    `asked_pool` is over what agents are asked after, where that is not the plain prefix (polykv/chat.py).
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -26,15 +29,16 @@ class Reading:
     pool: SharedKVPool
     max_new_tokens: int
     reader: str = "inject"
+    asked_pool: SharedKVPool | None = None
     _answers: list[str] = field(default_factory=list)
 
     def under(self, recipe: Recipe, reader: str, backend: str = "torch") -> "Reading":
         """The same document's cache under another recipe, taken from this pool's decoded layers."""
-        layers = (self.pool.decode_layer(index) for index in range(self.pool.n_layers))
-        pool = SharedKVPool.from_layers(
-            layers, recipe, n_layers=self.pool.n_layers, backend=backend
+        pool, asked = (
+            pool and _under(pool, recipe, backend) for pool in (self.pool, self.asked_pool)
         )
-        return Reading(self.model, self.tokenizer, self.document, pool, self.max_new_tokens, reader)
+        settings = (self.max_new_tokens, reader, asked)
+        return Reading(self.model, self.tokenizer, self.document, pool, *settings)
 
     @cached_property
     def log_probs_TV(self) -> Tensor:
@@ -83,7 +87,8 @@ class Reading:
         """The first `n_agents` agents' greedy answers; agents already asked are not asked again."""
         new = self.document.questions[len(self._answers) : n_agents]
         if new:
-            self._answers += self.pool.ask(
+            pool = self.asked_pool or self.pool
+            self._answers += pool.ask(
                 self.model,
                 self.tokenizer,
                 [question.prompt for question in new],
@@ -91,3 +96,8 @@ class Reading:
                 reader=self.reader,
             )
         return self._answers[:n_agents]
+
+
+def _under(pool: SharedKVPool, recipe: Recipe, backend: str) -> SharedKVPool:
+    layers = (pool.decode_layer(index) for index in range(pool.n_layers))
+    return SharedKVPool.from_layers(layers, recipe, n_layers=pool.n_layers, backend=backend)
