@@ -5,7 +5,6 @@ the template writes one by default, and the beginning of the user's. A question 
 user's turn, and the header of the assistant's.
 """
 
-from datetime import datetime
 from typing import Any
 
 import torch
@@ -17,8 +16,11 @@ from polykv.errors import PolyKVError
 STYLES = ("chat", "plain", "auto")
 SEPARATOR = "\n\n"  # between document and question
 PLAIN = "use question_style=plain"
-# What must not move the prefix: another question, on another day.
-PROBES = (("Why?", datetime(2024, 7, 26)), ("What does it say?", datetime(2025, 11, 3)))
+# Questions, and whether they are asked on another day, that must not move the prefix. A tokenizer may join line breaks
+# before a letter otherwise than before a digit.
+PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
+# A template writes today's date with a function of transformers'; its own of that name comes first.
+OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
 
 
 def settle(model: Any) -> None:
@@ -57,14 +59,8 @@ class Chat:
         self._tokenizer, self._document = tokenizer, document.strip()
         if not self._document:
             raise PolyKVError("the document is empty; give at least one token of text")
-        self._opening = self._cut(self._render(*PROBES[0]))
-        ids = _encode(tokenizer, self._opening)
-        self._compare(
-            ids,
-            _encode(tokenizer, self._render(*PROBES[1])),
-            "with another question or on another day",
-        )
-        self.ids_BT: Tensor = torch.tensor([ids])
+        self._opening = self._cut([self._render(*probe) for probe in PROBES])
+        self.ids_BT: Tensor = torch.tensor([_encode(tokenizer, self._opening)])
 
     def prompt(self, question: str) -> str:
         """The rest of the conversation: the question, the end of the user's turn, the assistant's header.
@@ -74,38 +70,43 @@ class Chat:
         """
         if not question.strip():
             raise PolyKVError("a question is empty; an agent has to ask something")
-        whole = self._render(question.strip(), PROBES[0][1])
+        whole = self._render(question.strip())
         if not whole.startswith(self._opening):
             raise PolyKVError(f"the question {question!r} moves the document in the chat; {PLAIN}")
         return whole[len(self._opening) :]
 
-    def _render(self, question: str, day: datetime) -> str:
+    def _render(self, question: str, other_day: bool = False) -> str:
         content = self._document + SEPARATOR + question
-        return _render(self._tokenizer, [("user", content)], add_generation_prompt=True, day=day)
+        return _render(self._tokenizer, [("user", content)], True, other_day)
 
-    def _cut(self, whole: str) -> str:
-        """The part of a conversation that is shared. It ends after the document, or where no token spans the cut."""
-        start = whole.find(self._document + SEPARATOR)
+    def _cut(self, conversations: list[str]) -> str:
+        """The part of all conversations that is shared: as much of it as no token reaches beyond."""
+        start = conversations[0].find(self._document + SEPARATOR)
         if start < 0:
             raise PolyKVError(f"the chat template changes the text that it is given; {PLAIN}")
-        end, expected = start + len(self._document), _encode(self._tokenizer, whole)
-        # Some tokenizers merge the full stop with the line breaks, others the line breaks.
+        end = start + len(self._document)
+        expected = [_encode(self._tokenizer, whole) for whole in conversations]
+        # Some tokenizers merge a full stop with line breaks, others only line breaks with each other.
         for n_kept in range(len(SEPARATOR), -1, -1):
-            opening, rest = whole[: end + n_kept], whole[end + n_kept :]
-            found = [*_encode(self._tokenizer, opening), *_encode(self._tokenizer, rest)]
-            if found == expected:
+            opening = conversations[0][: end + n_kept]
+            ids = _encode(self._tokenizer, opening)
+            found = [
+                ids + _encode(self._tokenizer, whole[len(opening) :]) for whole in conversations
+            ]
+            if found == expected and all(whole.startswith(opening) for whole in conversations):
                 return opening
-        self._compare(found, expected, "in one piece with the question")
-        raise PolyKVError(f"the chat template's text is not tokenised as a whole; {PLAIN}")
+        raise PolyKVError(f"{self._first_difference(found, expected)}; {PLAIN}")
 
-    def _compare(self, prefix: list[int], whole: list[int], when: str) -> None:
-        for index, (ours, theirs) in enumerate(zip(prefix, whole, strict=False)):
-            if ours != theirs:
-                was, becomes = self._tokenizer.convert_ids_to_tokens([ours, theirs])
-                raise PolyKVError(
-                    f"the prefix of the chat template moves: token {index} is {was!r}, and {when} "
-                    f"{becomes!r}; {PLAIN}"
-                )
+    def _first_difference(self, found: list[list[int]], expected: list[list[int]]) -> str:
+        for (question, _), ours, theirs in zip(PROBES, found, expected, strict=True):
+            for index, pair in enumerate(zip(ours, theirs, strict=False)):
+                if len(set(pair)) == 2:
+                    shared, whole = self._tokenizer.convert_ids_to_tokens(pair)
+                    return (
+                        f"the prefix of the chat template moves: token {index} is {shared!r}, and "
+                        f"{whole!r} where {question!r} is asked, or on another day"
+                    )
+        return "the chat template is tokenised otherwise in two parts than as a whole"
 
 
 def text_of(tokenizer: Any, ids_T: Tensor) -> str:
@@ -130,14 +131,14 @@ def _render(
     tokenizer: Any,
     turns: list[tuple[str, str]],
     add_generation_prompt: bool = False,
-    day: datetime = PROBES[0][1],
+    other_day: bool = False,
 ) -> str:
     try:
         return tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in turns],
+            chat_template=OTHER_DAY + tokenizer.get_chat_template() if other_day else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            strftime_now=day.strftime,
         )
     except TemplateError as error:
         raise PolyKVError(f"the chat template cannot be used ({error}); {PLAIN}") from error
