@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polykv import digests, hub, kernels, loading, models, naming
+from polykv import chat, config, digests, hub, kernels, loading, models, naming, shipped
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation import readings as reading
@@ -44,12 +44,16 @@ def settle(cfg: DictConfig) -> DictConfig:
         PolyKVError: a local file or model that cannot be read.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    if settled.document.name == "auto":
+        suited = "generated" if settled.weights == "reference" else "wikitext2"
+        settled.document = config.load_group("document", suited)
     if labels := naming.labels(settled):
         settled.labels = labels
     settled.model.weights = settled.weights
     _add_digests(settled)
     device = models.pick_device(cfg.device)
     loading.settle(settled.model, device)
+    chat.settle(settled.model)
     settled.device = device.type if cfg.device == "auto" else cfg.device
     if cfg.backend == "auto":
         cascade = cfg.reader == "cascade"
@@ -63,6 +67,9 @@ def _add_digests(settled: DictConfig) -> None:
         settled.model.digest = models.reference_digest()
     elif settled.model.trained_weights == "local":
         settled.model.digest = models.local_digest(settled.model)
+    for group in ("document", "relay"):
+        if group in settled and settled[group].name in shipped.FILES:
+            settled[group].digest = shipped.digest(settled[group].name)
     for group, key, name in FILES:
         setting = f"{group}.{key}"
         if path := OmegaConf.select(settled, setting):  # `check` says where one is missing
@@ -103,11 +110,11 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
         )
     kernels.pick_backend(cfg.backend, device)
     Recipe.from_config(cfg.recipe)
-    config = models.load_config(cfg.model)
-    check_model(config)
+    architecture = models.load_config(cfg.model)
+    check_model(architecture)
     check_document(cfg)
     if cfg.context is not None:
-        check_length(config, cfg.context, f"context={cfg.context}")
+        check_length(architecture, cfg.context, f"context={cfg.context}")
 
 
 def check_quality(cfg: DictConfig) -> None:
@@ -128,13 +135,13 @@ def check_quality(cfg: DictConfig) -> None:
             "use document=moon_landing, packet_networks, wikitext2 or file"
         )
     check_hub(cfg)
-    config = models.load_config(cfg.model)
+    architecture = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
     for document in documents_of(cfg):
         for question in document.questions[: cfg.n_agents]:
             asked = len(tokenizer(question.prompt, add_special_tokens=False).input_ids)
-            needed = document.n_prefix + asked + cfg.max_new_tokens
-            check_length(config, needed, f"context={cfg.context} with question and answer")
+            needed = document.asked_BT.shape[1] + asked + cfg.max_new_tokens
+            check_length(architecture, needed, f"context={cfg.context} with question and answer")
 
 
 def check_hub(

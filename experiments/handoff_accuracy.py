@@ -60,7 +60,7 @@ def check(cfg: DictConfig) -> None:
             "out, or use experiment=handoff_ttft"
         )
     if cfg.relay.name == "gsm8k":
-        gsm8k.check_available(cfg.relay.path)
+        gsm8k.check_available(cfg.relay.path, cfg.n_problems)
     elif cfg.weights != "reference":
         raise PolyKVError(
             f"relay=reference is written for the reference model, not for {cfg.model.name}; "

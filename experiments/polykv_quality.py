@@ -12,6 +12,7 @@ from experiments import common
 from experiments.common import check_quality, new_rows
 from polykv.errors import PolyKVError
 from polykv.evaluation import bertscore, continuation
+from polykv.evaluation.answers import contains
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import wilson
 from polykv.progress import phase, track
@@ -57,7 +58,7 @@ def add_scores(rows: Rows, readings: tuple[Reading, ...]) -> None:
 
 
 def add_answers(rows: Rows, cfg: DictConfig) -> None:
-    """BERTScore against the uncompressed cache's answers, exact match, and the answers themselves."""
+    """BERTScore against the uncompressed cache's answers, right answers, and the answers themselves."""
     if not cfg.answers:
         return
     said = common.answers(cfg, cfg.answers)
@@ -68,27 +69,28 @@ def add_answers(rows: Rows, cfg: DictConfig) -> None:
     about = new_rows(cfg, reader=cfg.reader, **own)
     phase("BERTScore")
     bertscore.add_rows(about, said, references, cfg.scorer.name)
-    _add_exact_match(about, cfg, questions, said)
+    _add_right(about, cfg, questions, said)
     rows += about
     for index, parts in enumerate(zip(questions, references, said, strict=True)):
         for agent, (question, reference, answer) in enumerate(zip(*parts, strict=True)):
-            asked_of = {"document": index, "agent": agent, "question": question.prompt}
+            asked_of = {"document": index, "agent": agent, "question": question.text}
             told = {"gold": question.answer, "reference": reference, "answer": answer}
             rows.answers.append(asked_of | told)
 
 
-def _add_exact_match(
+def _add_right(
     rows: Rows, cfg: DictConfig, questions: list[tuple], answers: list[list[str]]
 ) -> None:
-    verdicts = [
-        matches(answer, question.answer)
+    pairs = [
+        (answer, question.answer)
         for asked, given in zip(questions, answers, strict=True)
         for answer, question in zip(given, asked, strict=True)
         if question.answer is not None
     ]
-    if not verdicts:
-        note = f"document={cfg.document.name} has no exact answers"
-        rows.add("exact_match", None, "rate", note=note)
-        return
-    right, n = sum(verdicts), len(verdicts)
-    rows.add("exact_match", right / n, "rate", ci=wilson(right, n), n=n, protocol="greedy")
+    for metric, is_right in (("exact_match", matches), ("contains", contains)):
+        if not pairs:
+            note = f"document={cfg.document.name} has no exact answers"
+            rows.add(metric, None, "rate", note=note)
+            continue
+        right, n = sum(is_right(*pair) for pair in pairs), len(pairs)
+        rows.add(metric, right / n, "rate", ci=wilson(right, n), n=n, protocol="greedy")

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
 from experiments.common import check_quality, new_rows
-from polykv import config
 from polykv.evaluation import continuation
 from polykv.evaluation.readings import Reading
 from polykv.progress import track
@@ -21,11 +20,8 @@ from polykv.results import Rows
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`document=auto` becomes the document that suits the model; the seed also draws the rotations."""
+    """The seed also draws the rotations."""
     settled = common.settle(cfg)
-    if settled.document.name == "auto":
-        suited = "generated" if settled.weights == "reference" else "wikitext2"
-        settled.document = config.load_group("document", suited)
     Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
     for part in (settled.recipe.key, settled.recipe.value):
         _seed(part, settled.seed)

@@ -1,53 +1,61 @@
 """Documents: what the pool holds, what perplexity scores, and what the agents ask."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from polykv import hub
+from polykv import chat, hub, shipped, windows
 from polykv.errors import PolyKVError
 from polykv.reference.documents import generate_document
+from polykv.reference.text import join_words
 
-TEXTS = Path(__file__).parent / "texts"
 # As many as the paper has agents, so that a sweep over n_agents asks the same documents.
 N_QUESTIONS = 15
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one agent asks: the text that follows the prefix, and the right answer where it is known."""
+    """What one agent asks: the prompt that follows what agents share, the right answer where known, the bare question.
+
+    `prompt` is tokenised without special tokens, behind the document's `asked_BT`.
+    """
 
     prompt: str
-    answer: str | None = None
+    answer: str | None
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Token ids (1, tokens): the first `n_prefix` are prefilled and pooled, the rest is scored."""
+    """Token ids (1, tokens) of a plain text: the first `n_prefix` are prefilled and pooled, the rest is scored.
+
+    `asked_BT` (1, tokens) is what agents share when they are asked: the plain prefix itself (None says so), or the
+    same text in a chat (polykv/chat.py).
+    """
 
     name: str
     ids_BT: Tensor
     n_prefix: int
     questions: tuple[Question, ...]
+    asked_BT: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.asked_BT is None:
+            object.__setattr__(self, "asked_BT", self.prefix_BT)
 
     @property
     def n_tokens(self) -> int:
         return self.ids_BT.shape[1]
 
-    @property
+    @cached_property
     def prefix_BT(self) -> Tensor:
         return self.ids_BT[:, : self.n_prefix]
-
-    @property
-    def asked_BT(self) -> Tensor:
-        return self.prefix_BT
 
     @property
     def rest_BT(self) -> Tensor:
@@ -71,10 +79,12 @@ def prefix_tokens(context: int, prefix_fraction: float) -> int:
 
 
 def load_documents(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """`cfg.n_documents` documents of `cfg.context` tokens each (null: the whole text).
+    """Documents of `cfg.context` tokens each (null: one, the whole text): of `generated` `cfg.n_documents`, of a text
+    as many as fit, up to that.
 
     Raises:
-        PolyKVError: missing file, too short a text, fewer questions than agents, or no hub.
+        PolyKVError: missing file, too short a text, fewer questions than agents, no hub, or no chat template that
+            could be shared.
     """
     return get_method(cfg.document._target_)(cfg, tokenizer)
 
@@ -96,26 +106,22 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
         documents.append(
             Document(
                 name=cfg.document.name,
-                ids_BT=_encode(tokenizer, made.text),
+                ids_BT=windows.encode(tokenizer, made.text),
                 n_prefix=prefix_tokens(cfg.context, cfg.prefix_fraction),
-                questions=tuple(Question(q.prompt, q.answer) for q in made.questions),
+                questions=tuple(
+                    Question(q.prompt, q.answer, join_words(q.facts[0].question()))
+                    for q in made.questions
+                ),
             )
         )
     return documents
 
 
-def shipped(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """A text of polykv/texts with its own questions."""
-    content = yaml.safe_load((TEXTS / f"{cfg.document.name}.yaml").read_text(encoding="utf-8"))
+def own(cfg: DictConfig, tokenizer: Any) -> list[Document]:
+    """A text of this project's with questions of its own."""
+    content = yaml.safe_load(shipped.read(cfg.document.name))
     questions = [(item["question"], item["answer"]) for item in content["questions"]]
-    return _windows(cfg, tokenizer, content["text"], questions)
-
-
-def wikitext2(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """WikiText-2's test split: the raw variant from the hub, or a local file."""
-    if cfg.document.path is not None:
-        return file(cfg, tokenizer)
-    return _windows(cfg, tokenizer, hub_wikitext2(), _generic_questions())
+    return _consecutive(cfg, tokenizer, content["text"], questions)
 
 
 def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
@@ -125,25 +131,37 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     if cfg.document.get("questions") is not None:
         lines = read_text(cfg.document, "questions").splitlines()
         questions = [(line.strip(), None) for line in lines if line.strip()]
-    return _windows(cfg, tokenizer, text, questions)
+    return _consecutive(cfg, tokenizer, text, questions)
 
 
-WIKITEXT, REVISION = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
+def wikitext2(cfg: DictConfig, tokenizer: Any) -> list[Document]:
+    """WikiText-2's test split as the package brings it: tokenised, rare words as <unk>."""
+    return _articles(cfg, tokenizer, shipped.read("wikitext2"))
+
+
+def wikitext2_raw(cfg: DictConfig, tokenizer: Any) -> list[Document]:
+    """Its raw variant, from a local file or the hub."""
+    if cfg.document.path is not None:
+        return _articles(cfg, tokenizer, read_text(cfg.document, "path"))
+    return _articles(cfg, tokenizer, hub_wikitext2(cfg.document.revision))
+
+
+WIKITEXT = "Salesforce/wikitext"
 
 
 @lru_cache(maxsize=1)
-def hub_wikitext2() -> str:
-    """The raw test split as one text.
+def hub_wikitext2(revision: str) -> str:
+    """The raw test split as its file has it (`wiki.test.raw`), whose blank lines the hub stores empty.
 
     Raises:
         PolyKVError: the hub cannot be reached.
     """
-    mend = "give a local copy with document.path=/path/to/wikitext2.txt, or use document=generated"
-    hub.check_reachable(WIKITEXT, "dataset", mend, REVISION)
+    mend = "use document=wikitext2, which needs none, or a local copy: document.path=/path/to/wiki.test.raw"
+    hub.check_reachable(WIKITEXT, "dataset", mend, revision)
     from datasets import load_dataset  # seconds to import, needed here only
 
-    split = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test", revision=REVISION)
-    return "\n\n".join(split["text"])
+    split = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test", revision=revision)
+    return "".join(line or " \n" for line in split["text"])
 
 
 def read_text(document: DictConfig, key: str) -> str:
@@ -176,47 +194,69 @@ def check_document(cfg: DictConfig) -> None:
     """
     if cfg.context is not None:
         prefix_tokens(cfg.context, cfg.prefix_fraction)
-    if cfg.document.get("path", default_value=None) is not None or cfg.document.name == "file":
+    if cfg.document.name == "file" or cfg.document.get("path") is not None:
         read_text(cfg.document, "path")
         if cfg.document.get("questions") is not None:
             read_text(cfg.document, "questions")
-    elif cfg.document.name == "wikitext2":
-        hub_wikitext2()
+    elif cfg.document.name == "wikitext2_raw":
+        hub_wikitext2(cfg.document.revision)
 
 
-def _windows(
+def _consecutive(
     cfg: DictConfig, tokenizer: Any, text: str, questions: list[tuple[str, str | None]]
 ) -> list[Document]:
-    """Documents are consecutive windows of the text's tokens, from its start."""
-    name, ids_BT = cfg.document.name, _encode(tokenizer, text)
-    context = cfg.context or ids_BT.shape[1] // cfg.n_documents
-    if context * cfg.n_documents > ids_BT.shape[1]:
+    found = windows.consecutive(tokenizer, text, cfg.context, cfg.n_documents)
+    return _documents(cfg, tokenizer, text, found, questions)
+
+
+def _articles(cfg: DictConfig, tokenizer: Any, text: str) -> list[Document]:
+    if cfg.context is None:
         raise PolyKVError(
-            f"document={name} has {ids_BT.shape[1]} tokens under this tokenizer, and "
-            f"{cfg.n_documents} x context={context} were asked for; lower context or n_documents, "
-            "or use context=null for the whole text"
+            f"document={cfg.document.name} has articles of many lengths; set context=1024 or so"
+        )
+    found = windows.of_articles(tokenizer, text, cfg.context, cfg.n_documents)
+    return _documents(cfg, tokenizer, text, found, _generic_questions())
+
+
+def _documents(
+    cfg: DictConfig,
+    tokenizer: Any,
+    text: str,
+    found: list[Tensor],
+    questions: list[tuple[str, str | None]],
+) -> list[Document]:
+    name = cfg.document.name
+    if not found:
+        n_tokens = windows.encode(tokenizer, text).shape[1]
+        raise PolyKVError(
+            f"document={name} has {n_tokens} tokens under this tokenizer, fewer than "
+            f"context={cfg.context}; lower context, or use context=null for the whole text"
         )
     if cfg.n_agents > len(questions):
         raise PolyKVError(
             f"document={name} has {len(questions)} questions and n_agents={cfg.n_agents}; "
             "lower n_agents, or bring more with document.questions"
         )
+    n_prefix = prefix_tokens(found[0].shape[1], cfg.prefix_fraction)
+    if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
+        return [_in_chat(name, tokenizer, ids_BT, n_prefix, questions) for ids_BT in found]
     template = cfg.model.question_template
-    asked = tuple(Question(template.format(question=q), a) for q, a in questions)
-    n_prefix = prefix_tokens(context, cfg.prefix_fraction)
-    return [
-        Document(name, ids_BT[:, start : start + context], n_prefix, asked)
-        for start in range(0, context * cfg.n_documents, context)
-    ]
+    asked = tuple(Question(template.format(question=q), answer, q) for q, answer in questions)
+    return [Document(name, ids_BT, n_prefix, asked) for ids_BT in found]
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    # verbose=False: a text longer than the model is fine here, windows are cut from it.
-    return tokenizer(
-        text, return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids.to(torch.long)
+def _in_chat(
+    name: str,
+    tokenizer: Any,
+    ids_BT: Tensor,
+    n_prefix: int,
+    questions: list[tuple[str, str | None]],
+) -> Document:
+    shared = chat.Chat(tokenizer, chat.text_of(tokenizer, ids_BT[0, :n_prefix]))
+    asked = tuple(Question(shared.prompt(q), answer, q) for q, answer in questions)
+    return Document(name, ids_BT, n_prefix, asked, shared.ids_BT)
 
 
 def _generic_questions() -> list[tuple[str, str | None]]:
-    lines = (TEXTS / "generic_questions.txt").read_text(encoding="utf-8").splitlines()
+    lines = (shipped.TEXTS / "generic_questions.txt").read_text(encoding="utf-8").splitlines()
     return [(line, None) for line in lines]

@@ -6,19 +6,27 @@ GenerationConfig passed to it does not help, whose unset values transformers tak
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from polykv.chat import end_of_turn
+
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel, cache: Cache, prompts: Sequence[Tensor], limit: int
+    model: PreTrainedModel,
+    cache: Cache,
+    prompts: Sequence[Tensor],
+    limit: int,
+    tokenizer: Any = None,
 ) -> list[Tensor]:
-    """The ids (tokens,) that follow each row's prompt, up to its end-of-sequence token or `limit` of them.
+    """The ids (tokens,) that follow each row's prompt, up to an end token or `limit` of them.
 
+    End tokens are those of the model and, where one is given, of the tokenizer (`end_tokens`).
     Each prompt (tokens,) continues its row of the cache, every token of which it sees. Afterwards the cache
     holds all but the last token.
     """
@@ -30,7 +38,7 @@ def greedy(
         mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
     # Models count positions in the cache, padding among them.
     padded = not mask_BT.all()
-    stops = torch.tensor(end_tokens(model), device=model.device)
+    stops = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     written, ended_B = [], torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
@@ -53,9 +61,14 @@ def greedy(
     return [ids_T[kept_T].cpu() for ids_T, kept_T in answers]
 
 
-def end_tokens(model: PreTrainedModel) -> list[int]:
-    """The model's end-of-sequence tokens: one, several or none."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
+    """The tokens that end an answer: one, several or none.
+
+    A model read from GGUF has no generation_config of its own. Its tokenizer knows the end of a sequence, and its
+    chat template that of a turn, which need not be the same.
+    """
     stops = model.generation_config.eos_token_id
-    if stops is None:
-        return []
-    return stops if isinstance(stops, list) else [stops]
+    found = set(stops if isinstance(stops, list) else [stops])
+    if tokenizer is not None:
+        found |= {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return sorted(found - {None})

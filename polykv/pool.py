@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place, read_privately
+from polykv.chat import Chat, is_wanted
 from polykv.errors import PolyKVError
 from polykv.greedy import greedy
 from polykv.recipe import Recipe
@@ -39,6 +40,7 @@ class SharedKVPool:
             raise PolyKVError("the cache holds no layers; prefill the document first")
         self._layers = tuple(tuple(segments) for segments in layers)
         self.recipe = recipe
+        self.chat: Chat | None = None
         device = next(iter(self._layers[0][0].key.tensors.values())).device
         self.backend = kernels.pick_backend(backend, device)
         self.n_tokens: int = sum(segment.n_tokens for segment in self._layers[0])
@@ -57,14 +59,22 @@ class SharedKVPool:
         text: str,
         recipe: Recipe,
         backend: str = "auto",
+        style: str = "plain",
     ) -> "SharedKVPool":
         """Prefill `text`, compress its cache, forget the full cache.
 
+        `style` "chat" is for instruct models: the text stands in the user's turn of the tokenizer's chat template,
+        and `ask` takes bare questions, which continue that turn. "auto": chat where there is a template.
+
         Raises:
-            PolyKVError: empty text, text beyond the model's positions, or an unsupported architecture.
+            PolyKVError: empty text, text beyond the model's positions, an unsupported architecture, or a chat
+                template that cannot be shared (polykv/chat.py).
         """
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        return cls.from_cache(prefill(model, ids), recipe, backend)
+        chat = Chat(tokenizer, text) if is_wanted(style, tokenizer) else None
+        ids_BT = chat.ids_BT if chat else tokenizer(text, return_tensors="pt").input_ids
+        pool = cls.from_cache(prefill(model, ids_BT), recipe, backend)
+        pool.chat = chat
+        return pool
 
     @classmethod
     def from_cache(cls, cache: Cache, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
@@ -174,7 +184,7 @@ class SharedKVPool:
         max_new_tokens: int = 64,
         reader: str = "inject",
     ) -> list[str]:
-        """Each agent's greedy answer to its own query, which continues the document directly.
+        """Each agent's greedy answer to its own query, which continues the document directly, or in chat.
 
         `reader` "inject": each from a full-precision cache of its own, as many agents in one batch as COPIES
         bytes hold; "cascade": all agents in one batch that attends to the compressed copy.
@@ -184,6 +194,8 @@ class SharedKVPool:
                 positions, or a model that other threads read the other way (`attend_in_place`).
         """
         check_reader(reader)
+        if self.chat:
+            queries = [self.chat.prompt(query) for query in queries]
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if not queries_ids:
             return []
@@ -257,5 +269,5 @@ def generate(
     max_new_tokens: int,
 ) -> list[str]:
     """Continue each row of a cache with its query (tokens,); the new text of each, greedily."""
-    answers = greedy(model, cache, queries_ids, max_new_tokens)
+    answers = greedy(model, cache, queries_ids, max_new_tokens, tokenizer)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -161,7 +161,7 @@ MISTAKES = (
              "document.path={}/text.txt",
              "own", _files(config=SMALL_LLAMA, text=WORDS)),
     BadInput("weights where no hub is", f"{QUALITY} model=smollm2-135m document=moon_landing", "hub"),
-    BadInput("a dataset where no hub is", f"{QUALITY} document=wikitext2", "hub"),
+    BadInput("a dataset where no hub is", f"{QUALITY} document=wikitext2_raw", "hub"),
     BadInput("a scorer where no hub is", f"{QUALITY} scorer=roberta-large", "hub"),
     BadInput("quality of random weights", f"{QUALITY} model=qwen2.5-0.5b weights=random "
              "document=moon_landing", "random weights"),

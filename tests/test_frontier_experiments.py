@@ -117,8 +117,8 @@ def test_auto_document_follows_the_weights():
     module, settled, _ = sweep.prepare(reference)
     assert settled.document.name == "generated"
     module, settled, _ = sweep.prepare(hub)
-    assert settled.document.name == "wikitext2"
-    with pytest.raises(PolyKVError, match="hub"):
+    assert settled.document.name == "wikitext2" and settled.document.digest
+    with pytest.raises(PolyKVError, match="hub"):  # which has the weights
         module.check(settled)
 
 

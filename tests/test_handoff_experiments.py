@@ -117,7 +117,7 @@ def test_published_figures_meet_rows_of_their_own_model_only(rows):
         ("handoff_accuracy", "reseal=again", "no reseal 'again'"),
         ("handoff_accuracy", "weights=random", "random weights"),
         ("handoff_accuracy", "budget_bits=-1", "budget_bits=-1"),
-        ("handoff_accuracy", "relay=gsm8k", "openai/gsm8k"),
+        ("handoff_accuracy", "relay=gsm8k n_problems=301", "openai/gsm8k.*n_problems=300 or fewer"),
         ("handoff_accuracy", "policy.importance=[luck]", "no signal 'luck'"),
         ("controller_ablation", "policy=fp16", "no budget to ablate"),
         ("handoff_ttft", "context=8192", "8192 positions"),
@@ -129,7 +129,7 @@ def test_published_figures_meet_rows_of_their_own_model_only(rows):
 )
 def test_bad_input_is_one_clear_line_before_any_work(experiment, override, message):
     with pytest.raises(PolyKVError, match=message) as refused:
-        module, cfg = settled(experiment, override)
+        module, cfg = settled(experiment, *override.split())
         module.check(cfg)
     assert "\n" not in str(refused.value)
 

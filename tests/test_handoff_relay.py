@@ -3,13 +3,14 @@
 import json
 import random
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_model
 from omegaconf import OmegaConf
 from scipy import stats
 
-from polykv import config
+from polykv import config, hub, shipped
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
 from polykv.evaluation.statistics import mcnemar
@@ -132,6 +133,50 @@ def test_gsm8k_from_a_local_file(tmp_path):
     assert task.answer == problems[3].answer == problems[3].question.split()[2] + "000"
     with pytest.raises(PolyKVError, match="20 problems and n_problems=21"):
         gsm8k.load(path, 21, seed=0)
+
+
+def test_gsm8k_ships_with_the_package():
+    cfg = config.load_group("relay", "gsm8k")
+    tasks = load_tasks(cfg, 150, 3, seed=0)
+    assert tasks == load_tasks(cfg, 300, 3, seed=7)[:150]
+    problems = [json.loads(line) for line in shipped.read("gsm8k").splitlines()[:150]]
+    assert [task.answer for task in tasks] == [
+        gsm8k.extract(p["answer"], "strict") for p in problems
+    ]
+    assert all(p["question"] in task.prompts[0] for p, task in zip(problems, tasks, strict=True))
+
+
+def fake_split(monkeypatch, **changed):
+    """A hub that has the shipped problems at their indices, and others elsewhere."""
+    rows = [{"question": f"Q{i}", "answer": f"#### {i}"} for i in range(1319)]
+    for line in shipped.read("gsm8k").splitlines():
+        row = json.loads(line)
+        rows[row.pop("index")] = row
+    rows[gsm8k.order(1319)[4]].update(changed)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **how: rows)
+    return rows
+
+
+def test_more_problems_come_from_the_hub_after_the_same_first_ones(monkeypatch):
+    rows = fake_split(monkeypatch)
+    gsm8k.check_same(rows)
+    problems = gsm8k.load(None, 1319, seed=0)
+    assert problems[:300] == gsm8k.load(None, 300, seed=0)
+    assert {p.question for p in problems} == {row["question"] for row in rows}
+    monkeypatch.setattr(hub, "in_cache", lambda *what: True)
+    gsm8k.check_available(None, 1319)
+    with pytest.raises(PolyKVError, match="1319 problems and n_problems=1320"):
+        gsm8k.load(None, 1320, seed=0)
+
+
+@pytest.mark.parametrize("changed", ({"question": "Q?"}, {"answer": "#### 0"}))
+def test_a_hub_whose_problems_are_others_is_refused(changed, monkeypatch):
+    rows = fake_split(monkeypatch, **changed)
+    index = gsm8k.order(1319)[4]
+    with pytest.raises(PolyKVError, match=f"problem {index} of the hub's"):
+        gsm8k.load(None, 301, seed=0)
+    with pytest.raises(PolyKVError, match="problem"):
+        gsm8k.check_same(rows[:100])
 
 
 @pytest.mark.parametrize("text", ("", "{", '{"question": "a"}', '{"question": "a", "answer": "1"}'))

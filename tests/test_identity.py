@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import common, sweep
-from polykv import config, digests, models, naming
+from polykv import config, digests, models, naming, shipped
 from polykv.config import CONF
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
@@ -103,6 +103,45 @@ def test_a_policy_that_became_another_is_another_cell(experiment, tmp_path, monk
         uniform.read_text().replace("alpha: 1.0 # weight of importance; the rest goes to demand\n", "")
     )  # fmt: skip
     assert identity(f"experiment={experiment}") != first
+
+
+def test_the_shipped_texts_are_part_of_a_cells_identity(tmp_path, monkeypatch):
+    cells = {
+        "wikitext2": ("experiment=polykv_quality", "document=wikitext2"),
+        "moon_landing": ("experiment=polykv_quality", "document=moon_landing"),
+        "gsm8k": ("experiment=handoff_accuracy", "relay=gsm8k"),
+    }
+    first = {name: identity(*cell) for name, cell in cells.items()}
+    shutil.copytree(shipped.TEXTS, tmp_path / "texts")
+    monkeypatch.setattr(shipped, "TEXTS", tmp_path / "texts")
+    assert {name: identity(*cell) for name, cell in cells.items()} == first
+    for name, cell in cells.items():
+        path = tmp_path / "texts" / shipped.FILES[name]
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert identity(*cell) != first[name], name
+
+
+def test_raw_and_shipped_wikitext2_are_two_documents(tmp_path):
+    shipped_one, raw = (
+        prepared("experiment=polykv_quality", f"document={name}")
+        for name in ("wikitext2", "wikitext2_raw")
+    )
+    assert shipped_one[1] != raw[1]
+    assert [common.label(cfg, "document") for cfg, _ in (shipped_one, raw)] == [
+        "wikitext2", "wikitext2_raw"
+    ]  # fmt: skip
+    assert len(raw[0].document.revision) == 40
+
+
+def test_how_questions_are_asked_is_part_of_a_cells_identity():
+    cell = ("experiment=polykv_quality", "model=smollm2-135m", "document=wikitext2")
+    assert identity(*cell) == identity(*cell, "model.question_style=chat")
+    assert identity(*cell) != identity(*cell, "model.question_style=plain")
+    assert labels(*cell, "model.question_style=plain") == {
+        "model": "smollm2-135m+question_style=plain"
+    }
+    # Nothing is asked of random weights.
+    assert "question_style" not in prepared(*cell, "weights=random")[0].model
 
 
 def test_a_large_file_is_sampled_and_a_small_one_read_whole(tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """Loading: names, folders, geometry without a hub, documents of an exact length, and one clear line when it fails."""
 
+import re
+
+import datasets
 import pytest
 import torch
 from conftest import TEXT
 from omegaconf import OmegaConf
 
 import polykv
-from polykv import config, models
+from polykv import config, documents, models
 from polykv.documents import load_documents, prefix_tokens
 from polykv.errors import PolyKVError
 from polykv.models import Geometry, load_config
@@ -114,7 +117,8 @@ def test_shipped_documents(name, tokenizer):
     (document,) = load_documents(settings(name), tokenizer)
     assert document.ids_BT.shape == (1, 100) and document.n_prefix == 70
     assert len(document.questions) == 15
-    assert document.questions[0].prompt.startswith("\nQuestion: ")
+    assert document.questions[0].prompt == f"\nQuestion: {document.questions[0].text}\nAnswer:"
+    assert document.asked_BT is document.prefix_BT and document.prefix_BT.shape == (1, 70)
 
 
 def test_a_file_gives_consecutive_windows(tmp_path, tokenizer):
@@ -134,6 +138,7 @@ def test_generated_documents_are_held_out_and_seeded():
     assert first.ids_BT.shape == (1, 256)
     assert torch.equal(first.ids_BT, again.ids_BT) and not torch.equal(first.ids_BT, second.ids_BT)
     assert all(question.answer for question in first.questions)
+    assert all(q.text in q.prompt and "Q:" not in q.text for q in first.questions)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,47 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         ask(tmp_path / "latin.txt")
 
 
-def test_wikitext2_without_a_hub(tokenizer):
-    with pytest.raises(PolyKVError, match="cannot be reached.*document.path"):
-        load_documents(settings("wikitext2"), tokenizer)
+@pytest.mark.parametrize(("context", "n"), [(100, 16), (20_000, 16), (400_000, 2)])
+def test_wikitext2_needs_no_hub_and_begins_with_articles(context, n, tokenizer):
+    found = load_documents(settings("wikitext2", context=context, n_documents=16), tokenizer)
+    assert len(found) == n and {document.n_tokens for document in found} == {context}
+    starts = [tokenizer.decode(document.ids_BT[0, :40]) for document in found]
+    assert all(re.match(r"= [^=]+ = \n \n [^=]", start) for start in starts)
+    assert len(set(starts)) == n
+
+
+def test_wikitext2_has_no_length_of_its_own(tokenizer):
+    with pytest.raises(PolyKVError, match="set context=1024"):
+        load_documents(settings("wikitext2", context=None), tokenizer)
+
+
+RAW = " \n = A raw title = \n \n Word for word . \n" + "some words \n" * 60
+
+
+def test_raw_wikitext2_is_of_the_hub_or_a_copy(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(PolyKVError, match="cannot be reached.*document=wikitext2,.*document.path"):
+        load_documents(settings("wikitext2_raw"), tokenizer)
+    (tmp_path / "wiki.test.raw").write_text(RAW)
+    copy = {"path": str(tmp_path / "wiki.test.raw")}
+    (local,) = load_documents(settings("wikitext2_raw", document=copy), tokenizer)
+    # The hub has a line a row, blank ones empty.
+    lines = [line if line.strip() else "" for line in RAW.splitlines(keepends=True)]
+    monkeypatch.setattr(documents.hub, "check_reachable", lambda *what: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **how: {"text": lines})
+    documents.hub_wikitext2.cache_clear()
+    (from_hub,) = load_documents(settings("wikitext2_raw"), tokenizer)
+    documents.hub_wikitext2.cache_clear()
+    assert torch.equal(local.ids_BT, from_hub.ids_BT) and from_hub.name == "wikitext2_raw"
+    assert tokenizer.decode(local.ids_BT[0]).startswith("= A raw title = \n \n Word for word")
+
+
+def test_a_short_text_gives_as_many_windows_as_fit(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    n_tokens = tokenizer(TEXT, return_tensors="pt").input_ids.shape[1]
+    cfg = settings("file", n_documents=16, document={"path": str(path)}, context=n_tokens // 4)
+    assert len(load_documents(cfg, tokenizer)) == 4
+    (whole,) = load_documents(OmegaConf.merge(cfg, {"context": None}), tokenizer)
+    assert whole.n_tokens == n_tokens
+    with pytest.raises(PolyKVError, match=f"{n_tokens} tokens.*fewer than context={n_tokens + 1}"):
+        load_documents(OmegaConf.merge(cfg, {"context": n_tokens + 1}), tokenizer)

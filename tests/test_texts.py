@@ -1,11 +1,15 @@
-"""The shipped documents: length, questions, and that the pooled part answers every question."""
+"""The shipped texts: length and questions, that the pooled part answers them, and where they are from."""
 
+import hashlib
+import json
 import re
 
 import pytest
 import yaml
 
-from polykv.documents import TEXTS
+from polykv import shipped
+from polykv.evaluation import gsm8k
+from polykv.shipped import TEXTS
 
 POOLED = 0.7  # PolyKV prefills this part of a document
 N_QUESTIONS = 15
@@ -74,3 +78,27 @@ def test_questions_and_answers_are_distinct(name):
 def test_no_question_gives_its_answer_away(name):
     for item in load(name)["questions"]:
         assert key_phrase(item["answer"]).lower() not in item["question"].lower()
+
+
+def test_every_file_is_the_one_that_the_readme_names():
+    readme = (TEXTS / "README.md").read_text(encoding="utf-8")
+    for path in TEXTS.iterdir():
+        assert f"`{path.name}`" in readme or path.name == "README.md"
+    said = dict(line.split("  ")[::-1] for line in re.findall(r"^[0-9a-f]{64}  .*$", readme, re.M))
+    contents = {name: (TEXTS / name).read_bytes() for name in said if (TEXTS / name).is_file()}
+    contents["wikitext2_test.txt (unpacked)"] = shipped.read("wikitext2").encode()
+    assert len(contents) == 3
+    for name, content in contents.items():
+        assert hashlib.sha256(content).hexdigest() == said[name], name
+
+
+def test_problems_are_the_first_of_the_drawn_order():
+    rows = [json.loads(line) for line in shipped.read("gsm8k").splitlines()]
+    assert [row["index"] for row in rows] == gsm8k.order(1319)[:300]
+    assert len({row["question"] for row in rows}) == 300
+
+
+def test_wikitext2_is_the_whole_test_split():
+    # 245,569 tokens with one <eos> a line: Merity et al. 2016, arXiv 1609.07843, table 1.
+    text = shipped.read("wikitext2")
+    assert len(text.split()) + text.count("\n") == 245_569

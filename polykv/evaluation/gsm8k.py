@@ -1,16 +1,18 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems and the two extractions. Torch-free.
 
+The problems are the test split's in one drawn order; the package brings the first 300 of it, the hub the rest.
+
 Strict takes the number after `####`, as the data set writes it; flexible takes the last number of the answer.
 """
 
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polykv import hub
+from polykv import hub, shipped
 from polykv.errors import PolyKVError
 from polykv.evaluation.statistics import wilson
 from polykv.results import Rows
@@ -19,6 +21,7 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 _STRICT = re.compile(rf"####\s*\$?({NUMBER})")
 _ANY = re.compile(NUMBER)
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
+ORDER = 2110_14168  # the seed of the order in which the test split's problems are taken
 EXTRACTIONS = ("strict", "flexible")
 VERDICTS = "verdicts "  # opens the note of an accuracy row; `of_note` reads it back
 
@@ -32,19 +35,22 @@ class Problem:
 
 
 def load(path: str | None, n_problems: int, seed: int) -> list[Problem]:
-    """`n_problems` drawn with a fixed seed from a local JSONL (`question`, `answer`) or the hub's test split.
+    """The first `n_problems` of the test split in its drawn order, whatever the seed; or, with the seed, drawn from
+    a local JSONL (`question`, `answer`).
 
     Raises:
-        PolyKVError: no file and no hub, a line that is no problem, or too few of them.
+        PolyKVError: a line that is no problem, too few of them, or more than the package brings and no hub.
     """
-    rows = _local(path) if path is not None else _hub()
+    rows = _local(path) if path is not None else _in_order(n_problems)
     if n_problems > len(rows):
         raise PolyKVError(f"there are {len(rows)} problems and n_problems={n_problems}; lower it")
+    if path is None:
+        return rows[:n_problems]
     picked = random.Random(seed).sample(range(len(rows)), n_problems)
     return [rows[index] for index in sorted(picked)]
 
 
-def check_available(path: str | None) -> None:
+def check_available(path: str | None, n_problems: int) -> None:
     """What can be refused before a model is loaded.
 
     Raises:
@@ -52,9 +58,34 @@ def check_available(path: str | None) -> None:
     """
     if path is not None:
         _local(path)
-    else:
-        mend = "give a local JSONL with relay.path=/path/to/test.jsonl, or use relay=reference"
+    elif n_problems > (n_shipped := len(_shipped())):
+        mend = (
+            f"use n_problems={n_shipped} or fewer, which the package brings, or give a local JSONL with "
+            "relay.path=/path/to/test.jsonl"
+        )
         hub.check_reachable(REPO, "dataset", mend, REVISION)
+
+
+def order(n_problems: int) -> list[int]:
+    """The indices of a split of `n_problems` in the order in which they are taken."""
+    indices = list(range(n_problems))
+    random.Random(ORDER).shuffle(indices)
+    return indices
+
+
+def check_same(split: Sequence[Mapping[str, str]]) -> None:
+    """The shipped problems are those of the hub's split, by their indices in it.
+
+    Raises:
+        PolyKVError: names the first that is not.
+    """
+    for row in _shipped():
+        index, mine = row["index"], (row["question"], row["answer"])
+        if index >= len(split) or mine != (split[index]["question"], split[index]["answer"]):
+            raise PolyKVError(
+                f"problem {index} of the hub's {REPO} is not the one that this package brings; "
+                f"use n_problems={len(_shipped())} or fewer"
+            )
 
 
 def extract(text: str, how: str) -> str | None:
@@ -97,6 +128,19 @@ def _spelled(number: str) -> str:
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
+def _in_order(n_problems: int) -> list[Problem]:
+    rows: Sequence[Mapping[str, str]] = _shipped()
+    if n_problems > len(rows):
+        split = _hub()
+        check_same(split)
+        rows = [split[index] for index in order(len(split))]
+    return [_problem(row) for row in rows]
+
+
+def _shipped() -> list[dict]:
+    return [json.loads(line) for line in shipped.read("gsm8k").splitlines()]
+
+
 def _local(path: str) -> list[Problem]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -108,15 +152,13 @@ def _local(path: str) -> list[Problem]:
         ) from error
 
 
-def _hub() -> list[Problem]:
-    check_available(None)
+def _hub() -> list[dict]:
     from datasets import load_dataset  # seconds to import, needed here only
 
-    rows = load_dataset(REPO, "main", split="test", revision=REVISION)
-    return [_problem(row) for row in rows]
+    return list(load_dataset(REPO, "main", split="test", revision=REVISION))
 
 
-def _problem(row: dict) -> Problem:
+def _problem(row: Mapping[str, str]) -> Problem:
     answer = extract(row["answer"], "strict")
     if answer is None:
         raise ValueError(f"no #### in {row['answer'][-40:]!r}")

@@ -144,7 +144,7 @@ def _turns(
             cache, logits_TV = _read(model, cache, torch.cat([turn.prompt_T, turn.answer_T]))
             log_probs = logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1)
         else:
-            turn = Turn(turn.prompt_T, _answer(model, cache, turn.prompt_T, limits[number]))
+            turn = Turn(turn.prompt_T, _answer(handoff, cache, turn.prompt_T, limits[number]))
             log_probs = torch.empty(0)
         ids_T = torch.cat([ids_T, turn.prompt_T, turn.answer_T])
         yield turn, log_probs
@@ -155,8 +155,8 @@ def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor) -> tuple[Cache, T
     return cache, model(input_ids=ids_T[None].to(model.device), past_key_values=cache).logits[0]
 
 
-def _answer(model: PreTrainedModel, cache: Cache, prompt_T: Tensor, limit: int) -> Tensor:
+def _answer(handoff: Handoff, cache: Cache, prompt_T: Tensor, limit: int) -> Tensor:
     """The agent's ids, with which the cache ends, the last of them too."""
-    (written_T,) = greedy(model, cache, [prompt_T], limit)
-    _read(model, cache, written_T[-1:])
+    (written_T,) = greedy(handoff.model, cache, [prompt_T], limit, handoff.tokenizer)
+    _read(handoff.model, cache, written_T[-1:])
     return written_T

@@ -1,0 +1,148 @@
+"""Instruct models asked in their chat format: the document in the user's turn, and questions that continue that turn.
+
+What agents share (a pool, a card) are the chat template's tokens up to the end of the document: the system turn, where
+the template writes one by default, and the beginning of the user's. A question brings the rest: itself, the end of the
+user's turn, and the header of the assistant's.
+"""
+
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+
+from polykv.errors import PolyKVError
+
+STYLES = ("chat", "plain", "auto")
+SEPARATOR = "\n\n"  # between document and question
+PLAIN = "use question_style=plain"
+# Questions, and whether they are asked on another day, that must not move the prefix. A tokenizer may join line breaks
+# before a letter otherwise than before a digit.
+PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
+# A template writes today's date with a function of transformers'; its own of that name comes first.
+OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
+
+
+def settle(model: Any) -> None:
+    """Leave `question_style` out of a model config where nothing is asked in chat: results from before there was
+    one stay valid. Random weights come with a tokenizer that has no template.
+    """
+    if model.get("question_style") == "plain" or model.weights == "random":
+        model.pop("question_style", None)
+
+
+def is_wanted(style: str, tokenizer: Any) -> bool:
+    """Whether a `question_style` means chat: `auto` does where the tokenizer has a chat template.
+
+    Raises:
+        PolyKVError: an unknown style, or chat without a template.
+    """
+    if style not in STYLES:
+        raise PolyKVError(f"question_style={style!r} is not known; there are: {', '.join(STYLES)}")
+    if style == "chat" and not tokenizer.chat_template:
+        raise PolyKVError(f"question_style=chat, and the tokenizer has no chat template; {PLAIN}")
+    return style != "plain" and bool(tokenizer.chat_template)
+
+
+class Chat:
+    """A document as a tokenizer's chat template puts it before whatever is asked about it.
+
+    `ids_BT` (1, tokens) and the tokens of `prompt(question)`, encoded without special tokens, are together exactly
+    the template's of the conversation [user: document, question], up to the assistant's header.
+
+    Raises:
+        PolyKVError: an empty document, or a template of which `ids_BT` is no fixed prefix; names the token.
+    """
+
+    def __init__(self, tokenizer: Any, document: str) -> None:
+        # Templates may strip what they are given.
+        self._tokenizer, self._document = tokenizer, document.strip()
+        if not self._document:
+            raise PolyKVError("the document is empty; give at least one token of text")
+        self._opening = self._cut([self._render(*probe) for probe in PROBES])
+        self.ids_BT: Tensor = torch.tensor([_encode(tokenizer, self._opening)])
+
+    def prompt(self, question: str) -> str:
+        """The rest of the conversation: the question, the end of the user's turn, the assistant's header.
+
+        Raises:
+            PolyKVError: an empty question, or one that moves the prefix.
+        """
+        if not question.strip():
+            raise PolyKVError("a question is empty; an agent has to ask something")
+        whole = self._render(question.strip())
+        if not whole.startswith(self._opening):
+            raise PolyKVError(f"the question {question!r} moves the document in the chat; {PLAIN}")
+        return whole[len(self._opening) :]
+
+    def _render(self, question: str, other_day: bool = False) -> str:
+        content = self._document + SEPARATOR + question
+        return _render(self._tokenizer, [("user", content)], True, other_day)
+
+    def _cut(self, conversations: list[str]) -> str:
+        """The part of all conversations that is shared: as much of it as no token reaches beyond."""
+        start = conversations[0].find(self._document + SEPARATOR)
+        if start < 0:
+            raise PolyKVError(f"the chat template changes the text that it is given; {PLAIN}")
+        end = start + len(self._document)
+        expected = [_encode(self._tokenizer, whole) for whole in conversations]
+        # Some tokenizers merge a full stop with line breaks, others only line breaks with each other.
+        for n_kept in range(len(SEPARATOR), -1, -1):
+            opening = conversations[0][: end + n_kept]
+            ids = _encode(self._tokenizer, opening)
+            found = [
+                ids + _encode(self._tokenizer, whole[len(opening) :]) for whole in conversations
+            ]
+            if found == expected and all(whole.startswith(opening) for whole in conversations):
+                return opening
+        raise PolyKVError(f"{self._first_difference(found, expected)}; {PLAIN}")
+
+    def _first_difference(self, found: list[list[int]], expected: list[list[int]]) -> str:
+        for (question, _), ours, theirs in zip(PROBES, found, expected, strict=True):
+            for index, pair in enumerate(zip(ours, theirs, strict=False)):
+                if len(set(pair)) == 2:
+                    shared, whole = self._tokenizer.convert_ids_to_tokens(pair)
+                    return (
+                        f"the prefix of the chat template moves: token {index} is {shared!r}, and "
+                        f"{whole!r} where {question!r} is asked, or on another day"
+                    )
+        return "the chat template is tokenised otherwise in two parts than as a whole"
+
+
+def text_of(tokenizer: Any, ids_T: Tensor) -> str:
+    """The text of a window of tokens (tokens,), without a character that its ends cut apart."""
+    text = tokenizer.decode(ids_T.tolist(), clean_up_tokenization_spaces=False)
+    return text.strip("\N{REPLACEMENT CHARACTER}")
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an assistant's turn, where it does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        whole = _render(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
+    except PolyKVError:
+        return None
+    ids = _encode(tokenizer, whole.rpartition("Because.")[2].lstrip())
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _render(
+    tokenizer: Any,
+    turns: list[tuple[str, str]],
+    add_generation_prompt: bool = False,
+    other_day: bool = False,
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            chat_template=OTHER_DAY + tokenizer.get_chat_template() if other_day else None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except TemplateError as error:
+        raise PolyKVError(f"the chat template cannot be used ({error}); {PLAIN}") from error
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -1,0 +1,28 @@
+"""The texts and problems that the package brings (polykv/texts; sources and licences in its README). Torch-free."""
+
+import gzip
+from functools import lru_cache
+from pathlib import Path
+
+from polykv import digests
+
+TEXTS = Path(__file__).parent / "texts"
+# By the name of the document (conf/document) or relay (conf/relay).
+FILES = {
+    "moon_landing": "moon_landing.yaml",
+    "packet_networks": "packet_networks.yaml",
+    "wikitext2": "wikitext2_test.txt.gz",
+    "gsm8k": "gsm8k_test_300.jsonl",
+}
+
+
+@lru_cache(maxsize=4)
+def read(name: str) -> str:
+    """What the file of a document or relay holds, unpacked."""
+    content = (TEXTS / FILES[name]).read_bytes()
+    return (gzip.decompress(content) if FILES[name].endswith(".gz") else content).decode("utf-8")
+
+
+def digest(name: str) -> str:
+    """Of that file, for a cell's identity (polykv/digests.py)."""
+    return digests.of_file(TEXTS / FILES[name], name)

@@ -1,0 +1,73 @@
+"""Windows of tokens that documents are cut from: consecutive ones of a plain text, or one an article of WikiText."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polykv.errors import PolyKVError
+
+# An article's title stands alone between blank lines. Sections have more than one `=`, and lines of formulas, which
+# may look like a title, stand in the text.
+TITLE = re.compile(r"(?:\A|^ *\n) = (?!= )[^\n]+(?<! =) = *\n *$", re.MULTILINE)
+BORDER = re.compile(r"(?<=\S)\s")  # no tokenizer of today merges across the end of a word
+CHARACTERS = 8  # read a token, at first
+MARGIN = 64  # tokens behind the last one that is needed, so that no cut is near it
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Ids (1, tokens) without special tokens. The text may be longer than the model: windows are cut from it."""
+    return tokenizer(
+        text, return_tensors="pt", add_special_tokens=False, verbose=False
+    ).input_ids.to(torch.long)
+
+
+def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
+    """The text's first `n_tokens` ids (1, tokens), or all where it has fewer; of a long text no more is tokenised
+    than that takes.
+    """
+    n_characters = CHARACTERS * (n_tokens + MARGIN)
+    while border := BORDER.search(text, n_characters):
+        ids_BT = encode(tokenizer, text[: border.start()])
+        if ids_BT.shape[1] >= n_tokens + MARGIN:
+            return ids_BT[:, :n_tokens]
+        n_characters *= 2
+    return encode(tokenizer, text)[:, :n_tokens]
+
+
+def consecutive(tokenizer: Any, text: str, context: int | None, limit: int) -> list[Tensor]:
+    """As many windows (1, context) from the text's start as fit, up to `limit`. None: one window, the whole text."""
+    if context is None:
+        return [encode(tokenizer, text)]
+    ids_BT = first_tokens(tokenizer, text, context * limit)
+    return list(ids_BT.split(context, dim=1)[: ids_BT.shape[1] // context])
+
+
+def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Tensor]:
+    """As many windows (1, context) as fit, up to `limit`, each the start of an article of WikiText.
+
+    Where `limit` articles are long enough, a window holds one article. Where they are fewer, windows run on into
+    the articles that follow, none of which is then used again.
+
+    Raises:
+        PolyKVError: a text without a title.
+    """
+    starts = [found.start() for found in TITLE.finditer(text)]
+    if not starts:
+        raise PolyKVError(
+            "the text is not of WikiText's form: no line ' = Title = ' stands between blank lines; "
+            "use document=file"
+        )
+    ends = [*starts[1:], len(text)]
+    for run_on in (False, True):
+        windows, start = [], starts[0]
+        for own, end in zip(starts, ends, strict=True):
+            start = start if run_on else own
+            ids_BT = first_tokens(tokenizer, text[start:end].strip(), context)
+            if ids_BT.shape[1] == context:
+                windows.append(ids_BT)
+                start = end
+            if len(windows) == limit:
+                return windows
+    return windows
