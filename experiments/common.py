@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from polykv import digests, hub, kernels, loading, models, naming
+from polykv import digests, hub, kernels, loading, models, naming, packaged
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation.readings import Reading
@@ -46,6 +46,8 @@ def settle(cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> DictCon
     if labels := naming.labels(settled, changes or {}):
         settled.labels = labels
     settled.model.weights = settled.weights
+    models.settle(settled.model)
+    settled.weights = settled.model.weights
     _add_digests(settled)
     device = models.pick_device(cfg.device)
     loading.settle(settled.model, device)
@@ -57,11 +59,7 @@ def settle(cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> DictCon
 
 
 def _add_digests(settled: DictConfig) -> None:
-    """A model trained anew is another model, and a file rewritten another file, though the path is the same."""
-    if settled.weights == "reference":
-        settled.model.digest = models.reference_digest()
-    elif settled.model.trained_weights == "local":
-        settled.model.digest = models.local_digest(settled.model)
+    """A file rewritten is another file, though the path is the same."""
     for group, key, name in FILES:
         setting = f"{group}.{key}"
         if path := OmegaConf.select(settled, setting):  # `check` says where one is missing
@@ -145,6 +143,7 @@ def check_hub(
         PolyKVError: with the mend.
     """
     if cfg.weights == "hub":
+        mend = packaged.mend(cfg.model) + mend
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
@@ -164,7 +163,7 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
     """Rows that say which cell they belong to."""
     shared = {
         "model": label(cfg, "model"),
-        "weights": cfg.weights,
+        "weights": models.weights_label(cfg.model),
         "document": label(cfg, "document"),
         "context_tokens": cfg.context,
         "n_agents": cfg.n_agents,
