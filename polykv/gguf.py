@@ -37,10 +37,13 @@ from polykv.supported import check_model
 
 VERSION = 1  # of what a conversion writes: raise it when that changes, and files are converted anew
 CHECKPOINT = "use model=local with the original checkpoint"
-# How byte-level tokenizers split text before merges apply (tokenizer.ggml.pre; llama.cpp, src/llama-vocab.cpp).
+# How a byte-level tokenizer splits text before merges apply (tokenizer.ggml.pre; llama.cpp, src/llama-vocab.cpp).
 # transformers 5.23 splits all that it does not know as GPT-2 did, which is wrong for those that part digits.
 AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion")
 PARTS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Of these, a piece that is in the vocabulary is one token whatever the merges say, and a text begins with BOS unless
+# the file denies it. transformers 5.23 knows neither.
+AS_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
 # Llama 3.1 and later: the only scaling of rotary frequencies that files give as factors (`factor` is their largest).
 LLAMA3 = {
     "rope_type": "llama3",
@@ -116,6 +119,7 @@ def _tokenizer(header: Header) -> Any:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     with _read_alone(header) as options:
         tokenizer = AutoTokenizer.from_pretrained(**options, trust_remote_code=False)
+    tokenizer.name_or_path = str(header.path)
     _set_split(header, tokenizer)
     return tokenizer
 
@@ -172,14 +176,14 @@ def _set_split(header: Header, tokenizer: Any) -> None:
     """
     if header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return
-    split = header.metadata.get("tokenizer.ggml.pre", "unset")
+    split, backend = header.metadata.get("tokenizer.ggml.pre", "unset"), tokenizer.backend_tokenizer
     if split in PARTS_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, as_gpt2])
+    elif split in AS_LLAMA3:
+        backend.model.ignore_merges = True
+        tokenizer.add_bos_token = header.metadata.get("tokenizer.ggml.add_bos_token", True)
     elif split not in AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
         raise PolyKVError(
             f"{header.path} has a tokenizer that splits text in a way that is not known here "
