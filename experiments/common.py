@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polykv import chat, config, digests, hub, kernels, loading, models, naming, shipped
+from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation import readings as reading
@@ -50,6 +50,8 @@ def settle(cfg: DictConfig) -> DictConfig:
     if labels := naming.labels(settled):
         settled.labels = labels
     settled.model.weights = settled.weights
+    models.settle(settled.model)
+    settled.weights = settled.model.weights
     _add_digests(settled)
     device = models.pick_device(cfg.device)
     loading.settle(settled.model, device)
@@ -62,11 +64,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def _add_digests(settled: DictConfig) -> None:
-    """A model trained anew is another model, and a file rewritten another file, though the path is the same."""
-    if settled.weights == "reference":
-        settled.model.digest = models.reference_digest()
-    elif settled.model.trained_weights == "local":
-        settled.model.digest = models.local_digest(settled.model)
+    """A file rewritten is another file, though the path is the same."""
     for group in ("document", "relay"):
         if group in settled and settled[group].name in shipped.FILES:
             settled[group].digest = shipped.digest(settled[group].name)
@@ -153,6 +151,7 @@ def check_hub(
         PolyKVError: with the mend.
     """
     if cfg.weights == "hub":
+        mend = packaged.mend(cfg.model) + mend
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
@@ -172,7 +171,7 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
     """Rows that say which cell they belong to."""
     shared = {
         "model": label(cfg, "model"),
-        "weights": cfg.weights,
+        "weights": models.weights_label(cfg.model),
         "document": label(cfg, "document"),
         "context_tokens": cfg.context,
         "n_agents": cfg.n_agents,

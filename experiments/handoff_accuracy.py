@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from experiments import common
-from polykv import loading
+from polykv import loading, models
 from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k, missing
 from polykv.evaluation.continuation import Comparison, why_not_finite
@@ -114,7 +114,7 @@ def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
     """Rows of a relay; `document` names its problems."""
     return Rows(
         model=common.label(cfg, "model"),
-        weights=cfg.weights,
+        weights=models.weights_label(cfg.model),
         document=common.label(cfg, "relay"),
         n_agents=cfg.n_hops + 1,
         n_hops=cfg.n_hops,

@@ -125,7 +125,7 @@ def new_rows(cfg: DictConfig) -> Rows:
     """Rows of one receiver; `context_tokens` counts its own turn too."""
     return Rows(
         model=common.label(cfg, "model"),
-        weights=cfg.weights,
+        weights=models.weights_label(cfg.model),
         context_tokens=cfg.context,
         n_agents=2,
         n_hops=1,

@@ -25,9 +25,16 @@ def of_file(path: Path, setting: str) -> str:
         status = path.stat()
         return _of_content(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise PolyKVError(
-            f"cannot read {setting}={path} ({error.strerror}); give the path of a file that can be read"
-        ) from error
+        raise _unreadable(path, setting, error) from error
+
+
+def sha256(path: Path, setting: str) -> str:
+    """SHA-256 of all of a file, whatever its size; read once per process, unless it changes. Raises as `of_file`."""
+    try:
+        status = path.stat()
+        return _of_all(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    except OSError as error:
+        raise _unreadable(path, setting, error) from error
 
 
 def of_files(paths: Iterable[Path], setting: str) -> str:
@@ -46,6 +53,18 @@ def _of_content(path: Path, size: int, changed_ns: int) -> str:
             file.seek((size - SAMPLE) * place // SAMPLES)
             sha.update(file.read(SAMPLE))
         return _short(sha)
+
+
+@lru_cache(maxsize=64)
+def _of_all(path: Path, *_of_version: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unreadable(path: Path, setting: str, error: OSError) -> PolyKVError:
+    return PolyKVError(
+        f"cannot read {setting}={path} ({error.strerror}); give the path of a file that can be read"
+    )
 
 
 def _short(sha: "hashlib._Hash") -> str:

@@ -1,14 +1,17 @@
 """Is the hub there? Asked once, quickly, before long work starts."""
 
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import httpx
-from huggingface_hub import constants, scan_cache_dir
+from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound
 
 from polykv.errors import PolyKVError
 
 SECONDS = 5
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None) -> None:
@@ -17,12 +20,26 @@ def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None
     Raises:
         PolyKVError: neither; the message ends with `mend`.
     """
-    if not in_cache(repo, revision) and not answers():
+    if not can_be_had(repo, revision):
         wanted = f"{repo} at {revision[:12]}" if revision else repo
         raise PolyKVError(
             f"{kind} {wanted} is not in the hub's local cache and the hub at {constants.ENDPOINT} "
             f"cannot be reached; connect, or {mend}"
         )
+
+
+@lru_cache(maxsize=32)
+def can_be_had(repo: str, revision: str | None = None) -> bool:
+    """True when `repo` is in the local cache or the hub answers; asked once per process."""
+    return in_cache(repo, revision) or answers()
+
+
+def commit(repo: str, revision: str) -> str:
+    """The commit that a revision of a model was when it was cached; else the revision as it is given."""
+    if COMMIT.fullmatch(revision):
+        return revision
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else revision
 
 
 def in_cache(repo: str, revision: str | None = None) -> bool:

@@ -1,6 +1,5 @@
-"""Models: from the hub, a local folder, the embedded reference model, or random weights of a real architecture."""
+"""Models: from the hub, a folder, a GGUF file, the embedded reference model, or random weights of an architecture."""
 
-import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +17,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from polykv import config, digests, loading
+from polykv import config, digests, gguf, gguf_header, hub, loading, packaged
 from polykv.errors import PolyKVError
 from polykv.reference import WEIGHTS_DIR
 
 logging.disable_progress_bar()  # cells have their own
-KINDS = ("hub", "local", "reference", "random")
+KINDS = ("hub", "local", "gguf", "reference", "random")
 # The files of a local model that its numbers depend on.
 PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 
@@ -104,7 +103,46 @@ def load_config(cfg: DictConfig) -> PretrainedConfig:
     if cfg.get("geometry"):
         geometry = OmegaConf.to_container(cfg.geometry, resolve=True)
         return AutoConfig.for_model(geometry.pop("model_type"), **geometry)
+    if cfg.trained_weights == "gguf":
+        return gguf.load_config(gguf_file(cfg))
     return _from_pretrained(AutoConfig, cfg)
+
+
+def settle(cfg: DictConfig) -> None:
+    """Make explicit in a model config which weights it means on this machine, to the byte.
+
+    Raises:
+        PolyKVError: a folder or file that is missing or holds no model.
+    """
+    packaged.settle(cfg)
+    if cfg.weights == "reference":
+        cfg.digest = reference_digest()
+    elif cfg.trained_weights == "local":
+        cfg.digest = local_digest(cfg)
+    elif cfg.trained_weights == "gguf":
+        header = gguf_header.read(gguf_file(cfg))
+        cfg.digest, cfg.file_type = header.sha256, header.file_type
+
+
+def weights_label(cfg: DictConfig) -> str:
+    """What the `weights` of a row says of a settled model config: their kind, and which ones to the byte."""
+    if cfg.weights == "random":
+        return "random"
+    if cfg.weights == "hub":
+        return f"hub@{hub.commit(cfg.path, cfg.revision)[:12]}"
+    kind = f"gguf:{cfg.file_type}" if cfg.weights == "gguf" else cfg.weights
+    return f"{kind}@{cfg.digest[:12]}"
+
+
+def gguf_file(cfg: DictConfig) -> Path:
+    """The file of a model config whose trained weights are GGUF.
+
+    Raises:
+        PolyKVError: none is named, or it is not there.
+    """
+    if "packaged" in cfg:
+        return packaged.file_of(cfg.packaged)
+    return gguf_header.find(_place(cfg))
 
 
 @cache
@@ -155,7 +193,7 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
 
 def _warn_of_branch(cfg: DictConfig, model: PreTrainedModel) -> None:
     """A hub revision that is not a commit may be another model tomorrow."""
-    if cfg.trained_weights == "hub" and not re.fullmatch("[0-9a-f]{40}", cfg.revision):
+    if cfg.trained_weights == "hub" and not hub.COMMIT.fullmatch(cfg.revision):
         commit = getattr(model.config, "_commit_hash", None)
         warnings.warn(
             f"model {cfg.name}: revision={cfg.revision} is a branch, which may move; to have the same weights "
@@ -172,6 +210,8 @@ def load_tokenizer(cfg: DictConfig) -> Any:
     """
     if cfg.weights == "random":
         return AutoTokenizer.from_pretrained(WEIGHTS_DIR, trust_remote_code=False)
+    if cfg.trained_weights == "gguf":
+        return gguf.load_tokenizer(gguf_file(cfg))
     return _from_pretrained(AutoTokenizer, cfg)
 
 
@@ -192,47 +232,60 @@ def check_weights(cfg: DictConfig) -> None:
         )
 
 
-def load_model(name_or_folder: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer by a name in conf/model, or from a local folder.
+def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer by a name in conf/model, or from a local folder or GGUF file.
 
     Raises:
-        PolyKVError: neither a name nor a folder, or loading fails.
+        PolyKVError: neither a name nor a path, or loading fails.
     """
-    if name_or_folder not in config.available("model") and Path(name_or_folder).is_dir():
-        cfg = config.load_group("model", "local")
-        cfg.path = str(name_or_folder)
+    place = Path(name_or_path)
+    if name_or_path in config.available("model") or not (place.suffix == ".gguf" or place.is_dir()):
+        cfg = config.load_group("model", name_or_path)
     else:
-        cfg = config.load_group("model", name_or_folder)
+        plain = place.is_dir() and (
+            (place / "config.json").is_file() or not any(place.glob("*.gguf"))
+        )
+        cfg = config.load_group("model", "local" if plain else "gguf")
+        cfg.path = str(place)
     cfg.weights = cfg.trained_weights
+    settle(cfg)
     return load_weights(cfg, device)
 
 
 def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
     """`from_pretrained` for hub ids, folders and the reference model, with one clear line when it fails."""
-    kind, path = cfg.trained_weights, _place(cfg)
+    kind = cfg.trained_weights
+    path = gguf.converted(gguf_file(cfg)) if kind == "gguf" else _place(cfg)
     if kind == "hub":
         options["revision"] = cfg.revision
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
-        mend = (
-            "connect to the hub (or set HF_HOME to a filled cache), give a folder with "
-            "model=local model.path=..., or use weights=random where only memory or time is measured"
-            if kind == "hub"
-            else "check that the folder holds config.json, *.safetensors and the tokenizer"
-        )
         raise PolyKVError(
-            f"model {cfg.name!r} cannot be loaded from {path} ({first}); {mend}"
+            f"model {cfg.name!r} cannot be loaded from {path} ({first}); {_mend(cfg)}"
         ) from error
 
 
+def _mend(cfg: DictConfig) -> str:
+    """What to do about a model that cannot be loaded."""
+    if cfg.trained_weights == "gguf":
+        return "remove that folder, and the file is converted again"
+    if cfg.trained_weights != "hub":
+        return "check that the folder holds config.json, *.safetensors and the tokenizer"
+    return (
+        f"{packaged.mend(cfg)}connect to the hub (or set HF_HOME to a filled cache), give a folder with "
+        "model=local model.path=..., or use weights=random where only memory or time is measured"
+    )
+
+
 def _place(cfg: DictConfig) -> Path | str:
-    """The folder or hub id of a model config, where there is one and, if local, a model in it."""
+    """The folder, file or hub id of a model config, where there is one and, if local, a model in it."""
     if cfg.trained_weights == "reference":
         return WEIGHTS_DIR
     if OmegaConf.is_missing(cfg, "path") or not cfg.path:
-        raise PolyKVError(f"model={cfg.name} needs a folder; add model.path=/path/to/the/model")
+        what = "file" if cfg.trained_weights == "gguf" else "folder"
+        raise PolyKVError(f"model={cfg.name} needs a {what}; add model.path=/path/to/the/model")
     if cfg.trained_weights == "local" and not (Path(cfg.path) / "config.json").is_file():
         raise PolyKVError(
             f"no model in {cfg.path}: it holds no config.json; give a folder made by save_pretrained"

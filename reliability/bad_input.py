@@ -160,7 +160,10 @@ MISTAKES = (
     BadInput("a model folder without weights", f"{OWN_TEXT} model=local model.path={{}} "
              "document.path={}/text.txt",
              "own", _files(config=SMALL_LLAMA, text=WORDS)),
-    BadInput("weights where no hub is", f"{QUALITY} model=smollm2-135m document=moon_landing", "hub"),
+    BadInput("weights where no hub is", f"{QUALITY} model=qwen2.5-0.5b document=moon_landing", "hub"),
+    BadInput("a text for a GGUF file", f"{OWN_TEXT} model=gguf model.path={{}}/text.txt", "no GGUF file",
+             _files(text=WORDS)),
+    BadInput("a folder without a GGUF file", f"{OWN_TEXT} model=gguf model.path={{}}", "no .gguf files"),
     BadInput("a dataset where no hub is", f"{QUALITY} document=wikitext2_raw", "hub"),
     BadInput("a scorer where no hub is", f"{QUALITY} scorer=roberta-large", "hub"),
     BadInput("quality of random weights", f"{QUALITY} model=qwen2.5-0.5b weights=random "

@@ -1,0 +1,234 @@
+"""GGUF models by transformers' own reader, converted once into a plain model in the user's cache folder.
+
+The folder is $POLYKV_CACHE, or else the platform's. A converted model keeps the dequantized numbers in float32, in
+which nothing of them is lost whatever `model.dtype` they are loaded in; it takes 4 bytes a parameter.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import platformdirs
+import torch
+from filelock import FileLock
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from polykv import gguf_header
+from polykv.errors import PolyKVError
+from polykv.gguf_header import Header
+from polykv.supported import check_model
+
+VERSION = 1  # of what a conversion writes: raise it when that changes, and files are converted anew
+CHECKPOINT = "use model=local with the original checkpoint"
+# How a byte-level tokenizer splits text before merges apply (tokenizer.ggml.pre; llama.cpp, src/llama-vocab.cpp).
+# transformers 5.23 splits all that it does not know as GPT-2 did, which is wrong for those that part digits.
+AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion")
+PARTS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Of these, a piece that is in the vocabulary is one token whatever the merges say, and a text begins with BOS unless
+# the file denies it. transformers 5.23 knows neither.
+AS_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+# Llama 3.1 and later: the only scaling of rotary frequencies that files give as factors (`factor` is their largest).
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The architecture that a GGUF file states; nothing is converted.
+
+    Raises:
+        PolyKVError: as `gguf_header.read`, or transformers cannot read such a model.
+    """
+    return deepcopy(_config(gguf_header.read(path)))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file holds, with its chat template; nothing is converted.
+
+    Raises:
+        PolyKVError: as `load_config`, or its way of splitting text is not known.
+    """
+    return deepcopy(_tokenizer(gguf_header.read(path)))
+
+
+def converted(path: Path) -> Path:
+    """The folder of the plain model that a GGUF file is, made on first use: config, tokenizer, safetensors.
+
+    It appears at once and whole; any number of processes may ask for it at the same time.
+
+    Raises:
+        PolyKVError: as `load_tokenizer`, an architecture that cannot be pooled, or no room.
+    """
+    header = gguf_header.read(path)
+    place = _place(header)
+    if place.is_dir():
+        return place
+    config, tokenizer = load_config(path), load_tokenizer(path)
+    check_model(config)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place}.lock"):
+            if not place.is_dir():
+                _convert(header, config, tokenizer, place)
+    except OSError as error:
+        raise PolyKVError(
+            f"{path} cannot be converted into {place.parent} ({error.strerror or error}); set POLYKV_CACHE "
+            f"to a folder with {4 * header.n_values / 1e9:.1f} GB of room"
+        ) from error
+    return place
+
+
+def _place(header: Header) -> Path:
+    root = os.environ.get("POLYKV_CACHE") or platformdirs.user_cache_dir("polykv")
+    return Path(root).expanduser() / f"gguf-{VERSION}" / header.sha256
+
+
+@lru_cache(maxsize=4)
+def _config(header: Header) -> PretrainedConfig:
+    if (place := _place(header)).is_dir():
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    with _read_alone(header) as options:
+        config = AutoConfig.from_pretrained(**options, trust_remote_code=False)
+    _set_rope(header, config)
+    return config
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(header: Header) -> Any:
+    if (place := _place(header)).is_dir():
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    with _read_alone(header) as options:
+        tokenizer = AutoTokenizer.from_pretrained(**options, trust_remote_code=False)
+    tokenizer.name_or_path = str(header.path)
+    _set_split(header, tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def _read_alone(header: Header) -> Iterator[dict[str, str]]:
+    """What `from_pretrained` takes to read this file and no other: a tokenizer.json beside it would win.
+
+    Raises:
+        PolyKVError: transformers cannot read it.
+    """
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(header.path.absolute())
+        try:
+            yield {"pretrained_model_name_or_path": folder, "gguf_file": str(link)}
+        except (
+            Exception
+        ) as error:  # it has none of its own for this: KeyError, ValueError, TypeError ...
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise PolyKVError(
+                f"{header.path} holds a {header.architecture!r} model that transformers cannot read ({why}); "
+                f"{CHECKPOINT}"
+            ) from error
+
+
+def _set_rope(header: Header, config: PretrainedConfig) -> None:
+    """Set the scaled rotary frequencies that a model was trained with, which transformers' reader leaves out.
+
+    Raises:
+        PolyKVError: they are not scaled as Llama 3's are.
+    """
+    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling == "none" and not header.rope:
+        return
+    factors = header.rope.get("rope_freqs.weight")
+    if scaling == "none" and len(header.rope) == 1 and factors is not None:
+        plain = dict(config.rope_parameters)
+        config.rope_parameters = plain | LLAMA3 | {"factor": float(factors.max())}
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config)[0].double().numpy()
+        unscaled = plain["rope_theta"] ** -(np.arange(len(scaled)) / len(scaled))
+        if factors.shape == scaled.shape and np.allclose(unscaled / scaled, factors, rtol=1e-4):
+            return
+    raise PolyKVError(
+        f"{header.path} scales its rotary frequencies in a way that is not read here; {CHECKPOINT}"
+    )
+
+
+def _set_split(header: Header, tokenizer: Any) -> None:
+    """Have a byte-level tokenizer split text as its vocabulary was learned.
+
+    Raises:
+        PolyKVError: the file does not say how, or in a way that is not known.
+    """
+    if header.metadata.get("tokenizer.ggml.model") != "gpt2":
+        return
+    split, backend = header.metadata.get("tokenizer.ggml.pre", "unset"), tokenizer.backend_tokenizer
+    if split in PARTS_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, as_gpt2])
+    elif split in AS_LLAMA3:
+        backend.model.ignore_merges = True
+        tokenizer.add_bos_token = header.metadata.get("tokenizer.ggml.add_bos_token", True)
+    elif split not in AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
+        raise PolyKVError(
+            f"{header.path} has a tokenizer that splits text in a way that is not known here "
+            f"(tokenizer.ggml.pre={split}); {CHECKPOINT}"
+        )
+
+
+def _convert(header: Header, config: PretrainedConfig, tokenizer: Any, place: Path) -> None:
+    """Write the plain model into a folder beside `place`, then rename it: a killed conversion is not believed."""
+    print(f"converting {header.path} once, into {place}", file=sys.stderr, flush=True)
+    partial = place.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    try:
+        for part in (_dequantized(header, config), tokenizer):
+            part.save_pretrained(partial)
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _dequantized(header: Header, config: PretrainedConfig) -> PreTrainedModel:
+    """The model in float32, without the traces of quantization that keep transformers from saving it.
+
+    Raises:
+        PolyKVError: a tensor of the model is not in the file, or the other way round.
+    """
+    with _read_alone(header) as options:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **options,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    # transformers fills what it misses with random numbers, and drops what it does not know.
+    n_values = sum(parameter.numel() for parameter in model.parameters())
+    if found["missing_keys"] or n_values != header.n_values:
+        raise PolyKVError(
+            f"{header.path} holds {header.n_values:,} numbers and its architecture {n_values:,} "
+            f"(missing: {', '.join(sorted(found['missing_keys'])) or 'none'}); {CHECKPOINT}"
+        )
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    return model
