@@ -47,7 +47,8 @@ def _ratio(rows: pd.DataFrame, figures: Sequence[Figure]) -> Claim:
         found.loc[found["protocol"] == kind, "value"] for kind in ("nominal", "stored")
     )
     if nominal.empty or stored.empty:
-        return of_paper(OPEN, claim, "No ratio was measured; run experiment=polykv_ratio.")
+        why = "No ratio was measured; run experiment=polykv_ratio."
+        return of_paper(OPEN, claim, why, measured=False)
     ends = dict.fromkeys(f"{number:.3f}" for number in (stored.min(), stored.max()))
     return of_paper(
         AGREES if abs(nominal.iloc[0] - said) < 0.005 else NO,
@@ -67,7 +68,8 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
     claim = f"{f.value.value:g} GB for {where}"
     answer = published.memory_answer(f, found)
     if isinstance(answer, str):
-        return of_paper(OPEN, claim, sentence(f"{answer}; run experiment=polykv_memory"))
+        why = sentence(f"{answer}; run experiment=polykv_memory")
+        return of_paper(OPEN, claim, why, measured=False)
     same = abs(answer["paper"].value - f.value.value) < ROUNDING
     kept = answer["stored"].value
     every_byte = "" if kept is None else f"; measured, every byte kept, it is {kept:.3f} GB"
@@ -222,4 +224,4 @@ def _on(claim: str, model: str, weights: str) -> str:
 
 
 def _not_run(claim: str, experiment: str) -> Claim:
-    return of_paper(OPEN, claim, f"Not measured; run experiment={experiment}.")
+    return of_paper(OPEN, claim, f"Not measured; run experiment={experiment}.", measured=False)

@@ -37,7 +37,8 @@ def _level(f: Figure, found: Sequence[Point]) -> Claim:
     answer = published.quality_answer(f, found)
     if isinstance(answer, str) or answer[f.metric].value is None:
         why = answer if isinstance(answer, str) else answer[f.metric].note
-        return of_paper(OPEN, claim, sentence(f"{why}; {_command(f)}") + _beside(found, f.metric))
+        said = sentence(f"{why}; {_command(f)}") + _beside(found, f.metric)
+        return of_paper(OPEN, claim, said, measured=False)
     got, margin = answer[f.metric], MARGIN[f.metric]
     n = f", n = {got.n:,}" if got.n else ""
     said = f"Measured on {_where(answer)}{n}: {with_interval(got)}"

@@ -54,7 +54,7 @@ def each_run(claim: str, run: str, rows: pd.DataFrame, judge: Judge) -> list[Cla
         where = [f"{weights} weights of {model}", document, device, dtype]
         verdict, said = judge(mine)
         found.append(of_paper(verdict, f"{claim} (on {', '.join(filter(None, where))})", said))
-    return found or [of_paper(OPEN, claim, f"Not measured; run {run}.")]
+    return found or [of_paper(OPEN, claim, f"Not measured; run {run}.", measured=False)]
 
 
 def _holds(mine: pd.DataFrame) -> tuple[str, str]:

@@ -14,13 +14,15 @@ class Claim:
 
     `verdict` is YES, NO, OPEN or AGREES. `claim` ends in the weights or the device that the verdict holds for,
     where it holds for no others. `said` gives the numbers that decide; of an OPEN claim the reason, and
-    the command that would tell.
+    the command that would tell. `measured` is False where no row speaks to the claim, so that it is OPEN for
+    want of a run; an OPEN claim that is measured has numbers which do not decide it.
     """
 
     paper: str
     verdict: str
     claim: str
     said: str
+    measured: bool = True
 
     def markdown(self) -> str:
         """One line."""

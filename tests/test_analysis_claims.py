@@ -26,6 +26,7 @@ def test_what_was_not_run_is_open_and_names_the_command(tmp_path):
     assert {claim.paper for claim in found} == {"polykv", "qkvshare"}
     for claim in found:
         assert claim.verdict == OPEN and "run experiment=" in claim.said, claim
+        assert not claim.measured, claim
 
 
 def test_a_verdict_names_the_weights_and_device_it_holds_for(tmp_path):
@@ -41,7 +42,7 @@ def test_accuracy_holds_where_a_loss_is_ruled_out_and_not_where_it_is_significan
     tmp_path, loss, verdict
 ):
     (claim,) = judged(tmp_path, handoff_rows(loss=loss), "accuracy holds over 2 to 5 hops")
-    assert claim.verdict == verdict
+    assert claim.verdict == verdict and claim.measured
     assert f"{-100 * loss / 80:+.1f} points" in claim.said
 
 
