@@ -69,7 +69,7 @@ def recipe_divergence(rows: pd.DataFrame) -> Table | None:
         for s in found.standings
     ]
     caption = (
-        "Per token, over all documents: KL divergence in nats, and Δp, the change in the probability of "
+        "Divergence per token, over all documents: KL in nats, and Δp, the change in the probability of "
         f"the true token (p01 is its 1 % percentile, p999 the 99.9 %). {describe(rows)}"
     )
     return Table("recipe_divergence", caption, columns, lines) if lines else None

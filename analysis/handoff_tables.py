@@ -106,7 +106,7 @@ def handoff_pairs(rows: pd.DataFrame) -> Table | None:
         Column("p", "p, exact", fixed(4)),
     ]
     caption = (
-        "McNemar's exact test on the same problems, every pair of policies at equal stored bits, hops and "
+        "Policies in pairs: McNemar's exact test on the same problems, every pair at equal stored bits, hops and "
         f"resealing; not corrected for the number of pairs ({len(lines)}). {describe(found)}"
     )
     return Table("handoff_pairs", caption, columns, lines)

@@ -1,5 +1,7 @@
 """`python -m analysis report`: all that results folders hold on one page, a file that needs nothing else.
 
+What was measured comes first, topic by topic; then the papers' claims that it speaks to, the published figures,
+and what produced it all. What was not run is not mentioned, but for a count of the claims left open.
 The page holds its style, script, tables and figures; a content security policy lets it fetch nothing and
 run nothing but its own script. All that comes from results is escaped. The same input gives the same bytes.
 """
@@ -9,54 +11,27 @@ import base64
 import errno
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from analysis import report_origin
-from analysis.captions import caption
 from analysis.claims import AGREES, NO, OPEN, YES, Claim, claims
 from analysis.load import Results
-from analysis.registry import TOPICS, Topic, measured
-from analysis.report_figures import Image, image
-from analysis.report_tables import Shown, shown
+from analysis.registry import TOPICS, measured
+from analysis.report_parts import parts, published, texts
+from analysis.report_tables import shown
 from polykv.cellfile import write_atomically
 from polykv.errors import PolyKVError
 
 COMMAND = "report"
 TEMPLATES = Path(__file__).with_name("templates")
 VERDICTS = {YES: "yes", NO: "no", OPEN: "open", AGREES: "computed"}
-SPELLED = {"polykv": "PolyKV", "qkvshare": "QKVShare", "kv": "KV", "ttft": "TTFT"}
-SPELLED |= {"bertscore": "BERTScore"}
 PAPERS = {"polykv": "PolyKV (arXiv 2604.24971)", "qkvshare": "QKVShare (arXiv 2605.03884)"}
-
-
-@dataclass(frozen=True)
-class Written:
-    """A text of the analysis as HTML; its first heading is the title."""
-
-    name: str
-    title: str
-    html: Markup
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a topic has to show; `absent` says why a figure is not drawn."""
-
-    topic: Topic
-    texts: list[Written]
-    figures: list[Image]
-    tables: list[Shown]
-    absent: list[str]
 
 
 def main(argv: Sequence[str]) -> tuple[str, ...]:
@@ -112,99 +87,36 @@ def page(results: Results, origins: Sequence[report_origin.Origin]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["title_of"] = _title
     said = claims(rows)
+    judged = [claim for claim in said if claim.measured]
     return environment.get_template("report.html").render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        facts=_facts(measured(rows)),
+        runs=report_origin.runs(rows, measured(rows)),
         damaged=results.damaged,
         unsealed=results.unsealed,
-        ran=shown(report_origin.what_ran(rows, measured(rows))),
-        papers={PAPERS.get(paper, paper): _of_paper(said, paper) for paper in _papers(said)},
-        counts=Counter(claim.verdict for claim in said),
+        parts=parts(TOPICS, rows),
+        texts=texts(TOPICS, rows),
+        papers=_by_paper(judged),
+        counts=Counter(claim.verdict for claim in judged),
+        n_unmeasured=len(said) - len(judged),
         verdicts=VERDICTS,
-        parts=[part for topic in TOPICS if (part := _part(topic, rows))],
+        published=published(TOPICS, rows),
+        ran=shown(report_origin.what_ran(rows, measured(rows))),
         produced=shown(report_origin.produced_by(origins)),
         settings=report_origin.settings(origins),
     )
 
 
-def _title(name: str) -> str:
-    """recipe_frontier -> Recipe frontier."""
-    title = " ".join(SPELLED.get(word, word) for word in name.split("_"))
-    return title[0].upper() + title[1:]
+def _by_paper(judged: Sequence[Claim]) -> dict[str, list[Claim]]:
+    found: dict[str, list[Claim]] = {}
+    for claim in judged:
+        found.setdefault(PAPERS.get(claim.paper, claim.paper), []).append(claim)
+    return found
 
 
 def _hash(text: str) -> str:
     """As a content security policy names the one text that it allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _facts(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """At the top of the page; nothing of what is computed only."""
-    models = sorted(set(zip(rows["model"], rows["weights"], strict=True)))
-    dates = sorted({text[:10] for text in rows["created_at"] if text})
-    return [
-        ("experiments", f"{rows['experiment'].nunique():,}"),
-        ("cells", f"{len(rows[report_origin.COPY].drop_duplicates()):,}"),
-        ("measured values", f"{rows['value'].notna().sum():,}"),
-        ("devices", ", ".join(sorted(set(rows["device"]) - {""})) or "not stated"),
-        ("measured", " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "undated"),
-        ("models (weights)", ", ".join(f"{model} ({weights})" for model, weights in models)),
-    ]
-
-
-def _papers(said: Sequence[Claim]) -> list[str]:
-    return list(dict.fromkeys(claim.paper for claim in said))
-
-
-def _of_paper(said: Sequence[Claim], paper: str) -> list[Claim]:
-    return [claim for claim in said if claim.paper == paper]
-
-
-def _part(topic: Topic, rows: pd.DataFrame) -> Part | None:
-    """None where nothing of the topic was run."""
-    texts = [
-        _written(name, _without_claims(text))
-        for name, entry in topic.texts.items()
-        if (text := entry.of(rows))
-    ]
-    tables = [shown(table) for build in topic.tables.values() if (table := build(rows))]
-    figures, absent = [], []
-    for name, build in topic.figures.items():
-        canvas = build(rows)
-        if isinstance(canvas, str):
-            absent.append(f"{_title(name)}: {canvas}")
-        elif canvas:
-            figures.append(image(canvas, name, caption(name, rows)))
-    return Part(topic, texts, figures, tables, absent) if texts or tables or figures else None
-
-
-def _without_claims(text: str) -> str:
-    """They have a section of their own."""
-    sections = re.split(r"(?m)^(?=## )", text)
-    return "".join(part for part in sections if not re.match(r"## .*\bclaims\n", part))
-
-
-def _written(name: str, text: str) -> Written:
-    """Markdown without HTML, links or images of its own; headings stand below those of the page."""
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    markdown.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
-    markdown.add_render_rule(
-        "table_open",
-        lambda *_: '<div class="box" tabindex="0" role="group" aria-label="Table"><table>',
-    )
-    markdown.add_render_rule("table_close", lambda *_: "</table></div>")
-    heading, _, body = text.partition("\n")
-    tokens = markdown.parse(body)
-    for token in tokens:
-        if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{int(token.tag[1]) + 2}"
-        elif token.type in ("th_open", "td_open"):  # the policy allows no style attributes
-            right = token.attrs.pop("style", "") == "text-align:right"
-            token.attrs["class"] = "number" if right else "words"
-    html = markdown.renderer.render(tokens, markdown.options, {})
-    return Written(name, heading.lstrip("# "), Markup(html))

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from analysis.layout import STYLE
+from analysis.report_tables import titled
 
 # Ids are hashes of the content and of this; by default they are random.
 REPEATABLE = {"svg.hashsalt": "polykv"}
@@ -20,18 +21,15 @@ UNQUOTED = " /:;=,'()@!*+$?[]{}|~^"  # what a URI in double quotes may hold as i
 
 @dataclass(frozen=True)
 class Image:
-    """`uri` is safe within double quotes; width and height in CSS pixels."""
+    """`uri` is safe within double quotes; width and height in CSS pixels; `alt` stands for the picture."""
 
     name: str
+    title: str
     caption: str
+    alt: str
     uri: Markup
     width: int
     height: int
-
-    @property
-    def alt(self) -> str:
-        """What the caption says first; the rest is read with it."""
-        return re.split(r"(?<=[.:;]) ", self.caption)[0]
 
 
 def image(canvas: Canvas, name: str, caption: str) -> Image:
@@ -42,9 +40,12 @@ def image(canvas: Canvas, name: str, caption: str) -> Image:
     plt.close(canvas)
     drawn = out.getvalue()
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn).groups()
+    title, rest = titled(caption)
     return Image(
         name,
-        caption,
+        title,
+        rest,
+        re.split(r"(?<=[.:;]) ", caption)[0],
         Markup("data:image/svg+xml," + quote(_compact(drawn), safe=UNQUOTED)),
         round(float(width) * PIXELS_PER_POINT),
         round(float(height) * PIXELS_PER_POINT),

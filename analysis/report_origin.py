@@ -77,6 +77,27 @@ def _origin(store: Store, experiment: str, cell: str) -> Origin:
         return Origin(experiment, {}, {})
 
 
+def runs(rows: pd.DataFrame, measured: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """What was run, a line for each model and weights, that of most values first: how, on what, and the rest."""
+    lines = []
+    groups = sorted(rows.groupby(["model", "weights"]), key=lambda group: -len(group[1]))
+    for (model, weights), mine in groups:
+        how = "Measured on" if mine.index.isin(measured.index).any() else "Computed for"
+        spans = {
+            "text {}": _listed(sorted(set(mine["document"]) - {""})),
+            "{} tokens": _span(mine["context_tokens"]),
+            "{} agents": _span(mine["n_agents"]),
+            "n = {}": _span(mine["n"]),
+        }
+        said = [
+            *(form.format(span) for form, span in spans.items() if span),
+            f"{_listed(sorted(set(mine['device'])))}, {_listed(sorted(set(mine['dtype'])))}",
+            " to ".join(_ends(text[:10] for text in mine["created_at"] if text)),
+        ]
+        lines.append((how, f"{model} ({weights} weights)", "; ".join(filter(None, said))))
+    return lines
+
+
 def what_ran(rows: pd.DataFrame, measured: pd.DataFrame) -> Table:
     """One line for each experiment, model, weights, device and dtype; `measured`: those not computed only."""
     lines = []
@@ -98,9 +119,9 @@ def what_ran(rows: pd.DataFrame, measured: pd.DataFrame) -> Table:
         Column("dates", "dates"),
     ]
     caption = (
-        "Each experiment with the model, weights, device and dtype that it ran on, or was computed for. A cell "
-        "is one point of a sweep; values are those that could be had; n counts what one value is over (tokens, "
-        "documents, problems or repeats, as its table says)."
+        "What ran. Each experiment with the model, weights, device and dtype that it ran on, or was computed "
+        "for. A cell is one point of a sweep; values are those that could be had; n counts what one value is "
+        "over (tokens, documents, problems or repeats)."
     )
     return Table("what_ran", caption, columns, lines)
 
@@ -127,8 +148,8 @@ def produced_by(origins: Sequence[Origin]) -> Table:
         *(Column(name, name) for name in ("dates", "machine", "python", *packages)),
     ]
     caption = (
-        "What produced the cells. A commit with +dirty: files of the checkout differed from it, so the code that "
-        "ran is not that commit alone."
+        "Commits, machines and versions. A commit with +dirty: files of the checkout differed from it, so the "
+        "code that ran is not that commit alone."
     )
     return Table("produced_by", caption, columns, found)
 

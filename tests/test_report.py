@@ -18,9 +18,12 @@ from report_pages import HOSTILE, Page, drawings, report, small, unsafe, write
 
 from analysis.__main__ import main
 from analysis.claims import claims
-from analysis.registry import FIGURES, TABLES, TOPICS
+from analysis.reduce import Value
+from analysis.registry import FIGURES, TABLES, TEXTS, TOPICS, Topic
+from analysis.render import Column, Table, keys, measured
 from analysis.report_origin import settings, union
-from analysis.report_tables import shown
+from analysis.report_parts import PUBLISHED, parts
+from analysis.report_tables import shown, titled
 
 ROOT = Path(__file__).resolve().parent.parent
 FETCHING = {"src", "srcset", "href", "action", "data", "poster", "background", "formaction"}
@@ -116,7 +119,9 @@ def test_all_that_was_measured_is_on_the_page(page, folders):
     rows = union(folders)[0].rows
     ids = set(page.all("id"))
     for name, build in TABLES.items():
-        assert (f"table-{name}" in ids) == (build(rows) is not None), name
+        table = build(rows)
+        held = table is not None and bool(measured(table).rows)
+        assert (f"table-{name}" in ids) == held, name
     drawn = {name for name in FIGURES if f"figure-{name}" in ids}
     assert {"memory_agents", "recipe_frontier", "context_scaling"} <= drawn
     assert {"text-findings", "text-polykv_memory_decomposition"} <= ids
@@ -124,15 +129,94 @@ def test_all_that_was_measured_is_on_the_page(page, folders):
     assert "table-what_ran-title" in ids and "measured on" in page.text[""].lower()
 
 
-def test_each_claim_stands_once_with_its_verdict(text, folders):
-    found = claims(union(folders)[0].rows)
-    assert {claim.paper for claim in found} == {"polykv", "qkvshare"}
+def test_each_measured_claim_stands_once_with_its_verdict_and_the_others_are_counted(text, folders):
+    every = claims(union(folders)[0].rows)
+    found = [claim for claim in every if claim.measured]
+    assert found and len(found) < len(every)
+    assert f"{len(every) - len(found)} more published claims" in text
     badges = re.findall(r'<li><span class="badge \w+">([^<]+)</span><div><p>(.*?)</p>', text)
     assert [verdict for verdict, _ in badges] == [claim.verdict for claim in found]
     plain = " ".join(Page(text).text[""].split())
     for claim, times in Counter(claim.claim for claim in found).items():
         assert plain.count(" ".join(claim.split())) >= times
-    assert "claims</h4>" not in text
+    assert not any(claim.said in plain for claim in every if not claim.measured)
+    assert "claims</h3>" not in text
+
+
+def test_results_come_first_then_claims_then_what_was_published(page, folders):
+    rows = union(folders)[0].rows
+    ran = [topic.name for topic in TOPICS if any(of(rows) for of in topic.tables.values())]
+    ran = [name for name in ran if name != PUBLISHED]
+    assert len(ran) > 1
+    sections = [attrs["id"] for tag, attrs in page.elements if tag == "section"]
+    texts = [name for name in sections if name.startswith("text-")]
+    assert sections == [*ran, *texts, "claims", "published", "words", "provenance"]
+    places = page.all("id")
+    for topic in TOPICS:
+        if topic.name in ran:
+            first = next(name for name, of in topic.tables.items() if of(rows))
+            start = places.index(topic.name)
+            items = [name for name in places[start:] if name.startswith(("table-", "figure-"))]
+            assert items[0] == f"table-{first}", "a topic opens with its main table"
+
+
+def test_what_was_run_is_said_before_anything_else(text):
+    head = text[: text.index("<main")]
+    for said in ("reference (reference weights)", "llama-3-8b (random weights)", "3 to 15 agents"):
+        assert said in head
+    assert "generated" in head and "n = " in head and "cpu, float32" in head
+
+
+def test_no_heading_is_a_file_name_and_no_section_is_empty(text):
+    headings = re.findall(r"<h[1-4][^>]*>(.*?)</h[1-4]>", text)
+    assert len(headings) > 10 and not {*TABLES, *FIGURES, *TEXTS} & set(headings)
+    assert not [title for title in headings if "_" in title or not title.strip()]
+    for kind in ("section", "article", "details"):
+        for body in re.findall(rf"<{kind} .*?</{kind}>", text, re.DOTALL):
+            without = re.sub(
+                r"<h[1-4].*?</h[1-4]>|<summary>.*?</summary>", "", body, flags=re.DOTALL
+            )
+            assert re.sub(r"<[^>]*>", "", without).strip() or "<img" in without
+
+
+def test_topic_of_which_nothing_was_run_is_not_there(tmp_path):
+    rows = union([write(tmp_path, frontier.agent_rows())])[0].rows
+    nothing = Topic("nothing", "Nothing", "?", {"a": lambda rows: None}, {"b": lambda rows: "why"})
+    last = TOPICS[::-1]
+    assert [part.topic.name for part in parts([nothing, *last], rows)] == ["frontier"]
+    assert parts([nothing], rows) == []
+
+
+def test_lines_that_only_repeat_the_paper_stand_with_the_published_figures(tmp_path):
+    rows = union([write(tmp_path, small())])[0].rows
+    (part,) = parts(TOPICS, rows)
+    (quality,) = [table for table in part.tables if table.name == "polykv_quality"]
+    lines = sum(len(block.lines) for block in quality.blocks)
+    assert lines and lines < len(TABLES["polykv_quality"](rows).rows)
+    models = {cell.text for block in quality.blocks for line in block.lines for cell in line}
+    assert not {name for name in models if "instruct" in name}
+
+
+@pytest.mark.parametrize(
+    ("caption", "title", "rest"),
+    [
+        ("Delta by context. More: of it.", "Delta by context", "More: of it."),
+        ("Computed, not measured: by hand.", "Computed, not measured", "By hand."),
+        ("KL at 0.5 bits, by layer. Bars.", "KL at 0.5 bits", "KL at 0.5 bits, by layer. Bars."),
+        ("Bare", "Bare", ""),
+    ],
+)
+def test_first_clause_of_a_caption_is_its_title(caption, title, rest):
+    assert titled(caption) == (title, rest)
+
+
+def test_a_key_that_all_lines_share_is_said_once():
+    columns = [*keys("model", "recipe"), Column("kl", "KL")]
+    lines = [{"model": "m", "recipe": name, "kl": Value(1.0)} for name in ("a", "b")]
+    (block,) = shown(Table("t", "T.", columns, lines)).blocks
+    assert block.same == [("model", "m")] and block.headers == ["recipe", "KL"]
+    (block,) = shown(Table("t", "T.", columns, lines[:1])).blocks
+    assert block.same == [] and block.headers == ["model", "recipe", "KL"]
 
 
 def test_ids_are_unique_and_links_arrive(page):

@@ -17,7 +17,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(not BROWSER, reason=f"no browser: none of {', '.join(NAMES)}")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-PHONE, LAPTOP = {"width": 360, "height": 780}, {"width": 1280, "height": 800}
+PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 ROWS = (
     ("b", Value(1234.5, 1000, 2000), "1,024", "3-6"),
     ("C", Value(None, note="not run"), "per doubling", "1-2"),
@@ -34,7 +34,7 @@ def made_up(rows):
         Column("name", "name", key=True),
         Column("value", "value [95 %]", fixed(2), interval=True),
         *(Column(name, name) for name in names[2:]),
-        *(Column(f"wide{i}", f"a further column {i}") for i in range(6)),
+        *(Column(f"wide{i}", f"a_further_column_of_its_own_{i}") for i in range(6)),
     ]
     lines = [dict(zip(names, row, strict=True)) for row in ROWS]
     lines = [line | {f"wide{i}": i for i in range(6)} for line in lines]
@@ -82,7 +82,7 @@ def opened(browser, file):
 @pytest.mark.parametrize("size", [PHONE, {"width": 320, "height": 640}, LAPTOP], ids=str)
 def test_fits_without_errors_or_requests(opened, file, size, scheme):
     page, said, asked = opened(size, color_scheme=scheme)
-    for name in ("claims", "polykv", "hard", "provenance"):
+    for name in ("polykv", "hard", "claims", "provenance"):
         page.locator(f"#{name}").scroll_into_view_if_needed()
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert page.evaluate("scrollX") == 0
@@ -127,6 +127,7 @@ def test_tables_sort_up_down_and_back(opened, number, up, down):
 
 def test_every_table_sorts_by_keyboard_and_one_column_at_a_time(opened):
     page, said, _ = opened()
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
     heads = page.locator(".box:has(button)").evaluate_all("boxes => boxes.length")
     assert heads > 5
     for place in range(heads):
@@ -142,6 +143,46 @@ def test_every_table_sorts_by_keyboard_and_one_column_at_a_time(opened):
             "rows => rows.map(row => row.cells[1].dataset.key).filter(Boolean).map(Number)"
         )
         assert numbers == sorted(numbers)
+    assert said == []
+
+
+@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=str)
+def test_a_table_that_goes_on_says_so_until_its_end_is_seen(opened, size):
+    page, said, _ = opened(size)
+    wide, hint = page.locator("#table-made_up .wide"), page.locator("#table-made_up .scroll")
+    box = wide.locator(".box")
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    n_hidden = box.evaluate(
+        """box => [...box.querySelectorAll("th")].filter(
+            head => head.getBoundingClientRect().right > box.getBoundingClientRect().right + 2).length"""
+    )
+    assert n_hidden > 0 and str(n_hidden) in hint.inner_text()
+    assert wide.get_attribute("data-right") is not None
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    page.wait_for_function("!document.querySelector('#table-made_up .wide[data-right]')")
+    assert box.locator("th.pinned").bounding_box()["x"] >= box.bounding_box()["x"]
+    assert said == []
+
+
+def test_only_tables_that_go_on_say_so(opened):
+    page, *_ = opened()
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
+    page.wait_for_timeout(200)
+    pairs = page.locator(".box").evaluate_all(
+        """boxes => boxes.map(box => [
+            box.scrollWidth > box.clientWidth, box.parentElement.querySelector(".scroll").checkVisibility()
+        ])"""
+    )
+    assert {tuple(pair) for pair in pairs} == {(True, True), (False, False)}
+
+
+def test_a_link_unfolds_what_it_leads_to(opened):
+    page, said, _ = opened()
+    table = page.locator("#table-polykv_quality")
+    assert not table.locator(".box").first.is_visible()
+    page.locator("nav a[href='#polykv']").click()
+    page.locator("nav a[href='#table-polykv_quality']").click()
+    table.locator(".box").first.wait_for(state="visible")
     assert said == []
 
 

@@ -40,6 +40,37 @@ for (const table of document.querySelectorAll(".box table")) {
   }
 }
 
+// A table that is larger than its box says so: shadows where it goes on, and how many columns are out of sight.
+function mark(box, hint) {
+  const edge = box.getBoundingClientRect().right;
+  const heads = [...box.querySelectorAll("th")];
+  const hidden = heads.filter((head) => head.getBoundingClientRect().right > edge + 2).length;
+  const wide = box.scrollWidth > box.clientWidth + 1;
+  hint.hidden = !wide;
+  hint.textContent = hidden ? `scroll → ${hidden} more ${hidden === 1 ? "column" : "columns"}` : "← scroll back";
+  box.parentElement.toggleAttribute("data-right", wide && hidden > 0);
+  const below = box.scrollHeight - box.clientHeight - box.scrollTop > 2;
+  box.parentElement.toggleAttribute("data-below", below);
+  box.parentElement.style.setProperty("--top", `${box.offsetTop}px`);
+}
+
+for (const box of document.querySelectorAll(".box")) {
+  const hint = document.createElement("p");
+  hint.className = "scroll";
+  box.before(hint);
+  box.addEventListener("scroll", () => mark(box, hint), { passive: true });
+  new ResizeObserver(() => mark(box, hint)).observe(box);
+}
+
+// A link to what is folded unfolds it.
+function unfold() {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  const details = target && target.closest("details");
+  if (details) details.open = true;
+}
+addEventListener("hashchange", unfold);
+unfold();
+
 // Figures: the dialog is modal, so Esc closes it and the focus goes back to the figure.
 const dialog = document.querySelector("dialog");
 const enlarged = dialog.querySelector("img");
