@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from experiments.handoff_ttft import check, columns, new_rows, settle, timed
 from polykv.evaluation.process import KEPT
+from polykv.evaluation.statistics import spread_warning
 from polykv.evaluation.ttft import quartiles
 
 __all__ = ["check", "run", "settle"]
@@ -21,11 +22,13 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     rows, timings = new_rows(cfg), timed(cfg)
     for (_, timing), described in zip(timings, columns(cfg, timings), strict=True):
-        about = {"n": len(timing.total), "note": f"mean; interval: quartiles; {KEPT}", **described}
+        about = {"n": len(timing.total), **described}
         for stage, times in {"total": timing.total, **timing.stages}.items():
             low, _, high = quartiles(times)
             mean = float(times.mean())
-            rows.add(f"stage_{stage}", mean, "ms", ci=(low, high), **about)
+            told = ("mean", "interval: quartiles", KEPT, spread_warning(low, high))
+            note = "; ".join(filter(None, told))
+            rows.add(f"stage_{stage}", mean, "ms", ci=(low, high), note=note, **about)
             share = 100 * mean / float(timing.total.mean())
-            rows.add(f"share_{stage}", share, "percent", **(about | {"note": "of the mean total"}))
+            rows.add(f"share_{stage}", share, "percent", note="of the mean total", **about)
     return rows.rows
