@@ -1,11 +1,14 @@
 """What the handoff's tables and figures share: published rows, relay rows, one value out of many. Pure."""
 
+from dataclasses import replace
+
 import pandas as pd
 
 from analysis.reduce import Value
 from analysis.render import Row
 from polykv.config import load_group
 from polykv.evaluation.gsm8k import of_note
+from polykv.evaluation.statistics import spread_warning
 
 POLICIES = ["full", "reprefill", "fp16", "uniform", "local", "topology", "random", "sinks_recent"]
 POLICIES += ["inverse"]
@@ -43,6 +46,12 @@ def value(rows: pd.DataFrame, why: str = "no such row in these results") -> Valu
     ends = (None if pd.isna(end) else float(end) for end in (low, high))
     several = f"mean over {len(present)} seeds, interval: hull of theirs"
     return Value(float(present["value"].mean()), *ends, several if len(present) > 1 else "")
+
+
+def warned(timing: Value) -> Value:
+    """A timing with a footnote where its quartiles are too far apart to be believed."""
+    notes = (timing.note, spread_warning(timing.low, timing.high))
+    return replace(timing, note="; ".join(filter(None, notes)))
 
 
 def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:

@@ -1,4 +1,4 @@
-"""QKVShare's tables on time: time to first token, and its stages.
+"""QKVShare's tables on time: time to first token with what it costs in quality, and its stages.
 
 Each takes the tidy rows and returns a table, or None where nothing of it was measured.
 """
@@ -9,15 +9,26 @@ import pandas as pd
 
 from analysis import published
 from analysis.counterpart import HOLDS
-from analysis.handoff_reduce import SETTING, average, bits_text, ordered, run_text, value
+from analysis.handoff_reduce import (
+    SETTING,
+    average,
+    bits_text,
+    ordered,
+    run_text,
+    value,
+    warned,
+    with_budget,
+)
 from analysis.reduce import Value, describe
-from analysis.render import Column, Row, Table, fixed, keys
+from analysis.render import Column, Row, Table, fixed, keys, significant
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
+QUALITY = ("mean_bits", "kl_mean", "perplexity_delta")
 
 
 def handoff_ttft(rows: pd.DataFrame) -> Table | None:
-    """Time to first token by route, published and measured."""
+    """Time to first token by route, published and measured, and what each route costs in quality."""
+    rows = rows[rows["experiment"] == "handoff_ttft"]
     found = rows[rows["metric"].isin(("ttft", "ttft_speedup"))]
     if found.empty:
         return None
@@ -29,26 +40,50 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
         line = {"section": f"published on {said.model}", "policy": said.policy}
         line |= {"context": f"{said.at}{tokens}", "route": "not stated", "published": said.value}
         blank = Value(None, note="measured rows stand below, by their own routes and contexts")
-        lines.append(line | {"ttft": blank, "speedup": blank})
+        lines.append(line | dict.fromkeys(("ttft", "speedup", *QUALITY), blank))
     for line, mine in _routes(found):
         line["published"] = Value(None, note="the published routes stand above")
-        line["ttft"] = value(mine[mine["metric"] == "ttft"])
+        line["ttft"] = warned(value(mine[mine["metric"] == "ttft"]))
         speedup = value(
             mine[mine["metric"] == "ttft_speedup"], "re-prefill is what cards are held to"
         )
-        lines.append(line | {"speedup": speedup})
+        lines.append(line | {"speedup": warned(speedup)} | _quality(rows, mine.iloc[0]))
     columns = [
         *keys("context", "policy", "budget", "route"),
         Column("published", "published ms", fixed(1)),
         Column("ttft", "ms [quartiles]", fixed(1), interval=True),
         Column("speedup", "times faster [quartiles]", fixed(2), interval=True),
+        Column("mean_bits", "bits stored", fixed(3)),
+        Column("kl_mean", "KL [95 %]", significant, interval=True),
+        Column("perplexity_delta", "\u0394ppl % [95 %]", fixed(2, "+"), interval=True),
     ]
     caption = (
         "Time to first token, one model, dtype and runtime for all routes; a card's time starts with the "
         "sender's cache in memory and holds its creation, as the published total does. Median and "
-        f"quartiles of repeats in which the routes take turns. {describe(found)}"
+        "quartiles of repeats in which the routes take turns. Beside it what the receiver loses: stored bits per "
+        "cached value, all metadata counted, KL divergence (nats) and perplexity of the text after the "
+        "context, read after the card, against the uncompressed cache; in float32, whatever the times' dtype. "
+        f"{describe(found)}"
     )
     return Table("handoff_ttft", caption, columns, lines)
+
+
+def _quality(rows: pd.DataFrame, route: pd.Series) -> dict[str, Value]:
+    """Bits, KL divergence and perplexity of a route's card and reader, in which transport plays no part."""
+    if route["protocol"] == "text":
+        exact = Value(None, note="the receiver reads the text itself: nothing is lost")
+        return dict.fromkeys(QUALITY, exact)
+    same = [
+        *(name for name in SETTING if name != "dtype"),
+        "document",
+        "context_tokens",
+        "policy",
+        "reader",
+    ]
+    mine = rows[(rows[same] == route[same]).all(axis=1)]
+    bits = None if pd.isna(route["budget_bits"]) else route["budget_bits"]
+    mine = mine[with_budget(mine, bits)]
+    return {name: value(mine[mine["metric"] == name]) for name in QUALITY}
 
 
 def handoff_stages(rows: pd.DataFrame) -> Table | None:
@@ -69,7 +104,7 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
     for line, mine in _routes(found):
         absent = "this route has no such stage"
         took = {n: value(mine[mine["metric"] == f"stage_{n}"], absent) for n in STAGES}
-        line |= took | {"total": value(mine[mine["metric"] == "stage_total"])}
+        line |= took | {"total": warned(value(mine[mine["metric"] == "stage_total"]))}
         summed = sum(v.value for v in took.values() if v.value is not None)
         line["adds_up"] = Value(100 * summed / line["total"].value)
         lines.append(line)
@@ -89,9 +124,10 @@ def handoff_stages(rows: pd.DataFrame) -> Table | None:
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
     """What was measured, by run, context and route: the line that names it, and its rows."""
-    route = [*SETTING, "context_tokens", "policy", "budget_bits", "protocol"]
+    route = [*SETTING, "document", "context_tokens", "policy", "budget_bits", "protocol"]
     for key, mine in ordered(found).groupby(route, dropna=False, sort=False):
         named = dict(zip(route, key, strict=True))
-        line = {"section": f"measured on {run_text(named)}", "policy": named["policy"]}
+        read = f", {named['document']}" if named["document"] else ""
+        line = {"section": f"measured on {run_text(named)}{read}", "policy": named["policy"]}
         line |= {"context": f"{named['context_tokens']:,.0f}", "route": named["protocol"]}
         yield line | {"budget": bits_text(named["budget_bits"])}, mine

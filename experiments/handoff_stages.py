@@ -7,9 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.handoff_ttft import check, columns, new_rows, settle, timed
-from polykv.evaluation.process import KEPT
-from polykv.evaluation.ttft import quartiles
+from experiments.handoff_ttft import add_time, check, columns, new_rows, settle, timed
 
 __all__ = ["check", "run", "settle"]
 
@@ -21,14 +19,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     rows, timings = new_rows(cfg), timed(cfg)
     for (_, timing), described in zip(timings, columns(cfg, timings), strict=True):
-        about = {
-            "n": len(timing.total),
-            "note": f"median; interval: quartiles; {KEPT}",
-            **described,
-        }
+        about = {"n": len(timing.total), **described}
         for stage, times in {"total": timing.total, **timing.stages}.items():
-            low, mid, high = quartiles(times)
-            rows.add(f"stage_{stage}", mid, "ms", ci=(low, high), **about)
+            add_time(rows, f"stage_{stage}", times, "ms", "median", about)
             share = 100 * float(times.mean() / timing.total.mean())
-            rows.add(f"share_{stage}", share, "percent", **(about | {"note": "of the mean total"}))
+            rows.add(f"share_{stage}", share, "percent", note="of the mean total", **about)
     return rows

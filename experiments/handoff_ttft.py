@@ -1,40 +1,53 @@
-"""QKVShare's time to first token: how much sooner does a receiver speak that gets its context by card, not by text?
+"""QKVShare's time to first token: how much sooner does a receiver speak that gets its context by card, and at what
+cost in quality?
 
-Answers the published rows `ttft`. All paths of a context are timed in one cell, in turn.
+Answers the published rows `ttft`. All paths of a context are timed in one cell, in turn, on the tokens of its
+first document. Beside the times stand the divergence and perplexity of the same cards' receivers on all its
+documents, always in float32 (bfloat16 by itself costs as much as a recipe of 4 bits).
 """
 
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from omegaconf import DictConfig
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from experiments import common
 from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
 from polykv import config, kernels, loading, models
 from polykv.errors import PolyKVError
+from polykv.evaluation import card_quality
+from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.process import KEPT
+from polykv.evaluation.statistics import spread_warning
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure, quartiles
 from polykv.handoff.policy import Policy
 from polykv.models import load_config
 from polykv.pool import check_reader
+from polykv.progress import track
 from polykv.results import Rows
-from polykv.supported import check_length
+from polykv.supported import check_length, max_positions
 
 __all__ = ["check", "run", "settle"]
 LEAST_REPEATS = 10
 REPREFILL = Policy("reprefill", store="text")
 # What times depend on.
 TIMED = (
-    "model", "device", "context", "turn_tokens", "policies", "transports", "readers", "budget_bits", "repeats",
-    "seed", "card", "backend",
+    "model", "weights", "device", "document", "n_documents", "n_agents", "prefix_fraction", "context",
+    "scored_tokens", "turn_tokens", "policies", "transports", "readers", "budget_bits", "repeats", "seed", "card",
+    "backend",
 )  # fmt: skip
+SCORED_IN = "float32"
 
 
 def settle(cfg: DictConfig) -> DictConfig:
     """Policies are given by name, and become their settings: a YAML that says otherwise makes another cell.
 
     backend=auto is the fastest one here, whatever the reader: it writes the bits that torch writes.
+    document=auto is the document that suits the model; random weights read none.
 
     Raises:
         PolyKVError: an unknown policy, or a backend that cannot be had.
@@ -42,11 +55,14 @@ def settle(cfg: DictConfig) -> DictConfig:
     settled = settle_key(common.settle(cfg))
     settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
+    if settled.document.name == "auto":
+        suited = "generated" if settled.weights in ("reference", "random") else "wikitext2"
+        settled.document = config.load_group("document", suited)
     return settled
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse bad input; random weights are fine, time does not depend on them.
+    """Refuse bad input; random weights are fine for times, which do not depend on them.
 
     Raises:
         PolyKVError: one clear line.
@@ -66,28 +82,101 @@ def check(cfg: DictConfig) -> None:
         raise PolyKVError(
             f"repeats={cfg.repeats!r}; it takes a whole number from {LEAST_REPEATS} up"
         )
+    if not isinstance(cfg.scored_tokens, int) or cfg.scored_tokens < 1:
+        raise PolyKVError(f"scored_tokens={cfg.scored_tokens!r}; it takes a whole number from 1 up")
     check_budget(cfg.budget_bits)
     key_of(cfg)
     check_length(load_config(cfg.model), cfg.context, f"context={cfg.context}")
     common.check_hub(cfg, "use weights=random, which times the same, or model=reference")
+    if cfg.weights == "random":
+        return
+    if cfg.document.name == "generated" and cfg.weights != "reference":
+        raise PolyKVError(
+            f"document=generated is written for the reference model, not for {cfg.model.name}; "
+            "use document=auto, wikitext2, packet_networks or file"
+        )
+    texts_of(cfg)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Time to first token of every route, and how many times faster than re-prefill it is."""
+    """Time to first token of every route, how many times faster than re-prefill it is, and what it costs."""
     rows, timings = new_rows(cfg), timed(cfg)
+    text = next(timing for route, timing in timings if route.policy.store == "text")
     for (route, timing), described in zip(timings, columns(cfg, timings), strict=True):
-        low, mid, high = quartiles(timing.total)
         about = {"n": len(timing.total), **described}
-        rows.add(
-            "ttft", mid, "ms", ci=(low, high), note=f"median; interval: quartiles; {KEPT}", **about
-        )
+        add_time(rows, "ttft", timing.total, "ms", "median", about)
         if route.policy.store != "text":
-            text = next(t for r, t in timings if r.policy.store == "text")
             # Each repeat timed both, one after the other.
-            low, mid, high = quartiles(text.total / timing.total)
-            rows.add("ttft_speedup", mid, "x", ci=(low, high), **about,
-                     note=f"re-prefill over card, median of pairs; interval: quartiles; {KEPT}")  # fmt: skip
+            ratios = text.total / timing.total
+            how = "re-prefill over card, median of pairs"
+            add_time(rows, "ttft_speedup", ratios, "x", how, about)
+    add_quality(rows, cfg, timings)
     return rows
+
+
+def add_time(
+    rows: Rows, metric: str, values: np.ndarray, unit: str, how: str, about: dict[str, Any]
+) -> None:
+    """The median over repeats with quartiles, and a warning where these are far apart."""
+    low, mid, high = quartiles(values)
+    note = "; ".join(filter(None, (how, "interval: quartiles", KEPT, spread_warning(low, high))))
+    rows.add(metric, mid, unit, ci=(low, high), note=note, **about)
+
+
+def add_quality(rows: Rows, cfg: DictConfig, timings: list[tuple[Route, Timing]]) -> None:
+    """By policy and reader: the stored bits of the card that was timed, its KL divergence and perplexity delta."""
+    bits = {(route.policy.name, route.reader): timing.mean_bits for route, timing in timings}
+    scored, why = score(cfg)
+    policies = [Policy.from_config(policy) for policy in cfg.policies.values()]
+    for policy, reader in product(policies, cfg.readers):
+        about = {"policy": policy.name, "reader": reader, "backend": cfg.backend}
+        about["budget_bits"] = cfg.budget_bits if policy.has_budget else None
+        note = "stored bits per cached value of the card that was timed, all metadata counted"
+        rows.add("mean_bits", bits[policy.name, reader], "bits", note=note, **about)
+        about["dtype"] = loading.dtype_label(scoring_model(cfg))
+        if why:
+            for metric, unit in card_quality.METRICS.items():
+                rows.add(metric, None, unit, note=why, **about)
+        else:
+            found = [of_document[policy.name, reader] for of_document in scored]
+            card_quality.add_rows(rows, found, **about)
+
+
+def score(cfg: DictConfig) -> tuple[list[dict[tuple[str, str], Comparison]], str]:
+    """Of each document, every policy and reader against the uncompressed cache; or why there is none."""
+    if cfg.weights == "random":
+        return [], "quality cannot be measured on random weights"
+    n_scored = n_scored_of(cfg)
+    if n_scored == 0:
+        return [], f"a context of {cfg.context} tokens leaves the model no position to score"
+    model, tokenizer = common.model_of(OmegaConf.merge(cfg, {"model": scoring_model(cfg)}))
+    policies = [Policy.from_config(policy) for policy in cfg.policies.values()]
+    known = cfg.context - cfg.turn_tokens
+    setting = (known, n_scored, policies, cfg.readers, cfg.budget_bits, cfg.backend)
+    texts = track(texts_of(cfg), "scoring cards")
+    return [card_quality.score_cards(model, tokenizer, ids_T, *setting) for ids_T in texts], ""
+
+
+def scoring_model(cfg: DictConfig) -> DictConfig:
+    """The model's settings in the dtype that quality is scored in."""
+    return OmegaConf.merge(cfg.model, {"dtype": SCORED_IN})
+
+
+def n_scored_of(cfg: DictConfig) -> int:
+    """Tokens that are scored after the context: those asked for, or as many as the model has positions left."""
+    limit = max_positions(load_config(cfg.model))
+    return cfg.scored_tokens if limit is None else min(cfg.scored_tokens, limit - cfg.context)
+
+
+def texts_of(cfg: DictConfig) -> list[Tensor]:
+    """Of each document the context and the scored tokens after it, (tokens,) each.
+
+    Raises:
+        PolyKVError: too short a text, or one that cannot be had.
+    """
+    length = cfg.context + n_scored_of(cfg)
+    documents = common.documents_of(OmegaConf.merge(cfg, {"context": length}))
+    return [document.ids_BT[0] for document in documents]
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
@@ -116,9 +205,17 @@ def _timed(key: str) -> list[tuple[Route, Timing]]:
     cfg = common.from_key(key)
     model, tokenizer = loaded(cfg)
     routes = routes_of(cfg)
-    setting = (cfg.context, cfg.turn_tokens, routes, cfg.budget_bits, cfg.repeats, cfg.seed)
-    timings = measure(model, tokenizer, *setting, key_of(cfg))
+    ids_T = random_ids(cfg) if cfg.weights == "random" else texts_of(cfg)[0][: cfg.context]
+    setting = (cfg.turn_tokens, routes, cfg.budget_bits, cfg.repeats, key_of(cfg))
+    timings = measure(model, tokenizer, ids_T, *setting)
     return list(zip(routes, timings, strict=True))
+
+
+def random_ids(cfg: DictConfig) -> Tensor:
+    """A context (tokens,) for random weights, to which no text means anything."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    size = load_config(cfg.model).get_text_config(decoder=True).vocab_size
+    return torch.randint(size, (cfg.context,), generator=generator)
 
 
 def new_rows(cfg: DictConfig) -> Rows:
@@ -126,6 +223,7 @@ def new_rows(cfg: DictConfig) -> Rows:
     return Rows(
         model=common.label(cfg, "model"),
         weights=models.weights_label(cfg.model),
+        document=None if cfg.weights == "random" else common.label(cfg, "document"),
         context_tokens=cfg.context,
         n_agents=2,
         n_hops=1,

@@ -186,7 +186,7 @@ def faults_after_steps(model, recipe):
 
 def faults_after_ttft(model):
     loaded = load_weights(model, "cpu")
-    measure(loaded[0], loaded[1], 20, 4, [Route(load_policy("reprefill"))], 4.0, 2, 0)
+    measure(*loaded, torch.arange(20), 4, [Route(load_policy("reprefill"))], 4.0, repeats=2)
     return faults_of_blocks()
 
 

@@ -342,7 +342,7 @@ def test_rows_say_file_type_and_sha256(kind, name, files):
     assert settled.model.digest == full
     rows = common.new_rows(settled)
     rows.add("perplexity", 1.0, "ppl")
-    assert rows.rows[0]["weights"] == f"gguf:{name}@{full[:12]}"
+    assert rows[0]["weights"] == f"gguf:{name}@{full[:12]}"
 
 
 def test_a_file_that_does_not_say_its_type_is_named_by_its_tensors(tmp_path, llama, tokenizer):

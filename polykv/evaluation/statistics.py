@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+WIDE = 2.0  # quartiles of a timing further apart than this factor
 # Below this many documents their spread says too little, and blocks of tokens are the sample instead.
 MIN_DOCUMENTS = 8
 
@@ -65,6 +66,13 @@ def interval_name(samples: list[np.ndarray], unit: str = "documents") -> str:
 def interval_over(units: str) -> str:
     """What the interval is called whose sample `units` are."""
     return f"interval: skewness-corrected t over {units}"
+
+
+def spread_warning(low: float | None, high: float | None) -> str:
+    """What to say of a timing with these quartiles; nothing where it can be trusted."""
+    if low is None or high is None or high <= WIDE * low:
+        return ""
+    return f"warning: quartiles spread more than {WIDE:g}x, the machine was busy; measure again"
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:

@@ -50,10 +50,14 @@ class Route:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per repeat: the whole, and each stage that the path has."""
+    """Milliseconds per repeat: the whole, and each stage that the path has.
+
+    `mean_bits`: stored bits per cached value of the card, all metadata counted; None where text is handed on.
+    """
 
     total: np.ndarray
     stages: dict[str, np.ndarray]
+    mean_bits: float | None = None
 
 
 class Clock:
@@ -62,6 +66,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.laps: dict[str, float] = {}
+        self.mean_bits: float | None = None
         self._start = self._last = self._now()
 
     def _now(self) -> float:
@@ -82,29 +87,26 @@ class Clock:
 def measure(
     model: PreTrainedModel,
     tokenizer: Any,
-    n_context: int,
+    ids_T: Tensor,
     n_turn: int,
     paths: Sequence[Route],
     budget_bits: float,
     repeats: int,
-    seed: int,
     key: SigningKey | None = None,
 ) -> list[Timing]:
-    """One Timing per path, for `n_context` tokens of which the receiver's own turn is the last `n_turn`.
+    """One Timing per path, for the context `ids_T` (tokens,) whose last `n_turn` are the receiver's own turn.
 
-    Token ids are random: time does not depend on what they say. With a `key` cards in files are signed (part
-    of the stage `serialize`), and their signatures checked (`verify`). From here on this process keeps the
-    memory that it frees, as a server that has run for a while does (`keep_freed_memory`).
+    With a `key` cards in files are signed (part of the stage `serialize`), and their signatures checked
+    (`verify`). From here on this process keeps the memory that it frees, as a server that has run for a while
+    does (`keep_freed_memory`).
 
     Raises:
         PolyKVError: more tokens than the model has positions, or fewer than two repeats, which have no spread.
     """
     if repeats < 2:
         raise PolyKVError(f"repeats={repeats}, and quartiles need two or more; raise it")
-    check_length(model.config, n_context, f"context={n_context}")
+    check_length(model.config, len(ids_T), f"context={len(ids_T)}")
     keep_freed_memory()
-    generator = torch.Generator().manual_seed(seed)
-    ids_T = torch.randint(model.config.vocab_size, (n_context,), generator=generator)
     known_T, turn_T = ids_T[:-n_turn], ids_T[-n_turn:]
     cache = prefill(model, known_T[None])
     runs: list[list[Clock]] = [[] for _ in paths]
@@ -114,6 +116,21 @@ def measure(
                 args = (model, tokenizer, cache, known_T, turn_T, path, budget_bits, key)
                 clocks.append(_run(*args, Path(folder) / "card.safetensors"))
     return [_timing(clocks[WARMUP:]) for clocks in runs]
+
+
+def seal(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cache: Cache,
+    known_T: Tensor,
+    policy: Policy,
+    budget_bits: float,
+    backend: str,
+) -> CacheCard:
+    """The card whose receiver is timed and scored: the first half of its tokens is the shared segment."""
+    topology = Topology(n_shared=len(known_T) // 2)
+    settings = (policy, budget_bits, topology)
+    return CacheCard.seal(cache, known_T, model, tokenizer, *settings, backend=backend)
 
 
 def _run(
@@ -132,11 +149,7 @@ def _run(
         received = DynamicCache(config=model.config)
         feed = torch.cat([known_T, turn_T])
     else:
-        topology = Topology(n_shared=len(known_T) // 2)
-        card = CacheCard.seal(
-            *(cache, known_T, model, tokenizer, path.policy, budget_bits, topology),
-            backend=path.backend,
-        )
+        card = seal(model, tokenizer, cache, known_T, path.policy, budget_bits, path.backend)
         clock.lap("create")
         if path.transport == "file":
             content = card.to_bytes(key)
@@ -160,13 +173,15 @@ def _run(
         int(out.logits[0, -1].argmax())
     clock.lap("first_forward")
     clock.laps["total"] = clock.total()
+    clock.mean_bits = card.mean_bits if path.policy.store != "text" else None
     return clock
 
 
 def _timing(clocks: Sequence[Clock]) -> Timing:
     names = [name for name in clocks[0].laps if name != "total"]
     stages = {name: np.array([clock.laps[name] for clock in clocks]) for name in names}
-    return Timing(np.array([clock.laps["total"] for clock in clocks]), stages)
+    totals = np.array([clock.laps["total"] for clock in clocks])
+    return Timing(totals, stages, clocks[0].mean_bits)
 
 
 def quartiles(times: np.ndarray) -> tuple[float, float, float]:
