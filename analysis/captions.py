@@ -52,6 +52,12 @@ class Says:
 
 
 FIGURES: Mapping[str, Says] = {
+    "compare": Says(
+        "Mean KL divergence to the uncompressed cache against stored bits per value, for each recipe",
+        ("kl_mean",),
+        panels=True,
+        lines="Markers",
+    ),
     "memory_agents": Says(
         "KV memory by number of agents and recipe",
         ("kv_memory",),

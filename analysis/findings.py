@@ -34,7 +34,12 @@ def text(rows: pd.DataFrame) -> str:
     judged = claims(rows)
     for paper, name in PAPERS.items():
         parts.append(f"## {name}'s claims")
-        parts += [_bullet(claim.markdown()) for claim in judged if claim.paper == paper]
+        mine = [claim for claim in judged if claim.paper == paper]
+        parts += [_bullet(claim.markdown()) for claim in mine if claim.measured]
+        if n_open := sum(not claim.measured for claim in mine):
+            parts.append(
+                f"{n_open} claims were not measured here: published_{paper} says why, figure by figure."
+            )
     for found in compared(of_experiment(rows, *FRONTIER)):
         parts.append(f"## Which recipe: {found.setting}")
         parts += [_bullet(line) for line in _recipes(found)]
