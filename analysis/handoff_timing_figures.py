@@ -146,7 +146,7 @@ def _stacked(ax: Axes, mine: pd.DataFrame, tints: list[str]) -> None:
         total = _stage(mine, "total", *bar)
         if total.low is not None:  # its own ends: a mean may lie outside the quartiles
             at = [total.low, total.high], [height, height]
-            ax.plot(*at, "|-", color=WHISKER, linewidth=0.8, label="quartiles of the total")
+            ax.plot(*at, "|-", color=WHISKER, linewidth=0.8, label="total, quartiles")
     _bar_names(ax, [f"{policy}, {route}" for policy, route in bars])
     ax.set_xlabel(f"ms, {average(mine)}")
 
