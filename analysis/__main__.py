@@ -196,7 +196,7 @@ def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str
         return canvas
     if canvas:
         save(canvas, pictures / name, kinds)
-        text = tex(caption(name, rows))
+        text = tex(caption(name, rows, canvas))
         (pictures / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
     return ""
 

@@ -45,7 +45,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if settled.document.name == "auto":
-        suited = "generated" if settled.weights == "reference" else "wikitext2"
+        suited = "generated" if settled.weights in ("reference", "random") else "wikitext2"
         settled.document = config.load_group("document", suited)
     if labels := naming.labels(settled):
         settled.labels = labels

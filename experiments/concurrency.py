@@ -23,6 +23,7 @@ from polykv.evaluation.concurrency import (
 from polykv.evaluation.memory import GB, check_fits, resident_bytes
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import quartiles
+from polykv.progress import phase
 from polykv.results import Rows
 
 __all__ = ["check", "run", "settle"]
@@ -112,11 +113,13 @@ def _check_fits(cfg: DictConfig, reader: str) -> None:
 
 def _resident(cfg: DictConfig, reader: str) -> int:
     crowd = (prefix_tokens(cfg), cfg.n_agents, cfg.device, cfg.backend)
+    phase(f"memory of reader {reader}")
     how = {"together": True, "n_steps": cfg.max_new_tokens}
     return resident_bytes(cfg.model, cfg.recipe, reader, *crowd, **how)
 
 
 def _steps(cfg: DictConfig, readers: list[str]) -> dict[str, Steps]:
+    phase("timing decode steps")
     return step_times(
         cfg.model,
         cfg.recipe,

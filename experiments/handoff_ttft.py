@@ -53,11 +53,9 @@ def settle(cfg: DictConfig) -> DictConfig:
         PolyKVError: an unknown policy, or a backend that cannot be had.
     """
     settled = settle_key(common.settle(cfg))
+    settled.model = common.answering(settled)  # times are those of answers
     settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
-    if settled.document.name == "auto":
-        suited = "generated" if settled.weights in ("reference", "random") else "wikitext2"
-        settled.document = config.load_group("document", suited)
     return settled
 
 

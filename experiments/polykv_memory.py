@@ -16,6 +16,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
 from polykv.models import Geometry, load_config
 from polykv.pool import SharedKVPool
+from polykv.progress import phase
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
@@ -51,6 +52,7 @@ def add_rows(rows: Rows, cfg: DictConfig, pool: SharedKVPool) -> None:
     kept = "sum of the pool's tensors" if shared else f"{copies} x the tensors of one full cache"
     add("stored", pool.stored_bytes * copies, kept)
     crowd = (pool.n_tokens, cfg.n_agents, cfg.device, cfg.backend)
+    phase("measuring resident memory")
     try:
         add("resident", resident_bytes(cfg.model, cfg.recipe, reader, *crowd))
     except PolyKVError as error:

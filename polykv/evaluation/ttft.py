@@ -27,6 +27,7 @@ from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
+from polykv.progress import track
 from polykv.supported import check_length
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
@@ -111,7 +112,7 @@ def measure(
     cache = prefill(model, known_T[None])
     runs: list[list[Clock]] = [[] for _ in paths]
     with tempfile.TemporaryDirectory(prefix="polykv-ttft-") as folder:
-        for _ in range(WARMUP + repeats):
+        for _ in track(range(WARMUP + repeats), "timing the first token"):
             for path, clocks in zip(paths, runs, strict=True):
                 args = (model, tokenizer, cache, known_T, turn_T, path, budget_bits, key)
                 clocks.append(_run(*args, Path(folder) / "card.safetensors"))
