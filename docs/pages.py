@@ -23,7 +23,7 @@ FIGURES = {
     "handoff_accuracy": ("handoff_hops",),
     "polykv_memory": ("memory_agents",),
     "polykv_quality": ("perplexity_context", "bertscore_agents"),
-    "quickstart": ("perplexity_context", "memory_agents", "bertscore_agents"),
+    "compare": ("compare", "memory_agents", "bertscore_agents"),
     "recipe_frontier": ("recipe_frontier", "recipe_ranking"),
 }
 

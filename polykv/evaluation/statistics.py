@@ -137,10 +137,11 @@ def paired_ratio(
     Raises:
         ValueError: fewer than two pairs, or values that are not positive and finite.
     """
-    logs = np.log(np.asarray(first, dtype=float)) - np.log(np.asarray(second, dtype=float))
-    n = len(logs)
-    if n < 2 or not np.isfinite(logs).all():
+    values = np.array([first, second], dtype=float)
+    n = values.shape[1]
+    if n < 2 or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError("a paired ratio needs two pairs or more of positive, finite values")
+    logs = np.log(values[0]) - np.log(values[1])
     mean, spread = float(logs.mean()), float(logs.std(ddof=1))
     error = spread / math.sqrt(n)
     reach = stats.t.ppf(0.975, n - 1) * error

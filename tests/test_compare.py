@@ -1,0 +1,131 @@
+"""experiment=compare: what was asked is on the screen, and recipes are told apart where the documents allow it."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis import compare
+from analysis.load import load
+from polykv.config import REPO
+from polykv.evaluation.statistics import paired_ratio
+from polykv.results import Rows, Store
+
+BASE = ["experiment=compare", "model=local", "document=file", "context=64", "n_documents=3",
+        "n_agents=2", "answers=1", "max_new_tokens=4", "device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoint, tmp_path_factory):
+    """Two sweeps in one folder, and what the second printed."""
+    root = tmp_path_factory.mktemp("compare")
+    own = [
+        f"model.path={checkpoint}",
+        f"document.path={checkpoint}/text.txt",
+        f"results_dir={root}",
+    ]
+    printed = ""
+    for recipes in ("q4_0", "polykv,vllm_4bit_nc,turboquant_3bit"):
+        command = [sys.executable, str(REPO / "run.py"), *BASE, *own, f"recipe={recipes}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO)
+        assert done.returncode == 0, done.stderr
+        printed, progress = done.stdout, done.stderr
+    return root, printed, progress
+
+
+def test_the_screen_shows_every_recipe_that_was_asked_and_no_other(swept):
+    _, printed, _ = swept
+    head = next(i for i, line in enumerate(printed.splitlines()) if line.startswith("recipe"))
+    table = printed.splitlines()[head : head + 5]
+    assert [line.split()[0] for line in table[2:]] == ["vllm_4bit_nc", "polykv", "turboquant_3bit"]
+    assert "q4_0" not in printed
+    assert max(map(len, printed.splitlines()[: head + 5])) <= 100
+    assert printed.count("recipe  ") == 1  # one table
+
+
+def test_every_value_on_the_screen_is_that_of_the_rows(swept):
+    root, printed, _ = swept
+    rows = load(root).rows
+    line = next(line for line in printed.splitlines() if line.startswith("turboquant_3bit"))
+    mine = rows[rows["recipe"] == "turboquant_3bit"].set_index("metric")
+    ratio = mine[mine["protocol"] == "stored"].loc["compression_ratio", "value"]
+    assert f"{16 / ratio:.2f}" in line and f"{mine.loc['kl_mean', 'value']:.2g}" in line
+    assert f"{mine.loc['perplexity_delta', 'value']:+.2f}" in line
+
+
+def test_progress_names_cell_and_phase_in_a_pipe(swept):
+    _, _, progress = swept
+    assert re.search(r"cell 1/3, .*document", progress) and "3 of 3 cells finished" in progress
+
+
+def test_answers_can_be_read(swept):
+    root, _, _ = swept
+    pages = list((root / "answers").glob("*.md"))
+    text = "".join(page.read_text() for page in pages)
+    for said in ("uncompressed", "polykv", "vllm_4bit_nc", "turboquant_3bit", "q4_0"):
+        assert text.count(f"**{said}**") == 2 * (len(pages) if said == "uncompressed" else 1)
+
+
+def samples(tmp_path, kl: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Results in which each recipe has this KL divergence on each document."""
+    for recipe, values in kl.items():
+        rows = Rows(model="m", weights="random", document="d", context_tokens=9, recipe=recipe, reader="inject",
+                    dtype="float32", device="cpu", seed=0)  # fmt: skip
+        for index, value in enumerate(values):
+            rows.add("document_kl_mean", float(value), "nats", sample=index)
+        Store(tmp_path).write("compare", recipe, {"recipe": {"name": recipe}}, rows)
+    return load(tmp_path).rows
+
+
+def test_recipes_that_differ_on_every_document_are_told_apart(tmp_path):
+    base = np.exp(np.random.default_rng(0).normal(-5, 1, 16))
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.05, 16))
+    (line,) = compare.separations(
+        samples(tmp_path, {"a": base, "b": 1.5 * base * noise, "c": 4 * base})
+    )
+    assert "a < b < c" in line and "every pair differs" in line and "16 documents" in line
+
+
+def test_a_tie_comes_with_what_the_documents_could_have_shown(tmp_path):
+    base = np.exp(np.random.default_rng(0).normal(-5, 1, 8))
+    noise = np.exp(np.random.default_rng(2).normal(0.02, 0.3, 8))
+    (line,) = compare.separations(samples(tmp_path, {"a": base, "b": base * noise}))
+    found = paired_ratio(base * noise, base)
+    assert f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}]" in line
+    assert f"{found.detectable:.2f}" in line and f"{found.documents_needed:,}" in line
+
+
+def test_one_document_compares_nothing_and_says_so(tmp_path):
+    (line,) = compare.separations(samples(tmp_path, {"a": np.ones(1), "b": np.full(1, 2.0)}))
+    assert line.startswith("1 document") and "n_documents" in line
+
+
+def test_a_paired_ratio_is_the_t_test_on_logarithms():
+    first, second = np.exp(np.random.default_rng(3).normal(0, 1, (2, 12)))
+    found = paired_ratio(first, second)
+    assert found.p == pytest.approx(stats.ttest_rel(np.log(first), np.log(second)).pvalue)
+    interval = stats.ttest_1samp(np.log(first / second), 0).confidence_interval(0.95)
+    assert np.log([found.low, found.high]) == pytest.approx([interval.low, interval.high])
+
+
+def test_the_detectable_ratio_is_found_in_four_of_five_draws():
+    rng, spread, n = np.random.default_rng(4), 0.4, 16
+    typical = np.log(np.mean([paired_ratio(np.exp(rng.normal(0, spread, n)), np.ones(n)).detectable
+                              for _ in range(200)]))  # fmt: skip
+    found = [
+        paired_ratio(np.exp(rng.normal(typical, spread, n)), np.ones(n)).p < 0.05
+        for _ in range(800)
+    ]
+    assert 0.74 < np.mean(found) < 0.86
+
+
+@pytest.mark.parametrize(
+    "bad", [([1.0], [2.0]), ([1.0, 0.0], [1.0, 1.0]), ([1.0, np.nan], [1.0, 1.0])]
+)
+def test_what_has_no_logarithm_or_no_spread_is_refused(bad):
+    with pytest.raises(ValueError):
+        paired_ratio(*bad)
