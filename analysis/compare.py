@@ -52,13 +52,13 @@ MEASURES = {
 }
 COLUMNS = (
     Column("stored_bits", "bits", fixed(2)),
-    Column("stored_ratio", "ratio", fixed(2)),
     Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
     Column("kl_mean", "KL", compact),
     Column("kl_p99", "KL 99 %", compact),
-    Column("same_top1", "top-1", fixed(3)),
     Column("stored", "stored MB", fixed(1)),
     Column("resident", "resident MB", fixed(1)),
+    Column("stored_ratio", "ratio", fixed(2)),
+    Column("same_top1", "top-1", fixed(3)),
     Column("exact_match", "exact", fixed(2)),
     Column("contains", "contains", fixed(2)),
     Column("bertscore_f1", "BERT F1", fixed(3), interval=True),

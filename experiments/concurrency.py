@@ -114,8 +114,7 @@ def _check_fits(cfg: DictConfig, reader: str) -> None:
 def _resident(cfg: DictConfig, reader: str) -> int:
     crowd = (prefix_tokens(cfg), cfg.n_agents, cfg.device, cfg.backend)
     phase(f"memory of reader {reader}")
-    how = {"together": True, "n_steps": cfg.max_new_tokens}
-    return resident_bytes(cfg.model, cfg.recipe, reader, *crowd, **how)
+    return resident_bytes(cfg.model, cfg.recipe, reader, *crowd, n_steps=cfg.max_new_tokens)
 
 
 def _steps(cfg: DictConfig, readers: list[str]) -> dict[str, Steps]:

@@ -123,7 +123,7 @@ def test_resident_prefix_memory_does_not_grow_with_the_agents():
     per_token = Geometry(2, 8, 64).values_per_token * 4
     found = {
         (reader, n): resident_bytes(
-            model, recipe, reader, n_tokens, n, "cpu", "torch", together=True, n_steps=n_steps
+            model, recipe, reader, n_tokens, n, "cpu", "torch", n_steps=n_steps
         )
         for reader in ("private", "cascade")
         for n in (1, 15)

@@ -60,14 +60,13 @@ def resident_bytes(
     n_agents: int,
     device: str,
     backend: str = "auto",
-    together: bool = False,
     n_steps: int = DECODE_STEPS,
 ) -> int:
     """Peak memory above the loaded model while `n_agents` decode `n_steps` tokens, all their caches alive.
 
     Measured in a process of its own: peak resident set on a CPU, peak allocated memory on CUDA. Reader
-    `private` holds N full caches, `inject` the pool and what its N readers rebuild, `cascade` the pool. Agents
-    take turns, each with a cache of its own, or decode `together` in one batch, as those of `cascade` always do.
+    `private` holds N full caches, `inject` the pool and what its N readers rebuild, `cascade` the pool. All
+    agents decode in one batch.
 
     Raises:
         PolyKVError: it would not fit, or this platform has no peak that can be reset.
@@ -85,7 +84,6 @@ def resident_bytes(
         n_agents=n_agents,
         device=device,
         backend=backend,
-        together=together,
         n_steps=n_steps,
     )
 
@@ -140,17 +138,16 @@ def _resident_bytes(
     n_agents: int,
     device: str,
     backend: str,
-    together: bool,
     n_steps: int,
 ) -> int:
     model = _model(json.dumps(OmegaConf.to_container(model_cfg)), device)
     meter = meter_of(model.device)
 
-    def measure(length: int) -> int:
+    def measure(length: int, n_steps: int) -> int:
         meter.start()
         layers = prefix_layers(model_cfg, model, length)
         pool = pool_of((reader,), layers, recipe_cfg, backend)
-        caches = caches_of(reader, layers, pool, n_agents, together)
+        caches = caches_of(reader, layers, pool, n_agents, together=True)
         del layers
         steps = decode(model, caches, length, n_agents, n_steps)
         next(steps)  # the queries are in
@@ -159,8 +156,8 @@ def _resident_bytes(
             pass
         return meter.peak()
 
-    measure(WARMUP_TOKENS)  # whatever the first calls leave behind is not KV memory
-    return measure(n_tokens)
+    measure(WARMUP_TOKENS, 1)  # whatever the first calls leave behind is not KV memory
+    return measure(n_tokens, n_steps)
 
 
 @lru_cache(maxsize=1)
