@@ -22,6 +22,7 @@ from polykv.evaluation.concurrency import (
 )
 from polykv.evaluation.memory import GB, check_fits, resident_bytes
 from polykv.evaluation.process import KEPT
+from polykv.evaluation.statistics import spread_warning
 from polykv.evaluation.ttft import quartiles
 from polykv.progress import phase
 from polykv.results import Rows
@@ -166,7 +167,8 @@ def _add_time(rows: Rows, cfg: DictConfig, steps: Steps | str, about: dict[str, 
         return
     low, mid, high = quartiles(np.array(steps.milliseconds))
     about = about | {"protocol": _threads(steps), "n": len(steps.milliseconds)}
-    about["note"] = f"median over steps, interval: quartiles; {HOW[about['reader']]}; {KEPT}"
+    told = ("median over steps, interval: quartiles", HOW[about["reader"]], KEPT)
+    about["note"] = "; ".join(filter(None, (*told, spread_warning(low, high))))
     rows.add("step_time", mid, "ms", ci=(low, high), **about)
     slow, median, fast = (1e3 * cfg.n_agents / ms for ms in (high, mid, low))
     rows.add("throughput", median, "tokens/s", ci=(slow, fast), **about)
