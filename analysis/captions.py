@@ -110,7 +110,7 @@ FIGURES: Mapping[str, Drawn] = {
     ),
     "controller_ablation": Drawn(
         "What each signal of the controller earns: KL divergence to the fp16 relay, less that of uniform "
-        "bits on the same problems, at equal stored bits",
+        "bits on the same problems, at equal nominal bits",
         f"{BARS} Left of 0: better than uniform, each line by itself; the findings say what is left after "
         "correction for their number. "
         + "; ".join(f"{side}: {signals}" for side, signals in sides().items())
