@@ -146,7 +146,7 @@ FIGURES: Mapping[str, Says] = {
     ),
     "controller_ablation": Says(
         "What each signal of the controller earns: KL divergence to the fp16 relay, less that of uniform "
-        "bits on the same problems, at equal stored bits",
+        "bits on the same problems, at equal nominal bits",
         ("kl_minus_uniform",),
         ("controller_ablation",),
         lines="Markers",

@@ -75,9 +75,8 @@ def handoff_accuracy(rows: pd.DataFrame) -> Table | None:
         "the agents between wrote their turns on caches that were handed to them; passing: they only "
         "passed the card on), "
         "and the mean stored bits per value of the last card: of its tensors with scales, maps and token ids, "
-        "which the budget bounds, and of its file with the header of fixed size. The paper's hops are "
-        "taken as handoffs; its Q4 and Q8 as budgets of 4 and 8 bits, which is stricter than nominal "
-        f"bits. {describe(found)}"
+        "and of its file with the header of fixed size. The paper's hops are taken as handoffs. A budget is "
+        f"nominal, as its Q4 and Q8 are: payload bits, without metadata. {describe(found)}"
     )
     return Table("handoff_accuracy", caption, columns, lines)
 
@@ -106,7 +105,7 @@ def handoff_pairs(rows: pd.DataFrame) -> Table | None:
         Column("p", "p, exact", fixed(4)),
     ]
     caption = (
-        "Policies in pairs: McNemar's exact test on the same problems, every pair at equal stored bits, hops and "
+        "Policies in pairs: McNemar's exact test on the same problems, every pair at equal nominal bits, hops and "
         f"resealing; not corrected for the number of pairs ({len(lines)}). {describe(found)}"
     )
     return Table("handoff_pairs", caption, columns, lines)
@@ -137,7 +136,7 @@ def controller_ablation(rows: pd.DataFrame) -> Table | None:
         Column("verdict_random", "against random"),
     ]
     caption = (
-        "The controller's signals at equal stored bits: KL divergence to the fp16 relay on the last "
+        "The controller's signals at equal nominal bits: KL divergence to the fp16 relay on the last "
         "agent's answer, and its paired difference to uniform and to random bits on the same problems. "
         "`better` or `worse`: the 95 % interval of the difference leaves out 0, each line by itself (with so many "
         "lines a few do by chance). alpha weighs importance "

@@ -23,7 +23,7 @@ def send(path: str) -> None:
     ids_BT = tokenizer(text, return_tensors="pt").input_ids
     cache = prefill(model, ids_BT)
     card = polykv.CacheCard.seal(
-        cache, ids_BT[0], model, tokenizer, policy="uniform", budget_bits=4.5, sender="reader"
+        cache, ids_BT[0], model, tokenizer, policy="uniform", budget_bits=4.0, sender="reader"
     )
     card.save(path)
     full = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

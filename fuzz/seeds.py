@@ -17,7 +17,7 @@ EXPERIMENT, CELL = "quickstart", "abc"  # the cell that the seed files are of
 POLICIES = {
     "full": (0.0,),
     "fp16": (0.0,),
-    "uniform": (6.0, 8.0, 12.0, 16.0),
+    "uniform": (3.5, 6.0, 8.0, 12.0, 16.0),
     "topology": (6.0, 9.0),
     "local": (8.0,),
     "inverse": (8.0,),

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Codec, Packed
+from polykv.codecs.base import Codec, Packed, saturated
+from polykv.codecs.channels import Channels
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of a layer's tokens under one codec pair."""
+    """A run of a layer's tokens under one codec pair.
+
+    `channels`: the keys were encoded as (key - mean) / spread; None: as they are.
+    """
 
     key_codec: Codec
     value_codec: Codec
     key: Packed
     value: Packed
+    channels: Channels | None = None
 
     @property
     def nbytes(self) -> int:
@@ -28,7 +33,10 @@ class Segment:
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (batch, kv_heads, tokens, head_dim)."""
-        return self.key_codec.decode(self.key), self.value_codec.decode(self.value)
+        keys = self.key_codec.decode(self.key)
+        if self.channels:
+            keys = saturated(self.channels.put_back(keys.float()), keys.dtype)
+        return keys, self.value_codec.decode(self.value)
 
 
 def decode_segments(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:

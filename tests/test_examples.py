@@ -55,7 +55,10 @@ def test_a_hand_off_crosses_processes_and_a_damaged_card_is_refused():
     stored, full = (
         int(n.replace(",", "")) for n in re.search(r"([\d,]+) bytes, .* ([\d,]+)", text).groups()
     )
-    assert full / stored == pytest.approx(32 / 4.5, rel=0.02)  # an fp32 cache against 4.5 bits
+    # An fp32 cache against 4 payload bits and a scale of 16 per 64 values; 4 of 512 tokens are exact; ids, maps,
+    # and mean and spread of each channel of the keys.
+    bits = 4.25 + 4 / 512 * (16 - 4.25) + 32 / (2 * 8 * 64) + 2 / (8 * 64) + 16 / 512
+    assert full / stored == pytest.approx(32 / bits, rel=1e-3)
     # The sender's document says it; the receiver had the card alone.
     assert "What is Bea's pet? A:Bea's pet is pigeon." in text
     assert "one bit flipped on the way: the card was altered" in text

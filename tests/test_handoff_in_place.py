@@ -24,8 +24,13 @@ def gaussian(*shape, seed=0):
 
 
 def mixed(codec, tiers, seed):
+    """One side; keys (seed 0) with biased channels, which cards take off."""
     layers = [gaussian(1, KV_HEADS, len(tiers), DIM, seed=seed + i) for i in range(N_LAYERS)]
-    return codec.encode(layers, torch.tensor(tiers, dtype=torch.uint8))
+    tiers_T = torch.tensor(tiers, dtype=torch.uint8)
+    if seed > 0:
+        return codec.encode(layers, tiers_T)
+    layers = [layer + torch.linspace(-5, 5, DIM) for layer in layers]
+    return codec.encode(layers, tiers_T, codec.channels_of(layers, tiers_T))
 
 
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=24)
@@ -46,6 +51,13 @@ def test_segments_attend_as_the_decoded_card_does(tiers, backend):
         assert len(segments) == len(set(tiers))
         assert sum(segment.n_tokens for segment in segments) == len(tiers)
         heads = slice(index * KV_HEADS, (index + 1) * KV_HEADS)
+        own = {"key": k_BHTD, "value": v_BHTD}
+        for segment in segments:
+            pair = dict(zip(own, segment.decode(), strict=True))
+            for side, decoded in pair.items():
+                told = own[side][:, heads].float()
+                gaps = torch.cdist(decoded[0], told[0]).amin(-1)
+                assert (gaps < 1e-5).all()  # each is one of the card's
         scores_HQT = (q_HQD.double() @ k_BHTD[0, heads].mT) * 0.25
         out_HQD, lse_HQ = attend_prefix(q_HQD, segments, 0.25, backend)
         assert torch.allclose(lse_HQ.double(), scores_HQT.logsumexp(-1), atol=1e-5)

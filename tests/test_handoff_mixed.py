@@ -15,7 +15,7 @@ from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
 from polykv.handoff.mixed import TIERS, MixedCodec
 
-COST = (2.25, 4.25, 8.25, 16.0)
+COST = (3.0, 4.0, 8.0, 16.0)
 ERROR = tuple(Uniform(bits).relative_error for bits in TIERS[:3]) + (0.0,)
 
 
@@ -24,7 +24,7 @@ def gaussian(*shape, seed=0):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from((2, 4, 8)), st.integers(1, 80), st.integers(1, 70), st.integers(0, 99))
+@given(st.sampled_from((3, 4, 8)), st.integers(1, 80), st.integers(1, 70), st.integers(0, 99))
 def test_tiers_err_by_half_a_step_and_store_what_they_say(bits, dim, group, seed):
     codec, x = Uniform(bits, group), gaussian(1, 2, 9, dim, seed=seed)
     packed = codec.encode(x)
@@ -38,7 +38,7 @@ def test_tiers_err_by_half_a_step_and_store_what_they_say(bits, dim, group, seed
         assert ((back - part).abs() <= slack).all()
 
 
-@pytest.mark.parametrize("bits", (2, 4, 8))
+@pytest.mark.parametrize("bits", (3, 4, 8))
 def test_relative_error_is_that_of_uniform_values(bits):
     x = torch.rand((1, 4, 500, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
     codec = Uniform(bits)
@@ -58,7 +58,10 @@ def test_a_token_decodes_as_its_own_codec_says_whatever_its_neighbours_are():
     for token, layer in itertools.product(range(37), range(3)):
         one = codec.codec(int(tiers[token]))
         alone = one.decode(one.encode(layers[layer][:, :, token : token + 1]))
-        assert torch.equal(decoded[layer][:, :, token : token + 1], alone)
+        # A product of one row may be summed in another order than one of many.
+        torch.testing.assert_close(
+            decoded[layer][:, :, token : token + 1], alone, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
@@ -85,37 +88,44 @@ def test_stored_bytes_are_those_of_the_tensors_and_of_the_formula():
     (layers, tiers), codec = layers_and_tiers(), MixedCodec()
     mixed = codec.encode(layers, tiers)
     assert mixed.nbytes == sum(tensor.nbytes for tensor in mixed.tensors().values())
-    bits = sum(codec.token_bits(int(tier), 6, 20, torch.float32) for tier in tiers)
-    assert 8 * mixed.nbytes == bits + 8 * -(-37 // 4)
+    vector = (1, 6, 1, 20)
+    kept = sum(codec.codec(int(tier)).stored_bytes(vector, torch.float32) for tier in tiers)
+    assert mixed.nbytes == kept + -(-37 // 4)
+    channels = codec.channels_of(layers, tiers)
+    assert codec.encode(layers, tiers, channels).nbytes == mixed.nbytes + 2 * 6 * 20 * 2
 
 
 def test_rebuild_is_the_inverse_of_tensors():
     (layers, tiers), codec = layers_and_tiers(), MixedCodec()
-    mixed = codec.encode(layers, tiers)
-    again = codec.rebuild(mixed.tensors(), mixed.shape, mixed.dtype)
-    assert torch.equal(again.tiers_T, tiers)
-    assert torch.equal(codec.decode(again), codec.decode(mixed))
+    for channels in (None, codec.channels_of(layers, tiers)):
+        mixed = codec.encode(layers, tiers, channels)
+        again = codec.rebuild(mixed.tensors(), mixed.shape, mixed.dtype, is_key=bool(channels))
+        assert torch.equal(again.tiers_T, tiers)
+        assert torch.equal(codec.decode(again), codec.decode(mixed))
+    with pytest.raises(PolyKVError, match="no token needs: mean, spread"):
+        codec.rebuild(mixed.tensors(), mixed.shape, mixed.dtype)
 
 
-@pytest.mark.parametrize("name", ("map", "2.codes", "4.scale", "16.values"))
+@pytest.mark.parametrize("name", ("map", "mean", "spread", "3.codes", "4.scale", "16.values"))
 def test_rebuild_refuses_what_does_not_fit(name):
     (layers, tiers), codec = layers_and_tiers(), MixedCodec()
-    mixed = codec.encode(layers, tiers)
+    mixed = codec.encode(layers, tiers, codec.channels_of(layers, tiers))
     whole = mixed.tensors()
     for changed in (None, whole[name][..., :-1], whole[name].to(torch.float64)):
         tensors = {k: v for k, v in whole.items() if k != name}
         tensors |= {} if changed is None else {name: changed}
         with pytest.raises(PolyKVError, match=name.replace(".", r"\.")):
-            codec.rebuild(tensors, mixed.shape, mixed.dtype)
+            codec.rebuild(tensors, mixed.shape, mixed.dtype, is_key=True)
     with pytest.raises(PolyKVError, match="no token needs"):
-        codec.rebuild(whole | {"5.codes": whole["map"]}, mixed.shape, mixed.dtype)
+        codec.rebuild(whole | {"5.codes": whole["map"]}, mixed.shape, mixed.dtype, is_key=True)
 
 
 def test_extend_equals_encoding_at_once_and_keeps_old_bytes():
     (layers, tiers), codec = layers_and_tiers(), MixedCodec()
-    old = codec.encode([layer[:, :, :20] for layer in layers], tiers[:20])
-    new = codec.encode([layer[:, :, 20:] for layer in layers], tiers[20:])
-    joined, whole = codec.extend(old, new), codec.encode(layers, tiers)
+    channels = codec.channels_of(layers, tiers)
+    old = codec.encode([layer[:, :, :20] for layer in layers], tiers[:20], channels)
+    new = codec.encode([layer[:, :, 20:] for layer in layers], tiers[20:], channels)
+    joined, whole = codec.extend(old, new), codec.encode(layers, tiers, channels)
     assert joined.shape == whole.shape
     for name, tensor in whole.tensors().items():
         assert torch.equal(joined.tensors()[name], tensor)
@@ -133,7 +143,7 @@ weights_of = st.lists(st.floats(0.001, 1000), min_size=1, max_size=6)
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights_of, st.floats(2.25, 17))
+@given(weights_of, st.floats(3, 17))
 def test_no_allocation_that_costs_no_more_is_better_before_the_remainder_is_spent(weights, bits):
     """Greedy by marginal gain is optimal for what it spends; only a remainder is left to chance."""
     n, weights = len(weights), np.array(weights)
@@ -150,7 +160,7 @@ def test_no_allocation_that_costs_no_more_is_better_before_the_remainder_is_spen
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights_of, st.floats(2.25, 17))
+@given(weights_of, st.floats(3, 17))
 def test_the_gap_to_brute_force_is_at_most_one_step(weights, bits):
     n, weights = len(weights), np.array(weights)
     _, own = spent_and_error(allocate(weights, COST, ERROR, bits * n), weights)
@@ -171,7 +181,7 @@ def greedy_costs(weights):
 
 def test_the_rest_is_spent_until_no_step_fits():
     weights = np.random.default_rng(0).exponential(size=100)
-    for bits in np.linspace(2.25, 16, 40):
+    for bits in np.linspace(3, 16, 40):
         tiers = allocate(weights, COST, ERROR, bits * 100)
         left = bits * 100 - sum(COST[tier] for tier in tiers)
         steps = [COST[tier + 1] - COST[tier] for tier in tiers if tier < 3]
@@ -179,14 +189,14 @@ def test_the_rest_is_spent_until_no_step_fits():
 
 
 def test_equal_items_are_told_apart_evenly():
-    tiers = allocate(np.ones(4096), COST, ERROR, 4096 * 3.25)
+    tiers = allocate(np.ones(4096), COST, ERROR, 4096 * 3.5)
     halves = [tiers[i : i + 64].mean() for i in range(0, 4096, 64)]
     assert set(tiers) == {0, 1} and max(halves) - min(halves) < 0.06
 
 
 def test_a_budget_below_the_lowest_tier_is_refused():
-    with pytest.raises(PolyKVError, match="below the lowest tier's 2.250"):
-        allocate(np.ones(4), COST, ERROR, 8.9)
+    with pytest.raises(PolyKVError, match="below the lowest tier's 3.000"):
+        allocate(np.ones(4), COST, ERROR, 11.9)
 
 
 def test_32k_tokens_take_well_under_a_second():

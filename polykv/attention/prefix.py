@@ -6,6 +6,7 @@ what of the prefix exists in full precision at any time is one chunk of one laye
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from math import lcm
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from polykv import kernels
 from polykv.attention.scratch import scratch
 from polykv.attention.softmax import OnlineSoftmax, merge
-from polykv.codecs.base import Packed
+from polykv.codecs.base import Codec, Packed
+from polykv.codecs.rotated import Rotated
 from polykv.segment import Segment
 
 # What one chunk's temporaries take, on a CPU (`scratch`): a codec's while it decodes (at most this many bytes a
@@ -37,8 +39,29 @@ def attend_prefix(
 
 
 def _attend(q_HQD: Tensor, segment: Segment, scaling: float, backend: str) -> tuple[Tensor, Tensor]:
-    done = kernels.attend(q_HQD, segment, scaling, backend)
-    return attend_torch(q_HQD, segment, scaling) if done is None else done
+    """One segment. What was done to keys and values before a codec falls to queries and outputs: kernels see the
+    codec alone.
+    """
+    key, value, channels = segment.key_codec, segment.value_codec, segment.channels
+    inner = replace(segment, key_codec=_inner(key), value_codec=_inner(value))
+    q = q_HQD if channels is None else q_HQD.float() * channels.spread[0].float()
+    q = key.turned(q) if isinstance(key, Rotated) else q
+    done = kernels.attend(q, inner, scaling, backend)
+    done = attend_torch(q, inner, scaling) if done is None else done
+    if channels is None and not isinstance(value, Rotated):
+        return done
+    out_HQD, lse_HQ = done
+    if isinstance(value, Rotated):
+        out_HQD = value.turned_back(out_HQD)
+    if channels is not None:
+        # q.k = (q spread).((k - mean) / spread) + q.mean, and the last is the same for all tokens: it moves no
+        # weight within the segment, only the segment's against others.
+        lse_HQ = lse_HQ + scaling * (q_HQD.float() @ channels.mean[0].float().mT).squeeze(-1)
+    return out_HQD, lse_HQ
+
+
+def _inner(codec: Codec) -> Codec:
+    return codec.codec if isinstance(codec, Rotated) else codec
 
 
 def attend_torch(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor]:

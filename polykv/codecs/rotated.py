@@ -40,21 +40,25 @@ class Rotated(Codec):
         return self.codec.stored_bytes(shape, torch.float32)
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.codec._quantize(x_BHTD.float() @ self._matrix(x_BHTD), shared)
+        return self.codec._quantize(self.turned(x_BHTD), shared)
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         return self.codec._dequantize(tensors, dim)
 
-    def _matrix(self, like: Tensor) -> Tensor:
-        return rotation(like.shape[-1], self.seed, like.device)
+    def turned(self, x_BHTD: Tensor) -> Tensor:
+        """fp32 vectors as `codec` gets them."""
+        return x_BHTD.float() @ rotation(x_BHTD.shape[-1], self.seed, x_BHTD.device)
+
+    def turned_back(self, y_BHTD: Tensor) -> Tensor:
+        """The inverse of `turned`: what `codec` decodes, or sums of it, brought back."""
+        return y_BHTD.float() @ rotation(y_BHTD.shape[-1], self.seed, y_BHTD.device).T
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         # `codec` may rotate once more, in a way of its own.
-        return self.codec.rotate(x_BHTD @ self._matrix(x_BHTD), tensors)
+        return self.codec.rotate(self.turned(x_BHTD), tensors)
 
     def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        x_BHTD = self.codec.unrotate(y_BHTD, tensors).float()
-        return x_BHTD @ self._matrix(x_BHTD).T
+        return self.turned_back(self.codec.unrotate(y_BHTD, tensors))
 
     def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
         return self.codec.scores(q_BHQD, packed)

@@ -24,7 +24,7 @@ from polykv.handoff.about import About
 from polykv.handoff.cardfile import CardError, Stamp
 from polykv.handoff.in_place import segments_by_layer
 from polykv.handoff.mixed import Mixed, MixedCodec
-from polykv.handoff.packing import exact_dtype, pack
+from polykv.handoff.packing import exact_dtype, nominal_bits, pack
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
@@ -66,9 +66,11 @@ class CacheCard:
     ) -> CacheCard:
         """Quantize a whole cache; `parent`, the card that the sender had received, is only named.
 
-        `budget_bits` bounds the mean stored bits per cached value, everything in the file's payload counted;
-        policies that keep every token in one dtype (`full`, `fp16`) have no budget. `backend` (polykv/kernels)
-        is a matter of time: all of them write the same bits.
+        `budget_bits` bounds the mean payload bits per cached value, as the papers count (Q4 is 4.0), of all tokens
+        but the first 4: attention rests on them, and they stay exact. What is stored, metadata and these tokens
+        counted, is `mean_bits`. Policies that keep every token in one dtype (`full`, `fp16`) have no budget.
+        `backend` (polykv/kernels) is a matter of time: all of them write the same bits. Warns of tokens that
+        get less than 4 bits.
 
         Raises:
             PolyKVError: ids that do not fit the cache, another model's cache, a budget below the lowest tier, or
@@ -110,18 +112,16 @@ class CacheCard:
                 f"policy {policy.name!r} keeps exact tokens in another dtype than the card's "
                 f"{old.policy!r}; append under the same policy, or use CacheCard.seal"
             )
-        if policy.has_budget and self.mean_bits > budget_bits:
+        if policy.has_budget and self.nominal_bits > budget_bits:
             raise PolyKVError(
-                f"the card to append to takes {self.mean_bits:.3f} bits and budget_bits={budget_bits}; "
+                f"the card to append to takes {self.nominal_bits:.3f} bits and budget_bits={budget_bits}; "
                 "raise it, or use CacheCard.seal"
             )
         codec = self._codec
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = self.key, self.value
         if len(ids_T) > old.n_tokens:
-            spent = 8 * sum(part.nbytes for side in (key, value) for part in side.parts.values())
-            start = old.n_tokens
-            new_key, new_value = pack(sending, policy, codec, budget_bits, start, spent)
+            new_key, new_value = pack(sending, policy, codec, budget_bits, (key, value))
             key, value = codec.extend(key, new_key), codec.extend(value, new_value)
         offset = old.position_offset
         about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
@@ -185,7 +185,10 @@ class CacheCard:
                 if side not in sides:
                     raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
                 sides[side][rest] = tensor.to(model.device)
-            pair = [codec.rebuild(side, about.shape, dtype) for side in sides.values()]
+            shape = about.shape
+            pair = [
+                codec.rebuild(part, shape, dtype, side == "key") for side, part in sides.items()
+            ]
         except PolyKVError as error:
             raise CardError(f"the card contradicts itself: {error}; seal it again") from error
         card = cls(about, ids_T, *pair, backend, stamp)
@@ -245,8 +248,13 @@ class CacheCard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor: codes, scales, maps, token ids. The file's JSON header is not among them."""
+        """Bytes of every tensor: codes, scales, channels, maps, token ids; the file's JSON header is not counted."""
         return self.ids_T.nbytes + self.key.nbytes + self.value.nbytes
+
+    @property
+    def nominal_bits(self) -> float:
+        """Payload bits per cached value of the tokens after the sinks, which `budget_bits` bounds."""
+        return nominal_bits(self.key, self.value)
 
     @property
     def mean_bits(self) -> float:

@@ -24,9 +24,9 @@ from torch import Tensor
 from polykv.errors import PolyKVError
 from polykv.handoff.signing import SigningKey
 
-VERSION = 1
+VERSION = 2  # 2: keys evened out by channel, quantized vectors rotated, the first tokens exact
 KEY = "polykv_card"  # the one entry of the safetensors metadata
-MAX_HEADER = 1 << 15  # bytes; a card has up to 17 tensors, which take 3 kB
+MAX_HEADER = 1 << 15  # bytes; a card has up to 19 tensors, which take 3 kB
 MAX_TENSORS, MAX_DIMS = 32, 4
 _ZEROS = "0" * 64
 _DIGEST, _SIGNATURE = (
@@ -85,7 +85,7 @@ def loads(
     """(fields, tensors, stamp). The tensors share the memory of `content`.
 
     Raises:
-        CardError: truncated, altered, newer than this code, not signed with `key`, or not a card at all.
+        CardError: truncated, altered, of another format version, not signed with `key`, or not a card at all.
     """
     header, start = _header(content)
     fields = _fields(header)
@@ -129,6 +129,11 @@ def _fields(header: dict[str, Any]) -> dict[str, Any]:
     if version > VERSION:
         raise CardError(
             f"the card has format version {version} and this code reads up to {VERSION}; update polykv"
+        )
+    if version < VERSION:
+        raise CardError(
+            f"the card has format version {version}, which this code no longer reads (it reads {VERSION}); "
+            "seal it again with this version of polykv"
         )
     return fields
 

@@ -1,8 +1,8 @@
 """A card's tokens as segments that attention reads in place: nothing of the cache is decoded beforehand.
 
-Keys and values have maps of their own, so tokens of one pair of tiers make one segment: at most sixteen, one
-where a policy gives all tokens the same bits. Their order does not matter to attention: cached keys carry
-their positions.
+Keys and values have maps of their own, so tokens of one pair of tiers make one segment: at most sixteen, two
+where a policy gives all tokens but the sinks the same bits. Their order does not matter to attention: cached keys
+carry their positions.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from polykv.codecs.base import Packed
-from polykv.handoff.mixed import TIERS, Mixed, MixedCodec
+from polykv.handoff.mixed import EXACT, TIERS, Mixed, MixedCodec, heads_of
 from polykv.segment import Segment
 
 
@@ -26,9 +26,11 @@ def segments_by_layer(
         keys, values = _tokens(key, key_tier, wanted_T), _tokens(value, value_tier, wanted_T)
         codecs = codec.codec(key_tier), codec.codec(value_tier)
         for index, segments in enumerate(layers):
-            start = index * n_kv_heads
-            sides = (_heads(packed, start, start + n_kv_heads) for packed in (keys, values))
-            segments.append(Segment(*codecs, *sides))
+            span = slice(index * n_kv_heads, (index + 1) * n_kv_heads)
+            sides = (heads_of(packed, span) for packed in (keys, values))
+            even = key.channels is not None and key_tier != EXACT
+            channels = key.channels.heads(span) if even else None
+            segments.append(Segment(*codecs, *sides, channels))
     return layers
 
 
@@ -43,10 +45,3 @@ def _tokens(mixed: Mixed, tier: int, wanted_T: Tensor) -> Packed:
         for name, tensor in part.tensors.items()
     }
     return replace(part, tensors=tensors, shape=(*part.shape[:2], len(places), part.shape[3]))
-
-
-def _heads(packed: Packed, start: int, stop: int) -> Packed:
-    """One layer's heads, as views."""
-    tensors = {name: tensor[:, start:stop] for name, tensor in packed.tensors.items()}
-    batch, _, n_tokens, dim = packed.shape
-    return replace(packed, tensors=tensors, shape=(batch, stop - start, n_tokens, dim))

@@ -28,8 +28,9 @@ def largest(model: PreTrainedModel) -> float:
     n_tokens = max_positions(model.config)
     if n_tokens is None:
         return math.inf
-    per_token = TOKEN_BYTES + VALUE_BYTES * Geometry.of(model.config).values_per_token
-    return 8 + MAX_HEADER + n_tokens * per_token
+    n_values = Geometry.of(model.config).values_per_token
+    # Mean and spread have half as many values each as a token, in fp16.
+    return 8 + MAX_HEADER + 2 * n_values + n_tokens * (TOKEN_BYTES + VALUE_BYTES * n_values)
 
 
 def check_about(about: About, model: PreTrainedModel) -> None:
