@@ -48,16 +48,18 @@ def concurrency(rows: pd.DataFrame) -> Table | None:
             private = next((m for who, m in found.items() if who.reader == "private"), None)
             for who, measured in found.items():
                 line = {"section": title, "agents": f"{n_agents:.0f}"} | who._asdict()
+                line["reader"] = READERS[who.reader][0]
                 lines.append(line | measured | _against(private, measured))
     columns = [
-        *keys("agents", "reader", "backend"),
-        Column("stored", "prefix stored, MB", fixed(2)),
-        Column("resident", "resident, MB", fixed(2)),
-        Column("per_agent", "resident per agent, MB", fixed(2)),
-        Column("smaller", "× less than private", fixed(1)),
+        *keys("agents", "reader"),
+        Column("resident", "resident, MB", fixed(1)),
+        Column("smaller", "× less", fixed(1)),
         Column("step", "ms per step [quartiles]", fixed(1), interval=True),
+        Column("faster", "× faster", fixed(2)),
         Column("throughput", "tokens/s [quartiles]", _speed, interval=True),
-        Column("faster", "× faster than private", fixed(2)),
+        Column("stored", "prefix stored, MB", fixed(2)),
+        Column("per_agent", "resident per agent, MB", fixed(2)),
+        Column("backend", "backend"),
     ]
     rows = rows[rows["experiment"] == EXPERIMENT]
     caption = (

@@ -51,10 +51,10 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
     columns = [
         *keys("context", "policy", "budget", "route"),
         Column("published", "published ms", fixed(1)),
-        Column("ttft", "ms [quartiles]", fixed(1), interval=True),
-        Column("speedup", "times faster [quartiles]", fixed(2), interval=True),
-        Column("mean_bits", "bits stored", fixed(3)),
+        Column("ttft", "ms [quartiles]", fixed(0), interval=True),
+        Column("mean_bits", "bits stored", fixed(2)),
         Column("kl_mean", "KL [95 %]", significant, interval=True),
+        Column("speedup", "times faster [quartiles]", fixed(2), interval=True),
         Column("perplexity_delta", "\u0394ppl % [95 %]", fixed(2, "+"), interval=True),
     ]
     caption = (

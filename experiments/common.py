@@ -6,6 +6,7 @@ them once. Cells that share them run one after the other (experiments/sweep.py s
 
 import json
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
-from polykv.evaluation import readings as reading
+from polykv.evaluation.process import keep_freed_memory
 from polykv.evaluation.readings import Reading
 from polykv.pool import SharedKVPool, check_reader, prefill
 from polykv.progress import phase, track
@@ -24,6 +25,9 @@ from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 from polykv.supported import check_length, check_model
 
+# An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
+# change a token: so every batch has this size, and cells with fewer or more agents share it.
+ASKED_TOGETHER = 5
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
 # Settings that name a file, and where the digest of what it holds goes.
 FILES = (
@@ -224,7 +228,11 @@ def answers(cfg: DictConfig, n_documents: int, recipe: Recipe | None = None) -> 
     asked = _asked_pools(as_key(answering(cfg)), cfg.device, documents)
     reader = cfg.reader if recipe is None else "inject"
     recipe = recipe or Recipe.from_config(cfg.recipe)
-    return _answers(asked, recipe, reader, cfg.backend, cfg.n_agents, cfg.max_new_tokens)
+    batches = [
+        _answers(asked, recipe, reader, cfg.backend, first, cfg.max_new_tokens)
+        for first in range(0, cfg.n_agents, ASKED_TOGETHER)
+    ]
+    return [[*chain(*of_document)][: cfg.n_agents] for of_document in zip(*batches, strict=True)]
 
 
 def scoring(cfg: DictConfig) -> DictConfig:
@@ -244,6 +252,7 @@ def answering(cfg: DictConfig) -> DictConfig:
 @lru_cache(maxsize=2)  # in float32 for scores, in bfloat16 for answers
 def _model(model: str, device: str) -> tuple[PreTrainedModel, Any]:
     phase("loading the model")
+    keep_freed_memory()
     return models.load_weights(from_key(model), device)
 
 
@@ -293,14 +302,16 @@ def _answers(
     recipe: Recipe,
     reader: str,
     backend: str,
-    n_agents: int,
+    first: int,
     max_new_tokens: int,
 ) -> list[list[str]]:
+    """What the agents from number `first` on say, as many as are asked together."""
     found = []
     for model, tokenizer, document, full in track(asked, f"{recipe.name} answers"):
         pool = full.under(recipe, backend)
-        about = (model, tokenizer, document, pool, n_agents, max_new_tokens, reader)
-        found.append(reading.answers(*about))
+        questions = document.questions[first : first + ASKED_TOGETHER]
+        prompts = [question.prompt for question in questions]
+        found.append(pool.ask(model, tokenizer, prompts, max_new_tokens, reader))
     return found
 
 

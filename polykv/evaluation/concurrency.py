@@ -4,14 +4,16 @@ Readers `private` and `inject` run as transformers runs them: a DynamicCache wit
 prefix for every agent, and sdpa. `cascade` attends to the compressed pool in place.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
@@ -113,8 +115,13 @@ def is_prefilled(model_cfg: DictConfig, n_tokens: int) -> bool:
 
 
 def n_parameters(model_cfg: DictConfig) -> int:
+    return _n_parameters(json.dumps(OmegaConf.to_container(model_cfg)))
+
+
+@lru_cache(maxsize=8)
+def _n_parameters(key: str) -> int:
     with torch.device("meta"):
-        config = load_config(model_cfg)
+        config = load_config(OmegaConf.create(json.loads(key)))
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 

@@ -28,7 +28,7 @@ from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 
 GB = 1e9
-DECODE_STEPS = 3  # the peak is reached in the first: each grows every layer by a copy
+DECODE_STEPS = 2  # the peak is reached in the first: each grows every layer by a copy
 WARMUP_TOKENS = 64
 # A CPU takes minutes for one measurement of a larger model; its rows say so instead.
 MAX_CPU_PARAMETERS = 2e9
@@ -143,7 +143,7 @@ def _resident_bytes(
     model = _model(json.dumps(OmegaConf.to_container(model_cfg)), device)
     meter = meter_of(model.device)
 
-    def measure(length: int, n_steps: int) -> int:
+    def measure(length: int, n_agents: int) -> int:
         meter.start()
         layers = prefix_layers(model_cfg, model, length)
         pool = pool_of((reader,), layers, recipe_cfg, backend)
@@ -157,7 +157,7 @@ def _resident_bytes(
         return meter.peak()
 
     measure(WARMUP_TOKENS, 1)  # whatever the first calls leave behind is not KV memory
-    return measure(n_tokens, n_steps)
+    return measure(n_tokens, n_agents)
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,7 @@
-"""One document read under one recipe: the score of its rest, and its agents' answers."""
+"""One document read under one recipe: what the score of its rest comes from."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,17 +82,3 @@ class Reading:
             ).logits
         scored = [logits_NTV[n, n : n + n_rest - 1] for n in range(n_agents)]
         return torch.stack(scored).float().log_softmax(dim=-1)
-
-
-def answers(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    document: Document,
-    pool: SharedKVPool,
-    n_agents: int,
-    max_new_tokens: int,
-    reader: str = "inject",
-) -> list[str]:
-    """The greedy answers of the document's first `n_agents` agents, all of whom read `pool`."""
-    prompts = [question.prompt for question in document.questions[:n_agents]]
-    return pool.ask(model, tokenizer, prompts, max_new_tokens, reader)
