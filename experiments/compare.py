@@ -10,9 +10,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments import common, polykv_memory, polykv_quality, polykv_ratio
-from experiments.polykv_quality import check, settle
+from experiments.polykv_quality import settle
+from polykv.evaluation import memory, process
 
 __all__ = ["check", "run", "settle"]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse bad input, random weights above all; what measures memory starts meanwhile."""
+    process.start_early(memory.__name__)
+    polykv_quality.check(cfg)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

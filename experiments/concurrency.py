@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
 from polykv.errors import PolyKVError
+from polykv.evaluation import memory, process
 from polykv.evaluation.concurrency import (
     QUERY_TOKENS,
     READERS,
@@ -49,6 +50,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         PolyKVError: one clear line.
     """
+    process.start_early(memory.__name__)
     common.check_common(cfg)
     for reader in cfg.readers:
         if reader not in READERS:

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def in_fresh_process(measure: Callable[..., Any], *configs: DictConfig, **settin
         return worker(*configs, **settings)
     finally:
         worker.end()
+
+
+def start_early(module: str) -> None:
+    """Let the server of measuring processes import `module` beside what this process does meanwhile."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    forkserver.ensure_running()
 
 
 class MeasuringProcess:
