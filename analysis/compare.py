@@ -148,7 +148,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
         n = " to ".join(dict.fromkeys(f"{x}" for x in (documents.min(), documents.max())))
         parts.append(f"{n} document{'s' if documents.max() > 1 else ''}")
     parts.append(f"commit {' and '.join(sorted(set(found['commit'])))}")
-    return ", ".join(parts)
+    return f"Recipes compared: {', '.join(parts)}"
 
 
 def separations(rows: pd.DataFrame) -> list[str]:

@@ -87,7 +87,10 @@ def _paper_figure(name: str) -> FigureOf:
 
 def _decomposition(rows: pd.DataFrame) -> str | None:
     mine = of_papers(rows)
-    return None if mine.empty else decomposition.text(points(mine), published.load("polykv"))
+    published_model = mine["model"].str.startswith("llama-3-8b")  # whose gigabytes the paper states
+    if not published_model.any():
+        return None
+    return decomposition.text(points(mine), published.load("polykv"))
 
 
 def _of_answers(of: Callable) -> Callable:

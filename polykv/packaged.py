@@ -26,7 +26,7 @@ def settle(cfg: DictConfig) -> None:
     packaged = cfg.get("packaged")
     if packaged is None:
         return
-    wanted = cfg.weights != "random" and cfg.path == packaged.of
+    wanted = cfg.weights in ("hub", "gguf") and cfg.path == packaged.of
     if not wanted or (cfg.weights == "hub" and hub.can_be_had(cfg.path, cfg.revision)):
         del cfg.packaged
     elif _file(packaged):

@@ -11,6 +11,7 @@ from conftest import checked_cell, tiny_model, wide_model
 from omegaconf import OmegaConf
 
 import polykv.config
+from analysis import colours
 from analysis.concurrency import concurrency, draw_concurrency
 from analysis.render import markdown
 from polykv.errors import PolyKVError
@@ -282,7 +283,7 @@ def test_a_reader_that_does_not_fit_has_its_reason_and_the_others_are_measured(m
 def test_table_and_figure(rows):
     table = concurrency(rows)
     assert [(line["agents"], line["reader"]) for line in table.rows] == [
-        (n, reader) for n in ("1", "4") for reader in READERS
+        (n, name) for n in ("1", "4") for name, _ in colours.READERS.values()
     ]
     private, inject, cascade = table.rows[3:]
     assert cascade["smaller"].value == pytest.approx(

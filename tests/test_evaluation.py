@@ -125,8 +125,10 @@ def test_resident_memory_is_measured_and_grows_with_private_caches():
     model = wide_model(hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048)
     recipe = polykv.config.load_group("recipe", "polykv")
     cache = 1500 * Geometry(4, 8, 32).values_per_token * 4
+    # A step copies the keys or values of one of the four layers, of all agents at once.
+    peak = cache * (1 + 1 / 8)
     private = {n: resident_bytes(model, recipe, "private", 1500, n, "cpu") for n in (1, 9)}
-    assert private[9] - private[1] == pytest.approx(8 * cache, rel=0.1)
+    assert private[9] - private[1] == pytest.approx(8 * peak, rel=0.1)
     # The published way of reading: every agent rebuilds the full cache, beside the pool.
     inject = resident_bytes(model, recipe, "inject", 1500, 9, "cpu")
     assert inject > 0.9 * 9 * cache

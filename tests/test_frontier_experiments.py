@@ -113,7 +113,7 @@ def test_asymmetry_sets_the_bits_of_keys_and_values(checkpoint, tmp_path):
 def test_auto_document_follows_the_weights():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         reference = compose("config", ["experiment=recipe_frontier"])
-        hub = compose("config", ["experiment=recipe_frontier", "model=smollm2-135m"])
+        hub = compose("config", ["experiment=recipe_frontier", "model=qwen2.5-0.5b"])
     module, settled, _ = sweep.prepare(reference)
     assert settled.document.name == "generated"
     module, settled, _ = sweep.prepare(hub)

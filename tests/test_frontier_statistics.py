@@ -163,5 +163,5 @@ def test_document_rows_average_to_the_whole():
     continuation.add_rows(whole, found)
     kl = [row["value"] for row in rows if row["metric"] == "document_kl_mean"]
     assert len(kl) == 5 and len({row["protocol"] for row in rows}) == 5
-    total = next(row["value"] for row in whole.rows if row["metric"] == "kl_mean")
+    total = next(row["value"] for row in whole if row["metric"] == "kl_mean")
     assert np.mean(kl) == pytest.approx(total)

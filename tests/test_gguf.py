@@ -21,8 +21,8 @@ import polykv
 from experiments import common
 from polykv import config, hub, models, packaged
 from polykv.config import REPO
-from polykv.documents import TEXTS
 from polykv.errors import PolyKVError
+from polykv.shipped import TEXTS
 
 IDS = torch.arange(1, 41)[None]
 LISTED = "1. one\n\n2. two   33"  # where splitting digits changes the pieces beside them

@@ -246,7 +246,7 @@ def test_published_figures_meet_rows_of_their_own_model_only(rows):
         ("handoff_ttft", "context=16", "turn_tokens=16"),
         ("handoff_ttft", "repeats=9", "repeats=9"),
         ("handoff_ttft", "scored_tokens=0", "scored_tokens=0"),
-        ("handoff_ttft", "document=moon_landing", "lower context or n_documents"),
+        ("handoff_ttft", "document=moon_landing", "lower context"),
         ("handoff_stages", "transports=[post]", "no transport 'post'"),
         ("handoff_stages", "policies=[none]", "no policy named 'none'"),
     ],

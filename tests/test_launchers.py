@@ -1,6 +1,7 @@
 """The same sweep one after the other, in processes and in submitit's jobs; failed cells, killed workers, Ctrl-C."""
 
 import hashlib
+import io
 import os
 import signal
 import struct
@@ -22,6 +23,7 @@ from experiments import polykv_ratio, processes, progress, sweep, tracking
 from hydra_plugins.cell_sweeper import Cell, Job, deal
 from polykv.config import CONF, REPO
 from polykv.errors import PolyKVError
+from polykv.progress import track
 from polykv.results import Store, load_rows
 
 # 24 cells of about 0.05 s each: long enough to kill a worker within them.
@@ -258,20 +260,29 @@ def test_a_finished_cell_is_logged_and_a_logger_that_fails_costs_nothing(monkeyp
     assert len(files(tmp_path)) == 2
 
 
-def test_the_bar_counts_what_the_folder_holds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+def test_progress_counts_what_the_folder_holds(tmp_path):
     cells = [f"{number:012x}" for number in range(3)]
     stale = sweep.failure_path(str(tmp_path), "e", cells[2])
     stale.parent.mkdir(parents=True)
     stale.write_text("before")
-    with progress.shown(str(tmp_path), "e", set(cells)):
+    out = io.StringIO()
+    with progress.Reporter(out), progress.shown(str(tmp_path), "e", set(cells)):
         Store(tmp_path).write("e", cells[0], {}, [])
         Store(tmp_path).write("e", "f" * 12, {}, [])  # of another sweep
         sweep.failure_path(str(tmp_path), "e", cells[1]).write_text("now")
-        time.sleep(0.1)
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert "2/3" in last and "failed=1" in last
+    assert "2 of 3 cells finished" in out.getvalue()
+
+
+def test_a_pipe_is_not_silent_for_five_seconds(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    with progress.Reporter(out):
+        for _ in track(range(2), "scoring"):
+            time.sleep(0.2)
+    lines = out.getvalue().splitlines()
+    assert len(lines) >= 4 and any("scoring 1/2" in line for line in lines)
+    assert any("scoring 2/2" in line and "left" in line for line in lines)
 
 
 NATIVE = """

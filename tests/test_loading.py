@@ -138,7 +138,7 @@ def test_settings_are_identity_and_defaults_are_not():
         before = compose("config", ["experiment=polykv_ratio", *model])
     with open_dict(before):  # as it was before these settings existed
         for name in loading.DEFAULTS:
-            del before.model[name]
+            before.model.pop(name, None)
     assert sweep.prepare(before)[2] == cells[0]
 
 

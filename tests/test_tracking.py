@@ -34,7 +34,7 @@ def rows(n_agents=3):
     made.add("kv_memory", 0.1 + 0.2, "GB", ci=(0.25, 0.35), reader="inject", n=8)
     made.add("kv_memory", 0.125, "GB", reader="cascade", n=8)
     made.add("bertscore_f1", None, "F1", note="no scorer, no score")
-    return made.rows
+    return made
 
 
 def record(cfg, cell):
