@@ -71,6 +71,10 @@ LEGEND = (
     "the uncompressed cache; stored: all bytes kept for all agents; resident: peak above the loaded model while all "
     "agents decode."
 )
+# A column of nothing else is left out; one of values that could not be had says why.
+BASE = Value(None, note="the baseline that the others are compared with")
+UNASKED = Value(None, note="not measured")
+ABSENT = (BASE, UNASKED)
 RELATIVE = ("perplexity_delta", "kl_mean", "kl_p99", "same_top1", "bertscore_f1", "bertscore_floor")
 
 
@@ -94,7 +98,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         line = dict(zip((*SWEPT, "recipe"), key, strict=True))
         lines.append({name: _whole(value) for name, value in line.items()} | _measured(part))
     lines.sort(key=_order)
-    present = [c for c in COLUMNS if any(line[c.name].value is not None for line in lines)]
+    present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
     named = [Column(name, HEADERS.get(name, name), key=True) for name in vary]
     shown = [{c.name: line[c.name] for c in (*named, *keys("recipe"), *present)} for line in lines]
     return Table(
@@ -109,13 +113,13 @@ def _measured(part: pd.DataFrame) -> dict[str, Value]:
         rows = rows if protocol is None else rows[rows["protocol"] == protocol]
         values[name] = _value(rows.iloc[-1] if len(rows) else None, factor)
         if name in RELATIVE and part["recipe"].iloc[0] == BASELINE:
-            values[name] = Value(None, note="the baseline that the others are compared with")
+            values[name] = BASE
     return values
 
 
 def _value(row: pd.Series | None, factor: float | None) -> Value:
     if row is None:
-        return Value(None, note="not measured")
+        return UNASKED
     if pd.isna(row["value"]):
         return Value(None, note=row["note"])
     if factor is None:

@@ -61,7 +61,7 @@ def test_csv_holds_every_row_as_it_was_given(tmp_path, capsys):
     assert read["cell"].tolist() == ["c0"] * 3 + ["c1"] * 3
     assert read["value"].tolist()[:2] == [0.1 + 0.2, 0.125]
     assert read["note"].tolist()[2] == "no scorer, no score"
-    assert set(read["experiment"]) == {"quickstart"} and read["commit"].notna().all()
+    assert set(read["experiment"]) == {"compare"} and read["commit"].notna().all()
     assert pd.read_csv(tmp_path / "log.csv", dtype=str)["n"].tolist()[:2] == ["8", "8"]
     assert not capsys.readouterr().err
 
@@ -180,7 +180,7 @@ def test_wandb_without_a_key_keeps_the_run_offline(wandb_home, capsys):
     assert (about.display_name, about.project, about.run_group) == (
         "abc123",
         "polykv",
-        "quickstart",
+        "compare",
     )
     assert list(about.tags) == ["trial"]
     kept = {entry.key: json.loads(entry.value_json) for entry in about.config.update}
@@ -216,7 +216,7 @@ def test_wandb_with_a_key_but_no_server_goes_on_offline(wandb_home):
         from experiments import tracking
         wandb_run.SECONDS_TO_WAIT = 2
         logger = OmegaConf.load("conf/logger/wandb.yaml")
-        cfg = {"experiment_name": "quickstart", "results_dir": RESULTS, "logger": logger}
+        cfg = {"experiment_name": "compare", "results_dir": RESULTS, "logger": logger}
         for cell in ("first", "second"):
             origin = {"commit": "unknown", "created_at": "today"}
             tracking.record(OmegaConf.create(cfg), cell, [], origin)
