@@ -34,7 +34,7 @@ run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instr
 	$(RUN) $(call text,packet_networks,1851) n_agents=3,5 answers=1
 	$(RUN) document=$(if $(filter reference,$(MODEL)),generated,wikitext2) context=$(if $(filter reference,$(MODEL)),512,1953) \
 	  n_documents=8 n_agents=3,5 answers=1
-	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=6 repeats=2
+	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=5 repeats=2
 	$(RUN) experiment=handoff_ttft context=2048 n_documents=2 'policies=[fp16,uniform]' 'transports=[file]'
 	$(BIN)/python -m analysis --only findings
 
