@@ -238,7 +238,7 @@ def figure(rows: pd.DataFrame) -> Canvas | str | None:
         ax.set_title(f"{first['document']}, {first['context_tokens']:,.0f} tokens")
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")
-        ax.set_ylabel("mean KL divergence, nats per token")
+        ax.set_ylabel("mean KL, nats per token")
     shown = {
         text: handle
         for ax in axes

@@ -20,7 +20,7 @@ from analysis.handoff_reduce import (
     with_budget,
 )
 from analysis.reduce import Value, describe
-from analysis.render import Column, Row, Table, fixed, keys, significant
+from analysis.render import Column, Row, Table, compact, fixed, keys
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 QUALITY = ("mean_bits", "kl_mean", "perplexity_delta")
@@ -52,8 +52,8 @@ def handoff_ttft(rows: pd.DataFrame) -> Table | None:
         *keys("context", "policy", "budget", "route"),
         Column("published", "published ms", fixed(1)),
         Column("ttft", "ms [quartiles]", fixed(0), interval=True),
+        Column("kl_mean", "KL [95 %]", compact, interval=True),
         Column("mean_bits", "bits stored", fixed(2)),
-        Column("kl_mean", "KL [95 %]", significant, interval=True),
         Column("speedup", "times faster [quartiles]", fixed(2), interval=True),
         Column("perplexity_delta", "\u0394ppl % [95 %]", fixed(2, "+"), interval=True),
     ]

@@ -35,7 +35,7 @@ templates = Environment(
 def overview() -> str:
     """The README: its figures come along, its other links into the repository become plain text."""
     text = (REPO / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"\]\(results/(\w+)/figures/", r"](figures/\1/", text)
+    text = re.sub(r"\]\(results/([\w-]+)/figures/", r"](figures/\1/", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!http|#)[^)]+\)", r"\1", text)
 
 
