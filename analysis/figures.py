@@ -1,5 +1,6 @@
 """PolyKV's figures: which panels each has, and what it says when there is nothing to draw (draw.py draws)."""
 
+import textwrap
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from analysis.reduce import BASELINE, Point, having
 Key = TypeVar("Key", bound=Hashable)
 HEIGHT = 1.75  # inches of a panel
 ACROSS = 2
+TITLE = 52  # characters of a title above one of two panels
 ACCOUNTINGS = {
     "paper": "paper accounting (fp32, computed)",
     "stored": "stored (bytes kept)",
@@ -114,7 +116,7 @@ def _wrapped(
     for ax, (title, mine) in zip(panels, settings.items(), strict=False):
         beside = [f for f in figures if any(published.is_beside(f, metric, p) for p in mine)]
         panel(ax, mine, beside, recipes)
-        ax.set_title(title)
+        ax.set_title("\n".join(textwrap.fill(line, TITLE) for line in title.split("\n")))
     return legend(canvas)
 
 

@@ -93,7 +93,7 @@ def _route_bars(ax: Axes, routes: Routes) -> None:
         range(len(routes)), [v.value for v in values], xerr=reaches(values), height=0.7,
         color=[policy_colour(policy) for policy, _ in routes.values()], ecolor=WHISKER,
     )  # fmt: skip
-    ax.bar_label(bars, [f"{v.value:.3g}" for v in values], padding=3, fontsize=SIZE)
+    ax.bar_label(bars, [_digits(v.value) for v in values], padding=3, fontsize=SIZE)
     _bar_names(ax, list(routes))
     ax.margins(x=0.12)
     ax.set_xlabel("time to first token, ms")
@@ -154,3 +154,7 @@ def _stacked(ax: Axes, mine: pd.DataFrame, tints: list[str]) -> None:
 def _stage(mine: pd.DataFrame, stage: str, policy: str, route: str) -> Value:
     of = mine[(mine["metric"] == f"stage_{stage}") & (mine["policy"] == policy)]
     return value(of[of["protocol"] == route])
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
