@@ -88,7 +88,9 @@ def resident_bytes(
 
 
 _kept: list[MeasuringProcess] = []
-_warm: set[str] = set()  # readers that the measuring process has run
+_warm: set[tuple[str, int]] = (
+    set()
+)  # readers and numbers of agents that the measuring process has run
 
 
 def _process() -> MeasuringProcess:
@@ -158,9 +160,9 @@ def _resident_bytes(
             pass
         return meter.peak()
 
-    if reader not in _warm:  # whatever the first calls leave behind is not KV memory
-        measure(WARMUP_TOKENS, 1)
-        _warm.add(reader)
+    if (reader, n_agents) not in _warm:  # whatever the first calls leave behind is not KV memory
+        measure(WARMUP_TOKENS, n_agents)
+        _warm.add((reader, n_agents))
     return measure(n_tokens, n_agents)
 
 
