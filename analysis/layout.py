@@ -123,8 +123,12 @@ class Numbers(Locator):
             ticks = [tick for tick in ticks if vmin <= tick <= vmax]
             if len(ticks) >= FEWEST:
                 return ticks
-        even = MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(vmin, vmax)
-        return [tick for tick in even if vmin <= tick <= vmax]
+        for intervals in range(FEWEST + 2, 3 * FEWEST):
+            even = MaxNLocator(intervals, steps=(1, 2, 5, 10)).tick_values(vmin, vmax)
+            ticks = [tick for tick in even if vmin <= tick <= vmax]
+            if len(ticks) >= FEWEST:
+                break
+        return ticks
 
 
 def plain_log(ax: Axes) -> Axes:

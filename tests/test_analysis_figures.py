@@ -5,7 +5,7 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pytest
 from analysis_rows import handoff_rows, paper_memory, quickstart, write
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -157,6 +157,7 @@ def test_every_figure_has_a_caption_with_where_its_rows_come_from(tmp_path):
 
 
 @given(st.floats(1e-5, 1e3), st.floats(1.1, 1e5))
+@example(551.0, 1.25)
 @settings(max_examples=60, deadline=None)
 def test_a_log_axis_has_numbers_enough_to_be_read_as_one(low, ratio):
     canvas, ax = plt.subplots()
