@@ -5,7 +5,6 @@ import sys
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -14,9 +13,9 @@ from polykv.errors import PolyKVError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def task(cfg: DictConfig) -> object:
-    """One cell; the sweeper (hydra_plugins/cell_sweeper.py) has a launcher call it."""
-    return sweep.run_cell(cfg)
+def task(cell: sweep.Cell) -> sweep.Outcome:
+    """Measure one cell; the sweeper (hydra_plugins/cell_sweeper.py) composes cells and has a launcher call it."""
+    return sweep.run_cell(cell)
 
 
 def main() -> int:
@@ -45,7 +44,7 @@ def report(ended: sweep.Ended) -> int:
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    code = show(ended.results_dir, ended.experiment, ended.cells)
+    code = show(ended.results_dir, ended.study, ended.cells)
     if line := unsynced(ended.results_dir):
         print(line)
     for line in ended.complaints():

@@ -6,7 +6,6 @@ Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an e
 """
 
 import argparse
-import re
 import shutil
 import sys
 import textwrap
@@ -16,14 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import answers, compare, published, render, report
-from analysis.apart import told_apart
-from analysis.captions import caption
-from analysis.figures import save
+from analysis import answers, render
+from analysis.catalog import FIRST, names_of, pieces
 from analysis.latex import tex
-from analysis.load import Results, drawing, load, read, told
-from analysis.registry import COMPARE, FIGURES, NAMES, TABLES, TEXTS, names_of, of_papers, table_of
-from analysis.upload import upload
+from analysis.load import Results, drawing, load
+from analysis.style import Picture, save
 from polykv.errors import PolyKVError
 from polykv.progress import track
 
@@ -38,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     return _exit_code(partial(command, argv[1:]) if command else partial(_render, argv))
 
 
-def show(root: str, experiment: str, cells: Sequence[str]) -> int:
+def show(root: str, study: str, cells: Sequence[str]) -> int:
     """What run.py ends with: `after_sweep`, its errors and warnings as lines; the exit code."""
-    return _exit_code(partial(after_sweep, Path(root), experiment, cells))
+    return _exit_code(partial(after_sweep, Path(root), study, cells))
 
 
 def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
@@ -57,16 +53,8 @@ def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
     return 1 if damaged else 0
 
 
-def _upload(argv: list[str]) -> tuple[str, ...]:
-    parser = argparse.ArgumentParser(
-        "python -m analysis upload", description="Figures and tables to Weights & Biases."
-    )
-    parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
-    print(upload(parser.parse_args(argv).results))
-    return ()
-
-
-COMMANDS = {report.COMMAND: report.main, "upload": _upload}
+# report and upload join here as they are converted.
+COMMANDS: dict[str, Callable[[list[str]], tuple[str, ...]]] = {}
 
 
 def _render(argv: list[str]) -> tuple[str, ...]:
@@ -78,10 +66,11 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     )
     formats = [*WRITERS, *PICTURES]
     parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
-    parser.add_argument("--only", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--only", metavar="NAME", help=", ".join(names_of(())))
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
     arguments = parser.parse_args(argv)
-    only = _chosen("--only", arguments.only, NAMES) if arguments.only else list(NAMES)
+    names = names_of(())
+    only = _chosen("--only", arguments.only, names) if arguments.only else names
     kinds = _chosen("--format", arguments.format, formats)
     root = arguments.results
     with drawing(root):
@@ -89,56 +78,39 @@ def _render(argv: list[str]) -> tuple[str, ...]:
         undrawn = _write(results, root, only, kinds)
     for name, reason in undrawn.items():
         print(f"figure {name} is not drawn: {reason}")
-    _print(results.rows, only[0] if len(only) == 1 else COMPARE)
+    _print(results.rows, only[:1] if len(only) == 1 else [FIRST])
     _say_where(root)
-    if results.unsealed:
-        said = "cells are from before there were digests; an edit in them would not show"
-        print(f"note: {results.unsealed} {said}", file=sys.stderr)
     return results.damaged
 
 
-def after_sweep(root: Path, experiment: str, cells: Sequence[str]) -> tuple[str, ...]:
-    """Write what the experiment is shown in, and print the table of these cells first; the damaged cells.
+def after_sweep(root: Path, study: str, cells: Sequence[str]) -> tuple[str, ...]:
+    """Write what the study is shown in, and print the table of these cells first; the damaged cells.
 
     Raises:
         PolyKVError: not one of the cells can be read.
     """
-    names = names_of(experiment)
+    names = names_of((study,))
     with drawing(root):
-        found = read(root)
-        asked = found.rows[
-            (found.rows["experiment"] == experiment) & found.rows["cell"].isin(cells)
-        ]
-        _write(told(found), root, names, [*WRITERS, *PICTURES])
+        found = load(root)
+        _write(found, root, names, [*WRITERS, *PICTURES])
+    asked = found.rows[(found.rows["study"] == study) & found.rows["cell"].isin(cells)]
     if len(asked):
-        rows = told_apart(asked, found.configs)
-        _print(rows, table_of(experiment))
-        _say_published(rows, root)
+        _print(asked, [study])
     _say_where(root)
     return found.damaged
 
 
-def _print(rows: pd.DataFrame, name: str) -> None:
-    """A table (or text) of these rows, and of recipes which of them the documents tell apart."""
+def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
+    """Tables, texts and lines of these names."""
     width = shutil.get_terminal_size((100, 24)).columns
-    if name in TEXTS and (text := TEXTS[name].of(rows)):
-        print(text)
-    if name in TABLES and (table := TABLES[name](rows)):
-        print(render.plain(render.measured(table), width))
-    if name == COMPARE:
-        for line in compare.separations(of_papers(rows)):
-            print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
-
-
-def _say_published(rows: pd.DataFrame, root: Path) -> None:
-    """How many published figures are of these models, and where they stand beside what was measured."""
-    models = [re.sub(r"\W", "", name.lower()) for name in set(rows["model"])]
-    for paper in ("polykv", "qkvshare"):
-        theirs = [re.sub(r"\W", "", figure.model.lower()) for figure in published.load(paper)]
-        n = sum(any(name and model.startswith(name) for name in models) for model in theirs)
-        file = root / "tables" / f"published_{paper}.md"
-        if n and file.is_file():
-            print(f"{n} published figures of this model: {file}")
+    for name in names:
+        if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
+            print(text)
+        if name in pieces("TABLES") and (table := pieces("TABLES")[name](rows)):
+            print(render.plain(render.measured(table), width))
+        if name in pieces("BELOW"):
+            for line in pieces("BELOW")[name](rows) or ():
+                print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
 
 
 def _say_where(root: Path) -> None:
@@ -167,11 +139,11 @@ def _write(
         rows.to_csv(root / "rows.csv", index=False)
         answers.write(results, root / "answers")
         for name in track(only, "tables and figures"):
-            if name in TEXTS and (text := TEXTS[name].of(rows)):
+            if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
                 (tables / f"{name}.md").write_text(text, encoding="utf-8")
-            if name in TABLES:
+            if name in pieces("TABLES"):
                 _write_table(rows, name, tables, kinds)
-            if name in FIGURES:
+            if name in pieces("FIGURES"):
                 reason = _write_figure(rows, name, pictures, [k for k in kinds if k in PICTURES])
                 undrawn |= {name: reason} if reason else {}
     except OSError as error:
@@ -184,21 +156,18 @@ def _write(
 
 def _write_table(rows: pd.DataFrame, name: str, tables: Path, kinds: Sequence[str]) -> None:
     """What was not run has no table."""
-    if table := TABLES[name](rows):
+    if table := pieces("TABLES")[name](rows):
         for kind in filter(WRITERS.get, kinds):
             (tables / f"{name}.{kind}").write_text(WRITERS[kind](table), encoding="utf-8")
 
 
 def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> str:
     """The figure, and beside it its caption for LaTeX; or why it cannot be drawn. What was not run has none."""
-    canvas = FIGURES[name](rows) if kinds else None
-    if isinstance(canvas, str):
-        return canvas
-    if canvas:
-        save(canvas, pictures / name, kinds)
-        text = tex(caption(name, rows, canvas))
-        (pictures / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
-    return ""
+    drawn = pieces("FIGURES")[name](rows) if kinds else None
+    if isinstance(drawn, Picture):
+        save(drawn.canvas, pictures / name, kinds)
+        (pictures / f"{name}.tex").write_text(f"{tex(drawn.caption)}\n", encoding="utf-8")
+    return drawn if isinstance(drawn, str) else ""
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
 import re
 from pathlib import Path
 
-import pandas as pd
-
 from analysis.load import Results
-from analysis.reduce import BASELINE
+from analysis.statistics import BASELINE
 
 SETTING = ["model", "document", "context_tokens", "n_agents", "reader"]
 
@@ -18,15 +16,11 @@ def write(results: Results, folder: Path) -> None:
         OSError: it cannot be written.
     """
     rows = results.rows[results.rows["recipe"] != BASELINE]
-    firsts = rows[rows["metric"] == "bertscore_f1"].drop_duplicates(["experiment", "cell"])
-    cells = pd.Series([*zip(firsts["experiment"], firsts["cell"], strict=True)], firsts.index)
-    firsts = firsts[cells.isin(list(results.answers))]
+    firsts = rows[rows["metric"] == "bertscore_f1"].drop_duplicates(["study", "cell"])
     for key, part in firsts.sort_values("created_at").groupby(SETTING, sort=False):
         by_recipe = {
-            recipe: results.answers[experiment, cell]
-            for recipe, experiment, cell in zip(
-                part["recipe"], part["experiment"], part["cell"], strict=True
-            )
+            recipe: results.cells[study, cell].answers
+            for recipe, study, cell in zip(part["recipe"], part["study"], part["cell"], strict=True)
         }
         folder.mkdir(parents=True, exist_ok=True)
         named = dict(zip(SETTING, key, strict=True))

@@ -1,16 +1,16 @@
 """Recipes side by side: a line for each recipe and setting, and which of them the documents tell apart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
 
-from analysis.colours import colours
-from analysis.layout import sheet, styled
-from analysis.reduce import BASELINE, RECIPES, Value, cell_dtype
-from analysis.render import Column, Table, compact, fixed, keys
+from analysis.load import SETTING as SET
+from analysis.load import swept
+from analysis.render import Column, Table, compact, describe, fixed, keys
+from analysis.statistics import BASELINE, BYTES, QUALITY, UNMEASURED, Measure, Value, samples_of
+from analysis.style import Marks, Picture, colours, picture, sheet, styled
 from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
 
 # What a line is about; what never varies is said once, in the caption.
@@ -32,24 +32,10 @@ ALPHA = 0.05
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
 FEW = 3  # documents below which no pair is tested
 
-# Column -> (metric, protocol or None for any, factor). Columns further right are the first to be left out of a
-# narrow terminal.
-MEASURES = {
-    "stored_bits": ("compression_ratio", "stored", None),
-    "stored_ratio": ("compression_ratio", "stored", 1.0),
-    "perplexity_delta": ("perplexity_delta", None, 1.0),
-    "kl_mean": ("kl_mean", None, 1.0),
-    "kl_p99": ("kl_p99", None, 1.0),
-    "same_top1": ("same_top1", None, 1.0),
-    "stored": ("kv_memory", "stored", MB),
-    "resident": ("kv_memory", "resident", MB),
-    "exact_match": ("exact_match", None, 1.0),
-    "contains": ("contains", None, 1.0),
-    "bertscore_f1": ("bertscore_f1", None, 1.0),
-    "bertscore_floor": ("bertscore_floor", None, 1.0),
-    "nominal_ratio": ("compression_ratio", "nominal", 1.0),
-    "perplexity": ("perplexity", None, 1.0),
-}
+MEASURES: Mapping[str, Measure] = {**BYTES, **QUALITY}
+SCALED = {"stored": MB, "resident": MB}
+RECIPES = ["full", "fp16", "polykv", "polykv_q8_0"]  # first in figures, in this order
+ANSWERS = ("bertscore_f1", "bertscore_floor", "exact_match", "contains")
 COLUMNS = (
     Column("stored_bits", "bits", fixed(2)),
     Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
@@ -73,8 +59,7 @@ LEGEND = (
 )
 # A column of nothing else is left out; one of values that could not be had says why.
 BASE = Value(None, note="the baseline that the others are compared with")
-UNASKED = Value(None, note="not measured")
-ABSENT = (BASE, UNASKED)
+ABSENT = (BASE, UNMEASURED)
 RELATIVE = ("perplexity_delta", "kl_mean", "kl_p99", "same_top1", "bertscore_f1", "bertscore_floor")
 
 
@@ -87,45 +72,53 @@ def mine(rows: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values("created_at", kind="stable")
 
 
-def table(rows: pd.DataFrame) -> Table | None:
-    """One line per recipe, by model, text, context, agents and reader where these vary; None without rows."""
-    found = mine(rows)
-    if found.empty:
-        return None
-    vary = [name for name in SWEPT if found.loc[found["recipe"] != BASELINE, name].nunique() > 1]
-    lines = []
-    for key, part in found.groupby([*SWEPT, "recipe"], dropna=False, sort=False):
-        line = dict(zip((*SWEPT, "recipe"), key, strict=True))
-        lines.append({name: _whole(value) for name, value in line.items()} | _measured(part))
-    lines.sort(key=_order)
-    present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
-    named = [Column(name, HEADERS.get(name, name), key=True) for name in vary]
-    shown = [{c.name: line[c.name] for c in (*named, *keys("recipe"), *present)} for line in lines]
-    return Table(
-        "compare", _caption(found, vary), [*named, *keys("recipe"), *present], shown, LEGEND
+def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, each under the dtype in which its cell scores; answers may come from another, which is added."""
+    answers = rows["metric"].isin(ANSWERS)
+    own, answered = (
+        rows["dtype"].where(which).groupby(rows["cell"]).transform("first")
+        for which in (~answers, answers)
+    )
+    apart = own.notna() & answered.notna() & (own != answered)
+    return rows.assign(
+        dtype=own.fillna(rows["dtype"]).where(~apart, own + " (answers " + answered + ")")
     )
 
 
+def table(rows: pd.DataFrame) -> Table | None:
+    """One line per recipe, by model, text, context, agents, reader and settings where these vary; None without rows."""
+    found = mine(rows)
+    if found.empty:
+        return None
+    apart = swept(found)
+    vary = [name for name in SWEPT if found.loc[found["recipe"] != BASELINE, name].nunique() > 1]
+    about = [*SWEPT, *apart, "recipe"]
+    lines = []
+    for key, part in found.groupby(about, dropna=False, sort=False):
+        lines.append(dict(zip(about, map(_whole, key), strict=True)) | _measured(part))
+    lines.sort(key=_order)
+    present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
+    named = [
+        Column(name, HEADERS.get(name, name.removeprefix(SET)), key=True)
+        for name in (*vary, *apart)
+    ]
+    columns = [*named, *keys("recipe"), *present]
+    shown = [{c.name: line[c.name] for c in columns} for line in lines]
+    return Table("compare", _caption(found, vary), columns, shown, LEGEND)
+
+
 def _measured(part: pd.DataFrame) -> dict[str, Value]:
-    values = {}
-    for name, (metric, protocol, factor) in MEASURES.items():
-        rows = part[part["metric"] == metric]
-        rows = rows if protocol is None else rows[rows["protocol"] == protocol]
-        values[name] = _value(rows.iloc[-1] if len(rows) else None, factor)
-        if name in RELATIVE and part["recipe"].iloc[0] == BASELINE:
-            values[name] = BASE
-    return values
+    base = part["recipe"].iloc[0] == BASELINE
+    return {
+        column.name: BASE if base and column.name in RELATIVE else _figure(part, column.name)
+        for column in COLUMNS
+    }
 
 
-def _value(row: pd.Series | None, factor: float | None) -> Value:
-    if row is None:
-        return UNASKED
-    if pd.isna(row["value"]):
-        return Value(None, note=row["note"])
-    if factor is None:
-        return Value(16 / row["value"])
-    ends = [None if pd.isna(row[name]) else row[name] * factor for name in ("ci_low", "ci_high")]
-    return Value(row["value"] * factor, *ends, n=_whole(row["n"]))
+def _figure(part: pd.DataFrame, name: str) -> Value:
+    found = MEASURES[name].of(part)
+    factor = SCALED.get(name)
+    return found.map(lambda value: value * factor) if factor else found
 
 
 def _order(line: dict) -> tuple:
@@ -146,8 +139,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
     parts += [f"{said['n_agents']} agents"] if "n_agents" in said else []
     parts += [f"reader {said['reader']}"] if "reader" in said else []
     parts += [f"{said.get('device', 'several devices')} {said.get('dtype', 'several dtypes')}"]
-    scored = found[found["metric"] == "document_kl_mean"]
-    documents = scored.groupby("cell")["sample"].nunique()
+    documents = found[found["metric"] == "kl"].groupby("cell")["sample"].nunique()
     if len(documents):
         n = " to ".join(dict.fromkeys(f"{x}" for x in (documents.min(), documents.max())))
         parts.append(f"{n} document{'s' if documents.max() > 1 else ''}")
@@ -158,16 +150,22 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
 def separations(rows: pd.DataFrame) -> list[str]:
     """Which recipes the documents tell apart, a line for each setting; where they cannot, what would."""
     found = mine(rows)
-    scored = found[(found["metric"] == "document_kl_mean") & found["value"].gt(0)]
+    about = [*SETTING, *swept(found)]
+    scored = samples_of(found, "kl", [*about, "recipe"])
+    scored = scored[scored.gt(0)]
     lines = []
-    settings = list(scored.groupby(SETTING, dropna=False, sort=False))
-    for _, part in settings:
+    settings = list(scored.groupby(about, dropna=False, sort=False))
+    for key, part in settings:
         where = ""
         if len(settings) > 1:
-            first = part.iloc[0]
-            where = f"{first['document']}, {first['context_tokens']:.0f} tokens: "
-        samples = part.drop_duplicates(["recipe", "sample"], keep="last")
-        wide = samples.pivot(index="sample", columns="recipe", values="value").dropna()
+            named = dict(zip(about, key, strict=True))
+            more = [
+                f"{name.removeprefix(SET)}={named[name]}" for name in about if name.startswith(SET)
+            ]
+            where = (
+                ", ".join([named["document"], f"{named['context_tokens']} tokens", *more]) + ": "
+            )
+        wide = part.droplevel(about).unstack("recipe").dropna()
         if wide.shape[1] > 1:
             lines.append(where + _separated(wide))
     return lines
@@ -207,19 +205,21 @@ def _tie(better: str, worse: str, found: PairedRatio) -> str:
 
 
 @styled
-def figure(rows: pd.DataFrame) -> Canvas | str | None:
+def figure(rows: pd.DataFrame) -> Picture | str | None:
     """Mean KL with its interval against stored bits, a panel for each text and context."""
     found = mine(rows)
     if found.empty:
         return None
-    means = found[(found["metric"] == "kl_mean") & found["value"].gt(0)]
-    ratio = found[(found["metric"] == "compression_ratio") & (found["protocol"] == "stored")]
-    bits = 16 / ratio.groupby(["cell"])["value"].last()
-    means = means.assign(bits=means["cell"].map(bits)).dropna(subset=["bits"])
-    if means.empty:
+    about = [*SETTING, *swept(found)]
+    panels = []
+    for key, part in found.groupby(about, dropna=False, sort=False):
+        spots = {name: _spot(of) for name, of in part.groupby("recipe", sort=False)}
+        spots = {name: spot for name, spot in spots.items() if spot}
+        if spots:
+            panels.append((dict(zip(about, key, strict=True)), spots))
+    if not panels:
         return "no recipe with both stored bits and a KL divergence above 0"
-    panels = list(means.groupby(SETTING, dropna=False, sort=False))
-    names = sorted(set(means["recipe"]), key=lambda name: (name not in RECIPES, name))
+    names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     tints = colours(names)
     canvas, rows_of_axes = sheet(
         [""] * math.ceil(len(panels) / ACROSS), min(len(panels), ACROSS), HEIGHT
@@ -227,15 +227,11 @@ def figure(rows: pd.DataFrame) -> Canvas | str | None:
     axes = [ax for row in rows_of_axes for ax in row]
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    for ax, (_, part) in zip(axes, panels, strict=False):
-        last = part.drop_duplicates("recipe", keep="last")
-        for _, row in last.iterrows():
-            reach = [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]]
-            reach = None if pd.isna(row["ci_low"]) else reach
-            ax.errorbar(row["bits"], row["value"], yerr=reach, fmt="o", color=tints[row["recipe"]],
-                        label=row["recipe"])  # fmt: skip
-        first = part.iloc[0]
-        ax.set_title(f"{first['document']}, {first['context_tokens']:,.0f} tokens")
+    for ax, (setting, spots) in zip(axes, panels, strict=False):
+        for name, (bits, kl) in spots.items():
+            reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
+            ax.errorbar(bits, kl.value, yerr=reach, fmt="o", color=tints[name], label=name)
+        ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens")
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")
         ax.set_ylabel("mean KL, nats per token")
@@ -247,11 +243,27 @@ def figure(rows: pd.DataFrame) -> Canvas | str | None:
     canvas.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 4)
     )
-    return canvas
+    return picture(
+        canvas,
+        "Mean KL divergence to the uncompressed cache against stored bits per value, for each recipe",
+        describe(found[found["metric"] == "kl"]),
+        Marks(panels=True, lines="Markers"),
+    )
+
+
+def _spot(part: pd.DataFrame) -> tuple[float, Value] | None:
+    """Stored bits and mean KL of a recipe, where it has both."""
+    bits, kl = MEASURES["stored_bits"].of(part), MEASURES["kl_mean"].of(part)
+    if bits.value is None or kl.value is None or kl.value <= 0:
+        return None
+    return bits.value, kl
 
 
 def _whole(value: object) -> object:
-    """A number that is whole, as one; what is missing as None."""
-    if isinstance(value, float):
-        return None if pd.isna(value) else int(value)
-    return value
+    """What is missing as None."""
+    return None if value is pd.NA else value
+
+
+TABLES = {"compare": table}
+FIGURES = {"compare": figure}
+BELOW = {"compare": separations}

@@ -1,22 +1,37 @@
-"""Cells on disk -> one tidy DataFrame. The only module here that reads results."""
+"""Cells on disk, or a committed rows.parquet -> one typed DataFrame. The only module here that reads results."""
 
-import math
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock
 
-from analysis.apart import Configs, told_apart
-from polykv.cellfile import read_cells
+from polykv.cellfile import Cell, read_cells
 from polykv.errors import PolyKVError
-from polykv.results import frame
+from polykv.naming import flat
+from polykv.results import NOT_IDENTITY, frame
 
-NUMBERS = ("context_tokens", "n_agents", "n_hops", "budget_bits", "value", "ci_low", "ci_high")
-NUMBERS += ("n", "sample", "seed")
+SETTING = "set."  # of the columns that settings get which differ between cells of one line
+# What a line of any table is about, apart from what its study adds.
+LINE = (
+    "study", "model", "weights", "dtype", "device", "document", "context_tokens", "n_agents", "recipe", "policy",
+    "budget_bits", "reader", "backend", "metric", "seed",
+)  # fmt: skip
+# Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
+TOLD = (
+    *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
+    "device", "recipe", "policy", "relay", "hardware", "scorer",
+)  # fmt: skip
+# Of these groups a label tells all but what is listed.
+UNTOLD = {
+    "model": ("attn_implementation", "device_map", "threads"),
+    "document": ("n_documents",),
+}
+Place = tuple[str, str]  # study and cell
 
 
 @dataclass(frozen=True)
@@ -24,18 +39,19 @@ class Results:
     """What the analysis works on.
 
     Attributes:
-        rows: polykv.results.COLUMNS and head_dim.
+        rows: polykv.results.frame, and a column `set.NAME` for each setting that differs between cells of one line.
         damaged: one line for each cell skipped.
-        unsealed: cells from before there were digests, in which an edit would not show.
-        configs: the settings of each cell, by experiment and cell.
-        answers: what agents were asked and said in a cell, where it holds that, by experiment and cell.
+        cells: by study and identity.
     """
 
     rows: pd.DataFrame
     damaged: tuple[str, ...] = ()
-    unsealed: int = 0
-    configs: Configs = field(default_factory=dict)
-    answers: Mapping[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    cells: Mapping[Place, Cell] = field(default_factory=dict)
+
+    @property
+    def studies(self) -> dict[str, Mapping[str, Any]]:
+        """The declarations of the studies that were run, by name."""
+        return {cell.study["name"]: cell.study for cell in self.cells.values()}
 
 
 @contextmanager
@@ -67,57 +83,63 @@ def drawing(root: Path) -> Iterator[None]:
 
 
 def load(root: Path) -> Results:
-    """Every row of every readable cell below `root`; lines that several cells share are told apart.
-
-    Raises:
-        PolyKVError: as `read`.
-    """
-    found = read(root)
-    return told(found)
-
-
-def told(found: Results) -> Results:
-    """The results, with lines that several cells share told apart."""
-    return replace(found, rows=told_apart(found.rows, found.configs))
-
-
-def read(root: Path) -> Results:
-    """Every row of every readable cell below `root`, as it was written.
-
-    Numbers become float (missing or not finite: NaN), everything else str (missing: "").
+    """Every row of every readable cell below `root`, or of its rows.parquet where it has no cells.
 
     Raises:
         PolyKVError: there is no such folder, or not one readable row in it.
     """
     cells, damaged = read_cells(root)
-    unsealed = sum(not cell.sealed for cell in cells)
-    rows = frame(root, cells, damaged)
-    for name in NUMBERS:
-        said = rows[name].notna() & (rows[name] != "")
-        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
-        wrong = set(rows.loc[said & numbers.isna(), "cell"])
-        damaged += [f"{root}: cell {cell} ({name} is no number)" for cell in sorted(wrong)]
-        rows = rows.assign(**{name: numbers.where(numbers.abs() < math.inf)})
-        rows = rows[~rows["cell"].isin(wrong)]
+    return of_cells(root, cells, damaged)
+
+
+def of_cells(root: Path, cells: list[Cell], damaged: list[str]) -> Results:
+    """The results that these cells hold.
+
+    Raises:
+        PolyKVError: they hold no row.
+    """
+    rows = frame(cells)
     if rows.empty:
-        raise PolyKVError(f"no readable row in {root}: {'; '.join(damaged)}; measure again")
-    texts = {
-        name: rows[name].astype(object).where(rows[name].notna(), "").astype(str)
-        for name in rows.columns.difference(NUMBERS)
-    }
-    rows = _with_head_dim(rows.assign(**texts))
-    by_name = {
-        (str(row["experiment"] or ""), str(row["cell"] or "")): cell
-        for cell in cells
-        for row in cell.rows
-    }
-    configs = {name: cell.config for name, cell in by_name.items()}
-    answers = {name: cell.answers for name, cell in by_name.items() if cell.answers}
-    return Results(rows, tuple(damaged), unsealed, configs, answers)
+        listing = f"; damaged: {', '.join(damaged)}" if damaged else ""
+        raise PolyKVError(f"no results in {root}{listing}; run `make run` or `python run.py` first")
+    named = {(cell.study["name"], cell.name): cell for cell in cells}
+    return Results(with_settings(rows, named), tuple(damaged), named)
 
 
-def _with_head_dim(rows: pd.DataFrame) -> pd.DataFrame:
-    """The schema has no column for it: the notes of a cell's compression ratios name it."""
-    ratio = rows["note"].where(rows["metric"] == "compression_ratio", "")
-    named = ratio.str.extract(r"head_dim (\d+)", expand=False).astype(float)
-    return rows.assign(head_dim=named.groupby(rows["cell"]).transform("max"))
+def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFrame:
+    """The rows with a column `set.NAME` (text) for every setting in which cells of one line differ.
+
+    Without it a sweep over a setting that has no column (max_new_tokens=16,32) would end in one line, of the cell that
+    ran last. Cells that differ in nothing are the same measured anew: there the newest counts.
+    """
+    places = pd.Series([*zip(rows["study"], rows["cell"], strict=True)], rows.index)
+    settings = {place: _settings(cell.config) for place, cell in cells.items()}
+    line = [name for name in LINE if name in rows]
+    together = rows.assign(_place=places).groupby(line, dropna=False)["_place"].agg(frozenset)
+    differing = set()
+    for group in {group for group in together if len(group) > 1}:
+        keys = dict.fromkeys(key for place in group for key in settings[place])
+        differing |= {
+            key for key in keys if len({settings[place].get(key, "") for place in group}) > 1
+        }
+    added = {
+        SETTING + key: places.map(lambda place, key=key: settings[place].get(key, ""))
+        for key in sorted(differing)
+    }
+    return rows.assign(**added)
+
+
+def swept(rows: pd.DataFrame) -> list[str]:
+    """The columns that `with_settings` added, of which these rows differ in some."""
+    return [name for name in rows if name.startswith(SETTING) and rows[name].nunique() > 1]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted name -> value as text, of what no column tells."""
+    found = {}
+    for key, value in flat(config).items():
+        group, _, rest = key.partition(".")
+        if group in TOLD or (group in UNTOLD and rest not in UNTOLD[group]):
+            continue
+        found[key] = value if isinstance(value, str) else json.dumps(value)
+    return found

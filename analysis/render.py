@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from analysis.latex import Part, environment
-from analysis.reduce import Value
+from analysis.statistics import Value
 
 MISSING = "–"
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -249,3 +251,25 @@ def _aligned(row: Sequence[str], left: list[int], block: list[int], widths: list
 
 def _superscript(number: int) -> str:
     return "".join(DIGITS[int(digit)] for digit in str(number))
+
+
+def describe(rows: pd.DataFrame, how: str = "Measured on") -> str:
+    """What the rows are, for a caption: model (weights), n, device, dtype, commit, dates."""
+    if rows.empty:
+        return "Nothing of this was run here."
+    models = sorted(set(zip(rows["model"], rows["weights"], strict=True)))
+    ends = list(
+        dict.fromkeys(f"{n:,}" for n in (rows["n"].min(), rows["n"].max()) if n is not pd.NA)
+    )
+    n = f"n = {' to '.join(ends)}" if ends else "n not stated"
+    dates = sorted({text[:10] for text in rows["created_at"] if text})
+    return (
+        f"{how} {', '.join(f'{model} ({weights} weights)' for model, weights in models)}; "
+        f"{n}; {listed(rows['device'])}, {listed(rows['dtype'])}; commit {listed(rows['commit'])}; "
+        f"{' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'undated'}."
+    )
+
+
+def listed(column: pd.Series) -> str:
+    """The different texts of a column, for a sentence."""
+    return " and ".join(sorted(set(column) - {""})) or "not stated"

@@ -81,10 +81,10 @@ class Reporter:
             self._clear()
 
     @contextmanager
-    def sweep(self, results_dir: str, experiment: str, cells: set[str]) -> Iterator[None]:
+    def sweep(self, results_dir: str, study: str, cells: set[str]) -> Iterator[None]:
         """Count the cells of a sweep while it runs."""
-        done = Store(results_dir).path(experiment, "CELL").parent
-        failed = failure_path(results_dir, experiment, "CELL").parent
+        done = Store(results_dir).path(study, "CELL").parent
+        failed = failure_path(results_dir, study, "CELL").parent
         self._n_ended, self._cells = 0, Cells((done, failed), cells, time.monotonic())
         try:
             yield
@@ -162,9 +162,9 @@ _current: Reporter | None = None
 
 
 @contextmanager
-def shown(results_dir: str, experiment: str, cells: set[str]) -> Iterator[None]:
+def shown(results_dir: str, study: str, cells: set[str]) -> Iterator[None]:
     """Count the cells of a sweep, where this process has a reporter."""
-    with _current.sweep(results_dir, experiment, cells) if _current else nullcontext():
+    with _current.sweep(results_dir, study, cells) if _current else nullcontext():
         yield
 
 

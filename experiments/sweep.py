@@ -4,27 +4,34 @@ A sweep's state is its results folder: `cells/` holds what is done, `failed/` wh
 not matter which launcher runs the cells, in how many processes, on which machines.
 """
 
-import json
 import traceback
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import tracking
 from polykv.errors import PolyKVError
-from polykv.results import Store, StoreError, cell_id
+from polykv.results import Store, StoreError
+
+if TYPE_CHECKING:
+    from experiments.study import Study
 
 # The order in which cells share a model, its documents' caches, and a recipe's pools.
 SHARED_FIRST = ("weights", "model", "document", "context", "seed", "recipe")
 
 LONGEST = 400  # characters of a reason on the terminal; all of it is in its file
 
-unwritable = ""  # why the results folder takes no more; then no further cell is measured in vain
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a sweep, ready to be measured: its study, its settled config and its identity."""
+
+    study: "Study"
+    settled: DictConfig
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,15 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """The sweep that this process planned, for run.py: `cells` are all that it asked for, done before or now.
+    """The sweep that this process planned, for run.py: `cells` are all of `study` that it asked for, done before or
+    now.
 
     `died` says why its launcher gave up, if it did; `queued` that its jobs are a cluster's, and go on without
     this process.
     """
 
     results_dir: str
-    experiment: str
+    study: str
     cells: tuple[str, ...]
     queued: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
@@ -68,7 +76,7 @@ class Ended:
         for reason, cells in reasons.items():
             lines.append(f"error: cell {', '.join(cells)} failed: {shorten(reason, LONGEST)}")
         if reasons:
-            kept = failure_path(self.results_dir, self.experiment, "CELL")
+            kept = failure_path(self.results_dir, self.study, "CELL")
             lines.append(f"tracebacks are in {kept}")
         if self.died:
             lost = sum(outcome.status == "lost" for outcome in self.outcomes)
@@ -89,40 +97,43 @@ def stopped() -> str:
     return f"stopped{queued}; finished cells are kept, the same command goes on"
 
 
-def run_cell(cfg: DictConfig) -> Outcome:
+def run_cell(cell: Cell) -> Outcome:
     """Measure one cell and write it. A cell that fails does not stop the others."""
-    global unwritable
-    experiment, settled, cell = prepare(cfg)
-    if unwritable:
-        return Outcome(cell, "failed", unwritable)
-    store, name = Store(cfg.results_dir), cfg.experiment_name
-    log = failure_path(cfg.results_dir, name, cell)
+    from experiments.session import of_process  # brings torch, which `run.py --help` does without
+
+    session = of_process()
+    if session.storage_failed:
+        return Outcome(cell.identity, "failed", session.storage_failed)
+    results_dir, name = cell.settled.results_dir, cell.study.name
+    store = Store(results_dir)
+    log = failure_path(results_dir, name, cell.identity)
     try:
-        with store.claim(name, cell) as mine:
+        with store.claim(name, cell.identity) as mine:
             if not mine:
-                return Outcome(cell, "held")
+                return Outcome(cell.identity, "held")
             log.unlink(missing_ok=True)
             # A process beside this one may have finished it since the sweep was planned.
-            if not store.done(name, cell):
-                rows = experiment.run(settled)
-                config = OmegaConf.to_container(settled)
-                path = store.write(name, cell, config, rows, getattr(rows, "answers", None))
-                origin = json.loads(path.read_text(encoding="utf-8"))["provenance"]
-                tracking.record(settled, cell, rows, origin)
+            if not store.done(name, cell.identity):
+                rows = cell.study.run(cell.settled, session)
+                config = OmegaConf.to_container(cell.settled)
+                done = store.write(cell.study.declaration(), cell.identity, config, rows)
+                tracking.record(cell.settled, done)
     except StoreError as error:
-        unwritable = str(error)
-        return Outcome(cell, "failed", unwritable)
+        session.storage_failed = str(error)
+        return Outcome(cell.identity, "failed", session.storage_failed)
     except Exception as error:  # one cell's bug or lack of memory must not cost the others
-        return Outcome(cell, "failed", _keep(error, log, settled))
-    return Outcome(cell, "done")
+        return Outcome(cell.identity, "failed", _keep(error, log, cell.settled))
+    return Outcome(cell.identity, "done")
 
 
-def prepare(cfg: DictConfig) -> tuple[ModuleType, DictConfig, str]:
-    """The experiment's module, the settled config of a cell, and the cell's identity."""
-    experiment = import_module(f"experiments.{cfg.experiment_name}")
+def prepare(cfg: DictConfig) -> Cell:
+    """The cell that a composed config describes."""
+    from experiments.study import named  # as above
+
+    study = named(cfg.study)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    settled = experiment.settle(own)
-    return experiment, settled, cell_id(OmegaConf.to_container(settled))
+    settled = study.settle(own)
+    return Cell(study, settled, study.identity(settled))
 
 
 def check_device(settled: DictConfig) -> None:
@@ -131,22 +142,22 @@ def check_device(settled: DictConfig) -> None:
     Raises:
         PolyKVError: names the device.
     """
-    from polykv import models  # brings torch, which `run.py --help` does without
+    from polykv import models  # as above
 
     models.check_device(settled.device)
 
 
-def failure_path(results_dir: str, experiment: str, cell: str) -> Path:
+def failure_path(results_dir: str, study: str, cell: str) -> Path:
     """Where a failed cell keeps its reason, settings and traceback until it succeeds."""
-    return Path(results_dir) / "failed" / experiment / f"{cell}.txt"
+    return Path(results_dir) / "failed" / study / f"{cell}.txt"
 
 
-def outcome_on_disk(results_dir: str, experiment: str, cell: str) -> Outcome:
+def outcome_on_disk(results_dir: str, study: str, cell: str) -> Outcome:
     """How a cell ended whose worker did not come back to say so."""
-    if Store(results_dir).done(experiment, cell):
+    if Store(results_dir).done(study, cell):
         return Outcome(cell, "done")
     try:
-        text = failure_path(results_dir, experiment, cell).read_text(encoding="utf-8")
+        text = failure_path(results_dir, study, cell).read_text(encoding="utf-8")
     except OSError:
         return Outcome(cell, "lost")
     return Outcome(cell, "failed", text.partition("\n")[0])

@@ -4,9 +4,8 @@ A logger is any class with `log(cell, config, rows, provenance)` that a YAML nam
 The cell is on disk before its logger hears of it: what goes wrong here costs a warning, never a cell.
 """
 
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,30 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from polykv.cellfile import Cell, write_atomically
 from polykv.errors import PolyKVError
-from polykv.results import COLUMNS
+from polykv.results import frame
 from polykv.wandb_run import open_run
 
 LOCK_TIMEOUT = 60  # seconds; an append takes milliseconds
-OBSERVED = ("metric", "value", "unit", "ci_low", "ci_high", "n")
+OBSERVED = ("metric", "value", "unit", "n")
 
 
-def record(
-    cfg: DictConfig, cell: str, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
-) -> None:
+def record(cfg: DictConfig, cell: Cell) -> None:
     """Tell the cell's logger (`cfg.logger`; an empty one is none) of a cell that the store has.
 
-    `rows` are the experiment's, `provenance` is that of polykv.results. Never raises: a failure is a
-    warning on stderr.
+    Never raises: a failure is a warning on stderr.
     """
     if not cfg.get("logger"):
         return
     try:
-        stamp = {"experiment": cfg.experiment_name, "cell": cell}
-        stamp |= {key: provenance[key] for key in ("commit", "created_at")}
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "logger")])
-        config = OmegaConf.to_container(own, resolve=True)
-        # Objects, so that a whole number beside a missing one stays whole.
-        stamped = [{**row, **stamp} for row in rows]
-        frame = pd.DataFrame(stamped, columns=list(COLUMNS), dtype=object)
-        instantiate(cfg.logger).log(cell, config, frame, dict(provenance))
+        config = {key: value for key, value in cell.config.items() if key != "logger"}
+        instantiate(cfg.logger).log(cell.name, config, frame([cell]), dict(cell.provenance))
     except Exception as error:  # whatever a logger, a disk or a network does
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"warning: cell {cell} is kept, but was not logged ({reason})", file=sys.stderr)
+        print(f"warning: cell {cell.name} is kept, but was not logged ({reason})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -60,22 +51,17 @@ class CsvLogger:
         The file is replaced, not extended: a reader never sees half a line.
 
         Raises:
-            PolyKVError: the file has other columns than a result row.
+            PolyKVError: the file has other columns than these rows.
         """
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = f"{','.join(COLUMNS)}\n".encode()
+        header = f"{','.join(rows.columns)}\n".encode()
         with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT):
             before = path.read_bytes() if path.exists() else header
             if not before.startswith(header):
-                raise PolyKVError(f"{path} has other columns than results have; move it away")
-            temporary = path.with_name(f".{path.name}.part")
-            with temporary.open("wb") as file:
-                file.write(before)
-                file.write(rows.to_csv(header=False, index=False, lineterminator="\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                raise PolyKVError(f"{path} has columns of another study; move it away")
+            added = rows.to_csv(header=False, index=False, lineterminator="\n").encode()
+            write_atomically(path, before + added)
 
 
 @dataclass(frozen=True)
@@ -109,15 +95,13 @@ class WandbLogger:
 
 
 def summary(rows: pd.DataFrame) -> dict[str, float | None]:
-    """Metric -> value. Where a metric has several, `metric/column=value/...` says what tells them apart."""
+    """Metric -> the mean of its samples. Where it has several, `metric/column=value/...` says what tells them apart."""
     values = {}
+    told = [name for name in rows.columns if name not in (*OBSERVED, "sample", "block", "note")]
     for metric, group in rows.groupby("metric", sort=False):
-        told_apart = [
-            column
-            for column in COLUMNS
-            if column not in OBSERVED and group[column].nunique(dropna=False) > 1
-        ]
-        for _, row in group.iterrows():
-            marks = [f"{column}={row[column]}" for column in told_apart]
-            values["/".join([metric, *marks])] = row["value"]
+        apart = [name for name in told if group[name].nunique(dropna=False) > 1]
+        for key, part in group.groupby(apart, dropna=False, sort=False) if apart else [((), group)]:
+            marks = [f"{name}={value}" for name, value in zip(apart, key, strict=True)]
+            mean = part["value"].mean()
+            values["/".join([metric, *marks])] = None if pd.isna(mean) else float(mean)
     return values

@@ -28,10 +28,11 @@ from polykv.results import Store
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A planned cell: Hydra's overrides, and the identity that they have where the sweep is planned."""
+class Plan:
+    """A planned cell: Hydra's overrides, what they compose, and the identity that it has where it was planned."""
 
     overrides: Sequence[str]
+    config: DictConfig
     identity: str
 
 
@@ -39,31 +40,26 @@ class Cell:
 class Job:
     """What each of the launcher's jobs does: its share of the cells, in turn. Pickled to where it runs."""
 
-    shares: Sequence[Sequence[Cell]]
+    shares: Sequence[Sequence[Plan]]
     task: TaskFunction
-    context: HydraContext
-    config: DictConfig
     planned_on: str
 
     def __call__(self, cfg: DictConfig) -> list[Outcome]:
-        """`cfg` is that of the share's first cell, as the launcher composed it."""
+        """`cfg` is the config of the share's first cell, which the share has too."""
         processes.settle_into_worker()
-        first, *others = self.shares[HydraConfig.get().job.num]
-        return [self._run(first, cfg), *(self._run(cell, None) for cell in others)]
+        return [self._run(plan) for plan in self.shares[HydraConfig.get().job.num]]
 
-    def _run(self, cell: Cell, cfg: DictConfig | None) -> Outcome:
+    def _run(self, plan: Plan) -> Outcome:
         try:
-            if cfg is None:
-                cfg = compose(self.context, self.config, cell.overrides)
-            found = sweep.prepare(cfg)[2]
+            cell = sweep.prepare(plan.config)
         except Exception as error:  # what could be planned cannot be prepared here
-            return Outcome(cell.identity, "failed", f"on {platform.node()}: {error}")
-        if found != cell.identity:
+            return Outcome(plan.identity, "failed", f"on {platform.node()}: {error}")
+        if cell.identity != plan.identity:
             what = "a setting that is auto (device, backend, scorer) or a file that it reads became another"
             where = f"planned on {self.planned_on}, run on {platform.node()}"
             mend = "give the setting by name, or run again with the file as it is"
-            return Outcome(cell.identity, "failed", f"{what} ({where}); {mend}")
-        return self.task(cfg)
+            return Outcome(plan.identity, "failed", f"{what} ({where}); {mend}")
+        return self.task(cell)
 
 
 class CellSweeper(Sweeper):
@@ -99,14 +95,17 @@ class CellSweeper(Sweeper):
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
         [jobs] = BasicSweeper.split_arguments(parser.parse_overrides(given), max_batch_size=None)
         asked, cells = self._plan(jobs)
-        place = (self.config.results_dir, self.config.experiment_name)
+        place = (self.config.results_dir, self.config.study)
         sweep.ended = sweep.Ended(*place, tuple(asked), queued=self.elsewhere)
         if cells:
             self._launch(cells)
 
-    def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Cell]]:
+    def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Plan]]:
         """All cells, and those that are not done yet in an order in which they share their work."""
-        planned: dict[str, tuple[list[Any], Cell]] = {}
+        # Brings torch, which `run.py --help` does without.
+        from experiments.session import of_process
+
+        planned: dict[str, tuple[list[Any], Plan]] = {}
         asked: list[str] = []
         for job in track(jobs, "checking the settings"):
             cfg = compose(self.context, self.config, job)
@@ -115,21 +114,22 @@ class CellSweeper(Sweeper):
                     "device=auto is settled here, and this launcher's cells run on other machines; "
                     "add device=cuda (or cpu)"
                 )
-            experiment, settled, identity = sweep.prepare(cfg)
-            experiment.check(settled)
+            cell = sweep.prepare(cfg)
+            cell.study.check(cell.settled, of_process())
             if not self.elsewhere:
-                sweep.check_device(settled)
-            asked.append(identity)
-            if not Store(cfg.results_dir).done(cfg.experiment_name, identity):
-                planned[identity] = (sweep.sharing_key(settled), Cell(job, identity))
+                sweep.check_device(cell.settled)
+            asked.append(cell.identity)
+            if not Store(cfg.results_dir).done(cell.study.name, cell.identity):
+                plan = Plan(job, cfg, cell.identity)
+                planned[cell.identity] = (sweep.sharing_key(cell.settled), plan)
         finished = len(jobs) - len(planned)
         progress.say(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run")
         return asked, [cell for _, cell in sorted(planned.values(), key=lambda item: item[0])]
 
-    def _launch(self, cells: list[Cell]) -> None:
+    def _launch(self, cells: list[Plan]) -> None:
         ended = sweep.ended
         shares = deal(cells, self.max_jobs or len(cells))
-        job = Job(shares, self.task, self.context, self.config, platform.node())
+        job = Job(shares, self.task, platform.node())
         launcher = Plugins.instance().instantiate_launcher(self.context, job, self.config)
         # A job in another process imports this checkout, wherever it starts and whatever is installed there.
         paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -139,7 +139,7 @@ class CellSweeper(Sweeper):
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         identities = {cell.identity for cell in cells}
         pooled = "joblib" in self.config.hydra.launcher._target_
-        with progress.shown(ended.results_dir, ended.experiment, identities):
+        with progress.shown(ended.results_dir, ended.study, identities):
             try:
                 overrides = [share[0].overrides for share in shares]
                 with processes.workers_watched() if pooled else nullcontext():
@@ -150,7 +150,7 @@ class CellSweeper(Sweeper):
                     processes.stop_workers()  # nothing goes on behind the user's back
                 ended.died = f"{type(error).__name__}: {error}"
                 ended.outcomes = [
-                    sweep.outcome_on_disk(ended.results_dir, ended.experiment, cell.identity)
+                    sweep.outcome_on_disk(ended.results_dir, ended.study, cell.identity)
                     for cell in cells
                 ]
 
@@ -160,7 +160,7 @@ def compose(context: HydraContext, config: DictConfig, overrides: Sequence[str])
     return context.config_loader.load_sweep_config(config, list(overrides))
 
 
-def deal(cells: list[Cell], n_jobs: int) -> list[list[Cell]]:
+def deal(cells: list[Plan], n_jobs: int) -> list[list[Plan]]:
     """The cells in at most `n_jobs` runs of neighbours, whose lengths differ by one at most."""
     n_jobs = min(n_jobs, len(cells))
     bounds = [len(cells) * number // n_jobs for number in range(n_jobs + 1)]

@@ -1,5 +1,6 @@
 """The file of one finished cell: written whole, sealed with a digest, and set aside when it is damaged.
 
+JSON: the study's declaration, the resolved config, the provenance, the rows column by column, and what agents said.
 Torch-free: the analysis reads through this module.
 """
 
@@ -9,25 +10,27 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-COLUMNS = (
-    "experiment", "cell", "model", "weights", "document", "context_tokens", "n_agents", "n_hops",
-    "recipe", "policy", "budget_bits", "reader", "backend", "metric", "value", "unit", "ci_low", "ci_high",
-    "n", "sample", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
-)  # fmt: skip
+# Every row has these. A study adds its own, of the same types.
+COLUMNS: Mapping[str, type] = {
+    "study": str, "cell": str, "model": str, "weights": str, "document": str, "context_tokens": int,
+    "n_agents": int, "recipe": str, "policy": str, "budget_bits": float, "reader": str, "metric": str,
+    "value": float, "unit": str, "sample": int, "n": int, "seed": int, "dtype": str, "device": str,
+    "backend": str, "commit": str, "created_at": str, "note": str,
+}  # fmt: skip
+STAMPED = ("study", "cell", "commit", "created_at")  # told once in the file, for all of its rows
+TYPES = {kind.__name__: kind for kind in (str, int, float, bool)}
+FORMAT = 2  # of the file; 1 had rows with columns `protocol`, `ci_low` and `ci_high`
 
-MAX_BYTES = 1 << 23  # of a cell's file; the largest that any experiment writes has 53 kB
-_COUNTS = ("context_tokens", "n_agents", "n_hops", "n", "sample", "seed")
-_NUMBERS = ("budget_bits", "value", "ci_low", "ci_high")
+MAX_BYTES = 1 << 25  # of a cell's file; the largest that any study writes has 2 MB
 # Half characters: JSON can hold them, and no table could be written.
 _HALVES = re.compile("[\ud800-\udfff]")
-# Older results lack these.
-_ADDED = ("backend", "sample")
 
 
 class DamagedCell(Exception):
@@ -39,48 +42,55 @@ class Cell:
     """What a whole file holds.
 
     Attributes:
-        rows: one dict of COLUMNS for each observation.
-        sealed: a digest vouches for it; cells written before there were digests have none.
-        config: its settings; empty where the file does not say.
+        study: the declaration: `name`, `title`, `question`, `answers` and `columns` (name -> type's name).
+        name: the cell's identity.
+        rows: column -> values, equally many in each; None where a row has none. Without the STAMPED ones.
         answers: what agents were asked and said, a dict each.
     """
 
-    rows: list[dict[str, Any]]
-    sealed: bool
-    config: dict[str, Any]
-    answers: list[dict[str, Any]] = field(default_factory=list)
+    study: Mapping[str, Any]
+    name: str
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    rows: Mapping[str, list[Any]]
+    answers: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def columns(self) -> dict[str, type]:
+        """The type of every column that a row of this cell may have."""
+        return types_of(self.study)
 
 
-def compose(
-    experiment: str,
-    cell: str,
-    config: dict[str, Any],
-    provenance: dict[str, Any],
-    rows: list[dict[str, Any]],
-    answers: list[dict[str, Any]] | None = None,
-) -> str:
+def types_of(study: Mapping[str, Any]) -> dict[str, type]:
+    """The columns of a declared study: those of every row, and its own."""
+    return {**COLUMNS, **{name: TYPES[kind] for name, kind in study["columns"].items()}}
+
+
+def compose(cell: Cell) -> str:
     """The text of a cell's file.
 
     Raises:
         ValueError: a number that is not finite.
     """
-    content = {"experiment": experiment, "cell": cell}
-    content |= {"config": config, "provenance": provenance, "rows": rows}
-    content |= {"answers": answers} if answers else {}
-    return json.dumps(content | {"digest": digest(content)}, indent=1, allow_nan=False)
+    content = {"format": FORMAT, "study": dict(cell.study), "cell": cell.name}
+    content |= {"config": cell.config, "provenance": cell.provenance}
+    content |= {"rows": {name: _folded(values) for name, values in cell.rows.items()}}
+    content |= {"n_rows": len(next(iter(cell.rows.values()), ()))}
+    content |= {"answers": list(cell.answers)} if cell.answers else {}
+    return json.dumps(content | {"digest": digest(content)}, allow_nan=False)
 
 
-def digest(content: dict[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of everything in a cell's file but the digest itself; layout does not count."""
     kept = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(kept, allow_nan=False).encode()).hexdigest()
 
 
 def read(path: Path) -> Cell:
-    """A cell's file `.../EXPERIMENT/CELL.json`.
+    """A cell's file `.../STUDY/CELL.json`.
 
     Raises:
-        DamagedCell: half-written, edited by hand, or another cell's.
+        DamagedCell: half-written, edited by hand, another cell's, or of an older format.
         OSError: it cannot be read.
     """
     info = path.stat()
@@ -89,25 +99,42 @@ def read(path: Path) -> Cell:
     if info.st_size > MAX_BYTES:
         raise DamagedCell(f"it has {info.st_size} bytes, and no cell more than {MAX_BYTES}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_number)
-        rows = [_row(row) for row in content["rows"]]
-        sealed = "digest" in content
-        whole = not sealed or content["digest"] == digest(content)
-        config, answers = content.get("config"), content.get("answers", [])
+        cell = parse(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_number))
     except IsADirectoryError as error:
         raise DamagedCell("a folder, not a file") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCell(f"{type(error).__name__}: {error}") from error
+    if (cell.study["name"], cell.name) != (path.parent.name, path.stem):
+        other = f"{cell.name} of {cell.study['name']}"
+        raise DamagedCell(f"it is cell {ascii(other[:80])[1:-1]}")
+    return cell
+
+
+def parse(content: Any) -> Cell:
+    """The cell that a file's JSON holds.
+
+    Raises:
+        DamagedCell: it is not what `compose` wrote.
+    """
+    try:
+        if content.get("format") != FORMAT:
+            raise DamagedCell("its format is another version's; measure it again")
+        if content["digest"] != digest(content):
+            raise DamagedCell("changed since it was written: its digest does not match")
+        types, n_rows = types_of(content["study"]), content["n_rows"]
+        rows = {
+            name: _unfolded(name, values, types[name], n_rows)
+            for name, values in content["rows"].items()
+        }
+        answers = content.get("answers", [])
+        if not all(isinstance(said, dict) for said in answers):
+            raise DamagedCell("its answers are no list of objects")
+        about = (content[name] for name in ("study", "cell", "config", "provenance"))
+        return Cell(*about, rows, answers)
     except KeyError as error:
         raise DamagedCell(f"it has no {error}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCell(f"{type(error).__name__}: {error}") from error
-    if not whole:
-        raise DamagedCell("changed since it was written: its digest does not match")
-    if sealed and (content.get("experiment"), content.get("cell")) != (path.parent.name, path.stem):
-        other = f"{content.get('cell')} of {content.get('experiment')}"
-        raise DamagedCell(f"it is cell {ascii(other[:80])[1:-1]}")
-    if not isinstance(answers, list) or not all(isinstance(said, dict) for said in answers):
-        raise DamagedCell("its answers are no list of objects")
-    return Cell(rows, sealed, config if isinstance(config, dict) else {}, answers)
 
 
 def read_cells(root: str | Path) -> tuple[list[Cell], list[str]]:
@@ -123,7 +150,7 @@ def read_cells(root: str | Path) -> tuple[list[Cell], list[str]]:
     return cells, damaged
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Temporary file, fsync, rename: another process sees the whole file or none.
 
     Raises:
@@ -132,8 +159,8 @@ def write_atomically(path: Path, text: str) -> None:
     # Not tempfile's: its files can be read by their owner only, and results are shared.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -155,20 +182,38 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    complete = {column: (dict.fromkeys(_ADDED) | row)[column] for column in COLUMNS}
-    for column, value in complete.items():
-        if value is None:
-            continue
-        if column in _COUNTS:
-            fits = type(value) is int and 0 <= value < 1 << 63
-        elif column in _NUMBERS:  # 1e999 is JSON, and infinite
-            fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        else:
-            fits = isinstance(value, str) and not _HALVES.search(value)
-        if not fits:
-            raise ValueError(f"{column} cannot be {ascii(value)[:40]}")
-    return complete
+def check_type(column: str, value: Any, kind: type) -> None:
+    """Refuse what the column cannot hold; None is no value and fits everywhere.
+
+    Raises:
+        ValueError: names the column.
+    """
+    if value is None:
+        return
+    if kind is float:  # 1e999 is JSON, and infinite
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    elif kind is int:
+        fits = type(value) is int and 0 <= value < 1 << 63
+    else:
+        fits = type(value) is kind and not (kind is str and _HALVES.search(value))
+    if not fits:
+        raise ValueError(
+            f"{column} cannot be {ascii(value)[:40]}; it is a column of {kind.__name__}"
+        )
+
+
+def _folded(values: list[Any]) -> Any:
+    """One value for all rows where they agree: most columns are of this kind."""
+    return values[0] if values and all(value == values[0] for value in values) else values
+
+
+def _unfolded(column: str, values: Any, kind: type, n_rows: int) -> list[Any]:
+    values = values if isinstance(values, list) else [values] * n_rows
+    if len(values) != n_rows:
+        raise ValueError(f"{column} has {len(values)} values for {n_rows} rows")
+    for value in values:
+        check_type(column, value, kind)
+    return values
 
 
 def _refuse_number(name: str) -> NoReturn:

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -74,43 +74,49 @@ def provenance() -> dict[str, Any]:
 
 
 class Rows(list):
-    """A cell's rows, each a dict of COLUMNS; what all of them share is said once.
+    """A cell's rows, each a dict of columns; what all of them share is said once.
 
     Attributes:
         answers: what agents were asked and said, for whoever wants to read it: a dict each.
     """
 
-    def __init__(self, **shared: Any) -> None:
-        unknown = set(shared) - set(COLUMNS)
-        if unknown:
-            raise ValueError(f"not columns of a result row: {sorted(unknown)}")
+    def __init__(self, columns: Mapping[str, type] | None = None, **shared: Any) -> None:
+        """`columns`: those that the study adds to cellfile.COLUMNS."""
         super().__init__()
-        self._shared = shared
+        self._types = {**COLUMNS, **(columns or {})}
+        self._shared = self._checked(shared)
         self.answers: list[dict[str, Any]] = []
 
     def add(
-        self,
-        metric: str,
-        value: float | None,
-        unit: str,
-        ci: tuple[float, float] | None = None,
-        **columns: Any,
+        self, metric: str, value: float | None, unit: str, *, why: str = "", **about: Any
     ) -> None:
-        """One observation. A value that cannot be had is None, and `note` must say why.
+        """One observation. One that cannot be had is None, NaN or infinite, is kept as None, and `why` says why.
 
         Raises:
-            ValueError: it does not, or a number is NaN or infinite (polykv/evaluation/missing.py).
+            ValueError: a value is missing without a reason, or a column is unknown or of another type.
         """
-        if not all(x is None or math.isfinite(x) for x in (value, *(ci or ()))):
-            raise ValueError(
-                f"{metric} is {value} with interval {ci}; only finite numbers are rows"
-            )
-        if value is None and not columns.get("note"):
-            raise ValueError(f"{metric} is missing without a reason")
-        low, high = ci or (None, None)
-        row = {**self._shared, "metric": metric, "value": value, "unit": unit}
-        row |= {"ci_low": low, "ci_high": high, **columns}
-        self.append({column: row.get(column) for column in COLUMNS})
+        if value is None or not math.isfinite(value):
+            value, about = None, about | {"note": why or about.get("note")}
+            if not about["note"]:
+                raise ValueError(f"{metric} is missing without a reason")
+        row = {"metric": metric, "value": None if value is None else float(value), "unit": unit}
+        self.append(self._shared | self._checked(row | about))
+
+    def by_column(self) -> dict[str, list[Any]]:
+        """Column -> values; columns in which no row has any are left out."""
+        columns = {name: [row.get(name) for row in self] for name in self._types}
+        return {
+            name: values
+            for name, values in columns.items()
+            if any(value is not None for value in values)
+        }
+
+    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        for name, value in row.items():
+            if name not in self._types:
+                raise ValueError(f"{name} is no column of these rows")
+            cellfile.check_type(name, value, self._types[name])
+        return row
 
 
 class StoreError(PolyKVError):
@@ -118,21 +124,21 @@ class StoreError(PolyKVError):
 
 
 class Store:
-    """`ROOT/cells/EXPERIMENT/CELL.json`, one file a cell: done means that the file is there and whole."""
+    """`ROOT/cells/STUDY/CELL.json`, one file a cell: done means that the file is there and whole."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
-    def path(self, experiment: str, cell: str) -> Path:
-        return self.root / "cells" / experiment / f"{cell}.json"
+    def path(self, study: str, cell: str) -> Path:
+        return self.root / "cells" / study / f"{cell}.json"
 
-    def done(self, experiment: str, cell: str) -> bool:
+    def done(self, study: str, cell: str) -> bool:
         """Whether the cell needs no measuring; a damaged file does not count.
 
         Raises:
             StoreError: the file is there and cannot be read.
         """
-        path = self.path(experiment, cell)
+        path = self.path(study, cell)
         try:
             cellfile.read(path)
         except (FileNotFoundError, DamagedCell):
@@ -145,7 +151,7 @@ class Store:
         return True
 
     @contextmanager
-    def claim(self, experiment: str, cell: str) -> Iterator[bool]:
+    def claim(self, study: str, cell: str) -> Iterator[bool]:
         """True while this process alone may run the cell; the lock dies with the process.
 
         What a killed process left of the cell is removed; a damaged file is set aside, named on stderr.
@@ -153,7 +159,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.path(experiment, cell)
+        path = self.path(study, cell)
         marker = path.with_suffix(".lock")
         lock = FileLock(marker)
         try:
@@ -173,31 +179,24 @@ class Store:
             lock.release()
 
     def write(
-        self,
-        experiment: str,
-        cell: str,
-        config: dict[str, Any],
-        rows: list[dict[str, Any]],
-        answers: list[dict[str, Any]] | None = None,
-    ) -> Path:
+        self, study: Mapping[str, Any], cell: str, config: Mapping[str, Any], rows: Rows
+    ) -> Cell:
         """Write a finished cell: temporary file, fsync, rename. Nothing half-written is ever seen.
+
+        Args:
+            study: its declaration (cellfile.Cell).
 
         Raises:
             StoreError: the folder cannot be written or the disk is full; what was done before stays.
         """
-        origin = provenance()
-        stamp = {"experiment": experiment, "cell": cell}
-        stamp |= {key: origin[key] for key in ("commit", "created_at")}
-        stamped = [row | stamp for row in rows]
-        path = self.path(experiment, cell)
+        done = Cell(study, cell, config, provenance(), rows.by_column(), rows.answers)
+        path = self.path(study["name"], cell)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cellfile.write_atomically(
-                path, cellfile.compose(experiment, cell, config, origin, stamped, answers)
-            )
+            cellfile.write_atomically(path, cellfile.compose(done))
         except OSError as error:
             raise _unwritable(path.parent, error) from error
-        return path
+        return done
 
     def check_writable(self) -> None:
         """Fail before long work starts rather than after.
@@ -241,23 +240,41 @@ def _clear(path: Path) -> None:
 
 
 def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every row of every cell below ROOT, in a stable order, and the names of files that cannot be read.
-
-    Raises:
-        PolyKVError: the folder holds no cells.
-    """
+    """Every row of every cell below ROOT as `frame` gives them, and the names of files that cannot be read."""
     cells, damaged = read_cells(root)
-    return frame(root, cells, damaged), damaged
+    return frame(cells), damaged
 
 
-def frame(root: str | Path, cells: list[Cell], damaged: list[str]) -> pd.DataFrame:
-    """The rows of `read_cells(root)` under COLUMNS.
+def frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """The cells' rows under all their columns.
+
+    Whole numbers are Int64 and truths boolean (missing: NA), other numbers float (missing: NaN), texts str
+    (missing: "").
 
     Raises:
-        PolyKVError: there are none.
+        PolyKVError: two studies give a column two types.
     """
-    rows = [row for cell in cells for row in cell.rows]
-    if not rows:
-        listing = f"; damaged: {', '.join(damaged)}" if damaged else ""
-        raise PolyKVError(f"no results in {root}{listing}; run `make run` or `python run.py` first")
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    types: dict[str, type] = dict(COLUMNS)
+    for cell in cells:
+        for name, kind in cell.columns.items():
+            if types.setdefault(name, kind) is not kind:
+                raise PolyKVError(
+                    f"column {name} of {cell.study['name']} has another type elsewhere"
+                )
+    stamped = [
+        pd.DataFrame(cell.rows, columns=list(types), dtype=object).assign(
+            study=cell.study["name"],
+            cell=cell.name,
+            **{name: cell.provenance[name] for name in ("commit", "created_at")},
+        )
+        for cell in cells
+    ]
+    rows = pd.concat(stamped, ignore_index=True) if stamped else pd.DataFrame(columns=list(types))
+    return rows.assign(**{name: typed(rows[name], kind) for name, kind in types.items()})
+
+
+def typed(values: pd.Series, kind: type) -> pd.Series:
+    """A column as `frame` gives it."""
+    if kind is str:
+        return values.astype(object).where(values.notna(), "").astype(str)
+    return values.astype({int: "Int64", bool: "boolean", float: float}[kind])

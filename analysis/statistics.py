@@ -1,0 +1,225 @@
+"""From samples to numbers: means with their intervals, medians, rates, and which recipes the samples tell apart.
+
+Every interval and test of the project is computed here from rows; polykv/evaluation/statistics.py has the formulas.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, skewed_interval, wilson
+
+BASELINE = "full"
+LARGEST_EXPONENT = 700  # e**700 is 1e304, a hundredfold of which still is a float
+DOCUMENTS, BLOCKS = "documents", "blocks of tokens"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its interval, or None with the reason in `note` (else `note` is a remark).
+
+    Attributes:
+        n: observations behind it: tokens, answers, problems or repeats.
+        over: what the interval's sample is: documents, blocks of tokens, problems, quartiles of repeats.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    n: int | None = None
+    over: str = ""
+
+    def map(self, form: Callable[[float], float]) -> "Value":
+        """The value and its ends under a monotone function; an interval stays in order."""
+        if self.value is None:
+            return self
+        ends = sorted(form(end) for end in (self.low, self.high) if end is not None)
+        low, high = ends if len(ends) == 2 else (None, None)
+        return replace(self, value=form(self.value), low=low, high=high)
+
+
+UNMEASURED = Value(None, note="not measured")
+
+
+def mean(rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Value:
+    """The mean over all tokens, from each document's (`sample`) mean of `n` tokens, with its interval.
+
+    The interval's sample are the documents, or blocks of tokens where there are fewer than MIN_DOCUMENTS. A mean of
+    which a document is missing is missing.
+    """
+    whole = rows[rows["block"].isna()] if "block" in rows else rows
+    if whole.empty:
+        return UNMEASURED
+    if whole["value"].isna().any():
+        return Value(None, note=whole.loc[whole["value"].isna(), "note"].iloc[0])
+    values, weights = whole["value"].to_numpy(float), whole["n"].fillna(1).to_numpy(float)
+    few = len(whole) < MIN_DOCUMENTS
+    units = (
+        rows[rows["block"].notna()]["value"].to_numpy(float) if few and "block" in rows else values
+    )
+    interval = skewed_interval(units, bounds) or (None, None)
+    over = (BLOCKS if few else DOCUMENTS) if interval[0] is not None else ""
+    n = whole["n"].sum() if whole["n"].notna().all() else len(whole)
+    return Value(float(np.average(values, weights=weights)), *interval, n=int(n), over=over)
+
+
+def mean_of_answers(
+    rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Value:
+    """The mean over answers (`sample`: document, `agent`), with an interval from MIN_DOCUMENTS answers up."""
+    if rows.empty:
+        return UNMEASURED
+    if rows["value"].isna().any():
+        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
+    samples = [part.to_numpy(float) for _, part in rows.groupby("sample", sort=True)["value"]]
+    n = sum(map(len, samples))
+    value = float(np.concatenate(samples).mean())
+    if n < MIN_DOCUMENTS:
+        return Value(value, note=f"no interval: {n} answers, and it takes {MIN_DOCUMENTS}", n=n)
+    over = DOCUMENTS if len(samples) >= MIN_DOCUMENTS else "answers"
+    return Value(value, *(document_interval(samples, bounds) or (None, None)), n=n, over=over)
+
+
+def rate(rows: pd.DataFrame) -> Value:
+    """The share of samples that are 1, with Wilson's interval."""
+    if rows.empty:
+        return UNMEASURED
+    if rows["value"].isna().any():
+        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
+    right, n = int(rows["value"].sum()), len(rows)
+    return Value(right / n, *(wilson(right, n) or (None, None)), n=n, over="problems")
+
+
+def median(rows: pd.DataFrame) -> Value:
+    """The median of repeats (`sample`), with quartiles as its ends."""
+    if rows.empty:
+        return UNMEASURED
+    if rows["value"].isna().any():
+        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
+    low, mid, high = (float(x) for x in np.percentile(rows["value"], (25, 50, 75)))
+    return Value(mid, low, high, n=len(rows), over="quartiles")
+
+
+def single(rows: pd.DataFrame) -> Value:
+    """The last value, of what has no samples: arithmetic, bytes, statistics of all tokens."""
+    if rows.empty:
+        return UNMEASURED
+    last = rows.iloc[-1]
+    n = None if pd.isna(last["n"]) else int(last["n"])
+    if pd.isna(last["value"]):
+        return Value(None, note=last["note"])
+    return Value(float(last["value"]), note=last["note"], n=n)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a figure of a table comes from a cell's rows.
+
+    Attributes:
+        where: the columns that the rows of `metric` must have; where it names no statistic, rows have none.
+        reduce: `mean`, `mean_of_answers`, `rate`, `median` or `single`, from those rows.
+        form: what is shown of it, such as `percent`.
+    """
+
+    metric: str
+    where: Mapping[str, str] = field(default_factory=dict)
+    reduce: Callable[[pd.DataFrame], Value] = single
+    form: Callable[[float], float] | None = None
+
+    def of(self, rows: pd.DataFrame) -> Value:
+        """The figure, from the rows of one cell or of cells of one line, of which the newest counts."""
+        mine = rows[rows["metric"] == self.metric]
+        for column, wanted in ({"statistic": ""} | dict(self.where)).items():
+            if column in mine:
+                mine = mine[mine[column] == wanted]
+        if len(mine) and mine["cell"].nunique() > 1:
+            mine = mine[
+                mine["cell"] == mine.sort_values("created_at", kind="stable")["cell"].iloc[-1]
+            ]
+        found = self.reduce(mine)
+        if self.form is None or found.value is None:
+            return found
+        shown = found.map(self.form)
+        if not math.isfinite(shown.value):
+            return Value(
+                None, note="the exponential of a mean log-probability leaves the range of a float"
+            )
+        return shown
+
+
+def within(low: float, high: float) -> Callable[[pd.DataFrame], Value]:
+    """`mean` of what cannot leave these bounds."""
+    return lambda rows: mean(rows, (low, high))
+
+
+def percent(difference: float) -> float:
+    """The ratio of two perplexities, less 1, in percent, of the difference of their mean log-probabilities."""
+    return 100 * math.expm1(difference) if abs(difference) < LARGEST_EXPONENT else math.nan
+
+
+def exponential(nats: float) -> float:
+    """e**x, NaN where that leaves the range of a float."""
+    return math.exp(nats) if abs(nats) < LARGEST_EXPONENT else math.nan
+
+
+def bits_of_ratio(ratio: float) -> float:
+    """Bits per cached value, of the ratio to fp16."""
+    return 16 / ratio
+
+
+# What compare's rows give; further measures stand with the study that shows them.
+QUALITY: Mapping[str, Measure] = {
+    "perplexity": Measure("nll", reduce=mean, form=exponential),
+    "perplexity_full": Measure("nll_full", reduce=mean, form=exponential),
+    "perplexity_delta": Measure("nll_delta", reduce=mean, form=percent),
+    "kl_mean": Measure("kl", reduce=within(0, math.inf)),
+    "kl_median": Measure("kl", {"statistic": "median"}),
+    "kl_p99": Measure("kl", {"statistic": "p99"}),
+    "same_top1": Measure("same_top1", reduce=within(0, 1)),
+    "delta_p_mean": Measure("delta_p", reduce=within(-1, 1)),
+    "delta_p_rms": Measure("delta_p", {"statistic": "rms"}),
+    "exact_match": Measure("exact_match", reduce=rate),
+    "contains": Measure("contains", reduce=rate),
+    "bertscore_f1": Measure("bertscore_f1", reduce=lambda rows: mean_of_answers(rows, (-1, 1))),
+    "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: _plain_mean(rows)),
+}
+BYTES: Mapping[str, Measure] = {
+    "nominal_ratio": Measure("compression_ratio", {"accounting": "nominal"}),
+    "stored_ratio": Measure("compression_ratio", {"accounting": "stored"}),
+    "stored_bits": Measure("compression_ratio", {"accounting": "stored"}, form=bits_of_ratio),
+    "paper": Measure("kv_memory", {"accounting": "paper"}),
+    "stored": Measure("kv_memory", {"accounting": "stored"}),
+    "resident": Measure("kv_memory", {"accounting": "resident"}),
+}
+
+
+def rescaled(f1: Value, floor: Value) -> Value:
+    """BERTScore F1 above its floor: (F1 - floor) / (1 - floor)."""
+    if f1.value is None or floor.value is None:
+        return f1 if f1.value is None else floor
+    if floor.value > 1 - 1e-4:  # only rounding is above it
+        return Value(
+            None, note="mismatched answers score 1 too, so nothing can stand above the floor"
+        )
+    return f1.map(lambda score: (score - floor.value) / (1 - floor.value))
+
+
+def _plain_mean(rows: pd.DataFrame) -> Value:
+    found = mean_of_answers(rows)
+    return found if found.value is None else Value(found.value, n=found.n)
+
+
+def samples_of(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.Series:
+    """Values of `metric` by `by` and `sample`: one a document, the newest cell's; no blocks, no statistics."""
+    mine = rows[(rows["metric"] == metric) & rows["sample"].notna()]
+    for column in ("block", "statistic"):
+        if column in mine:
+            mine = mine[mine[column].isna() | (mine[column] == "")]
+    mine = mine.sort_values("created_at", kind="stable").drop_duplicates(
+        [*by, "sample"], keep="last"
+    )
+    return mine.set_index([*by, "sample"])["value"]

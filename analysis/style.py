@@ -1,0 +1,325 @@
+"""How every figure looks: the colours, markers and names of recipes, policies and readers, panels and legends."""
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no window
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_hex, to_rgb  # noqa: E402
+from matplotlib.container import BarContainer, ErrorbarContainer  # noqa: E402
+from matplotlib.figure import Figure as Canvas  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import (  # noqa: E402
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+
+from analysis.statistics import BASELINE  # noqa: E402
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+COLUMN, PAGE = 3.35, 7.0  # inches: one column, and both
+HEADING = 0.2  # inches that a heading takes
+ENTRY = 0.15  # inches that a line of a legend takes
+LETTERS = 13  # of a legend to an inch, its handle counted
+SIZE = 7.0  # points, the smallest text of any figure
+# Where a decade of a log axis may have its numbers, coarsest first, and the fewest numbers that show it is log.
+DIGITS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))
+FEWEST = 4
+# No date, no version: the same rows give the same files.
+UNDATED = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
+BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
+GREEN, PINK, SKY, GREY = "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"
+# A family of recipes has one colour and one marker: the first prefix that fits.
+FAMILIES = {
+    BASELINE: ("uncompressed", BLACK, "o"),
+    "polykv": ("PolyKV", VERMILION, "D"),
+    "turboquant": ("TurboQuant", BLUE, "o"),
+    "vllm": ("vLLM presets", PINK, "P"),
+    "kivi": ("KIVI", GREEN, "^"),
+    "uniform": ("absmax", ORANGE, "s"),
+    "per_layer": ("absmax", ORANGE, "s"),
+    "transformers": ("transformers' own", SKY, "*"),
+    "q": ("ggml", BLACK, "v"),
+    "": ("8-bit formats", GREY, "X"),
+}
+POLICIES = {
+    "full": GREY,
+    "reprefill": BLACK,
+    "fp16": GREY,
+    "uniform": ORANGE,
+    "local": GREEN,
+    "topology": VERMILION,
+    "random": SKY,
+    "sinks_recent": BLUE,
+    "inverse": PINK,
+}
+# What a figure calls a reader, and its colour.
+READERS = {
+    "private": ("unshared caches", BLACK),
+    "inject": ("dequantize, as published", ORANGE),
+    "cascade": ("in place", BLUE),
+}
+MARKERS = "osD^vPX*<>"
+CONTRAST = 4.5  # to white, WCAG's least for text
+SPARE = (ORANGE, SKY, GREEN, PINK, BLUE, VERMILION, GREY, BLACK)
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def styled(build: Callable[P, R]) -> Callable[P, R]:
+    """A builder of figures in the one style: colours and sizes are taken while it draws."""
+
+    @functools.wraps(build)
+    def inside(*arguments: P.args, **named: P.kwargs) -> R:
+        with plt.style.context(STYLE):
+            return build(*arguments, **named)
+
+    return inside
+
+
+def sheet(
+    headings: Sequence[str],
+    across: int,
+    height: float,
+    width: float = PAGE,
+    share_y: bool = False,
+) -> tuple[Canvas, list[list[Axes]]]:
+    """One row of `across` panels, each `height` inches tall, under each heading ("": none).
+
+    `share_y`: the panels of a row have one y axis, with its numbers at the first.
+    """
+    heights = [height + HEADING * (1 + heading.count("\n")) * bool(heading) for heading in headings]
+    canvas = plt.figure(figsize=(width, sum(heights)))
+    parts = canvas.subfigures(len(headings), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, heading in zip(parts, headings, strict=True):
+        if heading:
+            part.suptitle(heading, x=0.01, ha="left")
+    rows = [part.subplots(1, across, squeeze=False, sharey=share_y)[0] for part in parts]
+    return canvas, [list(row) for row in rows]
+
+
+def legend(canvas: Canvas) -> Canvas:
+    """Every labelled line of the panels once, below them, in as many columns as fit the width.
+
+    Names too long for the width (a recipe's with many settings) are broken.
+    """
+    named = {}
+    for ax in canvas.axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
+    width, height = canvas.get_size_inches()
+    texts = [textwrap.fill(name, int(LETTERS * width)) for name in named]
+    for columns in range(len(named), 0, -1):
+        shown = canvas.legend(
+            list(named.values()), texts, loc="outside lower center", ncols=columns
+        )
+        if shown.get_window_extent().width <= canvas.bbox.width or columns == 1:
+            lines = sum(1 + text.count("\n") for text in texts)
+            canvas.set_size_inches(width, height + ENTRY * math.ceil(lines / columns))
+            break
+        shown.remove()
+    return canvas
+
+
+def absent(ax: Axes, why: str) -> Axes:
+    """A panel that says why it is empty."""
+    ax.set_axis_off()
+    ax.text(0, 0.5, why, transform=ax.transAxes, va="center", color="0.3", wrap=True)
+    return ax
+
+
+def number_ticks(ax: Axes, places: Sequence[float]) -> Axes:
+    """Numbers with thousands separators at these places of x."""
+    ax.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
+    return ax
+
+
+class Numbers(Locator):
+    """Ticks of a log axis at the coarsest of DIGITS that gives FEWEST in view; in a narrow view, even steps."""
+
+    def __call__(self) -> list[float]:
+        return self.tick_values(*sorted(self.axis.get_view_interval()))
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """The ticks from `vmin` to `vmax`, both above 0."""
+        decades = range(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
+        for digits in DIGITS:
+            ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+            ticks = [tick for tick in ticks if vmin <= tick <= vmax]
+            if len(ticks) >= FEWEST:
+                return ticks
+        for intervals in range(FEWEST + 2, 3 * FEWEST):
+            even = MaxNLocator(intervals, steps=(1, 2, 5, 10)).tick_values(vmin, vmax)
+            ticks = [tick for tick in even if vmin <= tick <= vmax]
+            if len(ticks) >= FEWEST:
+                break
+        return ticks
+
+
+def plain_log(ax: Axes) -> Axes:
+    """A log y axis with enough plain numbers to be read as one, and small ticks between them."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(Numbers())
+    ax.yaxis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=99))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    return ax
+
+
+def save(canvas: Canvas, stem: Path, formats: Sequence[str]) -> list[Path]:
+    """Write `stem`.png and/or .pdf: the same rows give the same bytes."""
+    files = []
+    with plt.style.context(STYLE):
+        for kind in formats:
+            files.append(stem.with_suffix(f".{kind}"))
+            drawn = (
+                BytesIO()
+            )  # where a disk is full, matplotlib's PDF writer hides the error behind its own
+            canvas.savefig(drawn, format=kind, metadata=UNDATED[kind])
+            files[-1].write_bytes(drawn.getvalue())
+    plt.close(canvas)
+    return files
+
+
+def family(recipe: str) -> tuple[str, str, str]:
+    """(name, colour, marker) of a recipe's family."""
+    return next(f for prefix, f in FAMILIES.items() if recipe.startswith(prefix))
+
+
+def colours(recipes: Iterable[str]) -> dict[str, str]:
+    """Each recipe's colour among these: its family's, or where that is taken one that is left."""
+    found: dict[str, str] = {}
+    names = list(dict.fromkeys(recipes))
+    for name in names:
+        own = family(name)[1]
+        reserved = {family(other)[1] for other in names}
+        free = [own, *(c for c in SPARE if c not in reserved), *SPARE]
+        found[name] = next((c for c in free if c not in found.values()), own)
+    return found
+
+
+def policy_colour(policy: str) -> str:
+    return POLICIES.get(policy, BLACK)
+
+
+def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each recipe among many: its family's colour, and a marker of its own in the family."""
+    members: dict[str, list[str]] = {}
+    for recipe in recipes:
+        members.setdefault(family(recipe)[0], []).append(recipe)
+    return {
+        recipe: (family(recipe)[1], MARKERS[place % len(MARKERS)])
+        for mine in members.values()
+        for place, recipe in enumerate(mine)
+    }
+
+
+def ink(tint: str) -> str:
+    """The colour as text: as dark as reading on white needs, of the same hue."""
+    shade = to_rgb(tint)
+    while contrast(shade) < CONTRAST:
+        shade = tuple(0.95 * part for part in shade)
+    return to_hex(shade)
+
+
+def contrast(shade: Sequence[float]) -> float:
+    """To white, from 1 to 21 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade[:3]]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return 1.05 / (luminance + 0.05)
+
+
+MOST = 12  # names; a caption counts more than these
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure and its caption."""
+
+    canvas: Canvas
+    caption: str
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the marks of a figure mean; each is said only where the figure has it.
+
+    Attributes:
+        panels: whether the titles of the panels are said.
+        lines: what the names in the legend are.
+        bars, dashed, dotted, dots: what marks of this kind are.
+        more: what holds whatever is drawn.
+    """
+
+    panels: bool = False
+    lines: str = "Lines"
+    bars: str = "95 % intervals"
+    dashed: str = ""
+    dotted: str = ""
+    dots: str = ""
+    more: str = ""
+
+
+def picture(canvas: Canvas, shows: str, about: str, marks: Marks | None = None) -> Picture:
+    """The figure with its caption: what it `shows`, its panels, lines and marks as drawn, and what its rows are.
+
+    `about` is render.describe of the rows.
+    """
+    says = marks or Marks()
+    axes = [ax for ax in canvas.axes if ax.axison and ax.has_data()]
+    axes = [ax for ax in axes if ax.get_label() != "<colorbar>"]
+    titles = dict.fromkeys(ax.get_title(loc="left") for ax in axes)
+    names = [text.get_text().replace("\n", " ") for text in _legend(canvas)]
+    kinds = {mark for ax in axes for line in ax.lines if (mark := _mark(line))}
+    log = {axis for ax in axes for axis in "xy" if getattr(ax, f"get_{axis}scale")() != "linear"}
+    parts = [
+        f"{shows}: {'; '.join(titles)}" if says.panels else shows,
+        f"{says.lines}: {'; '.join(names)}" if 0 < len(names) <= MOST else "",
+        f"Error bars: {says.bars}" if _has_bars(canvas) else "",
+        *(f"{kind}: {getattr(says, kind.lower())}" for kind in sorted(kinds)),
+        f"Log {' and '.join(sorted(log))} {'axes' if len(log) > 1 else 'axis'}" if log else "",
+        says.more,
+    ]
+    return Picture(
+        canvas, " ".join([*(f"{part.removesuffix('.')}." for part in parts if part), about])
+    )
+
+
+def _legend(canvas: Canvas) -> list:
+    own = [legend for ax in canvas.axes if (legend := ax.get_legend())]
+    return [text for legend in (*canvas.legends, *own) for text in legend.get_texts()]
+
+
+def _mark(line: Line2D) -> str:
+    """What kind of line it is, of those that a caption explains."""
+    if line.get_marker() == "." and line.get_linestyle() == "None":
+        return "Dots"
+    return {"--": "Dashed", ":": "Dotted"}.get(line.get_linestyle(), "")
+
+
+def _has_bars(canvas: Canvas) -> bool:
+    """Whether an interval is drawn that has a length."""
+    held = [container for ax in canvas.axes for container in ax.containers]
+    held += [c.errorbar for c in held if isinstance(c, BarContainer) and c.errorbar]
+    bars = [part for c in held if isinstance(c, ErrorbarContainer) for part in c[2]]
+    return any((ends[0] != ends[-1]).any() for bar in bars for ends in bar.get_segments())

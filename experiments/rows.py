@@ -1,0 +1,148 @@
+"""Rows that several studies write: bytes of a pool, scores of a recipe's readings, answers of agents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from omegaconf import DictConfig
+
+from experiments.session import Session
+from experiments.settings import answer_dtype
+from polykv.errors import PolyKVError
+from polykv.evaluation import bertscore, continuation
+from polykv.evaluation.answers import contains
+from polykv.evaluation.continuation import Comparison
+from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
+from polykv.evaluation.statistics import MIN_DOCUMENTS, blocks
+from polykv.models import Geometry, load_config
+from polykv.pool import SharedKVPool
+from polykv.progress import phase
+from polykv.recipe import Recipe, load_recipe
+from polykv.reference.documents import matches
+from polykv.results import Rows
+
+# accounting: nominal, stored, paper or resident. synthetic: the cache is random and of the model's geometry.
+BYTES = {"accounting": str, "head_dim": int, "n_tokens": int, "synthetic": bool}
+# statistic: of all tokens, where a row is no mean of a document; block: a run of tokens within the document.
+SCORES = {"statistic": str, "block": int}
+ANSWERS = {"agent": int, "scorer": str}
+# Metrics whose intervals rest on blocks of tokens where there are few documents.
+BLOCKED = ("nll_delta", "kl", "same_top1", "delta_p")
+RIGHT = {"exact_match": matches, "contains": contains}
+
+
+def add_ratio(rows: Rows, pool: SharedKVPool, synthetic: bool = False) -> None:
+    """compression_ratio: fp16 bits over payload bits (nominal), and fp16 bytes over all bytes kept (stored)."""
+    about = {"head_dim": pool.head_dim, "n_tokens": pool.n_tokens, "synthetic": synthetic}
+    ratios = {"nominal": pool.nominal_ratio, "stored": pool.stored_ratio}
+    for accounting, ratio in ratios.items():
+        rows.add("compression_ratio", ratio, "x", accounting=accounting, **about)
+
+
+def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool = False) -> None:
+    """kv_memory in GB (1e9 bytes): as the paper counts it, as stored, and resident where `cfg.resident` asks for it."""
+    shared = not Recipe.from_config(cfg.recipe).is_full
+    reader = cfg.reader if shared else "private"
+    geometry = Geometry.of(load_config(cfg.model))
+    ratio = pool.nominal_ratio if shared else None
+    about = {"reader": reader, "n_tokens": pool.n_tokens, "synthetic": synthetic}
+    found = {
+        "paper": paper_bytes(geometry, pool.n_tokens, cfg.n_agents, ratio),
+        "stored": pool.stored_bytes * (1 if shared else cfg.n_agents),
+    }
+    for accounting, n_bytes in found.items():
+        rows.add("kv_memory", n_bytes / GB, "GB", accounting=accounting, **about)
+    if not cfg.resident:
+        return
+    crowd = (pool.n_tokens, cfg.n_agents, cfg.device, cfg.backend)
+    phase("measuring resident memory")
+    peak, why = None, ""
+    try:
+        peak = resident_bytes(cfg.model, cfg.recipe, reader, *crowd) / GB
+    except PolyKVError as error:
+        why = str(error)
+    rows.add("kv_memory", peak, "GB", why=why, accounting="resident", **about)
+
+
+def add_scores(rows: Rows, comparisons: Sequence[Comparison]) -> None:
+    """Each document's mean over its scored tokens of what continuation.UNITS lists, and statistics of all tokens.
+
+    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest.
+
+    Raises:
+        PolyKVError: not one token was scored.
+    """
+    if not sum(len(c.kl) for c in comparisons):
+        raise PolyKVError("no token was scored, so nothing can be compared; give more text")
+    few = sum(len(c.kl) > 0 for c in comparisons) < MIN_DOCUMENTS
+    for sample, comparison in enumerate(comparisons):
+        if not len(comparison.kl):
+            continue
+        why = continuation.why_not_finite([comparison])
+        for metric, tokens in comparison.per_token().items():
+            _add_mean(rows, metric, tokens, why, sample=sample)
+            if few and metric in BLOCKED and np.isfinite(tokens).all():
+                for block, run in enumerate(blocks(tokens)):
+                    _add_mean(rows, metric, run, why, sample=sample, block=block)
+    why, n = continuation.why_not_finite(comparisons), sum(len(c.kl) for c in comparisons)
+    for (metric, statistic), value in continuation.pooled_statistics(comparisons).items():
+        rows.add(metric, value, continuation.UNITS[metric], why=why, statistic=statistic, n=n)
+
+
+def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: int) -> None:
+    with np.errstate(invalid="ignore"):
+        mean = float(tokens.mean())
+    rows.add(metric, mean, continuation.UNITS[metric], why=why, n=len(tokens), **about)
+
+
+def add_answers(rows: Rows, cfg: DictConfig, session: Session) -> None:
+    """A row for each answer: BERTScore F1 against the uncompressed cache's, its floor, and whether it is right.
+
+    Of `cfg.answers` documents, `cfg.n_agents` questions each; none where that is 0. The answers go into
+    `rows.answers`.
+    """
+    if not cfg.answers:
+        return
+    said = session.answers(cfg, cfg.answers)
+    references = session.answers(cfg, cfg.answers, load_recipe("full"))
+    documents = session.documents(cfg)[: cfg.answers]
+    questions = [document.questions[: cfg.n_agents] for document in documents]
+    about = {"context_tokens": documents[0].n_tokens, "dtype": answer_dtype(cfg)}
+    phase("BERTScore")
+    _add_bertscore(rows, said, references, cfg.scorer.name, about)
+    for sample, parts in enumerate(zip(questions, references, said, strict=True)):
+        for agent, (question, reference, answer) in enumerate(zip(*parts, strict=True)):
+            asked_of = {"document": sample, "agent": agent, "question": question.text}
+            told = {"gold": question.answer, "reference": reference, "answer": answer}
+            rows.answers.append(asked_of | told)
+            if question.answer is not None:
+                place = {"sample": sample, "agent": agent, **about}
+                for metric, is_right in RIGHT.items():
+                    rows.add(metric, float(is_right(answer, question.answer)), "rate", n=1, **place)
+    if all(answer["gold"] is None for answer in rows.answers):
+        for metric in RIGHT:
+            why = f"document={cfg.document.name} has no exact answers"
+            rows.add(metric, None, "rate", why=why, **about)
+
+
+def _add_bertscore(
+    rows: Rows,
+    answers: list[list[str]],
+    references: list[list[str]],
+    scorer: str,
+    about: dict[str, int | str],
+) -> None:
+    for sample, pair in enumerate(zip(answers, references, strict=True)):
+        for agent, score in enumerate(bertscore.f1(*pair, scorer)):
+            place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
+            rows.add("bertscore_f1", float(score), "f1", n=1, **place)
+    pairs = bertscore.floor_pairs(answers, references)
+    if not pairs:
+        why = "no two reference answers differ, so no pair is mismatched; use more agents"
+        rows.add("bertscore_floor", None, "f1", why=why, scorer=scorer, **about)
+        return
+    samples, agents, mine, others = zip(*pairs, strict=True)
+    for sample, agent, score in zip(
+        samples, agents, bertscore.f1(list(mine), list(others), scorer), strict=True
+    ):
+        place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
+        rows.add("bertscore_floor", float(score), "f1", n=1, **place)
