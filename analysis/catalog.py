@@ -2,8 +2,8 @@
 
 A module has, as far as it needs: TABLES, FIGURES, TEXTS and BELOW (name -> from the study's rows to a render.Table,
 style.Picture, Markdown, or lines below the table on a terminal), and CLAIMS (from the study's rows to claims). None
-stands for what was not run; of a figure, a text says why it cannot be drawn. ALSO names other studies whose rows it
-reads as well.
+stands for what was not run; of a figure, a text says why it cannot be drawn. STUDY names the study where the module is
+not named as it; ALSO names others whose rows it reads as well.
 """
 
 import pkgutil
@@ -50,8 +50,8 @@ def modules() -> Mapping[str, ModuleType]:
 def pieces(kind: str) -> Mapping[str, Piece]:
     """Every piece of one of KINDS, by name."""
     return {
-        name: Piece(study, name, of, getattr(module, "ALSO", ()))
-        for study, module in modules().items()
+        name: Piece(getattr(module, "STUDY", own), name, of, getattr(module, "ALSO", ()))
+        for own, module in modules().items()
         for name, of in getattr(module, kind, {}).items()
     }
 

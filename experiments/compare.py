@@ -4,7 +4,10 @@ The question that users have, in one table: stored bits, perplexity delta and KL
 documents, memory while all agents decode (`resident`) and, on request (`answers`), what the agents say.
 """
 
-from omegaconf import DictConfig
+from dataclasses import fields
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import rows as write
 from experiments import settings
@@ -13,16 +16,28 @@ from experiments.study import Study
 from polykv.errors import PolyKVError
 from polykv.evaluation import bertscore, memory, process
 from polykv.progress import track
+from polykv.recipe import Recipe
 from polykv.results import Rows
 
 COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS}
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`scorer=auto` becomes the scorer that is there, so that the rows and the cell's identity say it."""
+    """`scorer=auto` becomes the scorer that is there, and the seed also draws the rotations."""
     settled = settings.settle(cfg)
     settled.scorer.name = bertscore.resolve(cfg.scorer.name)
+    Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
+    for part in (settled.recipe.key, settled.recipe.value):
+        _seed(part, settled.seed)
     return settled
+
+
+def _seed(codec: DictConfig, seed: int) -> None:
+    """Write the seed into every codec that takes one and does not say its own."""
+    for child in (child for child in codec.values() if OmegaConf.is_dict(child)):
+        _seed(child, seed)
+    if "seed" in {f.name for f in fields(get_class(codec._target_))} and "seed" not in codec:
+        codec.seed = seed
 
 
 def check(cfg: DictConfig, session: Session) -> None:

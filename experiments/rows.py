@@ -1,6 +1,7 @@
 """Rows that several studies write: bytes of a pool, scores of a recipe's readings, answers of agents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -63,10 +64,11 @@ def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool 
     rows.add("kv_memory", peak, "GB", why=why, accounting="resident", **about)
 
 
-def add_scores(rows: Rows, comparisons: Sequence[Comparison]) -> None:
+def add_scores(rows: Rows, comparisons: Sequence[Comparison], **about: Any) -> None:
     """Each document's mean over its scored tokens of what continuation.UNITS lists, and statistics of all tokens.
 
-    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest.
+    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest. `about` are further
+    columns.
 
     Raises:
         PolyKVError: not one token was scored.
@@ -79,16 +81,18 @@ def add_scores(rows: Rows, comparisons: Sequence[Comparison]) -> None:
             continue
         why = continuation.why_not_finite([comparison])
         for metric, tokens in comparison.per_token().items():
-            _add_mean(rows, metric, tokens, why, sample=sample)
+            _add_mean(rows, metric, tokens, why, sample=sample, **about)
             if few and metric in BLOCKED and np.isfinite(tokens).all():
                 for block, run in enumerate(blocks(tokens)):
-                    _add_mean(rows, metric, run, why, sample=sample, block=block)
+                    _add_mean(rows, metric, run, why, sample=sample, block=block, **about)
     why, n = continuation.why_not_finite(comparisons), sum(len(c.kl) for c in comparisons)
     for (metric, statistic), value in continuation.pooled_statistics(comparisons).items():
-        rows.add(metric, value, continuation.UNITS[metric], why=why, statistic=statistic, n=n)
+        rows.add(
+            metric, value, continuation.UNITS[metric], why=why, statistic=statistic, n=n, **about
+        )
 
 
-def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: int) -> None:
+def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: Any) -> None:
     with np.errstate(invalid="ignore"):
         mean = float(tokens.mean())
     rows.add(metric, mean, continuation.UNITS[metric], why=why, n=len(tokens), **about)

@@ -11,6 +11,7 @@ from scipy import stats
 
 from analysis import compare
 from analysis.load import load
+from experiments.compare import STUDY
 from polykv.config import REPO
 from polykv.evaluation.statistics import paired_ratio
 from polykv.results import Rows, Store
@@ -51,10 +52,15 @@ def test_every_value_on_the_screen_is_that_of_the_rows(swept):
     root, printed, _ = swept
     rows = load(root).rows
     line = next(line for line in printed.splitlines() if line.startswith("turboquant_3bit"))
-    mine = rows[rows["recipe"] == "turboquant_3bit"].set_index("metric")
-    ratio = mine[mine["protocol"] == "stored"].loc["compression_ratio", "value"]
-    assert f"{16 / ratio:.2f}" in line and f"{mine.loc['kl_mean', 'value']:.2g}" in line
-    assert f"{mine.loc['perplexity_delta', 'value']:+.2f}" in line
+    mine = rows[rows["recipe"] == "turboquant_3bit"]
+    stored = mine[(mine["metric"] == "compression_ratio") & (mine["accounting"] == "stored")]
+    whole = mine[mine["block"].isna() & mine["sample"].notna()]
+    mean = {
+        metric: np.average(part["value"], weights=part["n"].astype(float))
+        for metric, part in whole[whole["n"] > 1].groupby("metric")
+    }
+    assert f"{16 / stored['value'].iloc[0]:.2f}" in line and f"{mean['kl']:.2g}" in line
+    assert f"{100 * np.expm1(mean['nll_delta']):+.2f}" in line
 
 
 def test_progress_names_cell_and_phase_in_a_pipe(swept):
@@ -73,11 +79,11 @@ def test_answers_can_be_read(swept):
 def samples(tmp_path, kl: dict[str, np.ndarray]) -> pd.DataFrame:
     """Results in which each recipe has this KL divergence on each document."""
     for recipe, values in kl.items():
-        rows = Rows(model="m", weights="random", document="d", context_tokens=9, recipe=recipe, reader="inject",
-                    dtype="float32", device="cpu", seed=0)  # fmt: skip
+        rows = Rows(STUDY.columns, model="m", weights="random", document="d", context_tokens=9, recipe=recipe,
+                    reader="inject", dtype="float32", device="cpu", seed=0)  # fmt: skip
         for index, value in enumerate(values):
-            rows.add("document_kl_mean", float(value), "nats", sample=index)
-        Store(tmp_path).write("compare", recipe, {"recipe": {"name": recipe}}, rows)
+            rows.add("kl", float(value), "nats", sample=index, n=9)
+        Store(tmp_path).write(STUDY.declaration(), recipe, {"recipe": {"name": recipe}}, rows)
     return load(tmp_path).rows
 
 
