@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier report gpu test faults fuzz audit lint format docs reference clean
+.PHONY: help run frontier report gpu test test-all faults fuzz audit lint format docs reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,8 +48,11 @@ report: $(INSTALLED)  ## one page of all that was measured, to send on (or resul
 gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDIA GPU (resumable)
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
-test: $(INSTALLED)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: $(INSTALLED)  ## the test suite, but for the slow part
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: test  ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 faults: $(INSTALLED)  ## break what can be broken: kills, full disks, hostile files, bad input, load; results/reliability.md
 	$(BIN)/python -m reliability
