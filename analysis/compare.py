@@ -47,6 +47,7 @@ MEASURES = {
     "contains": ("contains", None, 1.0),
     "bertscore_f1": ("bertscore_f1", None, 1.0),
     "bertscore_floor": ("bertscore_floor", None, 1.0),
+    "empty_answers": ("empty_answers", None, 1.0),
     "nominal_ratio": ("compression_ratio", "nominal", 1.0),
     "perplexity": ("perplexity", None, 1.0),
 }
@@ -63,6 +64,7 @@ COLUMNS = (
     Column("contains", "contains", fixed(2)),
     Column("bertscore_f1", "BERT F1", fixed(3), interval=True),
     Column("bertscore_floor", "floor", fixed(3)),
+    Column("empty_answers", "empty", fixed(0)),
     Column("nominal_ratio", "nominal", fixed(3)),
     Column("perplexity", "ppl", fixed(2)),
 )

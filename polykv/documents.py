@@ -10,7 +10,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from polykv import chat, hub, shipped, windows
+from polykv import chat, hub, shipped, textfile, windows
 from polykv.errors import PolyKVError
 from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
@@ -129,8 +129,8 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     text = read_text(cfg.document, "path")
     questions = _generic_questions()
     if cfg.document.get("questions") is not None:
-        lines = read_text(cfg.document, "questions").splitlines()
-        questions = [(line.strip(), None) for line in lines if line.strip()]
+        lines = textfile.lines(read_text(cfg.document, "questions"))
+        questions = [(line.strip(), None) for line in lines]
     return _consecutive(cfg, tokenizer, text, questions)
 
 
@@ -172,18 +172,7 @@ def read_text(document: DictConfig, key: str) -> str:
     """
     if OmegaConf.is_missing(document, key):
         raise PolyKVError(f"document={document.name} needs document.{key}=/path/to/a/text/file")
-    path = Path(document[key]).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PolyKVError(
-            f"cannot read document.{key}={path} ({error.strerror}); give the path of a text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise PolyKVError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-    if not text.strip():
-        raise PolyKVError(f"{path} is empty; give a file with text")
-    return text
+    return textfile.read(Path(document[key]).expanduser(), f"document.{key}")
 
 
 def check_document(cfg: DictConfig) -> None:
@@ -258,5 +247,5 @@ def _in_chat(
 
 
 def _generic_questions() -> list[tuple[str, str | None]]:
-    lines = (shipped.TEXTS / "generic_questions.txt").read_text(encoding="utf-8").splitlines()
-    return [(line, None) for line in lines]
+    text = textfile.read(shipped.TEXTS / "generic_questions.txt", "the package's questions")
+    return [(line, None) for line in textfile.lines(text)]

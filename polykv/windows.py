@@ -11,9 +11,11 @@ from polykv.errors import PolyKVError
 # An article's title stands alone between blank lines. Sections have more than one `=`, and lines of formulas, which
 # may look like a title, stand in the text.
 TITLE = re.compile(r"(?:\A|^ *\n) = (?!= )[^\n]+(?<! =) = *\n *$", re.MULTILINE)
-BORDER = re.compile(r"(?<=\S)\s")  # no tokenizer of today merges across the end of a word
 CHARACTERS = 8  # read a token, at first
 MARGIN = 64  # tokens behind the last one that is needed, so that no cut is near it
+# Between two cuts of a text. More than the longest word that tokenizers cut in pieces (100 characters), and prime, as
+# some count digits in groups from the end of a number.
+APART = 509
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
@@ -26,12 +28,19 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
     """The text's first `n_tokens` ids (1, tokens), or all where it has fewer; of a long text no more is tokenised
     than that takes.
+
+    What follows a cut can change the tokens before it: those of the word that it cuts, and of texts without spaces
+    all that merge with their neighbours. So two beginnings of different lengths must agree on all tokens but the
+    last MARGIN of the shorter one; where they do not, more is read.
     """
     n_characters = CHARACTERS * (n_tokens + MARGIN)
-    while border := BORDER.search(text, n_characters):
-        ids_BT = encode(tokenizer, text[: border.start()])
-        if ids_BT.shape[1] >= n_tokens + MARGIN:
-            return ids_BT[:, :n_tokens]
+    while n_characters + APART < len(text):
+        short_BT = encode(tokenizer, text[:n_characters])
+        n_kept = short_BT.shape[1] - MARGIN
+        if n_kept >= n_tokens:
+            long_BT = encode(tokenizer, text[: n_characters + APART])
+            if torch.equal(short_BT[:, :n_kept], long_BT[:, :n_kept]):
+                return short_BT[:, :n_tokens]
         n_characters *= 2
     return encode(tokenizer, text)[:, :n_tokens]
 

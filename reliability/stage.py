@@ -123,7 +123,7 @@ def table(root: Path) -> bytes:
     assert not frame.duplicated([c for c in frame.columns if c not in _VALUES]).any(), "twice"
     texts = [frame.drop(columns=_STAMPS).to_csv(index=False)]
     for path in sorted(root.glob("tables/*.csv")):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         texts += [path.name, *(line for line in lines if not line.startswith("#"))]
     return "\n".join(texts).encode()
 

@@ -143,9 +143,37 @@ def test_what_does_not_fit_is_said_with_numbers():
 
 
 class TestBertScore:
-    def test_empty_answers_have_a_defined_score(self):
-        scores = bertscore.f1(["", "", "a cat"], ["", "a dog", " "], MINILM)
-        assert scores.tolist() == [1, 0, 0]
+    def test_two_empty_answers_have_no_score_and_one_has_none_of_it(self):
+        scores = bertscore.f1(["", " \u200b", "", "a cat"], ["", "", "a dog", " "], MINILM)
+        assert np.isnan(scores[:2]).all() and scores[2:].tolist() == [0, 0]
+
+    def test_pairs_of_empty_answers_are_counted_and_in_no_mean(self):
+        answers = [["It was July.", "Two people walked.", "The flag was blue."], ["One.", ""]]
+        references = [["In July.", "Two people.", "It was green."], ["", "Two."]]
+        few, many = Rows(), Rows()
+        bertscore.add_rows(few, answers, references, MINILM)
+        empty = [["", "", ""], ["", ""]]
+        bertscore.add_rows(many, answers + empty, references + empty, MINILM)
+        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
+            one, other = (next(r for r in rows if r["metric"] == name) for rows in (few, many))
+            assert (
+                one["value"] == pytest.approx(other["value"], abs=1e-5) and one["n"] == other["n"]
+            )
+        assert next(row for row in many if row["metric"] == "bertscore_f1")["n"] == 5
+        counts = {
+            row["metric"]: (row["value"], row["n"]) for row in many if "empty" in row["metric"]
+        }
+        assert counts == {
+            "empty_answers": (6, 10), "empty_references": (6, 10), "empty_pairs": (5, 10),
+        }  # fmt: skip
+
+    def test_where_nobody_says_anything_there_is_no_score(self):
+        rows = Rows()
+        bertscore.add_rows(rows, [["", " "]], [["", ""]], MINILM)
+        got = {row["metric"]: row for row in rows}
+        assert got["empty_pairs"]["value"] == 2
+        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
+            assert got[name]["value"] is None and got[name]["note"] and got[name]["n"] == 0
 
     def test_order_of_likeness(self):
         reference = "The lander reached the moon in July."

@@ -164,9 +164,20 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(PolyKVError, match="is empty"):
         ask(tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(PolyKVError, match="not UTF-8"):
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\n\xe9t\xe9")
+    with pytest.raises(PolyKVError, match="latin.txt, line 3, is not UTF-8"):
         ask(tmp_path / "latin.txt")
+
+
+def test_lines_end_at_line_feeds_alone_and_a_mark_is_no_text(tmp_path, tokenizer):
+    asked, text = tmp_path / "questions.txt", tmp_path / "text.txt"
+    asked.write_bytes("Why\u2028now?\r\n\r\nA\x0cB\x85C?\nLast?".encode("utf-8-sig"))
+    text.write_bytes(TEXT.replace(" . ", " .\r\n").encode("utf-8-sig"))
+    where = {"path": str(text), "questions": str(asked)}
+    (document,) = load_documents(settings("file", document=where), tokenizer)
+    assert [q.text for q in document.questions] == ["Why\u2028now?", "A\x0cB\x85C?", "Last?"]
+    plain = tokenizer(TEXT.replace(" . ", " .\n"), return_tensors="pt").input_ids
+    assert torch.equal(document.ids_BT, plain[:, :100])
 
 
 @pytest.mark.parametrize(("context", "n"), [(100, 16), (20_000, 16), (400_000, 2)])

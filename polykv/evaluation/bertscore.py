@@ -61,16 +61,14 @@ def _scorer(name: str) -> BERTScorer:
 
 
 def f1(candidates: list[str], references: list[str], scorer: str) -> np.ndarray:
-    """BERTScore F1 of each pair.
+    """BERTScore F1 of each pair: NaN where both are empty, as nothing can be compared, and 0 where one is.
 
-    Empty answers are legal and bert-score does not take them: two empty answers are the same answer
-    (1), one empty answer shares nothing with a reference (0). Empty is what leaves the scorer no token,
-    such as blanks or a zero-width space.
+    bert-score takes no empty text. Empty is what leaves the scorer no token, such as blanks or a zero-width space.
     """
     pairs = [
         (_said(c, scorer), _said(r, scorer)) for c, r in zip(candidates, references, strict=True)
     ]
-    scores = np.array([float(not c and not r) for c, r in pairs])
+    scores = np.array([0.0 if c or r else np.nan for c, r in pairs])
     full = [i for i, (c, r) in enumerate(pairs) if c and r]
     if full:
         _, _, f = _scorer(scorer).score([pairs[i][0] for i in full], [pairs[i][1] for i in full])
@@ -89,20 +87,24 @@ def _said(text: str, scorer: str) -> str:
 def add_rows(
     rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str
 ) -> None:
-    """F1, floor and rescaled F1. `answers[d][a]` is agent a's answer on document d.
+    """F1, floor and rescaled F1, and how many answers are empty. `answers[d][a]` is agent a's on document d.
 
-    The floor is the mean over whatever mismatched pairs there are; its `n` says how many, if only one.
+    Pairs of two empty answers are in no mean, and `n` does not count them. The floor is the mean over whatever
+    mismatched pairs there are; its `n` says how many, if only one.
     """
-    if not any(answers):
-        note, protocol = "no agent was asked", f"bertscore {scorer}"
+    protocol = f"bertscore {scorer}"
+    _add_empty(rows, answers, references, scorer, protocol)
+    per_document = [_scored(a, r, scorer) for a, r in zip(answers, references, strict=True)]
+    scores = np.concatenate([np.array([]), *per_document])
+    common = {"n": len(scores), "protocol": protocol}
+    if not len(scores):
+        note = "all answers are empty, on both sides" if any(answers) else "no agent was asked"
         for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
-            rows.add(name, None, "f1", n=0, protocol=protocol, note=note)
+            rows.add(name, None, "f1", note=note, **common)
         return
-    per_document = [f1(a, r, scorer) for a, r in zip(answers, references, strict=True)]
-    scores = np.concatenate(per_document)
-    common = {"n": len(scores), "protocol": f"bertscore {scorer}"}
     ci, how = None, {"note": f"no interval: {len(scores)} answers, and it takes {MIN_DOCUMENTS}"}
     if len(scores) >= MIN_DOCUMENTS:
+        per_document = [sample for sample in per_document if len(sample)]
         ci, how = document_interval(per_document, (-1, 1)), {"note": interval_name(per_document)}
     rows.add("bertscore_f1", float(scores.mean()), "f1", ci=ci, **how, **common)
 
@@ -114,16 +116,35 @@ def add_rows(
         for a, ref, r in zip(own, document, other, strict=True)
         if r != ref
     ]
-    if not floor_pairs:
+    floors = _scored([a for a, _ in floor_pairs], [r for _, r in floor_pairs], scorer)
+    if not len(floors):
         note = "no two reference answers differ, so no pair is mismatched; use more agents"
         rows.add("bertscore_floor", None, "f1", note=note, **common)
         rows.add("bertscore_rescaled", None, "f1", note=note, **common)
         return
-    floor = float(f1(*(list(side) for side in zip(*floor_pairs, strict=True)), scorer).mean())
-    rows.add("bertscore_floor", floor, "f1", **(common | {"n": len(floor_pairs)}))
+    floor = float(floors.mean())
+    rows.add("bertscore_floor", floor, "f1", **(common | {"n": len(floors)}))
     if floor > 1 - FLAT:
         note = "mismatched answers score 1 too, so nothing can stand above the floor"
         rows.add("bertscore_rescaled", None, "f1", note=note, **common)
         return
     rescale = [(value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ()))]
     rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **how, **common)
+
+
+def _scored(candidates: list[str], references: list[str], scorer: str) -> np.ndarray:
+    scores = f1(candidates, references, scorer)
+    return scores[~np.isnan(scores)]
+
+
+def _add_empty(
+    rows: Rows, answers: list[list[str]], references: list[list[str]], scorer: str, protocol: str
+) -> None:
+    """How many answers, of the references, and pairs of both are empty, of all that were asked for."""
+    said, wanted = (
+        np.array([bool(_said(text, scorer)) for each in side for text in each], dtype=bool)
+        for side in (answers, references)
+    )
+    counts = {"empty_answers": ~said, "empty_references": ~wanted, "empty_pairs": ~said & ~wanted}
+    for metric, empty in counts.items():
+        rows.add(metric, int(empty.sum()), "answers", n=len(said), protocol=protocol)

@@ -182,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     found = judge(args.weights, tuple(args.contexts), args.documents)
     output = args.output or args.weights / "evaluation.json"
-    output.write_text(json.dumps(found, indent=1) + "\n")
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, (right, asked) in sorted(found["alone"].items()):
         print(f"alone {name}: {right / asked:.3f} of {asked}")
     for n_tokens, at in found["contexts"].items():

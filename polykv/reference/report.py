@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from polykv import textfile
 from polykv.reference import WEIGHTS_DIR
 
 Z95 = 1.959964
@@ -176,9 +177,9 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("results/reference_model/log.jsonl"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
-    found = json.loads((args.weights / "evaluation.json").read_text())
-    trained = json.loads((args.weights / "training.json").read_text())
-    log = [json.loads(line) for line in args.log.read_text().splitlines()]
+    found = json.loads((args.weights / "evaluation.json").read_text(encoding="utf-8"))
+    trained = json.loads((args.weights / "training.json").read_text(encoding="utf-8"))
+    log = textfile.read_jsonl(args.log, "--log", dict)
     figures = args.results / "reference_model"
     figures.mkdir(parents=True, exist_ok=True)
     plots = {
@@ -191,7 +192,9 @@ def main() -> None:
         draw(ax, data)
         figure.savefig(figures / f"{name}.png", dpi=150)
         plt.close(figure)
-    (figures / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (figures / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in log), encoding="utf-8"
+    )
     fields = trained | {
         "remarks": "".join(f"\n- {remark}" for remark in trained.get("remarks", [])),
         "loss": sum(line["loss"] for line in log[-LOSS_LINES:]) / len(log[-LOSS_LINES:]),
@@ -202,12 +205,12 @@ def main() -> None:
     }
     curves = "![training curves](curves.png)"
     (args.weights / "curves.png").write_bytes((figures / "curves.png").read_bytes())
-    (args.weights / "README.md").write_text(CARD.format(curves=curves, **fields))
+    (args.weights / "README.md").write_text(CARD.format(curves=curves, **fields), encoding="utf-8")
     page = CARD.split("---\n", 2)[2].partition("## What it must not")[0]
     shown = "\n\n".join(f"![{name}](reference_model/{name}.png)" for name in plots)
-    separation = (figures / "tables" / "recipe_separation.md").read_text()
+    separation = (figures / "tables" / "recipe_separation.md").read_text(encoding="utf-8")
     page = page.format(curves=shown, **fields) + SEPARATION.format(table=separation)
-    (args.results / "reference_model.md").write_text(page)
+    (args.results / "reference_model.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

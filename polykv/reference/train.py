@@ -236,7 +236,9 @@ def export(run: Run, folder: Path, command: str) -> None:
     rounded.load_state_dict(run.model.state_dict())
     rounded.save_pretrained(staged)
     save_tokenizer(staged)
-    (staged / "training.json").write_text(json.dumps(describe(run, command), indent=1) + "\n")
+    (staged / "training.json").write_text(
+        json.dumps(describe(run, command), indent=1) + "\n", encoding="utf-8"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for file in staged.iterdir():
         file.chmod(0o644)
@@ -260,7 +262,7 @@ def train(
         line = run.train_step(total_tokens)
         run.progress["seconds"] = spent_before + time.monotonic() - start
         if run.advance() or run.progress["step"] % LOG_EVERY == 0:
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run.progress | line) + "\n")
         if time.monotonic() - last_save > SAVE_SECONDS:
             run.save(checkpoint)
