@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments import common
-from experiments.common import new_rows
+from experiments.common import document_rows
 from experiments.recipe_frontier import check, settle
 from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import compare, why_not_finite
@@ -21,7 +21,7 @@ __all__ = ["check", "run", "settle"]
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Quality of the last agent's reading, and the largest difference of any agent's to a single reader's."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     comparisons, gaps = [], []
     pairs = zip(common.readings(cfg), common.full_readings(cfg), strict=True)
     for reading, full in track(list(pairs), "scoring in one batch"):

@@ -24,6 +24,7 @@ from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 from polykv.supported import check_length, check_model
+from polykv.tokens import encode
 
 # An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
 # change a token: so every batch has this size, and cells with fewer or more agents share it.
@@ -120,10 +121,10 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
 
 
 def check_quality(cfg: DictConfig) -> None:
-    """What a quality measurement needs: trained weights that can be had.
+    """What a quality measurement needs: trained weights that can be had, and texts within the model's positions.
 
     Raises:
-        PolyKVError: random weights, no hub, or a folder without a model.
+        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long as it is tokenised.
     """
     check_common(cfg, spread=True)
     if cfg.weights == "random":
@@ -139,11 +140,13 @@ def check_quality(cfg: DictConfig) -> None:
     check_hub(cfg)
     architecture = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
+    about = f"document={cfg.document.name} context={cfg.context}"
     for document in documents_of(cfg):
+        check_length(architecture, document.n_tokens, about)
         for question in document.questions[: cfg.n_agents]:
-            asked = len(tokenizer(question.prompt, add_special_tokens=False).input_ids)
-            needed = document.asked_BT.shape[1] + asked + cfg.max_new_tokens
-            check_length(architecture, needed, f"context={cfg.context} with question and answer")
+            n_asked = encode(tokenizer, question.prompt).shape[1]
+            needed = document.asked_BT.shape[1] + n_asked + cfg.max_new_tokens
+            check_length(architecture, needed, f"{about} with question and answer")
 
 
 def check_hub(
@@ -186,6 +189,13 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
         "dtype": loading.dtype_label(cfg.model),
     }
     return Rows(**(shared | columns))
+
+
+def document_rows(cfg: DictConfig, **columns: Any) -> Rows:
+    """Rows of a cell that reads documents: their length as they are tokenised, and whether they begin with BOS."""
+    document = documents_of(cfg)[0]
+    read = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    return new_rows(cfg, **(read | columns))
 
 
 def answer_dtype(cfg: DictConfig) -> str:

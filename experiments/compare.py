@@ -25,8 +25,7 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """All rows of the cell, from the model's real cache."""
     readings = common.readings(cfg)
-    document, pool = readings[0].document, readings[0].pool
-    rows = common.new_rows(cfg, context_tokens=document.n_tokens, reader=cfg.reader)
+    pool, rows = readings[0].pool, common.document_rows(cfg)
     polykv_ratio.add_rows(rows, pool)
     polykv_memory.add_rows(rows, cfg, pool)
     polykv_quality.add_scores(rows, readings)

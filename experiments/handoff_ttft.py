@@ -18,6 +18,7 @@ from torch import Tensor
 from experiments import common
 from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
 from polykv import config, kernels, loading, models
+from polykv.documents import Document
 from polykv.errors import PolyKVError
 from polykv.evaluation import card_quality
 from polykv.evaluation.continuation import Comparison
@@ -172,9 +173,17 @@ def texts_of(cfg: DictConfig) -> list[Tensor]:
     Raises:
         PolyKVError: too short a text, or one that cannot be had.
     """
+    return [document.ids_BT[0] for document in documents_of(cfg)]
+
+
+def documents_of(cfg: DictConfig) -> list[Document]:
+    """The cell's documents, cut to the context and the scored tokens after it.
+
+    Raises:
+        PolyKVError: as `texts_of`.
+    """
     length = cfg.context + n_scored_of(cfg)
-    documents = common.documents_of(OmegaConf.merge(cfg, {"context": length}))
-    return [document.ids_BT[0] for document in documents]
+    return common.documents_of(OmegaConf.merge(cfg, {"context": length}))
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
@@ -222,6 +231,7 @@ def new_rows(cfg: DictConfig) -> Rows:
         model=common.label(cfg, "model"),
         weights=models.weights_label(cfg.model),
         document=None if cfg.weights == "random" else common.label(cfg, "document"),
+        bos=None if cfg.weights == "random" else documents_of(cfg)[0].bos,
         context_tokens=cfg.context,
         n_agents=2,
         n_hops=1,

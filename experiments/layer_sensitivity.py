@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments import common, recipe_frontier
-from experiments.common import new_rows
+from experiments.common import document_rows
 from experiments.recipe_frontier import settle
 from polykv.evaluation import layers, missing
 from polykv.evaluation.continuation import compare, score_rest, why_not_finite
@@ -31,7 +31,7 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Rows whose protocol names the layer, or the layer and its kv head."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     full, readings = common.full_readings(cfg), common.readings(cfg)
     _add_errors(rows, full, readings)
     _add_theory(rows, Recipe.from_config(cfg.recipe), full[0])

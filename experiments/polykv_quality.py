@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments import common
-from experiments.common import check_quality, new_rows
+from experiments.common import check_quality, document_rows
 from polykv.errors import PolyKVError
 from polykv.evaluation import bertscore, continuation
 from polykv.evaluation.answers import contains
@@ -44,7 +44,7 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Quality rows of the cell."""
     readings = common.readings(cfg)
-    rows = new_rows(cfg, reader=cfg.reader, context_tokens=readings[0].document.n_tokens)
+    rows = document_rows(cfg)
     add_scores(rows, readings)
     add_answers(rows, cfg)
     return rows
@@ -65,8 +65,7 @@ def add_answers(rows: Rows, cfg: DictConfig) -> None:
     references = common.answers(cfg, cfg.answers, load_recipe("full"))
     asked = common.documents_of(cfg)[: cfg.answers]
     questions = [document.questions[: cfg.n_agents] for document in asked]
-    own = {"context_tokens": asked[0].n_tokens, "dtype": common.answer_dtype(cfg)}
-    about = new_rows(cfg, reader=cfg.reader, **own)
+    about = document_rows(cfg, bos=asked[0].asked_bos, dtype=common.answer_dtype(cfg))
     phase("BERTScore")
     bertscore.add_rows(about, said, references, cfg.scorer.name)
     _add_right(about, cfg, questions, said)

@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
-from experiments.common import check_quality, new_rows
+from experiments.common import check_quality, document_rows
 from polykv.evaluation import continuation
 from polykv.evaluation.readings import Reading
 from polykv.progress import track
@@ -43,7 +43,7 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Stored bits and quality of the cell's recipe."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     add_rows(rows, common.readings(cfg))
     return rows
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, recipe_frontier
-from experiments.common import new_rows
+from experiments.common import document_rows
 from experiments.recipe_frontier import settle
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
@@ -121,7 +121,7 @@ def _best(trials: list["optuna.trial.FrozenTrial"]) -> Table | None:
 def _measure(cfg: DictConfig, name: str, table: Table | None) -> list[dict[str, Any]]:
     recipe = OmegaConf.merge(cfg.recipe, {"name": name, "layer_bits": table})
     fresh = OmegaConf.merge(cfg, {"seed": cfg.seed + 1, "recipe": recipe})
-    rows = new_rows(fresh, recipe=name, reader=cfg.reader, budget_bits=cfg.budget_bits)
+    rows = document_rows(fresh, recipe=name, budget_bits=cfg.budget_bits)
     if table is None:
         rows.add("kl_mean", None, "nats", note="no table of equal bits was tried within the budget")
         return rows

@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from polykv.pool import SharedKVPool, prefill
 from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference.documents import Question
-from polykv.reference.evaluate import encode, exact_matches_after, restated_values
+from polykv.reference.evaluate import exact_matches_after, restated_values
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
 from polykv.results import Rows
+from polykv.tokens import encode, opening
 
 __all__ = ["check", "run", "settle"]
 
@@ -80,7 +80,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     comparisons = [
         compare(a.log_probs_TV, b.log_probs_TV, a.rest_BT) for a, b in zip(full, read, strict=True)
     ]
-    rows = new_rows(cfg, document="evaluation_set", reader=cfg.reader)
+    about = {"document": "evaluation_set", "bos": bool(opening(tokenizer))}
+    rows = new_rows(cfg, reader=cfg.reader, **about)
     rows.add("bits", 16 / read[0].pool.stored_ratio, "bits per value", protocol="stored")
     continuation.add_rows(rows, comparisons)
     _add_restated(rows, tokenizer, full, comparisons)
@@ -98,7 +99,7 @@ def _full(key: str) -> list[Read]:
     full, found = load_recipe("full"), []
     documents = sheets(tokenizer, cfg.context, cfg.n_documents)
     for sheet in track(list(documents), "prefilling the documents"):
-        ids_BT = torch.tensor([encode(tokenizer, sheet.document.text)])
+        ids_BT = encode(tokenizer, sheet.document.text, begins=True)
         prefix_BT, rest_BT = ids_BT.tensor_split([sheet.document.n_prefix], dim=1)
         pool = SharedKVPool.from_cache(prefill(model, prefix_BT), full, backend="torch")
         asked = {"questions": sheet.questions, "problems": sheet.problems}

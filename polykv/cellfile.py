@@ -18,16 +18,17 @@ from uuid import uuid4
 COLUMNS = (
     "experiment", "cell", "model", "weights", "document", "context_tokens", "n_agents", "n_hops",
     "recipe", "policy", "budget_bits", "reader", "backend", "metric", "value", "unit", "ci_low", "ci_high",
-    "n", "sample", "seed", "protocol", "device", "dtype", "commit", "created_at", "note",
+    "n", "sample", "seed", "protocol", "device", "dtype", "bos", "commit", "created_at", "note",
 )  # fmt: skip
 
 MAX_BYTES = 1 << 23  # of a cell's file; the largest that any experiment writes has 53 kB
 _COUNTS = ("context_tokens", "n_agents", "n_hops", "n", "sample", "seed")
 _NUMBERS = ("budget_bits", "value", "ci_low", "ci_high")
+_FLAGS = ("bos",)  # whether what the model read begins with BOS (polykv/tokens.py)
 # Half characters: JSON can hold them, and no table could be written.
 _HALVES = re.compile("[\ud800-\udfff]")
 # Older results lack these.
-_ADDED = ("backend", "sample")
+_ADDED = ("backend", "sample", "bos")
 
 
 class DamagedCell(Exception):
@@ -164,6 +165,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
             fits = type(value) is int and 0 <= value < 1 << 63
         elif column in _NUMBERS:  # 1e999 is JSON, and infinite
             fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        elif column in _FLAGS:
+            fits = type(value) is bool
         else:
             fits = isinstance(value, str) and not _HALVES.search(value)
         if not fits:

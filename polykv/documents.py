@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from polykv import chat, hub, shipped, textfile, windows
 from polykv.errors import PolyKVError
 from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
+from polykv.tokens import encode, opening
 
 # As many as the paper has agents, so that a sweep over n_agents asks the same documents.
 N_QUESTIONS = 15
@@ -23,7 +25,7 @@ N_QUESTIONS = 15
 class Question:
     """What one agent asks: the prompt that follows what agents share, the right answer where known, the bare question.
 
-    `prompt` is tokenised without special tokens, behind the document's `asked_BT`.
+    `prompt` goes on behind the document's `asked_BT` (polykv.tokens.encode).
     """
 
     prompt: str
@@ -36,7 +38,7 @@ class Document:
     """Token ids (1, tokens) of a plain text: the first `n_prefix` are prefilled and pooled, the rest is scored.
 
     `asked_BT` (1, tokens) is what agents share when they are asked: the plain prefix itself (None says so), or the
-    same text in a chat (polykv/chat.py).
+    same text in a chat (polykv/chat.py). The first `n_opening` ids are what the tokenizer puts before a text (BOS).
     """
 
     name: str
@@ -44,6 +46,7 @@ class Document:
     n_prefix: int
     questions: tuple[Question, ...]
     asked_BT: Tensor | None = None
+    n_opening: int = 0
 
     def __post_init__(self) -> None:
         if self.asked_BT is None:
@@ -52,6 +55,17 @@ class Document:
     @property
     def n_tokens(self) -> int:
         return self.ids_BT.shape[1]
+
+    @property
+    def bos(self) -> bool:
+        """Whether it begins as the tokenizer has a text begin, where that takes a token."""
+        return self.n_opening > 0
+
+    @property
+    def asked_bos(self) -> bool:
+        """The same of `asked_BT`: a chat template may leave it out."""
+        opening_BT = self.ids_BT[:, : self.n_opening]
+        return self.bos and torch.equal(self.asked_BT[:, : self.n_opening], opening_BT)
 
     @cached_property
     def prefix_BT(self) -> Tensor:
@@ -93,11 +107,11 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     """Held-out documents of the reference generator; every answer is known."""
     if cfg.context is None:
         raise PolyKVError("document=generated has no length of its own; set context=512 or so")
-    documents = []
+    documents, n_opening = [], len(opening(tokenizer))
     for index in range(cfg.n_documents):
         made = generate_document(
             tokenizer,
-            cfg.context,
+            cfg.context - n_opening,
             # Any seed of a sweep has documents of its own.
             seed=cfg.seed * 100_003 + index,
             n_questions=max(N_QUESTIONS, cfg.n_agents),
@@ -106,12 +120,13 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
         documents.append(
             Document(
                 name=cfg.document.name,
-                ids_BT=windows.encode(tokenizer, made.text),
+                ids_BT=encode(tokenizer, made.text, begins=True),
                 n_prefix=prefix_tokens(cfg.context, cfg.prefix_fraction),
                 questions=tuple(
                     Question(q.prompt, q.answer, join_words(q.facts[0].question()))
                     for q in made.questions
                 ),
+                n_opening=n_opening,
             )
         )
     return documents
@@ -216,7 +231,7 @@ def _documents(
 ) -> list[Document]:
     name = cfg.document.name
     if not found:
-        n_tokens = windows.encode(tokenizer, text).shape[1]
+        n_tokens = encode(tokenizer, text, begins=True).shape[1]
         raise PolyKVError(
             f"document={name} has {n_tokens} tokens under this tokenizer, fewer than "
             f"context={cfg.context}; lower context, or use context=null for the whole text"
@@ -231,7 +246,8 @@ def _documents(
         return [_in_chat(name, tokenizer, ids_BT, n_prefix, questions) for ids_BT in found]
     template = cfg.model.question_template
     asked = tuple(Question(template.format(question=q), answer, q) for q, answer in questions)
-    return [Document(name, ids_BT, n_prefix, asked) for ids_BT in found]
+    n_opening = len(opening(tokenizer))
+    return [Document(name, ids_BT, n_prefix, asked, n_opening=n_opening) for ids_BT in found]
 
 
 def _in_chat(
@@ -241,9 +257,10 @@ def _in_chat(
     n_prefix: int,
     questions: list[tuple[str, str | None]],
 ) -> Document:
-    shared = chat.Chat(tokenizer, chat.text_of(tokenizer, ids_BT[0, :n_prefix]))
+    n_opening = len(opening(tokenizer))
+    shared = chat.Chat(tokenizer, chat.text_of(tokenizer, ids_BT[0, n_opening:n_prefix]))
     asked = tuple(Question(shared.prompt(q), answer, q) for q, answer in questions)
-    return Document(name, ids_BT, n_prefix, asked, shared.ids_BT)
+    return Document(name, ids_BT, n_prefix, asked, shared.ids_BT, n_opening)
 
 
 def _generic_questions() -> list[tuple[str, str | None]]:

@@ -22,6 +22,7 @@ from polykv.greedy import greedy
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
 from polykv.supported import check_cache, check_length, check_model
+from polykv.tokens import encode
 
 READERS = ("inject", "cascade")
 COPIES = 2 << 30  # bytes of full-precision caches that a batch of agents may hold
@@ -61,7 +62,7 @@ class SharedKVPool:
         backend: str = "auto",
         style: str = "plain",
     ) -> "SharedKVPool":
-        """Prefill `text`, compress its cache, forget the full cache.
+        """Prefill `text`, compress its cache, forget the full cache. It begins with BOS if the tokenizer adds one.
 
         `style` "chat" is for instruct models: the text stands in the user's turn of the tokenizer's chat template,
         and `ask` takes bare questions, which continue that turn. "auto": chat where there is a template.
@@ -71,7 +72,9 @@ class SharedKVPool:
                 template that cannot be shared (polykv/chat.py).
         """
         chat = Chat(tokenizer, text) if is_wanted(style, tokenizer) else None
-        ids_BT = chat.ids_BT if chat else tokenizer(text, return_tensors="pt").input_ids
+        if not text:
+            raise PolyKVError("the document is empty; give at least one token of text")
+        ids_BT = chat.ids_BT if chat else encode(tokenizer, text, begins=True)
         pool = cls.from_cache(prefill(model, ids_BT), recipe, backend)
         pool.chat = chat
         return pool
@@ -253,7 +256,7 @@ def encode_queries(
         raise PolyKVError(f"max_new_tokens={max_new_tokens}; an answer takes 1 token or more")
     encoded = []
     for number, query in enumerate(queries):
-        ids_T = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids_T = encode(tokenizer, query)[0]
         if len(ids_T) == 0:
             raise PolyKVError(f"query {number} is empty; an agent has to ask something")
         check_length(model.config, n_prefix + len(ids_T) + max_new_tokens, f"query {number}")

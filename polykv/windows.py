@@ -1,12 +1,16 @@
-"""Windows of tokens that documents are cut from: consecutive ones of a plain text, or one an article of WikiText."""
+"""Windows of tokens that documents are cut from: consecutive ones of a plain text, or one an article of WikiText.
+
+Every window is a sequence of its own. Where the tokenizer puts BOS before a text, each window begins with it, and it
+counts: `context` tokens are BOS and `context` - 1 of the text, and the next window goes on with the token after them.
+"""
 
 import re
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polykv.errors import PolyKVError
+from polykv.tokens import encode, opened, opening
 
 # An article's title stands alone between blank lines. Sections have more than one `=`, and lines of formulas, which
 # may look like a title, stand in the text.
@@ -16,13 +20,6 @@ MARGIN = 64  # tokens behind the last one that is needed, so that no cut is near
 # Between two cuts of a text. More than the longest word that tokenizers cut in pieces (100 characters), and prime, as
 # some count digits in groups from the end of a number.
 APART = 509
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """Ids (1, tokens) without special tokens. The text may be longer than the model: windows are cut from it."""
-    return tokenizer(
-        text, return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids.to(torch.long)
 
 
 def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
@@ -46,11 +43,31 @@ def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
 
 
 def consecutive(tokenizer: Any, text: str, context: int | None, limit: int) -> list[Tensor]:
-    """As many windows (1, context) from the text's start as fit, up to `limit`. None: one window, the whole text."""
+    """As many windows (1, context) from the text's start as fit, up to `limit`. None: one window, the whole text.
+
+    Raises:
+        PolyKVError: a context that has no room for text.
+    """
     if context is None:
-        return [encode(tokenizer, text)]
-    ids_BT = first_tokens(tokenizer, text, context * limit)
-    return list(ids_BT.split(context, dim=1)[: ids_BT.shape[1] // context])
+        return [encode(tokenizer, text, begins=True)]
+    n_own = own_tokens(tokenizer, context)
+    ids_BT = first_tokens(tokenizer, text, n_own * limit)
+    pieces = ids_BT.split(n_own, dim=1)[: ids_BT.shape[1] // n_own]
+    return [opened(tokenizer, piece_BT) for piece_BT in pieces]
+
+
+def own_tokens(tokenizer: Any, context: int) -> int:
+    """Tokens of the text itself in a window of `context` tokens.
+
+    Raises:
+        PolyKVError: there is no room for any.
+    """
+    n_own = context - len(opening(tokenizer))
+    if n_own < 1:
+        raise PolyKVError(
+            f"context={context} is no more than what this tokenizer puts before a text; raise it"
+        )
+    return n_own
 
 
 def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Tensor]:
@@ -60,7 +77,7 @@ def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Ten
     the articles that follow, none of which is then used again.
 
     Raises:
-        PolyKVError: a text without a title.
+        PolyKVError: a text without a title, or a context that has no room for text.
     """
     starts = [found.start() for found in TITLE.finditer(text)]
     if not starts:
@@ -68,14 +85,14 @@ def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Ten
             "the text is not of WikiText's form: no line ' = Title = ' stands between blank lines; "
             "use document=file"
         )
-    ends = [*starts[1:], len(text)]
+    n_own, ends = own_tokens(tokenizer, context), [*starts[1:], len(text)]
     for run_on in (False, True):
         windows, start = [], starts[0]
         for own, end in zip(starts, ends, strict=True):
             start = start if run_on else own
-            ids_BT = first_tokens(tokenizer, text[start:end].strip(), context)
-            if ids_BT.shape[1] == context:
-                windows.append(ids_BT)
+            ids_BT = first_tokens(tokenizer, text[start:end].strip(), n_own)
+            if ids_BT.shape[1] == n_own:
+                windows.append(opened(tokenizer, ids_BT))
                 start = end
             if len(windows) == limit:
                 return windows

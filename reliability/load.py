@@ -19,6 +19,7 @@ from polykv.evaluation.process import CpuMeter, in_fresh_process
 from polykv.models import Geometry, load_weights
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe
+from polykv.tokens import encode
 from reliability.finding import Finding
 
 TEXT = (
@@ -132,7 +133,7 @@ def _threads_that_seal(rounds: int) -> Finding:
     model, tokenizer = polykv.load_model("reference")
 
     def seal(text: str) -> tuple[list[int], list[int]]:
-        ids_BT = tokenizer(text, return_tensors="pt").input_ids
+        ids_BT = encode(tokenizer, text, begins=True)
         cache = prefill(model, ids_BT)
         card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "local", 4.5)
         return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
@@ -222,7 +223,7 @@ def _make_pools(times: int) -> None:
 def _make_cards(times: int) -> None:
     """Cards of a real prefill, through their bytes."""
     model, tokenizer = polykv.load_model("reference")
-    ids_BT = tokenizer(TEXT, return_tensors="pt").input_ids
+    ids_BT = encode(tokenizer, TEXT, begins=True)
     cache = prefill(model, ids_BT)
     for _ in range(times):
         card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "uniform", 4.5)

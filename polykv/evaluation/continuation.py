@@ -18,6 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation import missing
 from polykv.evaluation.statistics import document_interval, interval_name, mean_interval
 from polykv.results import Rows
+from polykv.supported import check_length
 
 # As llama.cpp's perplexity tool prints them.
 KL_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100}
@@ -26,8 +27,15 @@ LARGEST_EXPONENT = 700  # e**700 is 1e304, a hundredfold of which still is a flo
 
 
 @torch.no_grad()
-def score_rest(model: PreTrainedModel, cache: Cache, rest_BT: Tensor) -> Tensor:
-    """Log-probabilities (scored tokens, vocabulary) in fp32 of each next token; the cache grows."""
+def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> Tensor:
+    """Log-probabilities (scored tokens, vocabulary) in fp32 of each next token. The cache grows; None is an empty
+    one.
+
+    Raises:
+        PolyKVError: cache and rest are beyond the model's positions.
+    """
+    n_before = cache.get_seq_length() if cache is not None else 0
+    check_length(model.config, n_before + rest_BT.shape[1], "the whole document")
     logits_BTV = model(input_ids=rest_BT.to(model.device), past_key_values=cache).logits
     return logits_BTV[0, :-1].float().log_softmax(dim=-1)
 

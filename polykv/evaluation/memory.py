@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import (
+    QUERY_TOKENS,
     caches_of,
     decode,
     n_parameters,
@@ -25,6 +26,7 @@ from polykv.evaluation.process import MeasuringProcess, meter_of
 from polykv.models import Geometry, load_config, load_weights, pick_device, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
+from polykv.supported import check_length
 
 GB = 1e9
 DECODE_STEPS = 1  # the peak is reached at once: a step grows every layer by a copy
@@ -68,12 +70,14 @@ def resident_bytes(
     agents decode in one batch.
 
     Raises:
-        PolyKVError: it would not fit, or this platform has no peak that can be reset.
+        PolyKVError: it would not fit into memory or the model's positions, or this platform has no peak that can be
+            reset.
     """
     if pick_device(device).type != "cuda" and not sys.platform.startswith("linux"):
         raise PolyKVError(
             f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
         )
+    check_length(load_config(model), n_tokens + QUERY_TOKENS + n_steps, "decoding after the prefix")
     check_fits(model, recipe, reader, n_tokens, n_agents, device)
     return _process()(
         model,

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from polykv import tokens
 from polykv.reference import WEIGHTS_DIR
 from polykv.reference.documents import Question
 from polykv.reference.evaluation_set import (
@@ -42,7 +43,7 @@ SHORT_MEMORY = 32  # tokens of the document that a model without a long memory k
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens.encode(tokenizer, text)[0].tolist()
 
 
 @torch.no_grad()
