@@ -7,6 +7,7 @@ counts: `context` tokens are BOS and `context` - 1 of the text, and the next win
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polykv.errors import PolyKVError
