@@ -4,12 +4,12 @@ import os
 import sys
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments import processes, progress, sweep
+from experiments import command_line, processes, progress, sweep
 from polykv.errors import PolyKVError
 
 
@@ -57,7 +57,11 @@ def one_line(error: Exception) -> str:
     """Hydra's message without its line breaks, and with the cause that it hides."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     parts = [str(error), str(cause or "")]
-    return " ".join(" ".join(parts).split())
+    said = " ".join(" ".join(parts).split())
+    if isinstance(error, OverrideParseException):
+        said = f"cannot read {error.override} ({said}); where the value is plain text, quote it: "
+        said += command_line.quoted(error.override)
+    return said
 
 
 if __name__ == "__main__":

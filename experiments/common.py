@@ -115,6 +115,8 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     Recipe.from_config(cfg.recipe)
     architecture = models.load_config(cfg.model)
     check_model(architecture)
+    if cfg.weights == "local":
+        models.check_folder(cfg.model)
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")

@@ -19,6 +19,7 @@ from polykv.tokens import encode, opening
 
 # As many as the paper has agents, so that a sweep over n_agents asks the same documents.
 N_QUESTIONS = 15
+SLOT = "{question}"  # where a template takes the question; other braces are its text
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,28 @@ def read_text(document: DictConfig, key: str) -> str:
     return textfile.read(Path(document[key]).expanduser(), f"document.{key}")
 
 
+def question_template(cfg: DictConfig) -> str:
+    r"""The text that plain questions are put into. On a command line, `\n` in it is a newline.
+
+    Raises:
+        PolyKVError: it has no place for the question.
+    """
+    template = cfg.model.question_template
+    if not isinstance(template, str) or SLOT not in template:
+        raise PolyKVError(
+            f"model.question_template={template!r} has no {SLOT}; put that where the question goes"
+        )
+    return template.replace(r"\n", "\n")
+
+
 def check_document(cfg: DictConfig) -> None:
     """What can be refused before a model is loaded.
 
     Raises:
-        PolyKVError: a file that is not there, a hub that cannot be reached, or an empty split.
+        PolyKVError: a file that is not there, a hub that cannot be reached, an empty split, or a template without
+            a question.
     """
+    question_template(cfg)
     if cfg.context is not None:
         prefix_tokens(cfg.context, cfg.prefix_fraction)
     if cfg.document.name == "file" or cfg.document.get("path") is not None:
@@ -244,8 +261,8 @@ def _documents(
     n_prefix = prefix_tokens(found[0].shape[1], cfg.prefix_fraction)
     if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
         return [_in_chat(name, tokenizer, ids_BT, n_prefix, questions) for ids_BT in found]
-    template = cfg.model.question_template
-    asked = tuple(Question(template.format(question=q), answer, q) for q, answer in questions)
+    template = question_template(cfg)
+    asked = tuple(Question(template.replace(SLOT, q), answer, q) for q, answer in questions)
     n_opening = len(opening(tokenizer))
     return [Document(name, ids_BT, n_prefix, asked, n_opening=n_opening) for ids_BT in found]
 

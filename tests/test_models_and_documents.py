@@ -121,6 +121,33 @@ def test_shipped_documents(name, tokenizer):
     assert document.asked_BT is document.prefix_BT and document.prefix_BT.shape == (1, 70)
 
 
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        (r"\n\nQ: {question}\nA:", "\n\nQ: Why?\nA:"),  # as a command line hands it over
+        ('{"q": "{question}", "a": {x}', '{"q": "Why?", "a": {x}'),
+        ("{question} {} {0} }{", "Why? {} {0} }{"),
+    ],
+)
+def test_a_question_template_of_ones_own(template, asked, tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "questions.txt").write_text("Why?")
+    own = {"path": str(tmp_path / "text.txt"), "questions": str(tmp_path / "questions.txt")}
+    cfg = settings("file", document=own, n_agents=1, model={"question_template": template})
+    documents.check_document(cfg)
+    (document,) = load_documents(cfg, tokenizer)
+    assert [question.prompt for question in document.questions] == [asked]
+
+
+@pytest.mark.parametrize("template", ["Answer:", "{ question }", None])
+def test_a_template_without_a_question_is_refused(template, tokenizer):
+    cfg = settings("moon_landing", model={"question_template": template})
+    with pytest.raises(PolyKVError, match="question_template.*{question}"):
+        documents.check_document(cfg)
+    with pytest.raises(PolyKVError, match="question_template.*{question}"):
+        load_documents(cfg, tokenizer)
+
+
 def test_a_file_gives_consecutive_windows(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from polykv import tokens
+from polykv import checkpoint, tokens
 from polykv.reference import WEIGHTS_DIR
 from polykv.reference.documents import Question
 from polykv.reference.evaluation_set import (
@@ -149,9 +149,14 @@ def judge(weights: Path, contexts: tuple[int, ...], n_documents: int) -> dict:
     """All of it, with the digest of the set and the usable context."""
     tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        weights, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    model, report = AutoModelForCausalLM.from_pretrained(
+        weights,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        **checkpoint.REPORTED,
     )
+    checkpoint.check_whole(report, weights, checkpoint.BARE)
     model = model.to(device).eval()
     found = {
         "digest": digest(tokenizer),
