@@ -4,13 +4,21 @@ import os
 import sys
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments import processes, progress, sweep
+from polykv.config import did_you_mean
 from polykv.errors import PolyKVError
+
+# How an axis takes what lies at a path.
+PATHS = {
+    "model": "model=local model.path={0} (or model=gguf for a GGUF file)",
+    "document": "document=file document.path={0}",
+    "relay": "relay=gsm8k relay.path={0}",
+}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -32,6 +40,9 @@ def main() -> int:
         processes.stop_after_interrupt()
         print(sweep.stopped(), file=sys.stderr)
         return processes.INTERRUPTED
+    except MissingConfigException as error:
+        print(f"error: {no_such_name(error)}", file=sys.stderr)
+        return 2
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -41,16 +52,25 @@ def main() -> int:
 
 
 def report(ended: sweep.Ended) -> int:
-    """Tables and figures of the folder, then what did not end well; the exit code."""
+    """Tables and figures of the folder, if there is a cell to show, then what did not end well; the exit code."""
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    code = show(ended.results_dir, ended.experiment, ended.cells)
+    code = 0 if ended.empty else show(ended.results_dir, ended.experiment, ended.cells)
     if line := unsynced(ended.results_dir):
         print(line)
     for line in ended.complaints():
         print(line, file=sys.stderr)
     return code if ended.well else 1
+
+
+def no_such_name(error: MissingConfigException) -> str:
+    """What Hydra says where an axis has no such name; of a path, how a path is given."""
+    group, _, name = (error.missing_cfg_file or "").partition("/")
+    if "/" not in name or group not in PATHS:
+        known = list(error.options or ())
+        return f"no {group} named {name!r}{did_you_mean(name, known)}" if known else one_line(error)
+    return f"{group}={name} is a path, and {group} takes a name; use {PATHS[group].format(name)}"
 
 
 def one_line(error: Exception) -> str:
