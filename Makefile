@@ -22,11 +22,12 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	@touch $@
 
 # The model of `make run`: smollm2-135m, from a hub or the installed package, else reference; says why on stderr.
-# `make run MODEL=llama-3-8b` (a name in conf/model) takes another.
-MODEL = $(shell $(BIN)/python -m polykv.packaged smollm2-135m)
+# `make run model=llama-3-8b` (a name in conf/model) takes another, `model=local path=/a/folder` your own.
+MODEL = $(or $(model),$(shell $(BIN)/python -m polykv.packaged smollm2-135m))
+place = $(if $(path),'model.path=$(path)')
 # The reference model knows its own generator's documents only; the stories have PolyKV's lengths under its tokenizer.
 text = document=$(if $(filter reference,$(MODEL)),generated context=512,$(1) context=$(if $(filter smollm2%,$(MODEL)),$(2),null))
-RUN = $(BIN)/python run.py model=$(MODEL)
+RUN = $(BIN)/python run.py model=$(MODEL) $(place)
 
 run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instruct and real text, offline
 	$(eval MODEL := $(MODEL))
@@ -39,8 +40,8 @@ run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instr
 	$(BIN)/python -m analysis --only findings
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
-frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME)
-	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) || exit 1; done
+frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME, model=local path=/a/folder)
+	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) $(place) || exit 1; done
 
 report: $(INSTALLED)  ## one page of all that was measured, to send on (or results="FOLDER FOLDER")
 	$(BIN)/python -m analysis report --results $(or $(results),results/local)

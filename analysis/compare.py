@@ -26,7 +26,6 @@ SWEPT = (
     "seed",
 )
 SETTING = [name for name in SWEPT if name not in ("n_agents", "reader")]
-HEADERS = {"context_tokens": "context", "n_agents": "agents"}
 MB = 1e3  # of a GB
 ALPHA = 0.05
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
@@ -101,7 +100,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         lines.append({name: _whole(value) for name, value in line.items()} | _measured(part))
     lines.sort(key=_order)
     present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
-    named = [Column(name, HEADERS.get(name, name), key=True) for name in vary]
+    named = keys(*vary)
     shown = [{c.name: line[c.name] for c in (*named, *keys("recipe"), *present)} for line in lines]
     return Table(
         "compare", _caption(found, vary), [*named, *keys("recipe"), *present], shown, LEGEND

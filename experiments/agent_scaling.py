@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from experiments import common
 from experiments.common import document_rows
-from experiments.recipe_frontier import check, settle
+from experiments.recipe_frontier import MADE_BY, check, settle
 from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import compare, why_not_finite
 from polykv.progress import track
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -15,17 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
+from polykv import documents as texts
+from polykv.attention import cascade
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
+from polykv.evaluation import continuation, statistics
 from polykv.evaluation.process import keep_freed_memory
 from polykv.evaluation.readings import Reading
 from polykv.pool import SharedKVPool, check_reader, prefill
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
+from polykv.reference import documents as generated
 from polykv.results import Rows
 from polykv.supported import check_length, check_model
 from polykv.tokens import encode
 
+# A study declares the modules that make its numbers as MADE_BY: their versions are part of what a cell is. Of scores:
+SCORES = (texts, generated, cascade, continuation, statistics)
 # An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
 # change a token: so every batch has this size, and cells with fewer or more agents share it.
 ASKED_TOGETHER = 5

@@ -11,9 +11,11 @@ from omegaconf import DictConfig
 
 from experiments import common, polykv_memory, polykv_quality, polykv_ratio
 from experiments.polykv_quality import settle
-from polykv.evaluation import memory, process
+from polykv.evaluation import concurrency, memory, process
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (*polykv_quality.MADE_BY, memory, concurrency)
 
 
 def check(cfg: DictConfig) -> None:

@@ -4,6 +4,6 @@ Answers the published rows `quality` as far as they differ in context alone: man
 intervals; the trend is in analysis/findings.py.
 """
 
-from experiments.recipe_frontier import check, run, settle
+from experiments.recipe_frontier import MADE_BY, check, run, settle
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]

@@ -21,6 +21,7 @@ from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.policy import Policy
 
+MADE_BY = handoff_accuracy.MADE_BY
 BASELINES = ("uniform", "random")
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from experiments import common
 from polykv import loading, models
 from polykv.errors import PolyKVError
-from polykv.evaluation import gsm8k, missing
+from polykv.evaluation import continuation, gsm8k, missing, statistics
 from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import document_interval, interval_name
+from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.relay import (
@@ -35,6 +36,8 @@ from polykv.progress import track
 from polykv.results import Rows
 from polykv.tokens import opening
 
+CARDS = (mixed, allocate, signals)
+MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, statistics)
 # What the fp16 relay depends on; cells that agree here share it.
 SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
 FP16 = Policy("fp16", store="float16")  # what all others are held to, whatever conf/policy says

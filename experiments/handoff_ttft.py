@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from experiments import common
-from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
+from experiments.handoff_accuracy import CARDS, check_budget, key_of, loaded, settle_key
 from polykv import config, kernels, loading, models
 from polykv.documents import Document
 from polykv.errors import PolyKVError
-from polykv.evaluation import card_quality
+from polykv.evaluation import card_quality, ttft
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.statistics import spread_warning
@@ -32,7 +32,8 @@ from polykv.progress import track
 from polykv.results import Rows
 from polykv.supported import check_length, max_positions
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+MADE_BY = (*common.SCORES, *CARDS, ttft)
 LEAST_REPEATS = 10
 REPREFILL = Policy("reprefill", store="text")
 # What times depend on.

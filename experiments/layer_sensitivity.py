@@ -18,7 +18,9 @@ from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (*common.SCORES, layers)
 
 ZEROS = "the exact values are all zero, which nothing is relative to"
 

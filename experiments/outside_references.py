@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, recipe_frontier
 from experiments.common import document_rows
-from experiments.recipe_frontier import settle
+from experiments.recipe_frontier import MADE_BY, settle
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, outside
 from polykv.evaluation.continuation import compare, score_rest
 from polykv.models import load_config
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 
 def check(cfg: DictConfig) -> None:

@@ -13,6 +13,7 @@ from experiments.common import new_rows, settle
 from experiments.polykv_ratio import add_rows as add_ratio_rows
 from experiments.polykv_ratio import check, pool_of
 from polykv.errors import PolyKVError
+from polykv.evaluation import concurrency, memory
 from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
 from polykv.models import Geometry, load_config
 from polykv.pool import SharedKVPool
@@ -20,7 +21,9 @@ from polykv.progress import phase
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (memory, concurrency)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from experiments import common
 from experiments.common import check_quality, document_rows
 from polykv.errors import PolyKVError
-from polykv.evaluation import bertscore, continuation
+from polykv.evaluation import answers, bertscore, continuation
 from polykv.evaluation.answers import contains
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import wilson
@@ -19,6 +19,8 @@ from polykv.progress import phase, track
 from polykv.recipe import load_recipe
 from polykv.reference.documents import matches
 from polykv.results import Rows
+
+MADE_BY = (*common.SCORES, answers, bertscore)
 
 
 def settle(cfg: DictConfig) -> DictConfig:

@@ -18,6 +18,8 @@ from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
+MADE_BY = common.SCORES
+
 
 def settle(cfg: DictConfig) -> DictConfig:
     """The seed also draws the rotations."""

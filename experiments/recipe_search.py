@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, recipe_frontier
 from experiments.common import document_rows
-from experiments.recipe_frontier import settle
+from experiments.recipe_frontier import MADE_BY, settle
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
 from polykv.results import cell_id
@@ -22,7 +22,7 @@ from polykv.results import cell_id
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 Table = list[list[int]]  # [key bits, value bits] of each layer
 

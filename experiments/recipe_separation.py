@@ -21,13 +21,16 @@ from polykv.evaluation.statistics import document_interval, interval_name, mcnem
 from polykv.pool import SharedKVPool, prefill
 from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
+from polykv.reference import evaluate
 from polykv.reference.documents import Question
 from polykv.reference.evaluate import exact_matches_after, restated_values
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
 from polykv.results import Rows
 from polykv.tokens import encode, opening
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (*common.SCORES, evaluate)
 
 GROUPS = ("questions", "problems")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import tracking
+from experiments import settings, tracking
 from polykv.errors import PolyKVError
 from polykv.results import Store, StoreError, cell_id
 
@@ -56,13 +56,19 @@ class Ended:
         """Whether nothing is left that should be tried again."""
         return not self.died and all(outcome.status != "failed" for outcome in self.outcomes)
 
+    @property
+    def empty(self) -> bool:
+        """Whether not one of its cells is done, so that there is nothing to show."""
+        left = {outcome.cell for outcome in self.outcomes if outcome.status != "done"}
+        return left.issuperset(self.cells)
+
     def complaints(self) -> list[str]:
         """What did not end well, a line each."""
-        lines = []
+        held, lines = [], []
         reasons: dict[str, list[str]] = {}
         for outcome in self.outcomes:
             if outcome.status == "held":
-                lines.append(f"cell {outcome.cell} is being measured by another process")
+                held.append(f"cell {outcome.cell} is being measured by another process")
             if outcome.status == "failed":
                 reasons.setdefault(outcome.reason, []).append(outcome.cell)
         for reason, cells in reasons.items():
@@ -77,7 +83,7 @@ class Ended:
             lines.append(f"error: the launcher gave up, {lost} cells to go{queued}: {died}")
         if not self.well:
             lines.append("finished cells are kept; the same command tries the others again")
-        return lines
+        return lines + held
 
 
 ended: Ended | None = None  # also where Hydra only showed a config
@@ -118,10 +124,18 @@ def run_cell(cfg: DictConfig) -> Outcome:
 
 
 def prepare(cfg: DictConfig) -> tuple[ModuleType, DictConfig, str]:
-    """The experiment's module, the settled config of a cell, and the cell's identity."""
+    """The experiment's module, the settled config of a cell, and the cell's identity.
+
+    Raises:
+        PolyKVError: a setting that nothing reads, or what cannot be settled here.
+    """
+    from polykv import versions  # brings torch, which `run.py --help` does without
+
     experiment = import_module(f"experiments.{cfg.experiment_name}")
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    settings.check(own)
     settled = experiment.settle(own)
+    settled.versions = versions.of(OmegaConf.to_container(settled), experiment.MADE_BY)
     return experiment, settled, cell_id(OmegaConf.to_container(settled))
 
 

@@ -17,6 +17,7 @@ from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
 from polykv.tokens import encode, opening
 
+VERSION = 1  # of the documents that are made of a text, with windows.py and chat.py
 # As many as the paper has agents, so that a sweep over n_agents asks the same documents.
 N_QUESTIONS = 15
 SLOT = "{question}"  # where a template takes the question; other braces are its text

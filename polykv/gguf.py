@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from polykv import checkpoint, gguf_header
+from polykv import cache_folder, checkpoint, gguf_header
 from polykv.errors import PolyKVError
 from polykv.gguf_header import Header
 from polykv.supported import check_model
@@ -99,8 +98,7 @@ def converted(path: Path) -> Path:
 
 
 def _place(header: Header) -> Path:
-    root = os.environ.get("POLYKV_CACHE") or platformdirs.user_cache_dir("polykv")
-    return Path(root).expanduser() / f"gguf-{VERSION}" / header.sha256
+    return cache_folder.find() / f"gguf-{VERSION}" / header.sha256
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ logging.disable_progress_bar()  # cells have their own
 said_once.by("transformers")
 KINDS = ("hub", "local", "gguf", "reference", "random")
 # The files of a local model that its numbers depend on.
-PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True)

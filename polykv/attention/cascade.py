@@ -31,6 +31,7 @@ from polykv.attention.suffix import attend_suffix
 from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
 
+VERSION = 1  # of attention in place, with softmax.py, prefix.py and suffix.py
 NAME = "polykv_cascade"
 # Attention that reads other caches alike in `attend_in_place` and out of it.
 SWITCHED = ("sdpa", NAME)

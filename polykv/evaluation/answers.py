@@ -4,6 +4,7 @@ import re
 
 from polykv.evaluation import numerals
 
+VERSION = 1  # of `contains`, with numerals.py
 ARTICLES = {"a", "an", "the"}
 # Digits that something joins are one word: "5" is not in "9:05" or "3,5".
 WORD = re.compile(rf"(?P<number>{numerals.NUMBER})(?![^\W_])|\d+(?:{numerals.JOINS}\d+)+|[^\W_]+")

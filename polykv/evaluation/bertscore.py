@@ -18,6 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, interval_name
 from polykv.results import Rows
 
+VERSION = 1  # of F1 and its floor
 ROBERTA, MINILM = "roberta-large", "minilm"
 MAX_TOKENS = 512
 FLAT = 1e-4  # a floor this near to 1 leaves only rounding above it

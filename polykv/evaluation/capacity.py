@@ -32,6 +32,7 @@ from polykv.evaluation.hardware import Replica
 from polykv.models import Geometry, load_config, pick_dtype
 from polykv.recipe import EXACT, Recipe
 
+VERSION = 1  # of the formulas
 # Beside the caches a step holds masks, activations and the allocator's own, which `usable` leaves room for. So what was
 # measured may exceed the formulas by this part of it and so many bytes (observed: 1.0 to 5.6 MiB on a CPU).
 TOLERANCE = 0.02

@@ -26,6 +26,7 @@ from polykv.pool import READERS as POOL_READERS
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe
 
+VERSION = 1  # of how steps are timed
 READERS = ("private", *POOL_READERS)
 QUERY_TOKENS = 8  # of every agent, padding among them
 WARMUP = 2  # steps of each round that are not counted

@@ -20,6 +20,7 @@ from polykv.evaluation.statistics import document_interval, interval_name, mean_
 from polykv.results import Rows
 from polykv.supported import check_length
 
+VERSION = 1  # of perplexity, divergence and same-top-1
 # As llama.cpp's perplexity tool prints them.
 KL_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100}
 DELTA_P_PERCENTILES = {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}

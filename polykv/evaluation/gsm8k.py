@@ -19,6 +19,7 @@ from polykv.evaluation import numerals
 from polykv.evaluation.statistics import wilson
 from polykv.results import Rows
 
+VERSION = 1  # of the problems and of what counts as a right answer, with numerals.py
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 ORDER = 2110_14168  # the seed of the order in which the test split's problems are taken
 EXTRACTIONS = ("strict", "flexible")

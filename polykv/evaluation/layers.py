@@ -18,6 +18,7 @@ from polykv.codecs.base import Codec
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 
+VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
 GAUSSIAN_SHAPE = (1, 2, 512)  # of the data whose error stands for theory; head_dim is the model's
 

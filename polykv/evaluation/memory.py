@@ -28,6 +28,7 @@ from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_length
 
+VERSION = 1  # of what is counted and how it is measured
 GB = 1e9
 DECODE_STEPS = 1  # the peak is reached at once: a step grows every layer by a copy
 WARMUP_TOKENS = 64

@@ -30,6 +30,7 @@ from polykv.pool import prefill
 from polykv.progress import track
 from polykv.supported import check_length
 
+VERSION = 1  # of how times are taken
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 TRANSPORTS = ("memory", "file")
 WARMUP = 2

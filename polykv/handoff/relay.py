@@ -22,6 +22,7 @@ from polykv.handoff.tasks import Task
 from polykv.supported import check_length
 from polykv.tokens import encode
 
+VERSION = 1  # of how a relay is played
 RESEALS = ("append", "requantize")
 
 

@@ -37,6 +37,7 @@ from polykv.reference.evaluation_set import (
 from polykv.reference.rows import VALUE, role_of
 from polykv.reference.vocabulary import PAD
 
+VERSION = 1  # of exact match and restated values
 Counts = dict[str, list[int]]  # name -> [right, asked]
 USABLE = 0.90  # share of questions answered up to the declared usable context
 SHORT_MEMORY = 32  # tokens of the document that a model without a long memory keeps
