@@ -69,8 +69,8 @@ COLUMNS = (
 )
 LEGEND = (
     "bits: stored per cached value, all metadata counted; ratio: to fp16; Δppl, KL (nats per token) and top-1: against "
-    "the uncompressed cache; stored: all bytes kept for all agents; resident: peak above the loaded model while all "
-    "agents decode."
+    "the uncompressed cache, read alike; stored: all bytes kept for all agents; resident: peak above the loaded model "
+    "while all agents decode."
 )
 # A column of nothing else is left out; one of values that could not be had says why.
 BASE = Value(None, note="the baseline that the others are compared with")
@@ -84,7 +84,7 @@ def mine(rows: pd.DataFrame) -> pd.DataFrame:
     found = cell_dtype(rows)
     read = found["reader"].where(found["reader"] != "").groupby(found["cell"]).transform("first")
     read = found["reader"].where(found["reader"] != "", read).fillna("")
-    found = found.assign(reader=read.where(found["recipe"] != BASELINE, "unshared"))
+    found = found.assign(floor_of=read, reader=read.where(found["recipe"] != BASELINE, "unshared"))
     return found.sort_values("created_at", kind="stable")
 
 
@@ -102,8 +102,9 @@ def table(rows: pd.DataFrame) -> Table | None:
     present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
     named = keys(*vary)
     shown = [{c.name: line[c.name] for c in (*named, *keys("recipe"), *present)} for line in lines]
+    legend = " ".join(filter(None, [LEGEND, _reader_floors(found)]))
     return Table(
-        "compare", _caption(found, vary), [*named, *keys("recipe"), *present], shown, LEGEND
+        "compare", _caption(found, vary), [*named, *keys("recipe"), *present], shown, legend
     )
 
 
@@ -127,6 +128,22 @@ def _value(row: pd.Series | None, factor: float | None) -> Value:
         return Value(16 / row["value"])
     ends = [None if pd.isna(row[name]) else row[name] * factor for name in ("ci_low", "ci_high")]
     return Value(row["value"] * factor, *ends, n=_whole(row["n"]))
+
+
+def _reader_floors(found: pd.DataFrame) -> str:
+    """What each reader costs without any recipe, at most over the settings; no line's differences include it."""
+    rows = found[found["metric"].str.startswith("reader_floor_") & found["value"].notna()]
+    said = []
+    for reader, part in rows.groupby("floor_of", sort=False):
+        kl, delta = (
+            part.loc[part["metric"] == f"reader_floor_{name}", "value"].abs().max()
+            for name in ("kl_mean", "perplexity_delta")
+        )
+        said.append(
+            f"Reader {reader} against inject on the uncompressed cache: KL at most {kl:.2g}, |Δppl| at most "
+            f"{delta:.2g} %, not included in the columns above."
+        )
+    return " ".join(said)
 
 
 def _order(line: dict) -> tuple:

@@ -228,26 +228,27 @@ def documents_of(cfg: DictConfig) -> list[Document]:
 
 
 def full_readings(cfg: DictConfig) -> tuple[Reading, ...]:
-    """The cell's documents read from their uncompressed cache: the baseline."""
-    return _full_readings(as_key(scoring(cfg)), cfg.device, tuple(documents_of(cfg)))
+    """The cell's documents read from their uncompressed cache by its reader: the baseline of its recipe."""
+    injected = _full_readings(as_key(scoring(cfg)), cfg.device, tuple(documents_of(cfg)))
+    return _baselines(injected, cfg.reader, cfg.backend)
 
 
 def readings(cfg: DictConfig) -> tuple[Reading, ...]:
     """The cell's documents read under its recipe."""
-    return _readings(full_readings(cfg), as_key(cfg.recipe), cfg.reader, cfg.backend)
+    return _readings(full_readings(cfg), as_key(cfg.recipe), cfg.backend)
 
 
 def answers(cfg: DictConfig, n_documents: int, recipe: Recipe | None = None) -> list[list[str]]:
     """What the agents of the first documents say under the cell's recipe (or another): a list for each document.
 
-    Model and caches are in `model.answer_dtype`, where one is set.
+    Model and caches are in `model.answer_dtype`, where one is set. Every recipe is read by the cell's reader, so
+    that answers under two of them differ by the recipe alone.
     """
     documents = tuple(documents_of(cfg)[:n_documents])
     asked = _asked_pools(as_key(answering(cfg)), cfg.device, documents)
-    reader = cfg.reader if recipe is None else "inject"
     recipe = recipe or Recipe.from_config(cfg.recipe)
     batches = [
-        _answers(asked, recipe, reader, cfg.backend, first, cfg.max_new_tokens)
+        _answers(asked, recipe, cfg.reader, cfg.backend, first, cfg.max_new_tokens)
         for first in range(0, cfg.n_agents, ASKED_TOGETHER)
     ]
     return [[*chain(*of_document)][: cfg.n_agents] for of_document in zip(*batches, strict=True)]
@@ -292,11 +293,14 @@ def _full_readings(
 
 
 @lru_cache(maxsize=1)
-def _readings(
-    full: tuple[Reading, ...], recipe: str, reader: str, backend: str
-) -> tuple[Reading, ...]:
+def _baselines(injected: tuple[Reading, ...], reader: str, backend: str) -> tuple[Reading, ...]:
+    return tuple(one.by(reader, backend) for one in injected)
+
+
+@lru_cache(maxsize=1)
+def _readings(full: tuple[Reading, ...], recipe: str, backend: str) -> tuple[Reading, ...]:
     made = Recipe.from_config(from_key(recipe))
-    return tuple(one.under(made, reader, backend) for one in track(full, f"encoding {made.name}"))
+    return tuple(one.under(made, backend) for one in track(full, f"encoding {made.name}"))
 
 
 AskedPool = tuple[PreTrainedModel, Any, Document, SharedKVPool]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from experiments import common, polykv_memory, polykv_quality, polykv_ratio
 from experiments.polykv_quality import settle
-from polykv.evaluation import concurrency, memory, process
+from polykv.evaluation import concurrency, memory, process, readings
 
 __all__ = ["MADE_BY", "check", "run", "settle"]
 
@@ -26,10 +26,10 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """All rows of the cell, from the model's real cache."""
-    readings = common.readings(cfg)
-    pool, rows = readings[0].pool, common.document_rows(cfg)
+    read = common.readings(cfg)
+    pool, rows = read[0].pool, common.document_rows(cfg)
     polykv_ratio.add_rows(rows, pool)
     polykv_memory.add_rows(rows, cfg, pool)
-    polykv_quality.add_scores(rows, readings)
+    readings.add_rows(rows, read)
     polykv_quality.add_answers(rows, cfg)
     return rows

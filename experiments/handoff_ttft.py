@@ -20,7 +20,7 @@ from experiments.handoff_accuracy import CARDS, check_budget, key_of, loaded, se
 from polykv import config, kernels, loading, models
 from polykv.documents import Document
 from polykv.errors import PolyKVError
-from polykv.evaluation import card_quality, ttft
+from polykv.evaluation import card_quality, continuation, ttft
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.statistics import spread_warning
@@ -43,6 +43,7 @@ TIMED = (
     "backend",
 )  # fmt: skip
 SCORED_IN = "float32"
+Scored = dict[tuple[str | None, str], Comparison]  # as card_quality.score_cards gives it
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -140,9 +141,19 @@ def add_quality(rows: Rows, cfg: DictConfig, timings: list[tuple[Route, Timing]]
         else:
             found = [of_document[policy.name, reader] for of_document in scored]
             card_quality.add_rows(rows, found, **about)
+    if scored:
+        add_reader_floors(rows, cfg, scored)
 
 
-def score(cfg: DictConfig) -> tuple[list[dict[tuple[str, str], Comparison]], str]:
+def add_reader_floors(rows: Rows, cfg: DictConfig, scored: list[Scored]) -> None:
+    """What each reader but `inject` costs without any card: its rows have no policy."""
+    about = {"backend": cfg.backend, "dtype": loading.dtype_label(scoring_model(cfg))}
+    for reader in (reader for reader in cfg.readers if reader != "inject"):
+        floors = [of_document[None, reader] for of_document in scored]
+        continuation.add_floor(rows, floors, reader, card_quality.PROTOCOL, **about)
+
+
+def score(cfg: DictConfig) -> tuple[list[Scored], str]:
     """Of each document, every policy and reader against the uncompressed cache; or why there is none."""
     if cfg.weights == "random":
         return [], "quality cannot be measured on random weights"

@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 from experiments import common
 from experiments.common import check_quality, document_rows
 from polykv.errors import PolyKVError
-from polykv.evaluation import answers, bertscore, continuation
+from polykv.evaluation import answers, bertscore, readings
 from polykv.evaluation.answers import contains
-from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import wilson
-from polykv.progress import phase, track
+from polykv.progress import phase
 from polykv.recipe import load_recipe
 from polykv.reference.documents import matches
 from polykv.results import Rows
@@ -45,18 +44,10 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Quality rows of the cell."""
-    readings = common.readings(cfg)
     rows = document_rows(cfg)
-    add_scores(rows, readings)
+    readings.add_rows(rows, common.readings(cfg))
     add_answers(rows, cfg)
     return rows
-
-
-def add_scores(rows: Rows, readings: tuple[Reading, ...]) -> None:
-    """Perplexity, KL and same-top-1 against the uncompressed cache, pooled and of each document."""
-    comparisons = [one.comparison for one in track(readings, "scoring")]
-    continuation.add_rows(rows, comparisons)
-    continuation.add_document_rows(rows, comparisons)
 
 
 def add_answers(rows: Rows, cfg: DictConfig) -> None:

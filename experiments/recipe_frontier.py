@@ -12,9 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
 from experiments.common import check_quality, document_rows
-from polykv.evaluation import continuation
-from polykv.evaluation.readings import Reading
-from polykv.progress import track
+from polykv.evaluation import readings
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
@@ -50,11 +48,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def add_rows(rows: Rows, readings: tuple[Reading, ...]) -> None:
+def add_rows(rows: Rows, read: tuple[readings.Reading, ...]) -> None:
     """Bits per value in all accountings, then quality pooled and by document."""
-    pool = readings[0].pool
+    pool = read[0].pool
     rows.add("bits", 16 / pool.nominal_ratio, "bits per value", protocol="nominal")
     rows.add("bits", 16 / pool.stored_ratio, "bits per value", protocol="stored")
-    comparisons = [one.comparison for one in track(readings, "scoring")]
-    continuation.add_rows(rows, comparisons)
-    continuation.add_document_rows(rows, comparisons)
+    readings.add_rows(rows, read)

@@ -98,16 +98,12 @@ def _search(cfg: DictConfig, study: "optuna.Study") -> None:
             for layer in range(n_layers)
         ]
         recipe = Recipe.from_config(OmegaConf.merge(cfg.recipe, {"layer_bits": table}))
-        over = (
-            16 / full[0].under(recipe, cfg.reader, cfg.backend).pool.stored_ratio - cfg.budget_bits
-        )
+        over = 16 / full[0].under(recipe, cfg.backend).pool.stored_ratio - cfg.budget_bits
         trial.set_user_attr("table", table)
         trial.set_user_attr("over", over)
         if over > 0:  # not worth scoring; the further over, the worse
             return 1e3 + over
-        kl = [
-            reading.under(recipe, cfg.reader, cfg.backend).comparison.kl.mean() for reading in full
-        ]
+        kl = [reading.under(recipe, cfg.backend).comparison.kl.mean() for reading in full]
         return float(sum(kl) / len(kl))
 
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]

@@ -42,8 +42,8 @@ class SharedKVPool:
         self._layers = tuple(tuple(segments) for segments in layers)
         self.recipe = recipe
         self.chat: Chat | None = None
-        device = next(iter(self._layers[0][0].key.tensors.values())).device
-        self.backend = kernels.pick_backend(backend, device)
+        self.device = next(iter(self._layers[0][0].key.tensors.values())).device
+        self.backend = kernels.pick_backend(backend, self.device)
         self.n_tokens: int = sum(segment.n_tokens for segment in self._layers[0])
         self.dtype: torch.dtype = self._layers[0][0].key.dtype
         self.n_values: int = sum(
@@ -152,8 +152,9 @@ class SharedKVPool:
         return decode_segments(self._layers[index])
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """A pool of the same cache, as this one decodes it, under another recipe."""
-        if recipe == self.recipe:
+        """A pool of the same cache, as this one decodes it, under another recipe or backend."""
+        backend = kernels.pick_backend(backend, self.device)
+        if (recipe, backend) == (self.recipe, self.backend):
             return self
         layers = (self.decode_layer(index) for index in range(self.n_layers))
         return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)

@@ -93,24 +93,65 @@ def add_rows(rows: Rows, comparisons: list[Comparison]) -> None:
         PolyKVError: not one token was scored.
     """
     differences = [c.nll - c.nll_full for c in comparisons]
-    n = sum(len(d) for d in differences)
-    if n == 0:
-        raise PolyKVError("no token was scored, so nothing can be compared; give more text")
+    n = _n_scored(differences)
     protocol = f"paper; {interval_name(differences)}"
     common = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
     for name in ("nll_full", "nll"):
         mean = np.concatenate([getattr(c, name) for c in comparisons]).mean()
         missing.add(rows, name.replace("nll", "perplexity"), _exp(mean), "ppl", **common)
-    interval = document_interval(differences)
-    ends = interval and (_percent(interval[0]), _percent(interval[1]))
-    delta = _percent(float(np.concatenate(differences).mean()))
-    missing.add(rows, "perplexity_delta", delta, "percent", ci=ends, **common)
+    _add_delta(rows, "perplexity_delta", differences, common)
     _add_ratio(rows, np.concatenate(differences), common)
     kl = [c.kl for c in comparisons]
     _add_mean(rows, "kl_mean", "nats", kl, (0, math.inf), common)
     _add_percentiles(rows, "kl", "nats", kl, KL_PERCENTILES, common)
     _add_delta_p(rows, comparisons, common)
     _add_mean(rows, "same_top1", "rate", [c.top1 for c in comparisons], (0, 1), common)
+
+
+@quietly
+def add_costs(
+    rows: Rows, comparisons: list[Comparison], protocol: str, prefix: str = "", **columns: Any
+) -> None:
+    """`kl_mean` and `perplexity_delta` alone, all documents, each with its interval; `prefix` opens their names.
+
+    Raises:
+        PolyKVError: not one token was scored.
+    """
+    differences, kl = [c.nll - c.nll_full for c in comparisons], [c.kl for c in comparisons]
+    n = _n_scored(differences)
+    told = {"n": n, "protocol": f"{protocol}; {interval_name(kl)}", **columns}
+    common = {"why": why_not_finite(comparisons), **told}
+    _add_mean(rows, f"{prefix}kl_mean", "nats", kl, (0, math.inf), common)
+    _add_delta(rows, f"{prefix}perplexity_delta", differences, common)
+
+
+def add_floor(
+    rows: Rows, floors: list[Comparison], reader: str, protocol: str, **columns: Any
+) -> None:
+    """What `reader` costs by itself: the uncompressed cache read by it, against a private copy of the same."""
+    note = f"no recipe: the uncompressed cache, reader {reader} against reader inject"
+    add_costs(rows, floors, protocol, "reader_floor_", reader=reader, note=note, **columns)
+
+
+def _n_scored(samples: list[np.ndarray]) -> int:
+    """How many tokens were scored.
+
+    Raises:
+        PolyKVError: none.
+    """
+    n = sum(map(len, samples))
+    if n == 0:
+        raise PolyKVError("no token was scored, so nothing can be compared; give more text")
+    return n
+
+
+def _add_delta(
+    rows: Rows, metric: str, differences: list[np.ndarray], common: dict[str, Any]
+) -> None:
+    interval = document_interval(differences)
+    ends = interval and (_percent(interval[0]), _percent(interval[1]))
+    delta = _percent(float(np.concatenate(differences).mean()))
+    missing.add(rows, metric, delta, "percent", ci=ends, **common)
 
 
 def _add_ratio(rows: Rows, differences: np.ndarray, common: dict[str, Any]) -> None:

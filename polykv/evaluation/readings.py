@@ -1,5 +1,6 @@
 """One document read under one recipe: what the score of its rest comes from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,15 +10,22 @@ from transformers import PreTrainedModel
 
 from polykv.attention.cascade import attend_in_place, read_privately
 from polykv.documents import Document
+from polykv.evaluation import continuation
 from polykv.evaluation.concurrency import caches_of
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.pool import SharedKVPool
+from polykv.progress import track
 from polykv.recipe import Recipe
+from polykv.results import Rows
 
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix, read by `model`. `full` is the uncompressed reading, None where it is that."""
+    """A pool over a document's prefix, read by `model`.
+
+    `full` is the baseline: the uncompressed cache read by the same reader, so that a difference is the recipe's
+    alone. None where this is that.
+    """
 
     model: PreTrainedModel
     document: Document
@@ -25,12 +33,19 @@ class Reading:
     reader: str = "inject"
     full: "Reading | None" = None
 
-    def under(self, recipe: Recipe, reader: str, backend: str = "torch") -> "Reading":
-        """The same document's cache under another recipe, taken from this uncompressed one."""
-        if recipe == self.pool.recipe and reader == self.reader:
+    def by(self, reader: str, backend: str) -> "Reading":
+        """This uncompressed cache read by `reader`: the baseline of all recipes that it reads."""
+        if reader == self.reader:
+            return self
+        pool = self.pool.under(self.pool.recipe, backend)
+        return Reading(self.model, self.document, pool, reader)
+
+    def under(self, recipe: Recipe, backend: str) -> "Reading":
+        """The same document's cache under another recipe; this one, which is uncompressed, is its baseline."""
+        if recipe == self.pool.recipe:
             return self
         pool = self.pool.under(recipe, backend)
-        return Reading(self.model, self.document, pool, reader, self)
+        return Reading(self.model, self.document, pool, self.reader, self)
 
     def score(self) -> Tensor:
         """Log-probabilities of the rest of the document: (scored tokens, vocabulary), fp32."""
@@ -52,6 +67,17 @@ class Reading:
         # Only the uncompressed run's log-probabilities are needed again: they take vocabulary x tokens x 4 bytes.
         mine_TV = self.score() if self.full else self.log_probs_TV
         return compare(full.log_probs_TV, mine_TV, self.document.rest_BT)
+
+    @cached_property
+    def reader_floor(self) -> Comparison:
+        """Per scored token, what the reader costs by itself: the uncompressed cache read by it, against `inject`.
+
+        The two attentions round differently, in bfloat16 by as much as a recipe of 8 bits costs.
+        """
+        if self.full:
+            return self.full.reader_floor
+        injected = Reading(self.model, self.document, self.pool)
+        return compare(injected.score(), self.log_probs_TV, self.document.rest_BT)
 
     @torch.no_grad()
     def score_together(self, n_agents: int) -> Tensor:
@@ -82,3 +108,18 @@ class Reading:
             ).logits
         scored = [logits_NTV[n, n : n + n_rest - 1] for n in range(n_agents)]
         return torch.stack(scored).float().log_softmax(dim=-1)
+
+
+def add_rows(rows: Rows, readings: Sequence[Reading]) -> None:
+    """Perplexity, KL and same-top-1 against the uncompressed cache, pooled and of each document; the reader's floor."""
+    comparisons = [one.comparison for one in track(readings, "scoring")]
+    continuation.add_rows(rows, comparisons)
+    continuation.add_document_rows(rows, comparisons)
+    add_reader_floor(rows, readings)
+
+
+def add_reader_floor(rows: Rows, readings: Sequence[Reading]) -> None:
+    """What the reader costs by itself, all documents; `inject`, which it is held to, has no such rows."""
+    reader = readings[0].reader
+    if reader != "inject":
+        continuation.add_floor(rows, [one.reader_floor for one in readings], reader, "paper")
