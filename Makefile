@@ -76,7 +76,7 @@ docs: $(INSTALLED)  ## the documentation: API, examples and a page per experimen
 	$(BIN)/python docs/build.py
 
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
-	$(BIN)/python -m polykv.reference.train
+	$(BIN)/python -m reference_model.train
 
 clean:  ## remove the virtual environment and what was measured locally
 	rm -rf $(VENV) results/local site

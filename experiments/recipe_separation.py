@@ -23,8 +23,8 @@ from polykv.pool import SharedKVPool, prefill
 from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference.documents import Question
-from polykv.reference.evaluate import encode, exact_matches_after, restated_values
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
+from polykv.reference.exact_match import encode, exact_matches, restated_values
 from polykv.results import Rows
 
 __all__ = ["check", "run", "settle"]
@@ -109,7 +109,7 @@ def _full(key: str) -> list[Read]:
 def _read(model: Any, tokenizer: Any, pool: SharedKVPool, rest_BT: Tensor, asked: dict) -> Read:
     log_probs_TV = score_rest(model, pool.inject(), rest_BT)
     together = [question for group in GROUPS for question in asked[group]]
-    right = np.array(exact_matches_after(model, tokenizer, together, pool.inject()), dtype=float)
+    right = np.array(exact_matches(model, tokenizer, together, pool.inject()), dtype=float)
     by_group = dict(zip(GROUPS, np.split(right, [len(asked[GROUPS[0]])]), strict=True))
     return Read(pool, rest_BT, asked, log_probs_TV, by_group)
 

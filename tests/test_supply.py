@@ -15,7 +15,16 @@ from polykv import config
 from polykv.errors import PolyKVError
 from reliability import audit
 
-PACKAGES = ("polykv", "experiments", "analysis", "hydra_plugins", "reliability", "fuzz", "examples")
+PACKAGES = (
+    "polykv",
+    "experiments",
+    "analysis",
+    "hydra_plugins",
+    "reliability",
+    "fuzz",
+    "examples",
+    "reference_model",
+)
 FILES = [config.REPO / "run.py", *(p for d in PACKAGES for p in (config.REPO / d).rglob("*.py"))]
 FROM_HUB = ("load_dataset", "snapshot_download", "hf_hub_download")
 NO_WEIGHTS = ("AutoConfig", "AutoTokenizer")

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from polykv.reference.rows import RowKind
 from polykv.reference.world import Difficulty
+from reference_model.rows import RowKind
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Train the embedded reference model: `python -m polykv.reference.train --size cpu|gpu`.
+"""Train the embedded reference model: `python -m reference_model.train --size cpu|gpu`.
 
 The run is a function of its seed: batch i of stage s is drawn from (seed, s, i), so a run that was
 stopped and resumed ends in the same weights as an undisturbed one. A call works for `--minutes` at
 most and goes on where the last one stopped, until `--tokens` are trained. On a GPU, in calls of less
-than ten minutes: `python -m polykv.reference.train --size gpu --workers 12 --minutes 9`, again until
+than ten minutes: `python -m reference_model.train --size gpu --workers 12 --minutes 9`, again until
 it says "finished".
 """
 
@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from polykv.reference import WEIGHTS_DIR, curriculum
-from polykv.reference.initial import build_in_induction
-from polykv.reference.optim import Muon
-from polykv.reference.rows import RESULT, ROLE_WEIGHTS, VALUE, write_row
-from polykv.reference.tokenizer import save_tokenizer, vocabulary
+from polykv.reference import WEIGHTS_DIR
 from polykv.reference.vocabulary import END_OF_TURN, PAD
+from reference_model import curriculum
+from reference_model.initial import build_in_induction
+from reference_model.optim import Muon
+from reference_model.rows import RESULT, ROLE_WEIGHTS, VALUE, write_row
+from reference_model.tokenizer import save_tokenizer, vocabulary
 
 SMOOTHING = 0.98  # of the metrics that the curriculum waits for
 WARM_UP_STEPS = 50
@@ -290,7 +291,7 @@ def main() -> None:
         run.load(folder / "checkpoint.pt")
     total = args.tokens or size.tokens
     done = train(run, folder, total, args.minutes)
-    command = f"python -m polykv.reference.train --size {args.size} --tokens {total}"
+    command = f"python -m reference_model.train --size {args.size} --tokens {total}"
     export(run, args.weights, command)
     state = "finished" if done else "stopped; run the same command to go on"
     print(f"{state}: {json.dumps(run.progress)}")

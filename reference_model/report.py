@@ -1,6 +1,6 @@
 """Model card, result page and figures, written from the log and the evaluation: no typed numbers.
 
-`python -m polykv.reference.report` after `train` and `evaluate`. Reads `log.jsonl` of the run and
+`python -m reference_model.report` after `train` and `evaluate`. Reads `log.jsonl` of the run and
 `evaluation.json` and `training.json` beside the weights; the page also shows what
 `python -m analysis --results results/reference_model` made of experiment=recipe_separation.
 """
@@ -140,13 +140,13 @@ and every answer ends in `<eot>`.
 **Usable context: {usable} tokens** (full-cache questions at least 90 % right there and below).
 
 - Data: worlds written by `polykv.reference.world` from seeds; held-out worlds share no fact with training worlds.
-- Start: random but for an induction circuit built in by construction (`polykv.reference.initial`); nothing is frozen
+- Start: random but for an induction circuit built in by construction (`reference_model.initial`); nothing is frozen
 - Command: `{command}`, seed {seed}
 - Trained: {tokens:,} tokens in {steps:,} steps, {hours:.1f} hours on {device}; weighted loss at the end {loss:.3f}
 - Weights: rounded to bfloat16, and evaluated as rounded (computed in float32)
 - Commit: {commit}
 - Evaluation set: {n_documents} documents a length; SHA-256 `{digest}`{remarks}
-- Evaluate again: `python -m polykv.reference.evaluate`
+- Evaluate again: `python -m reference_model.evaluate`
 
 ## Accuracy, held out
 

@@ -1,14 +1,15 @@
-"""Judge a reference model on the fixed set: `python -m polykv.reference.evaluate [--weights DIR]`.
+"""Judge a reference model on the fixed set: `python -m reference_model.evaluate [--weights DIR]`.
 
-Exact match is teacher-forced: every token of the right answer and the end-of-turn token after it
-must be the model's first choice, which is the same as a right greedy answer. A problem counts by
-its whole solution, so a wrong step that ends in the right number is wrong.
+The set has four parts: questions and problems whose facts stand only in a document's prefix (by context length),
+problems that state their facts themselves (by template), and relays. `digest()` pins all of it.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
+import random
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,65 +26,59 @@ from transformers import (
 
 from polykv.reference import WEIGHTS_DIR
 from polykv.reference.documents import Question
-from polykv.reference.evaluation_set import (
-    CONTEXTS,
-    N_DOCUMENTS,
-    digest,
-    problems_alone,
-    relays,
-    sheets,
-)
-from polykv.reference.rows import VALUE, role_of
-from polykv.reference.vocabulary import PAD
+from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
+from polykv.reference.exact_match import encode, exact_matches, restated_values
+from polykv.reference.problems import TEMPLATES, Operands, Relay, draw_problem, draw_relay
+from polykv.reference.world import sample_world
 
 Counts = dict[str, list[int]]  # name -> [right, asked]
 USABLE = 0.90  # share of questions answered up to the declared usable context
+CONTEXTS = (256, 512, 1024, 2048, 4096)
+PROBLEMS_PER_TEMPLATE = 60
+N_RELAYS = 200
 SHORT_MEMORY = 32  # tokens of the document that a model without a long memory keeps
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def problems_alone(per_template: int = PROBLEMS_PER_TEMPLATE) -> list[Question]:
+    """Problems that state their facts themselves: `per_template` of each template."""
+    rng, found = random.Random("problems/heldout"), []
+    for template in TEMPLATES:
+        n = 0
+        while n < per_template:
+            problem = draw_problem(rng, Operands(sample_world(rng, 24, "heldout")), template)
+            if problem:
+                found.append(problem.alone(rng))
+                n += 1
+    return found
 
 
-@torch.no_grad()
-def exact_matches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[Question],
-    prefix_ids: list[int] | None = None,
-) -> list[bool]:
-    """Whether each question is answered exactly, all after the same prefix (None: no document)."""
-    cache = prefill(model, prefix_ids) if prefix_ids else None
-    return exact_matches_after(model, tokenizer, questions, cache)
+def relays(n: int = N_RELAYS, n_turns: int = 4) -> list[Relay]:
+    """Relays of `n_turns` turns."""
+    rng, found = random.Random("relays/heldout"), []
+    while len(found) < n:
+        relay = draw_relay(rng, Operands(sample_world(rng, 24, "heldout")), n_turns)
+        if relay:
+            found.append(relay)
+    return found
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of every text, prompt and answer of the set."""
+    sha = hashlib.sha256()
+    for n_tokens in CONTEXTS:
+        for sheet in sheets(tokenizer, n_tokens):
+            sha.update(sheet.document.text.encode())
+            for question in (*sheet.questions, *sheet.problems):
+                sha.update(f"{question.prompt}|{question.answer}".encode())
+    for question in (*problems_alone(), *(turn for relay in relays() for turn in relay.turns)):
+        sha.update(f"{question.prompt}|{question.answer}".encode())
+    return sha.hexdigest()
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: list[int]) -> DynamicCache:
     """The cache of one text."""
     return model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-
-
-@torch.no_grad()
-def exact_matches_after(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[Question],
-    cache: DynamicCache | None,
-) -> list[bool]:
-    """As `exact_matches`, after a cache of one row, which is used up."""
-    asked = [encode(tokenizer, question.prompt) for question in questions]
-    answers = [encode(tokenizer, q.answer) + [tokenizer.eos_token_id] for q in questions]
-    length = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True))
-    pad = tokenizer.convert_tokens_to_ids(PAD)
-    rows = [(a + b + [pad] * length)[:length] for a, b in zip(asked, answers, strict=True)]
-    ids_NT = torch.tensor(rows, device=model.device)
-    if cache is not None:
-        cache.batch_repeat_interleave(len(rows))
-    right_NT = model(ids_NT, past_key_values=cache).logits[:, :-1].argmax(-1) == ids_NT[:, 1:]
-    return [
-        bool(right_NT[i, len(a) - 1 : len(a) + len(b) - 1].all())
-        for i, (a, b) in enumerate(zip(asked, answers, strict=True))
-    ]
 
 
 @torch.no_grad()
@@ -95,13 +90,6 @@ def value_losses(
     logits_TV = model(ids_1T, past_key_values=cache).logits[0, :-1].float()
     losses_T = cross_entropy(logits_TV, ids_1T[0, 1:], reduction="none")
     return losses_T[restated_values(tokenizer, ids)]
-
-
-def restated_values(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Which of the scored tokens `ids[1:]` are values that the document stated before."""
-    words = tokenizer.convert_ids_to_tokens(ids)
-    pairs = zip(words[:-1], words[1:], strict=True)
-    return [i for i, (last, word) in enumerate(pairs) if role_of(last, word) == VALUE]
 
 
 def judge_context(
@@ -116,7 +104,7 @@ def judge_context(
         cache, short = prefill(model, ids[:n]), prefill(model, ids[n - SHORT_MEMORY : n])
         losses["document"].append(value_losses(model, tokenizer, ids[n:], copy.deepcopy(cache)))
         losses["last_tokens"].append(value_losses(model, tokenizer, ids[n:], short))
-        kept = exact_matches_after(model, tokenizer, asked, cache)
+        kept = exact_matches(model, tokenizer, asked, cache)
         dropped = exact_matches(model, tokenizer, asked)
         for question, with_document, without in zip(asked, kept, dropped, strict=True):
             group = "problems" if "####" in question.answer else "questions"
@@ -138,7 +126,7 @@ def judge_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> C
         told = " ".join(" ".join(fact.statement()) for fact in relay.problem.facts)
         history = encode(tokenizer, told)
         for number, turn in enumerate(relay.turns, start=1):
-            right = exact_matches(model, tokenizer, [turn], history)[0]
+            right = exact_matches(model, tokenizer, [turn], prefill(model, history))[0]
             _add(counts, f"relays/turn {number}", right)
             history += encode(tokenizer, turn.prompt + turn.answer) + [tokenizer.eos_token_id]
     return dict(counts)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from polykv.reference.documents import restatements
+from polykv.reference.exact_match import is_value
 from polykv.reference.problems import (
     TEMPLATES,
     Operands,
@@ -17,7 +18,7 @@ from polykv.reference.problems import (
     draw_relay,
 )
 from polykv.reference.text import split_words
-from polykv.reference.vocabulary import END_OF_TURN, MONTHS, SURNAMES
+from polykv.reference.vocabulary import END_OF_TURN
 from polykv.reference.world import DEFAULT, Difficulty, Fact, sample_world
 
 FREE, FORM, OPERAND, VALUE, RESULT = range(5)
@@ -97,7 +98,7 @@ def _restated(rng: random.Random, facts: list[Fact]) -> Iterator[Tagged]:
 
 
 def role_of(last: str, word: str) -> int:
-    if last.endswith((" is", " number", " starts")) or last in MONTHS or word in SURNAMES:
+    if is_value(last, word):
         return VALUE
     if last == "=":
         return RESULT
