@@ -338,6 +338,6 @@ def test_nothing_that_is_installed_imports_how_the_model_was_made():
     for package in ("polykv", "experiments", "analysis", "hydra_plugins"):
         for file in (REPO / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in getattr(node, "names", [])]
-                imported = [*names, getattr(node, "module", None) or ""]
+                aliases = node.names if isinstance(node, ast.Import) else []
+                imported = [alias.name for alias in aliases] + [getattr(node, "module", None) or ""]
                 assert not any(name.startswith("reference_model") for name in imported), file
