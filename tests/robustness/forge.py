@@ -70,7 +70,9 @@ def with_digest(content: bytes) -> bytes:
     return head[:start] + digest.hexdigest().encode() + head[start + 64 :] + payload
 
 
-def digest_of_cell(content: dict[str, Any]) -> str:
-    """The digest of a cell file's table."""
-    kept = {key: value for key, value in content.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+def sealed(table: dict[str, Any]) -> dict[str, Any]:
+    """A cell file's table with a right digest, where it had one."""
+    kept = {key: value for key, value in table.items() if key != "digest"}
+    if kept == table:
+        return table
+    return kept | {"digest": hashlib.sha256(json.dumps(kept).encode()).hexdigest()}

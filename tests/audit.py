@@ -1,4 +1,4 @@
-"""Known vulnerabilities among the pinned versions: `python -m reliability.audit` (make audit).
+"""Known vulnerabilities among the pinned versions: `python tests/audit.py` (make audit).
 
 pip-audit alone calls a pin that its service does not know "skipped", and ends well if all are: nobody was
 asked, and it reads as if nothing was found. Here a pin that was not audited is a failure.

@@ -1,4 +1,4 @@
-"""Faults put into a run from inside, where no machine setting can make them; see stage.Injection."""
+"""Faults put into a run from inside, where no setting of the machine can make them; see stage.Injection."""
 
 import os
 import resource
@@ -11,17 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-PHASES = ("starting", "composing", "measuring", "writing", "fsync", "rename", "renamed", "drawing")
-"""In the order of a sweep's way; from `composing` to `renamed` it goes round once a cell."""
+WRITING = ("writing", "fsync", "rename", "renamed")
+"""The steps of writing a cell; a run is starting, composing or measuring before, drawing in the end."""
 
-WRITING = PHASES[3:7]
 PAUSE_S = 0.05  # in each step of writing a cell, so that kills fall between them
 
 
 def traced(place: Path) -> None:
     """Keep the run's phase in the file `place`, and stretch the steps of writing a cell."""
-    import analysis.__main__ as analysis
-    from experiments import polykv_quality, sweep
+    from experiments import polykv_quality
     from polykv import cellfile
 
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT)
@@ -39,12 +37,9 @@ def traced(place: Path) -> None:
         os.replace(source, target)
         enter("renamed")
 
-    enter("starting", 0)
     cellfile.os = SimpleNamespace(fsync=fsync, replace=replace)
-    before(sweep, "prepare", lambda: enter("composing", 0))
     before(polykv_quality, "run", lambda: enter("measuring", 0))
     before(cellfile, "write_atomically", lambda: enter("writing"))
-    before(analysis, "main", lambda: enter("drawing", 0))
 
 
 def phase(place: Path) -> str:
@@ -59,9 +54,7 @@ def forked_workers() -> None:
 
     from joblib.externals.loky.backend import context
 
-    warnings.filterwarnings(
-        "ignore", ".*fork. start method"
-    )  # what it advises against is wanted here
+    warnings.filterwarnings("ignore", ".*fork. start method")  # joblib advises against it
     context.set_start_method("fork", force=True)
     # A new interpreter would not write its signals into the pipe of the process that started it.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
@@ -71,27 +64,17 @@ def small_files(n_cells: int) -> None:
     """From the cell after `n_cells` on, the kernel cuts every write off at 1 KiB (RLIMIT_FSIZE)."""
     from polykv import cellfile
 
-    left = iter(range(n_cells))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit() -> None:
-        if next(left, None) is None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-
-    before(cellfile, "write_atomically", limit)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # noqa: E731
+    before(cellfile, "write_atomically", _after(n_cells, limit))
 
 
 def read_only(root: Path, n_cells: int) -> None:
     """After `n_cells` cells the file system under `root` becomes read-only. Needs root and a mount."""
     from polykv.results import Store
 
-    left = iter(range(n_cells))
-
-    def remount() -> None:
-        if next(left, None) is None:
-            subprocess.run(["mount", "-o", "remount,ro", root], check=True)
-
-    before(Store, "claim", remount)
+    remount = lambda: subprocess.run(["mount", "-o", "remount,ro", root], check=True)  # noqa: E731
+    before(Store, "claim", _after(n_cells, remount))
 
 
 def little_memory(headroom_bytes: int) -> None:
@@ -126,3 +109,14 @@ def before(owner: Any, name: str, act: Callable[[], None]) -> None:
         return original(*arguments, **named)
 
     setattr(owner, name, called)
+
+
+def _after(n: int, act: Callable[[], object]) -> Callable[[], None]:
+    """Do nothing `n` times, then `act` each time."""
+    left = iter(range(n))
+
+    def maybe() -> None:
+        if next(left, None) is None:
+            act()
+
+    return maybe

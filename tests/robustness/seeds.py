@@ -1,29 +1,24 @@
-"""Write the seed corpus anew: `python -m fuzz.seeds`. Regression seeds (found-*) are left as they are."""
+"""Write the committed cards and results anew: `cd tests && python -m robustness.seeds`. Those named found-* stay."""
 
 import json
-from pathlib import Path
 
 import torch
 
-from fuzz.tiny import KEY, N_TOKENS, VOCABULARY, any_model, tiny_model
 from polykv import cellfile
 from polykv.handoff.card import CacheCard
 from polykv.handoff.signals import Topology
 from polykv.pool import prefill
 from polykv.results import Rows
+from robustness.promises import CELL, CORPUS, EXPERIMENT, KEY, VOCABULARY, any_model, tiny_model
 
-CORPUS = Path(__file__).parent / "corpus"
-EXPERIMENT, CELL = "quickstart", "abc"  # the cell that the seed files are of
-POLICIES = {
+N_TOKENS = 20
+BUDGETS = {
     "full": (0.0,),
     "fp16": (0.0,),
     "uniform": (3.5, 6.0, 8.0, 12.0, 16.0),
     "topology": (6.0, 9.0),
-    "local": (8.0,),
-    "inverse": (8.0,),
-    "random": (8.0,),
-    "sinks_recent": (10.0,),
 }
+BUDGETS |= {"local": (8.0,), "inverse": (8.0,), "random": (8.0,), "sinks_recent": (10.0,)}
 
 
 def cards() -> dict[str, bytes]:
@@ -32,7 +27,7 @@ def cards() -> dict[str, bytes]:
     ids_T = torch.randint(VOCABULARY, (N_TOKENS,), generator=torch.Generator().manual_seed(0))
     cache, topology = prefill(model, ids_T[None]), Topology(N_TOKENS // 2, 2)
     found = {}
-    for policy, budgets in POLICIES.items():
+    for policy, budgets in BUDGETS.items():
         for budget in budgets:
             card = CacheCard.seal(cache, ids_T, model, None, policy, budget, topology, "agent-1")
             found[f"{policy}-{budget:g}"] = bytes(card.to_bytes())
