@@ -119,7 +119,6 @@ CARDS: dict[str, Damage] = {
     "an id past the vocabulary": forged(lambda p: poke(p, "token_ids", VOCABULARY)),
     "a NaN among scales or values": forged(lambda p: poke(p, floats(p)[0], float("nan"))),
     "an infinity among scales or values": forged(lambda p: poke(p, floats(p)[-1], float("inf"))),
-    "a scale below zero": forged(lambda p: poke(p, floats(p)[0], -1.0)),
     "a field that stands twice": text(lambda t: HOP.sub(r"\g<0>,\g<0>", t)),
     "an entry that stands twice": text(lambda t: t[:-1] + ',"token_ids":{}}'),
     "a field that is no JSON number": text(lambda t: HOP.sub(r'\\"hop\\":NaN', t)),

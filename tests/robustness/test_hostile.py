@@ -88,6 +88,11 @@ def test_any_value_in_any_field_is_refused_or_a_card_that_works(model, name, val
     assert answer or name in FREE or value == FIELDS[name] or one_group
 
 
+def test_a_scale_below_zero_is_refused(model):
+    name = next(name for name in TENSORS if name.endswith(".scale"))
+    assert check_card(kinds.forged(lambda p: kinds.poke(p, name, -1.0))(SEED), model)
+
+
 def test_what_open_refuses_seal_refuses(model):
     ids = list(range(8))
     cache = prefill(model, torch.tensor([ids]))
