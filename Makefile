@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier report gpu test test-all faults fuzz audit lint format docs reference clean
+.PHONY: help run frontier report gpu test test-all faults audit lint format docs reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -50,20 +50,17 @@ gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDI
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
 test: $(INSTALLED)  ## the test suite, but for the slow part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults"
 
 test-all: test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-faults: $(INSTALLED)  ## break what can be broken: kills, full disks, hostile files, bad input, load; results/reliability.md
-	$(BIN)/python -m reliability
-
-fuzz: $(INSTALLED)  ## fuzz the readers of cards and results (seconds=300)
-	$(BIN)/python -m fuzz --seconds $(or $(seconds),300)
+faults: $(INSTALLED)  ## every fault on purpose: kills, full disks, hostile files, load (seconds=120 of fuzzing each)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(or $(seconds),120) $(BIN)/python -m pytest tests/robustness -m ""
 
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the advisory service)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
-	$(BIN)/python -m reliability.audit
+	$(BIN)/python tests/audit.py
 
 lint: $(INSTALLED)  ## ruff: lint and format check
 	$(BIN)/ruff check .
@@ -77,7 +74,7 @@ docs: $(INSTALLED)  ## the documentation: API, examples and a page per experimen
 	$(BIN)/python docs/build.py
 
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
-	$(BIN)/python -m polykv.reference.train
+	$(BIN)/python -m reference_model.train
 
 clean:  ## remove the virtual environment and what was measured locally
 	rm -rf $(VENV) results/local site

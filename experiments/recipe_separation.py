@@ -21,16 +21,16 @@ from polykv.evaluation.statistics import document_interval, interval_name, mcnem
 from polykv.pool import SharedKVPool, prefill
 from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
-from polykv.reference import evaluate
+from polykv.reference import exact_match
 from polykv.reference.documents import Question
-from polykv.reference.evaluate import exact_matches_after, restated_values
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
+from polykv.reference.exact_match import exact_matches, restated_values
 from polykv.results import Rows
 from polykv.tokens import encode, opening
 
 __all__ = ["MADE_BY", "check", "run", "settle"]
 
-MADE_BY = (*common.SCORES, evaluate)
+MADE_BY = (*common.SCORES, exact_match)
 
 GROUPS = ("questions", "problems")
 
@@ -113,7 +113,7 @@ def _full(key: str) -> list[Read]:
 def _read(model: Any, tokenizer: Any, pool: SharedKVPool, rest_BT: Tensor, asked: dict) -> Read:
     log_probs_TV = score_rest(model, pool.inject(), rest_BT)
     together = [question for group in GROUPS for question in asked[group]]
-    right = np.array(exact_matches_after(model, tokenizer, together, pool.inject()), dtype=float)
+    right = np.array(exact_matches(model, tokenizer, together, pool.inject()), dtype=float)
     by_group = dict(zip(GROUPS, np.split(right, [len(asked[GROUPS[0]])]), strict=True))
     return Read(pool, rest_BT, asked, log_probs_TV, by_group)
 

@@ -23,8 +23,8 @@ from polykv.handoff.relay import Handoff, divergence, force, play
 from polykv.handoff.signals import Topology
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.pool import prefill
-from polykv.reference.tokenizer import build_tokenizer
 from polykv.results import Rows
+from reference_model.tokenizer import build_tokenizer
 
 TASK = Task(
     ("The pool is written once ." * 6, " Each agent asks .", " A cache .", " And then ?"),
