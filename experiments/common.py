@@ -23,7 +23,7 @@ from polykv.pool import SharedKVPool, check_reader, prefill
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
-from polykv.supported import check_length, check_model
+from polykv.supported import check_attention, check_length, check_model, check_rope
 from polykv.tokens import encode
 
 # An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
@@ -115,6 +115,8 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     Recipe.from_config(cfg.recipe)
     architecture = models.load_config(cfg.model)
     check_model(architecture)
+    if "cascade" in (cfg.get("readers") or [cfg.reader]):
+        check_attention(architecture, "leave reader=cascade out")
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")
@@ -143,10 +145,12 @@ def check_quality(cfg: DictConfig) -> None:
     about = f"document={cfg.document.name} context={cfg.context}"
     for document in documents_of(cfg):
         check_length(architecture, document.n_tokens, about)
+        check_rope(architecture, document.prefix_BT.shape[1], document.n_tokens, about)
         for question in document.questions[: cfg.n_agents]:
             n_asked = encode(tokenizer, question.prompt).shape[1]
             needed = document.asked_BT.shape[1] + n_asked + cfg.max_new_tokens
             check_length(architecture, needed, f"{about} with question and answer")
+            check_rope(architecture, document.asked_BT.shape[1], needed, f"{about} with an answer")
 
 
 def check_hub(

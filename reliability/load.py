@@ -16,7 +16,8 @@ from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import QUERY_TOKENS, decode, kept_bytes, synthetic_layers
 from polykv.evaluation.process import CpuMeter, in_fresh_process
-from polykv.models import Geometry, load_weights
+from polykv.geometry import Geometry
+from polykv.models import load_weights
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe
 from polykv.tokens import encode
@@ -263,7 +264,7 @@ def _peaks(model_cfg: DictConfig, recipe_cfg: DictConfig) -> dict[str, tuple[int
     """Of each part: bytes at its peak above the loaded model, bytes stated for it, seconds."""
     model, _ = load_weights(model_cfg, "cpu")
     geometry, recipe = Geometry.of(model.config), Recipe.from_config(recipe_cfg)
-    one_tensor = geometry.n_kv_heads * PREFIX_TOKENS * geometry.head_dim
+    one_tensor = PREFIX_TOKENS * geometry.values_per_token // (2 * geometry.n_layers)
     meter, start = CpuMeter(), time.perf_counter()
     meter.start()
     meter.reset_peak()
