@@ -1,4 +1,4 @@
-"""The pages beside the API, as Markdown: the README, the examples, and every experiment.
+"""The pages beside the API, as Markdown: the README, the examples, the families of models, and every experiment.
 
 Nothing is written a second time: an experiment's page is put together from its YAML, its module's docstring, and
 the committed rows, figures and tables.
@@ -6,6 +6,7 @@ the committed rows, figures and tables.
 
 import ast
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def examples() -> str:
     }
     shown = {name: [(path, path.relative_to(REPO)) for path in files[name]] for name in files}
     return templates.get_template("examples.md.jinja2").render(examples=shown, docstring=docstring)
+
+
+def families() -> str:
+    """Every family of models that transformers has, as docs/families.yaml says and the tests prove."""
+    listed = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
+    version = metadata.version("transformers")
+    return templates.get_template("families.md.jinja2").render(**listed, version=version)
 
 
 def experiment(name: str, rows: pd.DataFrame) -> str:

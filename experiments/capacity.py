@@ -132,7 +132,7 @@ def _built(model: str) -> Architecture:
 def _replica(cfg: DictConfig, model: Architecture) -> Replica:
     hardware = Hardware.from_config(cfg.hardware)
     fractions = (cfg.bandwidth_fraction, cfg.flops_fraction)
-    return hardware.replica(model.geometry.n_kv_heads, model.dtype, *fractions)
+    return hardware.replica(model.geometry.shape[0], model.dtype, *fractions)
 
 
 def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:

@@ -27,7 +27,7 @@ from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference import documents as generated
 from polykv.results import Rows
-from polykv.supported import check_length, check_model
+from polykv.supported import check_attention, check_length, check_model, check_rope
 from polykv.tokens import encode
 
 # A study declares the modules that make its numbers as MADE_BY: their versions are part of what a cell is. Of scores:
@@ -123,6 +123,8 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     check_model(architecture)
     if cfg.weights == "local":
         models.check_folder(cfg.model)
+    if "cascade" in (cfg.get("readers") or [cfg.reader]):
+        check_attention(architecture, "leave reader=cascade out")
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")
@@ -151,10 +153,12 @@ def check_quality(cfg: DictConfig) -> None:
     about = f"document={cfg.document.name} context={cfg.context}"
     for document in documents_of(cfg):
         check_length(architecture, document.n_tokens, about)
+        check_rope(architecture, document.prefix_BT.shape[1], document.n_tokens, about)
         for question in document.questions[: cfg.n_agents]:
             n_asked = encode(tokenizer, question.prompt).shape[1]
             needed = document.asked_BT.shape[1] + n_asked + cfg.max_new_tokens
             check_length(architecture, needed, f"{about} with question and answer")
+            check_rope(architecture, document.asked_BT.shape[1], needed, f"{about} with an answer")
 
 
 def check_hub(

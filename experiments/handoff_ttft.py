@@ -30,7 +30,7 @@ from polykv.models import load_config
 from polykv.pool import check_reader
 from polykv.progress import track
 from polykv.results import Rows
-from polykv.supported import check_length, max_positions
+from polykv.supported import check_length, check_rope, max_positions
 
 __all__ = ["MADE_BY", "check", "run", "settle"]
 MADE_BY = (*common.SCORES, *CARDS, ttft)
@@ -87,7 +87,10 @@ def check(cfg: DictConfig) -> None:
         raise PolyKVError(f"scored_tokens={cfg.scored_tokens!r}; it takes a whole number from 1 up")
     check_budget(cfg.budget_bits)
     key_of(cfg)
-    check_length(load_config(cfg.model), cfg.context, f"context={cfg.context}")
+    architecture = load_config(cfg.model)
+    check_length(architecture, cfg.context, f"context={cfg.context}")
+    n_known = cfg.context - cfg.turn_tokens
+    check_rope(architecture, n_known, cfg.context, f"context={cfg.context}")
     common.check_hub(cfg, "use weights=random, which times the same, or model=reference")
     if cfg.weights == "random":
         return

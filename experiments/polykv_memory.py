@@ -15,7 +15,8 @@ from experiments.polykv_ratio import check, pool_of
 from polykv.errors import PolyKVError
 from polykv.evaluation import concurrency, memory
 from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
-from polykv.models import Geometry, load_config
+from polykv.geometry import Geometry
+from polykv.models import load_config
 from polykv.pool import SharedKVPool
 from polykv.progress import phase
 from polykv.recipe import Recipe

@@ -14,7 +14,8 @@ from experiments.common import check_common, new_rows, settle
 from polykv.documents import prefix_tokens
 from polykv.errors import PolyKVError
 from polykv.evaluation.memory import synthetic_pool
-from polykv.models import Geometry, load_config, pick_dtype
+from polykv.geometry import Geometry
+from polykv.models import load_config, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.results import Rows

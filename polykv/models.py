@@ -1,7 +1,6 @@
 """Models: from the hub, a folder, a GGUF file, the embedded reference model, or random weights of an architecture."""
 
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,30 +25,6 @@ said_once.by("transformers")
 KINDS = ("hub", "local", "gguf", "reference", "random")
 # The files of a local model that its numbers depend on.
 PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the size of a KV cache depends on."""
-
-    n_layers: int
-    n_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, model_config: PretrainedConfig) -> "Geometry":
-        c = model_config.get_text_config(decoder=True)
-        n_heads = c.num_attention_heads
-        return cls(
-            n_layers=c.num_hidden_layers,
-            n_kv_heads=getattr(c, "num_key_value_heads", None) or n_heads,
-            head_dim=getattr(c, "head_dim", None) or c.hidden_size // n_heads,
-        )
-
-    @property
-    def values_per_token(self) -> int:
-        """Keys and values of all layers and heads."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim
 
 
 def pick_device(device: str) -> torch.device:

@@ -21,7 +21,7 @@ from polykv.errors import PolyKVError
 from polykv.greedy import greedy
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
-from polykv.supported import check_cache, check_length, check_model
+from polykv.supported import check_cache, check_length, check_model, check_rope
 from polykv.tokens import encode
 
 READERS = ("inject", "cascade")
@@ -260,7 +260,9 @@ def encode_queries(
         ids_T = encode(tokenizer, query)[0]
         if len(ids_T) == 0:
             raise PolyKVError(f"query {number} is empty; an agent has to ask something")
-        check_length(model.config, n_prefix + len(ids_T) + max_new_tokens, f"query {number}")
+        n_tokens = n_prefix + len(ids_T) + max_new_tokens
+        check_length(model.config, n_tokens, f"query {number}")
+        check_rope(model.config, n_prefix, n_tokens, f"query {number}")
         encoded.append(ids_T.to(model.device))
     return encoded
 

@@ -21,11 +21,11 @@ from polykv.evaluation.memory import (
 )
 from polykv.evaluation.process import CpuMeter
 from polykv.evaluation.statistics import document_interval, wilson
-from polykv.models import Geometry
+from polykv.geometry import Geometry
 from polykv.pool import prefill
 from polykv.results import Rows
 
-LLAMA_3_8B = Geometry(n_layers=32, n_kv_heads=8, head_dim=128)
+LLAMA_3_8B = Geometry.even(n_layers=32, n_kv_heads=8, head_dim=128)
 MINILM = bertscore.MINILM
 
 
@@ -104,7 +104,7 @@ def test_paper_accounting_gives_the_published_gigabytes():
     ],
 )
 def test_ratios_of_a_synthetic_pool(recipe, head_dim, nominal, stored):
-    geometry = Geometry(n_layers=2, n_kv_heads=2, head_dim=head_dim)
+    geometry = Geometry.even(n_layers=2, n_kv_heads=2, head_dim=head_dim)
     pool = synthetic_pool(geometry, 256, torch.bfloat16, polykv.load_recipe(recipe))
     assert round(pool.nominal_ratio, 3) == nominal
     assert round(pool.stored_ratio, 3) == stored
@@ -124,7 +124,7 @@ def test_the_cpu_meter_sees_what_is_kept_and_not_what_was_freed():
 def test_resident_memory_is_measured_and_grows_with_private_caches():
     model = wide_model(hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048)
     recipe = polykv.config.load_group("recipe", "polykv")
-    cache = 1500 * Geometry(4, 8, 32).values_per_token * 4
+    cache = 1500 * Geometry.even(4, 8, 32).values_per_token * 4
     # A step copies the keys or values of one of the four layers, of all agents at once.
     peak = cache * (1 + 1 / 8)
     private = {n: resident_bytes(model, recipe, "private", 1500, n, "cpu") for n in (1, 9)}

@@ -12,7 +12,8 @@ import polykv
 from polykv import config, documents, models
 from polykv.documents import load_documents, prefix_tokens
 from polykv.errors import PolyKVError
-from polykv.models import Geometry, load_config
+from polykv.geometry import Geometry
+from polykv.models import load_config
 
 # Read off the models' own configs on the hub: (layers, kv heads, head_dim, parameters in millions).
 KNOWN = {
@@ -30,7 +31,7 @@ def test_geometry_in_the_yaml_is_the_architecture(name):
 
     architecture = load_config(config.load_group("model", name))
     layers, kv_heads, head_dim, millions = KNOWN[name]
-    assert Geometry.of(architecture) == Geometry(layers, kv_heads, head_dim)
+    assert Geometry.of(architecture) == Geometry.even(layers, kv_heads, head_dim)
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(architecture).num_parameters()
     assert round(counted / 1e6) == millions

@@ -18,7 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation import missing
 from polykv.evaluation.statistics import document_interval, interval_name, mean_interval
 from polykv.results import Rows
-from polykv.supported import check_length
+from polykv.supported import check_length, check_rope
 
 VERSION = 1  # of perplexity, divergence and same-top-1
 # As llama.cpp's perplexity tool prints them.
@@ -33,10 +33,12 @@ def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> 
     one.
 
     Raises:
-        PolyKVError: cache and rest are beyond the model's positions.
+        PolyKVError: cache and rest are beyond the model's positions, or its rotary frequencies change between them.
     """
     n_before = cache.get_seq_length() if cache is not None else 0
-    check_length(model.config, n_before + rest_BT.shape[1], "the whole document")
+    n_tokens = n_before + rest_BT.shape[1]
+    check_length(model.config, n_tokens, "the whole document")
+    check_rope(model.config, n_before, n_tokens, "the whole document")
     logits_BTV = model(input_ids=rest_BT.to(model.device), past_key_values=cache).logits
     return logits_BTV[0, :-1].float().log_softmax(dim=-1)
 

@@ -23,7 +23,8 @@ from polykv.evaluation.concurrency import (
     synthetic_layers,
 )
 from polykv.evaluation.process import MeasuringProcess, meter_of
-from polykv.models import Geometry, load_config, load_weights, pick_device, pick_dtype
+from polykv.geometry import Geometry
+from polykv.models import load_config, load_weights, pick_device, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_length

@@ -17,6 +17,7 @@ from polykv.pool import SharedKVPool
 from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
+from polykv.supported import check_padding
 
 
 @dataclass(eq=False)
@@ -85,7 +86,11 @@ class Reading:
 
         Agent 0 starts with the rest of the document, each other one with one token of padding more than the
         one before; what fills their rows behind the rest is not scored. `inject` gives each its own copy.
+
+        Raises:
+            PolyKVError: a model whose answers depend on padding.
         """
+        check_padding(self.model.config)
         rest_T, n_prefix = self.document.rest_BT[0], self.pool.n_tokens
         n_rest, width = len(rest_T), len(rest_T) + n_agents - 1
         ids_NT = rest_T.new_zeros(n_agents, width)

@@ -19,7 +19,7 @@ from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task
-from polykv.supported import check_length
+from polykv.supported import check_length, check_rope
 from polykv.tokens import encode
 
 VERSION = 1  # of how a relay is played
@@ -95,13 +95,16 @@ def prompts_of(
     """Ids (tokens,) of each agent's prompt, of which the first begins the sequence.
 
     Raises:
-        PolyKVError: they and the longest answers are beyond the model's positions.
+        PolyKVError: they and the longest answers are beyond the model's positions, or its rotary frequencies change
+            on the way.
     """
     prompts = [
         encode(tokenizer, prompt, begins=number == 0)[0]
         for number, prompt in enumerate(task.prompts)
     ]
-    check_length(model_config, sum(map(len, prompts)) + sum(task.max_new_tokens), name)
+    n_most = sum(map(len, prompts)) + sum(task.max_new_tokens)
+    check_length(model_config, n_most, name)
+    check_rope(model_config, len(prompts[0]), n_most, name)
     return prompts
 
 

@@ -14,7 +14,8 @@ from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import QUERY_TOKENS, decode, kept_bytes, synthetic_layers
 from polykv.evaluation.process import CpuMeter, in_fresh_process
-from polykv.models import Geometry, load_weights
+from polykv.geometry import Geometry
+from polykv.models import load_weights
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe
 from polykv.tokens import encode
@@ -168,7 +169,7 @@ def peaks(model_cfg, recipe_cfg) -> dict[str, tuple[int, int]]:
     """Of pooling and of decoding: bytes at the peak above the loaded model, and bytes computed for it."""
     model, _ = load_weights(model_cfg, "cpu")
     geometry, recipe = Geometry.of(model.config), Recipe.from_config(recipe_cfg)
-    one_tensor = geometry.n_kv_heads * PREFIX_TOKENS * geometry.head_dim
+    one_tensor = PREFIX_TOKENS * geometry.values_per_token // (2 * geometry.n_layers)
     meter = CpuMeter()
     meter.start()
     meter.reset_peak()
