@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier report gpu test faults fuzz audit lint format docs reference clean
+.PHONY: help run frontier report gpu test test-all faults audit lint format docs reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -22,11 +22,12 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	@touch $@
 
 # The model of `make run`: smollm2-135m, from a hub or the installed package, else reference; says why on stderr.
-# `make run MODEL=llama-3-8b` (a name in conf/model) takes another.
-MODEL = $(shell $(BIN)/python -m polykv.packaged smollm2-135m)
+# `make run model=llama-3-8b` (a name in conf/model) takes another, `model=local path=/a/folder` your own.
+MODEL = $(or $(model),$(shell $(BIN)/python -m polykv.packaged smollm2-135m))
+place = $(if $(path),'model.path=$(path)')
 # The reference model knows its own generator's documents only; the stories have PolyKV's lengths under its tokenizer.
 text = document=$(if $(filter reference,$(MODEL)),generated context=512,$(1) context=$(if $(filter smollm2%,$(MODEL)),$(2),null))
-RUN = $(BIN)/python run.py model=$(MODEL)
+RUN = $(BIN)/python run.py model=$(MODEL) $(place)
 
 run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instruct and real text, offline
 	$(eval MODEL := $(MODEL))
@@ -39,8 +40,8 @@ run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instr
 	$(BIN)/python -m analysis --only findings
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
-frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME)
-	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) || exit 1; done
+frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME, model=local path=/a/folder)
+	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) $(place) || exit 1; done
 
 report: $(INSTALLED)  ## one page of all that was measured, to send on (or results="FOLDER FOLDER")
 	$(BIN)/python -m analysis report --results $(or $(results),results/local)
@@ -48,18 +49,18 @@ report: $(INSTALLED)  ## one page of all that was measured, to send on (or resul
 gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDIA GPU (resumable)
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
-test: $(INSTALLED)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: $(INSTALLED)  ## the test suite, but for the slow part
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults"
 
-faults: $(INSTALLED)  ## break what can be broken: kills, full disks, hostile files, bad input, load; results/reliability.md
-	$(BIN)/python -m reliability
+test-all: test  ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-fuzz: $(INSTALLED)  ## fuzz the readers of cards and results (seconds=300)
-	$(BIN)/python -m fuzz --seconds $(or $(seconds),300)
+faults: $(INSTALLED)  ## every fault on purpose: kills, full disks, hostile files, load (seconds=120 of fuzzing each)
+	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(or $(seconds),120) $(BIN)/python -m pytest tests/robustness -m ""
 
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the advisory service)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
-	$(BIN)/python -m reliability.audit
+	$(BIN)/python tests/audit.py
 
 lint: $(INSTALLED)  ## ruff: lint and format check
 	$(BIN)/ruff check .
@@ -73,7 +74,7 @@ docs: $(INSTALLED)  ## the documentation: API, examples and a page per experimen
 	$(BIN)/python docs/build.py
 
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
-	$(BIN)/python -m polykv.reference.train
+	$(BIN)/python -m reference_model.train
 
 clean:  ## remove the virtual environment and what was measured locally
 	rm -rf $(VENV) results/local site

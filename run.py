@@ -8,7 +8,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments import processes, progress, sweep
+from experiments import command_line, processes, progress, sweep
 from polykv.errors import PolyKVError
 
 
@@ -32,7 +32,7 @@ def main() -> int:
         print(sweep.stopped(), file=sys.stderr)
         return processes.INTERRUPTED
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {command_line.explained(error)}", file=sys.stderr)
         return 2
     except PolyKVError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,23 +40,16 @@ def main() -> int:
 
 
 def report(ended: sweep.Ended) -> int:
-    """Tables and figures of the folder, then what did not end well; the exit code."""
+    """Tables and figures of the folder, if there is a cell to show, then what did not end well; the exit code."""
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    code = show(ended.results_dir, ended.study, ended.cells)
+    code = 0 if ended.empty else show(ended.results_dir, ended.study, ended.cells)
     if line := unsynced(ended.results_dir):
         print(line)
     for line in ended.complaints():
         print(line, file=sys.stderr)
     return code if ended.well else 1
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's message without its line breaks, and with the cause that it hides."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-    parts = [str(error), str(cause or "")]
-    return " ".join(" ".join(parts).split())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,14 @@ FEW = 3  # documents below which no pair is tested
 MEASURES: Mapping[str, Measure] = {**BYTES, **QUALITY}
 SCALED = {"stored": MB, "resident": MB}
 RECIPES = ["full", "fp16", "polykv", "polykv_q8_0"]  # first in figures, in this order
-ANSWERS = ("bertscore_f1", "bertscore_floor", "exact_match", "contains")
+ANSWERS = (
+    "bertscore_f1",
+    "bertscore_floor",
+    "exact_match",
+    "contains",
+    "empty_answer",
+    "empty_reference",
+)
 COLUMNS = (
     Column("stored_bits", "bits", fixed(2)),
     Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
@@ -49,13 +56,14 @@ COLUMNS = (
     Column("contains", "contains", fixed(2)),
     Column("bertscore_f1", "BERT F1", fixed(3), interval=True),
     Column("bertscore_floor", "floor", fixed(3)),
+    Column("empty_answers", "empty", fixed(2)),
     Column("nominal_ratio", "nominal", fixed(3)),
     Column("perplexity", "ppl", fixed(2)),
 )
 LEGEND = (
     "bits: stored per cached value, all metadata counted; ratio: to fp16; Δppl, KL (nats per token) and top-1: against "
-    "the uncompressed cache; stored: all bytes kept for all agents; resident: peak above the loaded model while all "
-    "agents decode."
+    "the uncompressed cache, read alike; stored: all bytes kept for all agents; resident: peak above the loaded model "
+    "while all agents decode."
 )
 # A column of nothing else is left out; one of values that could not be had says why.
 BASE = Value(None, note="the baseline that the others are compared with")
@@ -68,7 +76,7 @@ def mine(rows: pd.DataFrame) -> pd.DataFrame:
     found = cell_dtype(rows)
     read = found["reader"].where(found["reader"] != "").groupby(found["cell"]).transform("first")
     read = found["reader"].where(found["reader"] != "", read).fillna("")
-    found = found.assign(reader=read.where(found["recipe"] != BASELINE, "unshared"))
+    found = found.assign(floor_of=read, reader=read.where(found["recipe"] != BASELINE, "unshared"))
     return found.sort_values("created_at", kind="stable")
 
 
@@ -104,7 +112,8 @@ def table(rows: pd.DataFrame) -> Table | None:
     ]
     columns = [*named, *keys("recipe"), *present]
     shown = [{c.name: line[c.name] for c in columns} for line in lines]
-    return Table("compare", _caption(found, vary), columns, shown, LEGEND)
+    legend = " ".join(filter(None, [LEGEND, _reader_floors(found)]))
+    return Table("compare", _caption(found, vary), columns, shown, legend)
 
 
 def _measured(part: pd.DataFrame) -> dict[str, Value]:
@@ -119,6 +128,23 @@ def _figure(part: pd.DataFrame, name: str) -> Value:
     found = MEASURES[name].of(part)
     factor = SCALED.get(name)
     return found.map(lambda value: value * factor) if factor else found
+
+
+def _reader_floors(found: pd.DataFrame) -> str:
+    """What each reader costs without any recipe, at most over the settings; no line's differences include it."""
+    floors = found[found["metric"].str.startswith("reader_floor_")]
+    said = []
+    for reader, part in floors.groupby("floor_of", sort=False):
+        each = [cell for _, cell in part.groupby("cell", sort=False)]
+        kl, delta = (
+            max(abs(MEASURES[f"reader_floor_{name}"].of(cell).value or 0) for cell in each)
+            for name in ("kl", "delta")
+        )
+        said.append(
+            f"Reader {reader} against inject on the uncompressed cache: KL at most {kl:.2g}, |Δppl| at most "
+            f"{delta:.2g} %, not included in the columns above."
+        )
+    return " ".join(said)
 
 
 def _order(line: dict) -> tuple:

@@ -29,9 +29,19 @@ class Column:
     interval: bool = False
 
 
+# What the command line calls the columns that are named otherwise here.
+SETTINGS = {
+    "context_tokens": "context",
+    "agents": "n_agents",
+    "hops": "n_hops",
+    "budget": "budget_bits",
+    "problems": "n_problems",
+}
+
+
 def keys(*names: str) -> list[Column]:
-    """Columns that say what a line is about, headed by their names."""
-    return [Column(name, name, key=True) for name in names]
+    """Columns that say what a line is about, headed by their names or, of settings, the settings'."""
+    return [Column(name, SETTINGS.get(name, name), key=True) for name in names]
 
 
 @dataclass(frozen=True)

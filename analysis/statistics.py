@@ -182,8 +182,11 @@ QUALITY: Mapping[str, Measure] = {
     "same_top1": Measure("same_top1", reduce=within(0, 1)),
     "delta_p_mean": Measure("delta_p", reduce=within(-1, 1)),
     "delta_p_rms": Measure("delta_p", {"statistic": "rms"}),
+    "reader_floor_kl": Measure("reader_floor_kl", reduce=within(0, math.inf)),
+    "reader_floor_delta": Measure("reader_floor_nll_delta", reduce=mean, form=percent),
     "exact_match": Measure("exact_match", reduce=rate),
     "contains": Measure("contains", reduce=rate),
+    "empty_answers": Measure("empty_answer", reduce=rate),
     "bertscore_f1": Measure("bertscore_f1", reduce=lambda rows: mean_of_answers(rows, (-1, 1))),
     "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: _plain_mean(rows)),
 }

@@ -1,4 +1,5 @@
-"""`make docs`: the API by pdoc, and a page for the README, the examples and every experiment, into site/.
+"""`make docs`: the API by pdoc, and a page for the README, the examples, the families of models and every experiment,
+into site/.
 
 `python docs/build.py [FOLDER]`; what the folder held is replaced.
 """
@@ -28,7 +29,7 @@ def main(site: Path) -> None:
         shutil.copy(path, place)
     rows = pages.committed_rows()
     texts = {f"experiments/{name}": pages.experiment(name, rows) for name in pages.NAMES}
-    texts |= {"index": pages.overview(), "examples": pages.examples()}
+    texts |= {"index": pages.overview(), "examples": pages.examples(), "families": pages.families()}
     template = pdoc.render.env.get_template("page.html.jinja2")
     for page, text in texts.items():
         path = site / f"{page}.html"

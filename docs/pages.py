@@ -1,4 +1,4 @@
-"""The pages beside the API, as Markdown: the README, the examples, and every experiment.
+"""The pages beside the API, as Markdown: the README, the examples, the families of models, and every experiment.
 
 Nothing is written a second time: an experiment's page is put together from its YAML, its module's docstring, and
 the committed rows, figures and tables.
@@ -6,14 +6,14 @@ the committed rows, figures and tables.
 
 import ast
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from analysis.captions import caption
 from jinja2 import Environment, FileSystemLoader
 from omegaconf import OmegaConf
-
-from analysis.captions import caption
 
 REPO = Path(__file__).resolve().parents[1]
 CONF, RESULTS = REPO / "conf" / "experiment", REPO / "results"
@@ -50,6 +50,13 @@ def examples() -> str:
     return templates.get_template("examples.md.jinja2").render(examples=shown, docstring=docstring)
 
 
+def families() -> str:
+    """Every family of models that transformers has, as docs/families.yaml says and the tests prove."""
+    listed = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
+    version = metadata.version("transformers")
+    return templates.get_template("families.md.jinja2").render(**listed, version=version)
+
+
 def experiment(name: str, rows: pd.DataFrame) -> str:
     """Question, command, what was run and how long it took, figures, table, settings.
 
@@ -57,7 +64,7 @@ def experiment(name: str, rows: pd.DataFrame) -> str:
     """
     yaml = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     config = OmegaConf.create(yaml)
-    module = config.get("experiment_name") or config.defaults[0]
+    module = config.get("study") or config.defaults[0]
     figures = {
         f"{path.parts[-3]}/{path.name}": caption(figure, rows[rows["folder"] == path.parts[-3]])
         for figure in FIGURES.get(name, (name,))

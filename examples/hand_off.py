@@ -17,10 +17,11 @@ def send(path: str) -> None:
     import polykv
     from polykv.pool import prefill
     from polykv.reference.documents import generate_document
+    from polykv.tokens import encode
 
     model, tokenizer = polykv.load_model("reference")
     text = generate_document(tokenizer, 512, seed=3).text
-    ids_BT = tokenizer(text, return_tensors="pt").input_ids
+    ids_BT = encode(tokenizer, text, begins=True)
     cache = prefill(model, ids_BT)
     card = polykv.CacheCard.seal(
         cache, ids_BT[0], model, tokenizer, policy="uniform", budget_bits=4.0, sender="reader"
@@ -36,10 +37,11 @@ def receive(path: str) -> None:
     """The second agent: verify, inject, answer."""
     import polykv
     from polykv.pool import generate
+    from polykv.tokens import encode
 
     model, tokenizer = polykv.load_model("reference")
     card = polykv.CacheCard.open(path, model, tokenizer)
-    ids_T = tokenizer(QUERY, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    ids_T = encode(tokenizer, QUERY)[0]
     (answer,) = generate(model, tokenizer, card.inject(), [ids_T], 24)
     print(f"process {os.getpid()} opened the card of {card.about.sender!r} and was asked")
     print(f"   {QUERY}{answer}")

@@ -14,8 +14,7 @@ from experiments import settings
 from experiments.session import Session
 from experiments.study import Study
 from polykv.errors import PolyKVError
-from polykv.evaluation import bertscore, memory, process
-from polykv.progress import track
+from polykv.evaluation import answers, bertscore, concurrency, memory, process
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
@@ -55,11 +54,11 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     """All rows of the cell, from the model's real cache."""
     readings = session.readings(cfg)
     document, pool = readings[0].document, readings[0].pool
-    own = {"context_tokens": document.n_tokens, "reader": cfg.reader}
+    own = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
     rows = settings.new_rows(cfg, COLUMNS, **own)
     write.add_ratio(rows, pool)
     write.add_memory(rows, cfg, pool)
-    write.add_scores(rows, [one.comparison for one in track(readings, "scoring")])
+    write.add_readings(rows, readings)
     write.add_answers(rows, cfg, session)
     return rows
 
@@ -71,6 +70,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
+    made_by=(*settings.SCORES, answers, bertscore, memory, concurrency),
     settings=(*settings.POOL, "n_agents", "max_new_tokens", "answers", "scorer", "resident"),
     columns=COLUMNS,
     answers=("ratio", "memory", "quality"),

@@ -13,10 +13,12 @@ from polykv.evaluation import bertscore, continuation
 from polykv.evaluation.answers import contains
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
+from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import MIN_DOCUMENTS, blocks
-from polykv.models import Geometry, load_config
+from polykv.geometry import Geometry
+from polykv.models import load_config
 from polykv.pool import SharedKVPool
-from polykv.progress import phase
+from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.reference.documents import matches
 from polykv.results import Rows
@@ -28,6 +30,12 @@ SCORES = {"statistic": str, "block": int}
 ANSWERS = {"agent": int, "scorer": str}
 # Metrics whose intervals rest on blocks of tokens where there are few documents.
 BLOCKED = ("nll_delta", "kl", "same_top1", "delta_p")
+FLOORS = ("nll_delta", "kl")  # what is said of a reader's floor
+EMPTY = (
+    "empty_answer",
+    "empty_reference",
+)  # of each answer: whether it, or what it is compared with, is
+BOTH_EMPTY = "both answers are empty, so nothing can be compared"
 RIGHT = {"exact_match": matches, "contains": contains}
 
 
@@ -64,11 +72,29 @@ def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool 
     rows.add("kv_memory", peak, "GB", why=why, accounting="resident", **about)
 
 
-def add_scores(rows: Rows, comparisons: Sequence[Comparison], **about: Any) -> None:
-    """Each document's mean over its scored tokens of what continuation.UNITS lists, and statistics of all tokens.
+def add_readings(rows: Rows, readings: Sequence[Reading]) -> None:
+    """Scores of a recipe's readings against the uncompressed cache read the same way, and the reader's floor."""
+    add_scores(rows, [one.comparison for one in track(readings, "scoring")])
+    if readings[0].reader != "inject":
+        add_reader_floor(rows, [one.reader_floor for one in readings])
+
+
+def add_reader_floor(rows: Rows, floors: Sequence[Comparison], **about: Any) -> None:
+    """What a reader costs by itself: the uncompressed cache read by it, against a private copy of the same."""
+    add_scores(rows, floors, FLOORS, "reader_floor_", **about)
+
+
+def add_scores(
+    rows: Rows,
+    comparisons: Sequence[Comparison],
+    metrics: Sequence[str] = tuple(continuation.UNITS),
+    prefix: str = "",
+    **about: Any,
+) -> None:
+    """Each document's mean over its scored tokens of `metrics` (of continuation.UNITS), and statistics of all tokens.
 
     Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest. `about` are further
-    columns.
+    columns, and `prefix` opens the metrics' names.
 
     Raises:
         PolyKVError: not one token was scored.
@@ -81,10 +107,15 @@ def add_scores(rows: Rows, comparisons: Sequence[Comparison], **about: Any) -> N
             continue
         why = continuation.why_not_finite([comparison])
         for metric, tokens in comparison.per_token().items():
-            _add_mean(rows, metric, tokens, why, sample=sample, **about)
+            if metric not in metrics:
+                continue
+            place = {"sample": sample, "unit": continuation.UNITS[metric], **about}
+            _add_mean(rows, prefix + metric, tokens, why, **place)
             if few and metric in BLOCKED and np.isfinite(tokens).all():
                 for block, run in enumerate(blocks(tokens)):
-                    _add_mean(rows, metric, run, why, sample=sample, block=block, **about)
+                    _add_mean(rows, prefix + metric, run, why, block=block, **place)
+    if prefix:
+        return
     why, n = continuation.why_not_finite(comparisons), sum(len(c.kl) for c in comparisons)
     for (metric, statistic), value in continuation.pooled_statistics(comparisons).items():
         rows.add(
@@ -95,7 +126,7 @@ def add_scores(rows: Rows, comparisons: Sequence[Comparison], **about: Any) -> N
 def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: Any) -> None:
     with np.errstate(invalid="ignore"):
         mean = float(tokens.mean())
-    rows.add(metric, mean, continuation.UNITS[metric], why=why, n=len(tokens), **about)
+    rows.add(metric, mean, why=why, n=len(tokens), **about)
 
 
 def add_answers(rows: Rows, cfg: DictConfig, session: Session) -> None:
@@ -110,7 +141,11 @@ def add_answers(rows: Rows, cfg: DictConfig, session: Session) -> None:
     references = session.answers(cfg, cfg.answers, load_recipe("full"))
     documents = session.documents(cfg)[: cfg.answers]
     questions = [document.questions[: cfg.n_agents] for document in documents]
-    about = {"context_tokens": documents[0].n_tokens, "dtype": answer_dtype(cfg)}
+    about = {
+        "context_tokens": documents[0].n_tokens,
+        "bos": documents[0].asked_bos,
+        "dtype": answer_dtype(cfg),
+    }
     phase("BERTScore")
     _add_bertscore(rows, said, references, cfg.scorer.name, about)
     for sample, parts in enumerate(zip(questions, references, said, strict=True)):
@@ -136,9 +171,12 @@ def _add_bertscore(
     about: dict[str, int | str],
 ) -> None:
     for sample, pair in enumerate(zip(answers, references, strict=True)):
+        empty = [np.array([bertscore.is_empty(text, scorer) for text in side]) for side in pair]
         for agent, score in enumerate(bertscore.f1(*pair, scorer)):
             place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
-            rows.add("bertscore_f1", float(score), "f1", n=1, **place)
+            rows.add("bertscore_f1", float(score), "f1", why=BOTH_EMPTY, n=1, **place)
+            for metric, side in zip(EMPTY, empty, strict=True):
+                rows.add(metric, float(side[agent]), "rate", n=1, **place)
     pairs = bertscore.floor_pairs(answers, references)
     if not pairs:
         why = "no two reference answers differ, so no pair is mismatched; use more agents"
@@ -149,4 +187,4 @@ def _add_bertscore(
         samples, agents, bertscore.f1(list(mine), list(others), scorer), strict=True
     ):
         place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
-        rows.add("bertscore_floor", float(score), "f1", n=1, **place)
+        rows.add("bertscore_floor", float(score), "f1", why=BOTH_EMPTY, n=1, **place)

@@ -25,12 +25,8 @@ from polykv.recipe import Recipe, load_recipe
 # An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
 # change a token: so every batch has this size, and cells with fewer or more agents share it.
 ASKED_TOGETHER = 5
-MODEL, DOCUMENTS, FULL, READ = (
-    "the model",
-    "the documents",
-    "uncompressed caches",
-    "a recipe's caches",
-)
+MODEL, DOCUMENTS, PREFILLED = "the model", "the documents", "prefilled caches"
+FULL, READ = "the baseline's readings", "a recipe's readings"
 ASKED, SAID = "caches of what is asked", "answers"
 
 Thing = TypeVar("Thing")
@@ -92,16 +88,21 @@ class Session:
         )
 
     def full_readings(self, cfg: DictConfig) -> tuple[Reading, ...]:
-        """The cell's documents read from their uncompressed cache: the baseline."""
+        """The cell's documents read from their uncompressed cache by its reader: the baseline of its recipe."""
 
-        def make() -> tuple[Reading, ...]:
+        def prefilled() -> tuple[Reading, ...]:
             model, _ = self.model(cfg)
             return tuple(
                 Reading(model, document, _full_pool(model, document.prefix_BT))
                 for document in track(self.documents(cfg), "prefilling the documents")
             )
 
-        return self.kept(FULL, _full_need(cfg), make, of=(MODEL,))
+        def make() -> tuple[Reading, ...]:
+            injected = self.kept(PREFILLED, _full_need(cfg), prefilled, of=(MODEL,))
+            return tuple(one.by(cfg.reader, cfg.backend) for one in injected)
+
+        needs = [_full_need(cfg), cfg.reader, cfg.backend]
+        return self.kept(FULL, needs, make, of=(PREFILLED,))
 
     def readings(self, cfg: DictConfig) -> tuple[Reading, ...]:
         """The cell's documents read under its recipe."""
@@ -109,7 +110,7 @@ class Session:
         def make() -> tuple[Reading, ...]:
             recipe = Recipe.from_config(cfg.recipe)
             full = track(self.full_readings(cfg), f"encoding {recipe.name}")
-            return tuple(one.under(recipe, cfg.reader, cfg.backend) for one in full)
+            return tuple(one.under(recipe, cfg.backend) for one in full)
 
         needs = [_full_need(cfg), plain(cfg.recipe), cfg.reader, cfg.backend]
         return self.kept(READ, needs, make, of=(FULL,))
@@ -119,15 +120,15 @@ class Session:
     ) -> list[list[str]]:
         """What the agents of the first documents say under the cell's recipe (or another): a list for each document.
 
-        Model and caches are in `model.answer_dtype`, where one is set.
+        Model and caches are in `model.answer_dtype`, where one is set. Every recipe is read by the cell's reader, so
+        that answers under two of them differ by the recipe alone.
         """
-        reader = cfg.reader if recipe is None else "inject"
         recipe = recipe or Recipe.from_config(cfg.recipe)
         needs = [plain(answering(cfg)), cfg.device, _documents_need(cfg), n_documents]
         said = self.kept(SAID, needs, dict)
         batches = []
         for first in range(0, cfg.n_agents, ASKED_TOGETHER):
-            key = (recipe, reader, cfg.backend, first, cfg.max_new_tokens)
+            key = (recipe, cfg.reader, cfg.backend, first, cfg.max_new_tokens)
             if key not in said:
                 said[key] = _ask(self._asked(cfg, needs, n_documents), *key)
             batches.append(said[key])

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
+from polykv import documents as texts
+from polykv.attention import cascade
 from polykv.documents import check_document
 from polykv.errors import PolyKVError
+from polykv.evaluation import continuation, statistics
 from polykv.pool import check_reader
 from polykv.recipe import Recipe
+from polykv.reference import documents as generated
 from polykv.results import Rows
-from polykv.supported import check_length, check_model
+from polykv.supported import check_attention, check_length, check_model, check_rope
+from polykv.tokens import encode
 
 if TYPE_CHECKING:
     from experiments.session import Session
@@ -22,6 +27,8 @@ POOL = (
     "model", "weights", "document", "context", "prefix_fraction", "n_documents", "recipe", "reader", "backend",
     "seed", "device",
 )  # fmt: skip
+# Modules that make the documents and scores of a pool.
+SCORES = (texts, generated, cascade, continuation, statistics)
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
 # Settings that name a file, and where the digest of what it holds goes.
 FILES = (
@@ -108,16 +115,20 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     Recipe.from_config(cfg.recipe)
     architecture = models.load_config(cfg.model)
     check_model(architecture)
+    if cfg.weights == "local":
+        models.check_folder(cfg.model)
+    if "cascade" in (cfg.get("readers") or [cfg.reader]):
+        check_attention(architecture, "leave reader=cascade out")
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")
 
 
 def check_quality(cfg: DictConfig, session: "Session") -> None:
-    """What a quality measurement needs: trained weights that can be had, and documents that fit them.
+    """What a quality measurement needs: trained weights that can be had, and texts within the model's positions.
 
     Raises:
-        PolyKVError: random weights, no hub, or a folder without a model.
+        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long as it is tokenised.
     """
     check_common(cfg, spread=True)
     if cfg.weights == "random":
@@ -133,11 +144,15 @@ def check_quality(cfg: DictConfig, session: "Session") -> None:
     check_hub(cfg)
     architecture = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
+    about = f"document={cfg.document.name} context={cfg.context}"
     for document in session.documents(cfg):
+        check_length(architecture, document.n_tokens, about)
+        check_rope(architecture, document.prefix_BT.shape[1], document.n_tokens, about)
         for question in document.questions[: cfg.n_agents]:
-            asked = len(tokenizer(question.prompt, add_special_tokens=False).input_ids)
-            needed = document.asked_BT.shape[1] + asked + cfg.max_new_tokens
-            check_length(architecture, needed, f"context={cfg.context} with question and answer")
+            n_asked = encode(tokenizer, question.prompt).shape[1]
+            needed = document.asked_BT.shape[1] + n_asked + cfg.max_new_tokens
+            check_length(architecture, needed, f"{about} with question and answer")
+            check_rope(architecture, document.asked_BT.shape[1], needed, f"{about} with an answer")
 
 
 def check_hub(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import experiments
 from experiments import settings
 from experiments.session import Session
+from polykv import versions
 from polykv.cellfile import COLUMNS
 from polykv.config import did_you_mean
 from polykv.errors import PolyKVError
@@ -31,6 +33,7 @@ class Study:
         check: raises PolyKVError in one line for bad input, before any work.
         settle: the config with everything that depends on this machine made explicit.
         settings: the keys of the config that the numbers depend on; they are a cell's identity.
+        made_by: modules whose numbers its rows hold: their `VERSION` belongs to the identity too.
         columns: what its rows have beside cellfile.COLUMNS, each with its type (str, int, float, bool).
         answers: the published tables (published.csv, column `table`) whose rows it answers.
         depends_on: studies whose rows it reads.
@@ -42,6 +45,7 @@ class Study:
     run: Callable[[DictConfig, Session], Rows]
     check: Callable[[DictConfig, Session], None]
     settings: tuple[str, ...]
+    made_by: tuple[ModuleType, ...]
     settle: Callable[[DictConfig], DictConfig] = settings.settle
     columns: Mapping[str, type] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
@@ -51,10 +55,15 @@ class Study:
         if taken := set(self.columns) & set(COLUMNS):
             raise ValueError(f"study {self.name}: every row has {sorted(taken)}")
 
-    def identity(self, settled: DictConfig) -> str:
-        """The identity of a cell: a hash of those settings that its numbers depend on."""
+    def versions(self, settled: DictConfig) -> dict[str, int | str]:
+        """The versions of all code that makes the numbers of a cell (polykv/versions.py)."""
         config = OmegaConf.to_container(settled)
-        return cell_id({key: config.get(key) for key in ("study", *self.settings)})
+        return versions.of({key: config.get(key) for key in self.settings}, self.made_by)
+
+    def identity(self, settled: DictConfig) -> str:
+        """The identity of a cell: a hash of those settings that its numbers depend on, and of the code's versions."""
+        config = OmegaConf.to_container(settled)
+        return cell_id({key: config.get(key) for key in ("study", "versions", *self.settings)})
 
     def declaration(self) -> dict[str, Any]:
         """What a cell's file says of its study, for the analysis, which imports nothing of this package."""

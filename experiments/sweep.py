@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import tracking
+from experiments import declared, tracking
 from polykv.errors import PolyKVError
 from polykv.results import Store, StoreError
 
@@ -64,13 +64,19 @@ class Ended:
         """Whether nothing is left that should be tried again."""
         return not self.died and all(outcome.status != "failed" for outcome in self.outcomes)
 
+    @property
+    def empty(self) -> bool:
+        """Whether not one of its cells is done, so that there is nothing to show."""
+        left = {outcome.cell for outcome in self.outcomes if outcome.status != "done"}
+        return left.issuperset(self.cells)
+
     def complaints(self) -> list[str]:
         """What did not end well, a line each."""
-        lines = []
+        held, lines = [], []
         reasons: dict[str, list[str]] = {}
         for outcome in self.outcomes:
             if outcome.status == "held":
-                lines.append(f"cell {outcome.cell} is being measured by another process")
+                held.append(f"cell {outcome.cell} is being measured by another process")
             if outcome.status == "failed":
                 reasons.setdefault(outcome.reason, []).append(outcome.cell)
         for reason, cells in reasons.items():
@@ -85,7 +91,7 @@ class Ended:
             lines.append(f"error: the launcher gave up, {lost} cells to go{queued}: {died}")
         if not self.well:
             lines.append("finished cells are kept; the same command tries the others again")
-        return lines
+        return lines + held
 
 
 ended: Ended | None = None  # also where Hydra only showed a config
@@ -127,12 +133,18 @@ def run_cell(cell: Cell) -> Outcome:
 
 
 def prepare(cfg: DictConfig) -> Cell:
-    """The cell that a composed config describes."""
+    """The cell that a composed config describes.
+
+    Raises:
+        PolyKVError: a setting that nothing reads, or what cannot be settled here.
+    """
     from experiments.study import named  # as above
 
     study = named(cfg.study)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    declared.check(own)
     settled = study.settle(own)
+    settled.versions = study.versions(settled)
     return Cell(study, settled, study.identity(settled))
 
 

@@ -19,7 +19,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments import processes, progress, sweep
+from experiments import command_line, processes, progress, sweep
 from experiments.sweep import Outcome
 from polykv.config import REPO
 from polykv.errors import PolyKVError
@@ -93,7 +93,9 @@ class CellSweeper(Sweeper):
         Store(self.config.results_dir).check_writable()
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
-        [jobs] = BasicSweeper.split_arguments(parser.parse_overrides(given), max_batch_size=None)
+        parsed = parser.parse_overrides(given)
+        command_line.check_paths(parsed)
+        [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         asked, cells = self._plan(jobs)
         place = (self.config.results_dir, self.config.study)
         sweep.ended = sweep.Ended(*place, tuple(asked), queued=self.elsewhere)

@@ -22,7 +22,7 @@ COLUMNS: Mapping[str, type] = {
     "study": str, "cell": str, "model": str, "weights": str, "document": str, "context_tokens": int,
     "n_agents": int, "recipe": str, "policy": str, "budget_bits": float, "reader": str, "metric": str,
     "value": float, "unit": str, "sample": int, "n": int, "seed": int, "dtype": str, "device": str,
-    "backend": str, "commit": str, "created_at": str, "note": str,
+    "backend": str, "bos": bool, "commit": str, "created_at": str, "note": str,
 }  # fmt: skip
 STAMPED = ("study", "cell", "commit", "created_at")  # told once in the file, for all of its rows
 TYPES = {kind.__name__: kind for kind in (str, int, float, bool)}

@@ -2,7 +2,8 @@
 
 What agents share (a pool, a card) are the chat template's tokens up to the end of the document: the system turn, where
 the template writes one by default, and the beginning of the user's. A question brings the rest: itself, the end of the
-user's turn, and the header of the assistant's.
+user's turn, and the header of the assistant's. Special tokens, BOS among them, are those that the template writes: the
+tokenizer adds none.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from polykv.errors import PolyKVError
+from polykv.tokens import encode
 
 STYLES = ("chat", "plain", "auto")
 SEPARATOR = "\n\n"  # between document and question
@@ -145,4 +147,4 @@ def _render(
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return encode(tokenizer, text)[0].tolist()

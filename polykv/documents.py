@@ -5,25 +5,29 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from polykv import chat, hub, shipped, windows
+from polykv import chat, hub, shipped, textfile, windows
 from polykv.errors import PolyKVError
 from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
+from polykv.tokens import encode, opening
 
+VERSION = 1  # of the documents that are made of a text, with windows.py and chat.py
 # As many as the paper has agents, so that a sweep over n_agents asks the same documents.
 N_QUESTIONS = 15
+SLOT = "{question}"  # where a template takes the question; other braces are its text
 
 
 @dataclass(frozen=True)
 class Question:
     """What one agent asks: the prompt that follows what agents share, the right answer where known, the bare question.
 
-    `prompt` is tokenised without special tokens, behind the document's `asked_BT`.
+    `prompt` goes on behind the document's `asked_BT` (polykv.tokens.encode).
     """
 
     prompt: str
@@ -36,7 +40,7 @@ class Document:
     """Token ids (1, tokens) of a plain text: the first `n_prefix` are prefilled and pooled, the rest is scored.
 
     `asked_BT` (1, tokens) is what agents share when they are asked: the plain prefix itself (None says so), or the
-    same text in a chat (polykv/chat.py).
+    same text in a chat (polykv/chat.py). The first `n_opening` ids are what the tokenizer puts before a text (BOS).
     """
 
     name: str
@@ -44,6 +48,7 @@ class Document:
     n_prefix: int
     questions: tuple[Question, ...]
     asked_BT: Tensor | None = None
+    n_opening: int = 0
 
     def __post_init__(self) -> None:
         if self.asked_BT is None:
@@ -52,6 +57,17 @@ class Document:
     @property
     def n_tokens(self) -> int:
         return self.ids_BT.shape[1]
+
+    @property
+    def bos(self) -> bool:
+        """Whether it begins as the tokenizer has a text begin, where that takes a token."""
+        return self.n_opening > 0
+
+    @property
+    def asked_bos(self) -> bool:
+        """The same of `asked_BT`: a chat template may leave it out."""
+        opening_BT = self.ids_BT[:, : self.n_opening]
+        return self.bos and torch.equal(self.asked_BT[:, : self.n_opening], opening_BT)
 
     @cached_property
     def prefix_BT(self) -> Tensor:
@@ -93,11 +109,11 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     """Held-out documents of the reference generator; every answer is known."""
     if cfg.context is None:
         raise PolyKVError("document=generated has no length of its own; set context=512 or so")
-    documents = []
+    documents, n_opening = [], len(opening(tokenizer))
     for index in range(cfg.n_documents):
         made = generate_document(
             tokenizer,
-            cfg.context,
+            cfg.context - n_opening,
             # Any seed of a sweep has documents of its own.
             seed=cfg.seed * 100_003 + index,
             n_questions=max(N_QUESTIONS, cfg.n_agents),
@@ -106,12 +122,13 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
         documents.append(
             Document(
                 name=cfg.document.name,
-                ids_BT=windows.encode(tokenizer, made.text),
+                ids_BT=encode(tokenizer, made.text, begins=True),
                 n_prefix=prefix_tokens(cfg.context, cfg.prefix_fraction),
                 questions=tuple(
                     Question(q.prompt, q.answer, join_words(q.facts[0].question()))
                     for q in made.questions
                 ),
+                n_opening=n_opening,
             )
         )
     return documents
@@ -129,8 +146,8 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     text = read_text(cfg.document, "path")
     questions = _generic_questions()
     if cfg.document.get("questions") is not None:
-        lines = read_text(cfg.document, "questions").splitlines()
-        questions = [(line.strip(), None) for line in lines if line.strip()]
+        lines = textfile.lines(read_text(cfg.document, "questions"))
+        questions = [(line.strip(), None) for line in lines]
     return _consecutive(cfg, tokenizer, text, questions)
 
 
@@ -172,26 +189,31 @@ def read_text(document: DictConfig, key: str) -> str:
     """
     if OmegaConf.is_missing(document, key):
         raise PolyKVError(f"document={document.name} needs document.{key}=/path/to/a/text/file")
-    path = Path(document[key]).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    return textfile.read(Path(document[key]).expanduser(), f"document.{key}")
+
+
+def question_template(cfg: DictConfig) -> str:
+    r"""The text that plain questions are put into. On a command line, `\n` in it is a newline.
+
+    Raises:
+        PolyKVError: it has no place for the question.
+    """
+    template = cfg.model.question_template
+    if not isinstance(template, str) or SLOT not in template:
         raise PolyKVError(
-            f"cannot read document.{key}={path} ({error.strerror}); give the path of a text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise PolyKVError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-    if not text.strip():
-        raise PolyKVError(f"{path} is empty; give a file with text")
-    return text
+            f"model.question_template={template!r} has no {SLOT}; put that where the question goes"
+        )
+    return template.replace(r"\n", "\n")
 
 
 def check_document(cfg: DictConfig) -> None:
     """What can be refused before a model is loaded.
 
     Raises:
-        PolyKVError: a file that is not there, a hub that cannot be reached, or an empty split.
+        PolyKVError: a file that is not there, a hub that cannot be reached, an empty split, or a template without
+            a question.
     """
+    question_template(cfg)
     if cfg.context is not None:
         prefix_tokens(cfg.context, cfg.prefix_fraction)
     if cfg.document.name == "file" or cfg.document.get("path") is not None:
@@ -227,7 +249,7 @@ def _documents(
 ) -> list[Document]:
     name = cfg.document.name
     if not found:
-        n_tokens = windows.encode(tokenizer, text).shape[1]
+        n_tokens = encode(tokenizer, text, begins=True).shape[1]
         raise PolyKVError(
             f"document={name} has {n_tokens} tokens under this tokenizer, fewer than "
             f"context={cfg.context}; lower context, or use context=null for the whole text"
@@ -240,9 +262,10 @@ def _documents(
     n_prefix = prefix_tokens(found[0].shape[1], cfg.prefix_fraction)
     if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
         return [_in_chat(name, tokenizer, ids_BT, n_prefix, questions) for ids_BT in found]
-    template = cfg.model.question_template
-    asked = tuple(Question(template.format(question=q), answer, q) for q, answer in questions)
-    return [Document(name, ids_BT, n_prefix, asked) for ids_BT in found]
+    template = question_template(cfg)
+    asked = tuple(Question(template.replace(SLOT, q), answer, q) for q, answer in questions)
+    n_opening = len(opening(tokenizer))
+    return [Document(name, ids_BT, n_prefix, asked, n_opening=n_opening) for ids_BT in found]
 
 
 def _in_chat(
@@ -252,11 +275,12 @@ def _in_chat(
     n_prefix: int,
     questions: list[tuple[str, str | None]],
 ) -> Document:
-    shared = chat.Chat(tokenizer, chat.text_of(tokenizer, ids_BT[0, :n_prefix]))
+    n_opening = len(opening(tokenizer))
+    shared = chat.Chat(tokenizer, chat.text_of(tokenizer, ids_BT[0, n_opening:n_prefix]))
     asked = tuple(Question(shared.prompt(q), answer, q) for q, answer in questions)
-    return Document(name, ids_BT, n_prefix, asked, shared.ids_BT)
+    return Document(name, ids_BT, n_prefix, asked, shared.ids_BT, n_opening)
 
 
 def _generic_questions() -> list[tuple[str, str | None]]:
-    lines = (shipped.TEXTS / "generic_questions.txt").read_text(encoding="utf-8").splitlines()
-    return [(line, None) for line in lines]
+    text = textfile.read(shipped.TEXTS / "generic_questions.txt", "the package's questions")
+    return [(line, None) for line in textfile.lines(text)]

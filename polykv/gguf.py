@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from polykv import gguf_header
+from polykv import cache_folder, checkpoint, gguf_header
 from polykv.errors import PolyKVError
 from polykv.gguf_header import Header
 from polykv.supported import check_model
@@ -99,8 +98,7 @@ def converted(path: Path) -> Path:
 
 
 def _place(header: Header) -> Path:
-    root = os.environ.get("POLYKV_CACHE") or platformdirs.user_cache_dir("polykv")
-    return Path(root).expanduser() / f"gguf-{VERSION}" / header.sha256
+    return cache_folder.find() / f"gguf-{VERSION}" / header.sha256
 
 
 @lru_cache(maxsize=4)
@@ -213,21 +211,21 @@ def _dequantized(header: Header, config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         PolyKVError: a tensor of the model is not in the file, or the other way round.
     """
-    with _read_alone(header) as options:
+    with _read_alone(header) as options, checkpoint.report_as_refusal():
         model, found = AutoModelForCausalLM.from_pretrained(
             **options,
+            **checkpoint.REPORTED,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            output_loading_info=True,
         )
-    # transformers fills what it misses with random numbers, and drops what it does not know.
+    checkpoint.check_whole(found, header.path, CHECKPOINT)
+    # Tensors that transformers' reader has no name for are not in its report.
     n_values = sum(parameter.numel() for parameter in model.parameters())
-    if found["missing_keys"] or n_values != header.n_values:
+    if n_values != header.n_values:
         raise PolyKVError(
-            f"{header.path} holds {header.n_values:,} numbers and its architecture {n_values:,} "
-            f"(missing: {', '.join(sorted(found['missing_keys'])) or 'none'}); {CHECKPOINT}"
+            f"{header.path} holds {header.n_values:,} numbers and its architecture {n_values:,}; {CHECKPOINT}"
         )
     model.hf_quantizer = None
     del model.config.quantization_config

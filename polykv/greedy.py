@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from polykv.chat import end_of_turn
+from polykv.supported import check_padding, check_rope
 
 
 @torch.no_grad()
@@ -29,8 +30,13 @@ def greedy(
     End tokens are those of the model and, where one is given, of the tokenizer (`end_tokens`).
     Each prompt (tokens,) continues its row of the cache, every token of which it sees. Afterwards the cache
     holds all but the last token.
+
+    Raises:
+        PolyKVError: prompts of different lengths for a model whose answers depend on their padding, or rotary
+            frequencies that change on the way.
     """
     n_past, longest = cache.get_seq_length(), max(len(ids_T) for ids_T in prompts)
+    check_rope(model.config, n_past, n_past + longest + limit, "an answer")
     ids_BT = torch.stack([F.pad(ids_T, (longest - len(ids_T), 0)) for ids_T in prompts])
     ids_BT = ids_BT.to(model.device)
     mask_BT = ids_BT.new_ones(len(prompts), n_past + longest)
@@ -38,6 +44,8 @@ def greedy(
         mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
     # Models count positions in the cache, padding among them.
     padded = not mask_BT.all()
+    if padded:
+        check_padding(model.config)
     stops = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     written, ended_B = [], torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():

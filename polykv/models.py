@@ -1,7 +1,6 @@
 """Models: from the hub, a folder, a GGUF file, the embedded reference model, or random weights of an architecture."""
 
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,38 +16,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from polykv import config, digests, gguf, gguf_header, hub, loading, packaged
+from polykv import checkpoint, config, digests, gguf, gguf_header, hub, loading, packaged, said_once
 from polykv.errors import PolyKVError
 from polykv.reference import WEIGHTS_DIR
 
 logging.disable_progress_bar()  # cells have their own
+said_once.by("transformers")
 KINDS = ("hub", "local", "gguf", "reference", "random")
 # The files of a local model that its numbers depend on.
-PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the size of a KV cache depends on."""
-
-    n_layers: int
-    n_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, model_config: PretrainedConfig) -> "Geometry":
-        c = model_config.get_text_config(decoder=True)
-        n_heads = c.num_attention_heads
-        return cls(
-            n_layers=c.num_hidden_layers,
-            n_kv_heads=getattr(c, "num_key_value_heads", None) or n_heads,
-            head_dim=getattr(c, "head_dim", None) or c.hidden_size // n_heads,
-        )
-
-    @property
-    def values_per_token(self) -> int:
-        """Keys and values of all layers and heads."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim
+PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
 
 
 def pick_device(device: str) -> torch.device:
@@ -169,8 +145,9 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
     With random weights the tokenizer is the reference model's: its ids are valid, their meaning is lost anyway.
 
     Raises:
-        PolyKVError: hub unreachable, folder missing or incomplete, unknown kind of weights or dtype, or a way
-            of loading (polykv/loading.py) that cannot be had here.
+        PolyKVError: hub unreachable, folder missing or incomplete, weights that the checkpoint does not hold, an
+            adapter, a tokenizer of another model, unknown kind of weights or dtype, or a way of loading
+            (polykv/loading.py) that cannot be had here.
     """
     check_weights(cfg)
     dtype, place = pick_dtype(cfg.dtype), check_device(device)
@@ -185,10 +162,41 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
                 load_config(cfg), trust_remote_code=False, **options
             )
     else:
-        model = _from_pretrained(AutoModelForCausalLM, cfg, use_safetensors=True, **options)
+        model = _whole(cfg, **options)
         model = model if "device_map" in options else model.to(place)
         _warn_of_branch(cfg, model)
-    return model.eval().requires_grad_(False), load_tokenizer(cfg)
+    tokenizer = load_tokenizer(cfg)
+    checkpoint.check_rows(model, tokenizer, cfg.name)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def check_folder(cfg: DictConfig) -> None:
+    """Refuse a local model whose weights or tokenizer do not fit; of the weights only names and shapes are read.
+
+    Raises:
+        PolyKVError: as `load_weights`.
+    """
+    _check_folder(cfg.path, local_digest(cfg))
+
+
+@cache
+def _check_folder(path: str, _of_version: str) -> None:
+    cfg = config.load_group("model", "local")
+    cfg.path, cfg.weights = path, "local"
+    tokenizer = load_tokenizer(cfg)
+    # Quantized checkpoints may want the device that they are loaded to: they are refused when they are loaded.
+    if getattr(load_config(cfg), "quantization_config", None) is None:
+        checkpoint.check_rows(_whole(cfg, device_map="meta"), tokenizer, path)
+
+
+def _whole(cfg: DictConfig, **options: Any) -> PreTrainedModel:
+    """The model, all of whose weights are those of its checkpoint."""
+    with checkpoint.report_as_refusal():
+        model, found = _from_pretrained(
+            AutoModelForCausalLM, cfg, use_safetensors=True, **checkpoint.REPORTED, **options
+        )
+    checkpoint.check_whole(found, _holder(cfg), _mend(cfg, checkpoint.BARE))
+    return model
 
 
 def _warn_of_branch(cfg: DictConfig, model: PreTrainedModel) -> None:
@@ -206,13 +214,15 @@ def load_tokenizer(cfg: DictConfig) -> Any:
     """The tokenizer of a model config.
 
     Raises:
-        PolyKVError: as `load_weights`.
+        PolyKVError: as `load_weights`, or there is none.
     """
     if cfg.weights == "random":
         return AutoTokenizer.from_pretrained(WEIGHTS_DIR, trust_remote_code=False)
     if cfg.trained_weights == "gguf":
         return gguf.load_tokenizer(gguf_file(cfg))
-    return _from_pretrained(AutoTokenizer, cfg)
+    tokenizer = _from_pretrained(AutoTokenizer, cfg)
+    checkpoint.check_vocabulary(tokenizer, _holder(cfg))
+    return tokenizer
 
 
 def check_weights(cfg: DictConfig) -> None:
@@ -254,23 +264,34 @@ def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel
 
 def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
     """`from_pretrained` for hub ids, folders and the reference model, with one clear line when it fails."""
-    kind = cfg.trained_weights
-    path = gguf.converted(gguf_file(cfg)) if kind == "gguf" else _place(cfg)
-    if kind == "hub":
+    path = _holder(cfg)
+    if cfg.trained_weights == "hub":
         options["revision"] = cfg.revision
+        checkpoint.check_adapter(path, revision=cfg.revision)
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].rstrip(": ")
+        what = "the tokenizer of model" if auto is AutoTokenizer else "model"
         raise PolyKVError(
-            f"model {cfg.name!r} cannot be loaded from {path} ({first}); {_mend(cfg)}"
+            f"{what} {cfg.name!r} cannot be loaded from {path} ({first}); {_mend(cfg, _at_hand(cfg))}"
         ) from error
 
 
-def _mend(cfg: DictConfig) -> str:
-    """What to do about a model that cannot be loaded."""
+def _holder(cfg: DictConfig) -> Path | str:
+    """The folder or hub id with a model's config, weights and tokenizer; a GGUF file is converted into one."""
+    return gguf.converted(gguf_file(cfg)) if cfg.trained_weights == "gguf" else _place(cfg)
+
+
+def _mend(cfg: DictConfig, mend: str) -> str:
+    """What to do about a model that cannot be loaded: `mend`, where it is not a converted one."""
     if cfg.trained_weights == "gguf":
         return "remove that folder, and the file is converted again"
+    return mend
+
+
+def _at_hand(cfg: DictConfig) -> str:
+    """How to have a model's files at hand."""
     if cfg.trained_weights != "hub":
         return "check that the folder holds config.json, *.safetensors and the tokenizer"
     return (
@@ -286,6 +307,8 @@ def _place(cfg: DictConfig) -> Path | str:
     if OmegaConf.is_missing(cfg, "path") or not cfg.path:
         what = "file" if cfg.trained_weights == "gguf" else "folder"
         raise PolyKVError(f"model={cfg.name} needs a {what}; add model.path=/path/to/the/model")
+    if cfg.trained_weights == "local":
+        checkpoint.check_adapter(cfg.path)
     if cfg.trained_weights == "local" and not (Path(cfg.path) / "config.json").is_file():
         raise PolyKVError(
             f"no model in {cfg.path}: it holds no config.json; give a folder made by save_pretrained"

@@ -21,7 +21,8 @@ from polykv.errors import PolyKVError
 from polykv.greedy import greedy
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
-from polykv.supported import check_cache, check_length, check_model
+from polykv.supported import check_cache, check_length, check_model, check_rope
+from polykv.tokens import encode
 
 READERS = ("inject", "cascade")
 COPIES = 2 << 30  # bytes of full-precision caches that a batch of agents may hold
@@ -41,8 +42,8 @@ class SharedKVPool:
         self._layers = tuple(tuple(segments) for segments in layers)
         self.recipe = recipe
         self.chat: Chat | None = None
-        device = next(iter(self._layers[0][0].key.tensors.values())).device
-        self.backend = kernels.pick_backend(backend, device)
+        self.device = next(iter(self._layers[0][0].key.tensors.values())).device
+        self.backend = kernels.pick_backend(backend, self.device)
         self.n_tokens: int = sum(segment.n_tokens for segment in self._layers[0])
         self.dtype: torch.dtype = self._layers[0][0].key.dtype
         self.n_values: int = sum(
@@ -61,7 +62,7 @@ class SharedKVPool:
         backend: str = "auto",
         style: str = "plain",
     ) -> "SharedKVPool":
-        """Prefill `text`, compress its cache, forget the full cache.
+        """Prefill `text`, compress its cache, forget the full cache. It begins with BOS if the tokenizer adds one.
 
         `style` "chat" is for instruct models: the text stands in the user's turn of the tokenizer's chat template,
         and `ask` takes bare questions, which continue that turn. "auto": chat where there is a template.
@@ -71,7 +72,9 @@ class SharedKVPool:
                 template that cannot be shared (polykv/chat.py).
         """
         chat = Chat(tokenizer, text) if is_wanted(style, tokenizer) else None
-        ids_BT = chat.ids_BT if chat else tokenizer(text, return_tensors="pt").input_ids
+        if not text:
+            raise PolyKVError("the document is empty; give at least one token of text")
+        ids_BT = chat.ids_BT if chat else encode(tokenizer, text, begins=True)
         pool = cls.from_cache(prefill(model, ids_BT), recipe, backend)
         pool.chat = chat
         return pool
@@ -149,8 +152,9 @@ class SharedKVPool:
         return decode_segments(self._layers[index])
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """A pool of the same cache, as this one decodes it, under another recipe."""
-        if recipe == self.recipe:
+        """A pool of the same cache, as this one decodes it, under another recipe or backend."""
+        backend = kernels.pick_backend(backend, self.device)
+        if (recipe, backend) == (self.recipe, self.backend):
             return self
         layers = (self.decode_layer(index) for index in range(self.n_layers))
         return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)
@@ -253,10 +257,12 @@ def encode_queries(
         raise PolyKVError(f"max_new_tokens={max_new_tokens}; an answer takes 1 token or more")
     encoded = []
     for number, query in enumerate(queries):
-        ids_T = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids_T = encode(tokenizer, query)[0]
         if len(ids_T) == 0:
             raise PolyKVError(f"query {number} is empty; an agent has to ask something")
-        check_length(model.config, n_prefix + len(ids_T) + max_new_tokens, f"query {number}")
+        n_tokens = n_prefix + len(ids_T) + max_new_tokens
+        check_length(model.config, n_tokens, f"query {number}")
+        check_rope(model.config, n_prefix, n_tokens, f"query {number}")
         encoded.append(ids_T.to(model.device))
     return encoded
 

@@ -1,6 +1,6 @@
 """Recipe: the codec pair for keys and values, and which tokens and layers stay exact."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from hydra.errors import InstantiationException
@@ -61,8 +61,13 @@ class Recipe:
         """A recipe from its YAML (conf/recipe).
 
         Raises:
-            PolyKVError: a key is missing, or a codec does not take the options that the YAML gives it.
+            PolyKVError: a key is missing or unknown, or a codec does not take the options that the YAML gives it.
         """
+        known = [field.name for field in fields(cls)]
+        for name in cfg:
+            if name not in known:
+                hint = config.did_you_mean(name, known)
+                raise PolyKVError(f"a recipe has no setting {name!r}{hint}")
         try:
             return cls(
                 name=cfg.name,

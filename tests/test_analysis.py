@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analysis_rows import RATIO, cell_rows, paper_memory, quickstart, run, write
-
-from analysis.__main__ import PICTURES, WRITERS
 from analysis.figures import FIGURES
 from analysis.reduce import points
 from analysis.tables import TABLES
+from analysis_rows import RATIO, cell_rows, paper_memory, quickstart, run, write
+
+from analysis.__main__ import PICTURES, WRITERS
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ import math
 
 import pandas as pd
 import pytest
+from analysis.claims import AGREES, NO, OPEN, YES, claims
+from analysis.counterpart import COMPUTED, EXACT, NEAR, NONE, OTHER
+from analysis.published_table import PUBLISHED_TABLES
+from analysis.relay_claims import difference
 from analysis_rows import handoff_rows, paper_memory, quickstart, write
 
 from analysis import published
-from analysis.claims import AGREES, NO, OPEN, YES, claims
-from analysis.counterpart import COMPUTED, EXACT, NEAR, NONE, OTHER
 from analysis.load import load
-from analysis.published_table import PUBLISHED_TABLES
-from analysis.relay_claims import difference
 
 
 def judged(tmp_path, rows, about):

@@ -4,6 +4,13 @@ from itertools import combinations
 
 import matplotlib.pyplot as plt
 import pytest
+from analysis.captions import caption
+from analysis.colours import CONTRAST, colours, contrast, family, looks
+from analysis.figures import FIGURES
+from analysis.frontier_figures import FRONTIER_FIGURES
+from analysis.handoff_figures import HANDOFF_FIGURES
+from analysis.layout import COLUMN, FEWEST, PAGE, SIZE, plain_log
+from analysis.reduce import points
 from analysis_rows import handoff_rows, paper_memory, quickstart, write
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,14 +20,7 @@ from matplotlib.text import Text
 from test_frontier_analysis import asymmetry_rows, frontier_rows, layer_rows
 
 from analysis import published, registry
-from analysis.captions import caption
-from analysis.colours import CONTRAST, colours, contrast, family, looks
-from analysis.figures import FIGURES
-from analysis.frontier_figures import FRONTIER_FIGURES
-from analysis.handoff_figures import HANDOFF_FIGURES
-from analysis.layout import COLUMN, FEWEST, PAGE, SIZE, plain_log
 from analysis.load import load
-from analysis.reduce import points
 
 
 def legends_of(canvas):

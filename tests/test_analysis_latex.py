@@ -5,6 +5,8 @@ import shutil
 import subprocess
 
 import pytest
+from analysis.captions import caption
+from analysis.registry import FIGURES, TABLES
 from analysis_rows import handoff_rows, paper_memory, quickstart, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +20,8 @@ from test_frontier_analysis import (
 )
 
 from analysis import render
-from analysis.captions import caption
 from analysis.latex import LANDSCAPE, PORTRAIT, Part, environment, tex
 from analysis.load import load
-from analysis.registry import FIGURES, TABLES
 
 needs_pdflatex = pytest.mark.skipif(
     not shutil.which("pdflatex"), reason="pdflatex is not installed"

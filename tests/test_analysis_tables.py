@@ -5,14 +5,14 @@ import re
 from itertools import product
 
 import pytest
+from analysis.reduce import points
+from analysis.tables import TABLES
 from analysis_rows import BYTES, RATIO, cell_rows, paper_memory, quickstart, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import decomposition, published, registry, render
 from analysis.load import load
-from analysis.reduce import points
-from analysis.tables import TABLES
 
 GB_FIGURES = [f for f in published.load("polykv") if f.metric == "kv_memory"]
 

@@ -3,16 +3,16 @@
 import json
 
 import pytest
+from analysis.frontier import of_experiment, settings, values
+from analysis.reduce import points
+from analysis.report_origin import union
+from analysis.tables import TABLES
 from analysis_rows import cell_rows, run, write
 from conftest import checked_cell
 from omegaconf import OmegaConf
 
 from analysis import polykv_claims, published
-from analysis.frontier import of_experiment, settings, values
 from analysis.load import load
-from analysis.reduce import points
-from analysis.report_origin import union
-from analysis.tables import TABLES
 from polykv.results import COLUMNS, Store, cell_id
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from analysis.capacity import capacity
+from analysis.capacity_figure import draw_capacity
 from conftest import TEXT, checked_cell, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import polykv
-from analysis.capacity import capacity
-from analysis.capacity_figure import draw_capacity
 from analysis.load import load
 from analysis.render import latex, markdown, plain, to_csv
 from polykv.config import REPO, available, load_group
@@ -21,11 +21,11 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.capacity import Architecture, Crowd, paying, pool_bytes
 from polykv.evaluation.concurrency import QUERY_TOKENS, READERS, caches_of, kept_bytes
 from polykv.evaluation.hardware import Hardware, Replica
-from polykv.models import Geometry
+from polykv.geometry import Geometry
 from polykv.recipe import load_recipe
 from polykv.results import COLUMNS, Store
 
-GEOMETRY = Geometry(n_layers=4, n_kv_heads=2, head_dim=64)  # 1,024 values, 2,048 bytes a token
+GEOMETRY = Geometry.even(n_layers=4, n_kv_heads=2, head_dim=64)  # 1,024 values, 2,048 bytes a token
 MODEL = Architecture(
     geometry=GEOMETRY,
     dtype="bfloat16",
@@ -83,7 +83,7 @@ def test_weights_are_those_of_the_model(tied):
 def test_pool_bytes_are_those_of_a_real_pool(name, n_tokens):
     recipe = load_recipe(name)
     model = replace(MODEL, dtype="float32")
-    shape = (1, GEOMETRY.n_kv_heads, n_tokens, GEOMETRY.head_dim)
+    shape = (1, 2, n_tokens, 64)
     layers = [(torch.randn(shape), torch.randn(shape)) for _ in range(GEOMETRY.n_layers)]
     pool = polykv.SharedKVPool.from_layers(layers, recipe, backend="torch")
     assert pool_bytes(recipe, model, n_tokens) == pool.stored_bytes

@@ -7,12 +7,12 @@ import resource
 import pandas as pd
 import pytest
 import torch
+from analysis.concurrency import concurrency, draw_concurrency
 from conftest import checked_cell, tiny_model, wide_model
 from omegaconf import OmegaConf
 
 import polykv.config
 from analysis import colours
-from analysis.concurrency import concurrency, draw_concurrency
 from analysis.render import markdown
 from polykv.errors import PolyKVError
 from polykv.evaluation import memory
@@ -29,14 +29,15 @@ from polykv.evaluation.concurrency import (
 from polykv.evaluation.memory import resident_bytes
 from polykv.evaluation.process import CpuMeter, in_fresh_process, keep_freed_memory
 from polykv.evaluation.ttft import Route, measure
+from polykv.geometry import Geometry
 from polykv.handoff.policy import load_policy
-from polykv.models import Geometry, load_weights
+from polykv.models import load_weights
 from polykv.pool import SharedKVPool
 from polykv.results import COLUMNS
 
 N_TOKENS = 100
 N_STEPS = 5
-GEOMETRY = Geometry(n_layers=4, n_kv_heads=2, head_dim=8)  # of conftest's llama
+GEOMETRY = Geometry.even(n_layers=4, n_kv_heads=2, head_dim=8)  # of conftest's llama
 CACHE = N_TOKENS * GEOMETRY.values_per_token * 4
 SMALL = ("context=160", "max_new_tokens=5", "repeats=2", "backend=torch")
 
@@ -121,7 +122,7 @@ def test_resident_prefix_memory_does_not_grow_with_the_agents():
     model = wide_model(hidden_size=512, num_hidden_layers=2, max_position_embeddings=8192)
     recipe = polykv.config.load_group("recipe", "polykv")
     n_tokens, n_steps = 3072, 2
-    per_token = Geometry(2, 8, 64).values_per_token * 4
+    per_token = Geometry.even(2, 8, 64).values_per_token * 4
     found = {
         (reader, n): resident_bytes(
             model, recipe, reader, n_tokens, n, "cpu", "torch", n_steps=n_steps
@@ -244,7 +245,7 @@ def test_rows_say_what_was_kept_and_how_long_a_step_took(rows):
     assert rows.loc[rows["metric"] == "step_time", "note"].str.contains("freed memory").all()
     assert set(rows["backend"]) == {"torch"} and rows["note"].str.len().gt(0).all()
     assert rows["value"].gt(0).all()
-    cache = (160 - QUERY_TOKENS - 5) * Geometry(4, 2, 64).values_per_token * 4
+    cache = (160 - QUERY_TOKENS - 5) * Geometry.even(4, 2, 64).values_per_token * 4
     for n_agents in (1, 4):
         pool = of(rows, "kv_memory", "cascade", n_agents, "stored")["value"]
         assert pool == of(rows, "kv_memory", "cascade", 1, "stored")["value"]

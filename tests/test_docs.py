@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import chain
 from urllib.parse import unquote, urlsplit
 
 import pandas as pd
@@ -137,6 +138,14 @@ def test_every_committed_figure_is_shown(site, pages):
     shown = " ".join(page.text for page in pages.values())
     lost = sorted(name for name in figures if f"figures/{name}" not in shown)
     assert figures and not lost, f"name them in FIGURES of docs/pages.py: {lost}"
+
+
+def test_every_family_of_models_is_listed(site):
+    text = (site / "families.html").read_text(encoding="utf-8")
+    families = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
+    names = [*families["exact"], *families["decoded"], *chain(*families["refused"].values())]
+    assert len(names) > 150
+    assert not [name for name in names if f"<code>{name}</code>" not in text]
 
 
 def test_every_public_name_is_documented(site):

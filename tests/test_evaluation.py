@@ -21,11 +21,11 @@ from polykv.evaluation.memory import (
 )
 from polykv.evaluation.process import CpuMeter
 from polykv.evaluation.statistics import document_interval, wilson
-from polykv.models import Geometry
+from polykv.geometry import Geometry
 from polykv.pool import prefill
 from polykv.results import Rows
 
-LLAMA_3_8B = Geometry(n_layers=32, n_kv_heads=8, head_dim=128)
+LLAMA_3_8B = Geometry.even(n_layers=32, n_kv_heads=8, head_dim=128)
 MINILM = bertscore.MINILM
 
 
@@ -104,7 +104,7 @@ def test_paper_accounting_gives_the_published_gigabytes():
     ],
 )
 def test_ratios_of_a_synthetic_pool(recipe, head_dim, nominal, stored):
-    geometry = Geometry(n_layers=2, n_kv_heads=2, head_dim=head_dim)
+    geometry = Geometry.even(n_layers=2, n_kv_heads=2, head_dim=head_dim)
     pool = synthetic_pool(geometry, 256, torch.bfloat16, polykv.load_recipe(recipe))
     assert round(pool.nominal_ratio, 3) == nominal
     assert round(pool.stored_ratio, 3) == stored
@@ -124,7 +124,7 @@ def test_the_cpu_meter_sees_what_is_kept_and_not_what_was_freed():
 def test_resident_memory_is_measured_and_grows_with_private_caches():
     model = wide_model(hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048)
     recipe = polykv.config.load_group("recipe", "polykv")
-    cache = 1500 * Geometry(4, 8, 32).values_per_token * 4
+    cache = 1500 * Geometry.even(4, 8, 32).values_per_token * 4
     # A step copies the keys or values of one of the four layers, of all agents at once.
     peak = cache * (1 + 1 / 8)
     private = {n: resident_bytes(model, recipe, "private", 1500, n, "cpu") for n in (1, 9)}
@@ -143,9 +143,37 @@ def test_what_does_not_fit_is_said_with_numbers():
 
 
 class TestBertScore:
-    def test_empty_answers_have_a_defined_score(self):
-        scores = bertscore.f1(["", "", "a cat"], ["", "a dog", " "], MINILM)
-        assert scores.tolist() == [1, 0, 0]
+    def test_two_empty_answers_have_no_score_and_one_has_none_of_it(self):
+        scores = bertscore.f1(["", " \u200b", "", "a cat"], ["", "", "a dog", " "], MINILM)
+        assert np.isnan(scores[:2]).all() and scores[2:].tolist() == [0, 0]
+
+    def test_pairs_of_empty_answers_are_counted_and_in_no_mean(self):
+        answers = [["It was July.", "Two people walked.", "The flag was blue."], ["One.", ""]]
+        references = [["In July.", "Two people.", "It was green."], ["", "Two."]]
+        few, many = Rows(), Rows()
+        bertscore.add_rows(few, answers, references, MINILM)
+        empty = [["", "", ""], ["", ""]]
+        bertscore.add_rows(many, answers + empty, references + empty, MINILM)
+        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
+            one, other = (next(r for r in rows if r["metric"] == name) for rows in (few, many))
+            assert (
+                one["value"] == pytest.approx(other["value"], abs=1e-5) and one["n"] == other["n"]
+            )
+        assert next(row for row in many if row["metric"] == "bertscore_f1")["n"] == 5
+        counts = {
+            row["metric"]: (row["value"], row["n"]) for row in many if "empty" in row["metric"]
+        }
+        assert counts == {
+            "empty_answers": (6, 10), "empty_references": (6, 10), "empty_pairs": (5, 10),
+        }  # fmt: skip
+
+    def test_where_nobody_says_anything_there_is_no_score(self):
+        rows = Rows()
+        bertscore.add_rows(rows, [["", " "]], [["", ""]], MINILM)
+        got = {row["metric"]: row for row in rows}
+        assert got["empty_pairs"]["value"] == 2
+        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
+            assert got[name]["value"] is None and got[name]["note"] and got[name]["n"] == 0
 
     def test_order_of_likeness(self):
         reference = "The lander reached the moon in July."
@@ -178,7 +206,7 @@ class TestBertScore:
 
 
 def test_damage_shows_in_every_statistic(llama, tokenizer):
-    ids = tokenizer(TEXT[:600], return_tensors="pt").input_ids
+    ids = tokenizer(TEXT[:480], return_tensors="pt").input_ids
     cut = int(0.7 * ids.shape[1])
     cache = prefill(llama, ids[:, :cut])
     full = score_rest(llama, DynamicCache((x.keys, x.values) for x in cache.layers), ids[:, cut:])

@@ -6,12 +6,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-from analysis import findings
-from analysis.__main__ import main
 from analysis.frontier import compared, of_experiment, trend
 from analysis.frontier_figures import FRONTIER_FIGURES
 from analysis.frontier_tables import FRONTIER_TABLES
+
+from analysis import findings
+from analysis.__main__ import main
 from analysis.load import load
 from polykv.results import COLUMNS
 

@@ -254,7 +254,7 @@ def test_another_model_or_tokenizer_is_refused(model, tokenizer, ids):
     for changed in (other, tiny_model("llama"), tiny_model("qwen3")):
         with pytest.raises(polykv.CardError, match="another model"):
             CacheCard.from_bytes(bytearray(content), changed, tokenizer)
-    from polykv.reference.tokenizer import build_tokenizer
+    from reference_model.tokenizer import build_tokenizer
 
     with pytest.raises(polykv.CardError, match="another tokenizer"):
         CacheCard.from_bytes(bytearray(content), model, build_tokenizer())

@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from analysis.handoff_figures import HANDOFF_FIGURES
+from analysis.handoff_reduce import EXPERIMENTS, warned
+from analysis.handoff_tables import HANDOFF_TABLES
+from analysis.reduce import Value
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from analysis import render
-from analysis.handoff_figures import HANDOFF_FIGURES
-from analysis.handoff_reduce import EXPERIMENTS, warned
-from analysis.handoff_tables import HANDOFF_TABLES
 from analysis.load import load
-from analysis.reduce import Value
 from experiments import handoff_ttft
 from polykv import kernels
 from polykv.config import CONF, load_group
@@ -277,6 +277,11 @@ def test_evaluate_module_agrees_with_the_rows():
 
     metric = GSM8K().compute(predictions=["#### 3", "it is 4", "no"], references=["3", "4", "5"])
     assert metric == {"strict": pytest.approx(100 / 3), "flexible": pytest.approx(200 / 3)}
+    for right in ("so 9 + 9. #### 18", "#### 18", " 18", "$18", 18, 18.0):
+        metric = GSM8K().compute(predictions=["#### 18.00", "18"], references=[right] * 2)
+        assert metric == {"strict": 50, "flexible": 100}
+    with pytest.raises(PolyKVError, match="eighteen"):
+        GSM8K().compute(predictions=["#### 18"], references=["eighteen"])
 
 
 def test_a_backend_that_was_asked_for_by_name_is_a_route_of_its_own(monkeypatch):

@@ -2,17 +2,20 @@
 
 import json
 import random
+from decimal import Decimal
 
 import datasets
 import pytest
 import torch
 from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from scipy import stats
 
-from polykv import config, hub, shipped
+from polykv import config, hub, shipped, textfile
 from polykv.errors import PolyKVError
-from polykv.evaluation import gsm8k
+from polykv.evaluation import gsm8k, numerals
 from polykv.evaluation.statistics import mcnemar
 from polykv.evaluation.ttft import STAGES, Route, measure
 from polykv.handoff.policy import load_policy
@@ -20,8 +23,8 @@ from polykv.handoff.relay import Handoff, divergence, force, play
 from polykv.handoff.signals import Topology
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.pool import prefill
-from polykv.reference.tokenizer import build_tokenizer
 from polykv.results import Rows
+from reference_model.tokenizer import build_tokenizer
 
 TASK = Task(
     ("The pool is written once ." * 6, " Each agent asks .", " A cache .", " And then ?"),
@@ -139,8 +142,8 @@ def test_gsm8k_ships_with_the_package():
     cfg = config.load_group("relay", "gsm8k")
     tasks = load_tasks(cfg, 150, 3, seed=0)
     assert tasks == load_tasks(cfg, 300, 3, seed=7)[:150]
-    problems = [json.loads(line) for line in shipped.read("gsm8k").splitlines()[:150]]
-    assert [task.answer for task in tasks] == [
+    problems = [json.loads(line) for line in shipped.read("gsm8k").split("\n")[:150]]
+    assert [Decimal(task.answer) for task in tasks] == [
         gsm8k.extract(p["answer"], "strict") for p in problems
     ]
     assert all(p["question"] in task.prompts[0] for p, task in zip(problems, tasks, strict=True))
@@ -149,7 +152,7 @@ def test_gsm8k_ships_with_the_package():
 def fake_split(monkeypatch, **changed):
     """A hub that has the shipped problems at their indices, and others elsewhere."""
     rows = [{"question": f"Q{i}", "answer": f"#### {i}"} for i in range(1319)]
-    for line in shipped.read("gsm8k").splitlines():
+    for line in textfile.lines(shipped.read("gsm8k")):
         row = json.loads(line)
         rows[row.pop("index")] = row
     rows[gsm8k.order(1319)[4]].update(changed)
@@ -179,12 +182,48 @@ def test_a_hub_whose_problems_are_others_is_refused(changed, monkeypatch):
         gsm8k.check_same(rows[:100])
 
 
-@pytest.mark.parametrize("text", ("", "{", '{"question": "a"}', '{"question": "a", "answer": "1"}'))
-def test_a_file_without_problems_is_refused(text, tmp_path):
+GOOD = json.dumps({"question": "a", "answer": "#### 1"})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "[1]",
+        "3",
+        '{"question": "a"}',
+        '{"question": "a", "answer": "1"}',
+        '{"question": "a", "answer": 1}',
+        '{"question": 1, "answer": "#### 1"}',
+        '{"question": "a", "answer": "#### one"}',
+        '{"question": "a", "answer": "#### 12:30"}',
+        '{"question": "a", "answer": "#### 3,5"}',
+        '{"question": "a", "answer": "#### 1 and #### 2"}',
+    ],
+)
+def test_a_line_that_is_no_problem_is_named(bad, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text(text)
-    with pytest.raises(PolyKVError, match="problems"):
+    path.write_text(f"{GOOD}\n\n{bad}\n{GOOD}")
+    with pytest.raises(PolyKVError, match="bad.jsonl, line 3") as refused:
         gsm8k.load(str(path), 1, seed=0)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_without_problems_is_refused(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("")
+    with pytest.raises(PolyKVError, match="bad.jsonl is empty"):
+        gsm8k.load(str(tmp_path / "bad.jsonl"), 1, seed=0)
+
+
+def test_problems_may_hold_line_separators_and_the_file_a_mark(tmp_path):
+    # As GSM8K's train split does, saved with ensure_ascii=False.
+    odd = {"question": "one\u2028two\x85three\x0cfour", "answer": "so\u2028\n#### 5"}
+    lines = [json.dumps(odd, ensure_ascii=False), GOOD]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    found = gsm8k.load(str(path), 2, seed=0)
+    assert [problem.question for problem in found] == [odd["question"], "a"]
+    assert [problem.answer for problem in found] == ["5", "1"]
 
 
 @pytest.mark.parametrize(
@@ -195,20 +234,65 @@ def test_a_file_without_problems_is_refused(text, tmp_path):
         ("####-3", "-3", "-3"),
         ("#### $18.00", "18", "18"),
         ("it is 12.", None, "12"),
-        ("#### 5 no, #### 6", "6", "6"),
+        ("#### 5 no, #### 6", "5", "6"),
+        ("#### Step one\n2 + 3\n#### 5\n#### 6", "5", "6"),
+        (r"so \boxed{9{,}500}", None, "9500"),
+        (r"#### \boxed{9{,}500}", "9500", "9500"),
+        ("#### -$5", "-5", "-5"),
+        ("#### $-5", "-5", "-5"),
+        ("#### \u22125", "-5", "-5"),
+        ("#### .5", "0.5", "0.5"),
+        ("#### 1 080", "1080", "1080"),
+        ("#### 1\u2009080", "1080", "1080"),
+        ("#### 3/4", "0.75", "0.75"),
+        ("#### 1 3/4", "1.75", "1.75"),
+        (r"#### -\frac{3}{4}", "-0.75", "-0.75"),
+        ("#### 007", "7", "7"),
+        ("#### **18**", "18", "18"),
+        ("#### 12:30", None, None),
+        ("at 12:30 on 1/2/2024, version 1.2.3, 10^3 of 3,5", None, None),
+        ("10-5=5", None, "5"),
+        ("wait...5 apples", None, "5"),
+        ("H2O", None, None),
+        ("#### 1/0", None, None),
         ("none", None, None),
         ("", None, None),
     ],
 )
 def test_extraction(text, strict, flexible):
-    assert gsm8k.extract(text, "strict") == strict
-    assert gsm8k.extract(text, "flexible") == flexible
+    for how, number in (("strict", strict), ("flexible", flexible)):
+        assert gsm8k.extract(text, how) == (None if number is None else Decimal(number))
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-1e9, max_value=1e9))
+def test_a_number_is_read_back_however_it_is_written(number):
+    plain = numerals.spelled(number)
+    for text in (
+        plain,
+        f"{number:,}",
+        f"{number:,}".replace(",", "\u202f"),
+        f"**{number}**",
+        f"${plain}",
+    ):
+        assert numerals.gold(text) == numerals.gold(f"so\n#### {text}") == number
+        assert gsm8k.extract(f"it is {text}.", "flexible") == number
+        assert gsm8k.extract(f"#### {text}\n", "strict") == number
+
+
+@given(st.text("0123456789 .,:/-#$%e^'\\{}", max_size=30))
+def test_no_text_breaks_the_parser_and_gold_is_one_whole_number(text):
+    numbers = numerals.everywhere(text)
+    try:
+        gold = numerals.gold(text)
+    except PolyKVError:
+        return
+    assert numbers and gold == numbers[-1]
 
 
 def test_accuracy_rows_carry_their_verdicts():
     rows = Rows(experiment="x")
     gsm8k.add_rows(rows, ["#### 1", "2", "x"], ["1", "2.0", "3"], "append")
-    strict, flexible = rows
+    strict, flexible = (row for row in rows if row["metric"] == "accuracy")
     assert strict["value"] == pytest.approx(100 / 3) and flexible["value"] == pytest.approx(200 / 3)
     assert gsm8k.of_note(flexible["note"]) == [True, True, False]
     assert gsm8k.of_note("nothing") is None
@@ -217,6 +301,20 @@ def test_accuracy_rows_carry_their_verdicts():
     half = z * ((p * (1 - p) / n) + z * z / (4 * n * n)) ** 0.5
     bounds = [100 * (p + z * z / (2 * n) + s * half) / (1 + z * z / n) for s in (-1, 1)]
     assert [strict["ci_low"], strict["ci_high"]] == pytest.approx(bounds)
+
+
+def test_replies_with_several_marks_and_empty_ones_are_counted():
+    rows = Rows(experiment="x")
+    replies = ["#### 1 no, #### 2", "#### 3", "", " \n", "#### Step\n#### 5"]
+    gsm8k.add_rows(rows, replies, ["1", "3", "4", 4, "so #### 5"], "append")
+    found = {(row["metric"], row["protocol"].split(";")[0]): row for row in rows}
+    assert found["accuracy", "strict"]["value"] == pytest.approx(60)
+    assert found["accuracy", "flexible"]["value"] == pytest.approx(40)
+    assert found["last_mark_accuracy", "append"]["value"] == pytest.approx(40)
+    for metric in ("several_marks", "empty_answers"):
+        assert (found[metric, "append"]["value"], found[metric, "append"]["n"]) == (2, 5)
+    with pytest.raises(PolyKVError, match="eighteen"):
+        gsm8k.add_rows(rows, ["#### 18"], ["eighteen"], "append")
 
 
 def test_mcnemar_is_the_exact_binomial_test():

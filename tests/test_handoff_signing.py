@@ -11,11 +11,9 @@ from conftest import checked_cell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from robustness import forge, kinds
+from robustness.promises import KEY, any_model, bounded, check_card, committed, tiny_model
 
-from fuzz import damage, forge
-from fuzz.limits import bounded
-from fuzz.promises import check_card
-from fuzz.tiny import KEY, any_model, tiny_model
 from polykv.errors import PolyKVError
 from polykv.handoff import stores, verify
 from polykv.handoff.card import CacheCard
@@ -23,9 +21,8 @@ from polykv.handoff.cardfile import CardError
 from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
 from polykv.results import cell_id
-from reliability import hostile
 
-SEEDS = hostile.seeds()
+SEEDS = committed("card")
 SEED = SEEDS["topology-9"]
 
 
@@ -69,7 +66,7 @@ def test_what_is_not_signed_with_the_key_is_refused(model):
     for other in (SigningKey(bytes(32)), SigningKey(KEY.secret + b"\n")):
         with pytest.raises(CardError, match="not by this key"):
             CacheCard.from_bytes(bytearray(content), model, None, other)
-    for kind, changed in damage.unsigned_kinds(bytes(content)).items():
+    for kind, changed in kinds.unsigned_kinds(bytes(content)).items():
         with pytest.raises(CardError):
             CacheCard.from_bytes(bytearray(changed), model, None, KEY)
         assert check_card(changed, model) is None, (
@@ -99,7 +96,7 @@ def test_every_bit_of_a_signed_card_counts_with_and_without_the_key(model, data)
 
 
 def test_the_signature_is_checked_before_the_fields_and_tensors_are_looked_at(model):
-    content = damage.CARDS["a NaN among scales or values"](SEEDS["signed"])
+    content = kinds.CARDS["a NaN among scales or values"](SEEDS["signed"])
     with pytest.raises(CardError, match="not by this key"):
         CacheCard.from_bytes(bytearray(content), model, None, KEY)
 

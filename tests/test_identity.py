@@ -3,15 +3,21 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import common, sweep
-from polykv import config, digests, models, naming, shipped
+from polykv import config, digests, models, naming, shipped, versions
+from polykv.codecs.base import Codec
+from polykv.codecs.int8 import Int8
+from polykv.codecs.uniform import Uniform
 from polykv.config import CONF
 from polykv.errors import PolyKVError
-from polykv.evaluation import gsm8k
+from polykv.evaluation import capacity, continuation, gsm8k
+from polykv.handoff import allocate
 
 
 def prepared(*overrides):
@@ -65,6 +71,79 @@ def test_a_local_model_that_changed_is_another_cell(own_model, part):
     assert identity(*cell) != first
     # Random weights take the architecture alone from the folder.
     assert (identity(*cell, "weights=random") != bare) == (part == "config.json")
+
+
+def test_a_chat_template_of_a_local_model_is_part_of_it(own_model):
+    cell = ("experiment=polykv_quality", "model=local", f"model.path={own_model}")
+    first = identity(*cell)
+    (own_model / "chat_template.jinja").write_text("{{ messages }}")
+    assert identity(*cell) != first
+
+
+OWN_CODEC = """
+from polykv.codecs.uniform import Uniform
+from own_levels import SHIFT
+
+
+class Shifted(Uniform):
+    shift = SHIFT
+"""
+
+
+@pytest.fixture
+def own_codec(tmp_path):
+    """A folder as --config-dir takes it: a quantizer of a user's own, what it imports, and a recipe."""
+    folder = tmp_path / "mine"
+    (folder / "recipe").mkdir(parents=True)
+    (folder / "own_codec.py").write_text(OWN_CODEC)
+    (folder / "own_levels.py").write_text("SHIFT = 1\n")
+    codec = "{_target_: own_codec.Shifted, bits: 4}"
+    (folder / "recipe" / "mine.yaml").write_text(f"name: mine\nkey: {codec}\nvalue: {codec}\n")
+    return folder
+
+
+def planned(folder, results):
+    """What run.py says of the cells, in a process of its own."""
+    cells = [f"results_dir={results}", "experiment=polykv_ratio", "recipe=mine,uniform", "context=64",
+             "model=reference", "hydra.sweeper.params=null"]  # fmt: skip
+    paths = os.pathsep.join([str(folder), str(config.REPO)])
+    done = subprocess.run(
+        [sys.executable, str(config.REPO / "run.py"), "--config-dir", str(folder), *cells],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, cwd=config.REPO,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return next(line for line in done.stdout.splitlines() if "cells:" in line)
+
+
+def test_a_quantizer_of_ones_own_is_measured_again_when_its_source_changes(own_codec, tmp_path):
+    assert "2 to run" in planned(own_codec, tmp_path / "results")
+    assert "0 to run" in planned(own_codec, tmp_path / "results")
+    (own_codec / "own_codec.py").write_text(f"{OWN_CODEC}    group = 1\n")
+    assert "1 to run" in planned(own_codec, tmp_path / "results")
+    (own_codec / "own_levels.py").write_text("SHIFT = 2\n")  # which it imports
+    assert "1 to run" in planned(own_codec, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("cell", "thing", "name"),
+    [
+        (["recipe=uniform_rotated"], Uniform, "version"),  # within another
+        (["recipe=polykv"], Int8, "version"),
+        (["recipe=uniform_rotated"], Codec, "version"),  # what all share
+        (["document=wikitext2"], continuation, "VERSION"),
+        (["experiment=handoff_accuracy"], allocate, "VERSION"),
+        (["experiment=capacity", "model=reference"], capacity, "VERSION"),
+    ],
+)
+def test_a_raised_version_is_another_cell_where_it_is_used(cell, thing, name, monkeypatch):
+    cell = ["model=reference", *cell]
+    versions._of_target.cache_clear()
+    first, other = identity(*cell), identity("experiment=polykv_ratio", "recipe=fp16")
+    monkeypatch.setattr(thing, name, 99)
+    versions._of_target.cache_clear()
+    assert identity(*cell) != first
+    assert (identity("experiment=polykv_ratio", "recipe=fp16") != other) == (thing is Codec)
+    versions._of_target.cache_clear()
 
 
 def test_problems_that_changed_are_another_cell(tmp_path):
@@ -144,25 +223,66 @@ def test_how_questions_are_asked_is_part_of_a_cells_identity():
     assert "question_style" not in prepared(*cell, "weights=random")[0].model
 
 
-def test_a_large_file_is_sampled_and_a_small_one_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "WHOLE", 3 << 20)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own; two changes count as apart, as if time had passed between them."""
+    monkeypatch.setenv("POLYKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    return tmp_path / "cache"
+
+
+def test_every_byte_of_a_large_file_counts(tmp_path, monkeypatch, cache):
+    large = bytearray(65 << 20)
     path = tmp_path / "weights"
-
-    def digest(content):
-        path.write_bytes(content)
-        digests._of_content.cache_clear()
-        return digests.of_file(path, "model.path")
-
-    small = bytes(2 << 20)
-    assert len({digest(small), digest(small[:-1] + b"x"), digest(small + b"\0")}) == 3
-    # Of 64 MiB no two places are further apart than 32 KiB: what is longer cannot hide.
-    large = bytearray(64 << 20)
-    found = {digest(large), digest(large + b"\0")}
-    for start in (0, 5_000_000, len(large) - 40_000):
-        changed = large.copy()
-        changed[start : start + 40_000] = b"x" * 40_000
-        found.add(digest(changed))
+    path.write_bytes(large)
+    found = {digests.of_file(path, "model.path")}
+    for place in (0, 5_000_003, 33_333_333, len(large) - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        found.add(digests.of_file(path, "model.path"))
     assert len(found) == 5
+
+
+def test_an_edit_that_sets_the_time_back_is_seen(tmp_path, cache):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before, first = path.stat(), digests.of_file(path, "model.path")
+    path.write_bytes(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digests.of_file(path, "model.path") != first
+
+
+def test_the_digest_of_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(digests, "LARGE", 1 << 10)
+    path, small, reads = tmp_path / "weights", tmp_path / "small", []
+    path.write_bytes(bytes(1 << 11))
+    small.write_bytes(b"small")
+    read = digests._read
+    monkeypatch.setattr(digests, "_read", lambda *a: reads.append(a) or read(*a))
+
+    def in_a_new_process():
+        digests._known.clear()
+        return digests.sha256(path, "model.path"), digests.sha256(small, "model.path")
+
+    first = in_a_new_process()
+    assert in_a_new_process() == first and len(reads) == 3  # the small one twice
+    [kept] = cache.rglob("*/*")
+    kept.write_text("damaged")
+    assert in_a_new_process() == first and len(reads) == 5
+    monkeypatch.setenv("POLYKV_CACHE", str(small / "no folder"))
+    assert in_a_new_process() == first  # nowhere to keep it
+
+
+def test_what_changed_this_very_moment_is_read_again(tmp_path, monkeypatch, cache):
+    """A second change in the same tick of the clock leaves no trace in the times."""
+    monkeypatch.setattr(digests, "SETTLED_NS", 10**15)
+    monkeypatch.setattr(digests, "_version", lambda path: (1 << 27, 1, 2**62, 2**62))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = digests.sha256(path, "model.path")
+    path.write_bytes(b"two")
+    assert digests.sha256(path, "model.path") != first
 
 
 def test_the_reference_models_digest_is_the_one_in_committed_cells():

@@ -18,6 +18,7 @@ from polykv.evaluation.continuation import score_rest
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import load_recipe
 
+WHOLE = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 AS_SHIPPED = {
     "quantization": None,
@@ -192,7 +193,7 @@ def test_a_local_models_cell_says_the_dtype_of_its_weights(checkpoint, monkeypat
 
 
 @pytest.mark.parametrize("name", config.available("model"))
-def test_every_hub_yaml_pins_a_commit_and_a_branch_is_told(name, monkeypatch, recwarn):
+def test_every_hub_yaml_pins_a_commit_and_a_branch_is_told(name, monkeypatch, recwarn, tokenizer):
     cfg = config.load_group("model", name)
     if cfg.trained_weights != "hub":
         return
@@ -203,7 +204,7 @@ def test_every_hub_yaml_pins_a_commit_and_a_branch_is_told(name, monkeypatch, re
 
     def from_pretrained(path, **options):
         asked.append(options)
-        return model
+        return (model, WHOLE) if "output_loading_info" in options else tokenizer
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)

@@ -12,7 +12,8 @@ import polykv
 from polykv import config, documents, models
 from polykv.documents import load_documents, prefix_tokens
 from polykv.errors import PolyKVError
-from polykv.models import Geometry, load_config
+from polykv.geometry import Geometry
+from polykv.models import load_config
 
 # Read off the models' own configs on the hub: (layers, kv heads, head_dim, parameters in millions).
 KNOWN = {
@@ -30,7 +31,7 @@ def test_geometry_in_the_yaml_is_the_architecture(name):
 
     architecture = load_config(config.load_group("model", name))
     layers, kv_heads, head_dim, millions = KNOWN[name]
-    assert Geometry.of(architecture) == Geometry(layers, kv_heads, head_dim)
+    assert Geometry.of(architecture) == Geometry.even(layers, kv_heads, head_dim)
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(architecture).num_parameters()
     assert round(counted / 1e6) == millions
@@ -121,6 +122,33 @@ def test_shipped_documents(name, tokenizer):
     assert document.asked_BT is document.prefix_BT and document.prefix_BT.shape == (1, 70)
 
 
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        (r"\n\nQ: {question}\nA:", "\n\nQ: Why?\nA:"),  # as a command line hands it over
+        ('{"q": "{question}", "a": {x}', '{"q": "Why?", "a": {x}'),
+        ("{question} {} {0} }{", "Why? {} {0} }{"),
+    ],
+)
+def test_a_question_template_of_ones_own(template, asked, tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "questions.txt").write_text("Why?")
+    own = {"path": str(tmp_path / "text.txt"), "questions": str(tmp_path / "questions.txt")}
+    cfg = settings("file", document=own, n_agents=1, model={"question_template": template})
+    documents.check_document(cfg)
+    (document,) = load_documents(cfg, tokenizer)
+    assert [question.prompt for question in document.questions] == [asked]
+
+
+@pytest.mark.parametrize("template", ["Answer:", "{ question }", None])
+def test_a_template_without_a_question_is_refused(template, tokenizer):
+    cfg = settings("moon_landing", model={"question_template": template})
+    with pytest.raises(PolyKVError, match="question_template.*{question}"):
+        documents.check_document(cfg)
+    with pytest.raises(PolyKVError, match="question_template.*{question}"):
+        load_documents(cfg, tokenizer)
+
+
 def test_a_file_gives_consecutive_windows(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
@@ -164,9 +192,20 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(PolyKVError, match="is empty"):
         ask(tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(PolyKVError, match="not UTF-8"):
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\n\xe9t\xe9")
+    with pytest.raises(PolyKVError, match="latin.txt, line 3, is not UTF-8"):
         ask(tmp_path / "latin.txt")
+
+
+def test_lines_end_at_line_feeds_alone_and_a_mark_is_no_text(tmp_path, tokenizer):
+    asked, text = tmp_path / "questions.txt", tmp_path / "text.txt"
+    asked.write_bytes("Why\u2028now?\r\n\r\nA\x0cB\x85C?\nLast?".encode("utf-8-sig"))
+    text.write_bytes(TEXT.replace(" . ", " .\r\n").encode("utf-8-sig"))
+    where = {"path": str(text), "questions": str(asked)}
+    (document,) = load_documents(settings("file", document=where), tokenizer)
+    assert [q.text for q in document.questions] == ["Why\u2028now?", "A\x0cB\x85C?", "Last?"]
+    plain = tokenizer(TEXT.replace(" . ", " .\n"), return_tensors="pt").input_ids
+    assert torch.equal(document.ids_BT, plain[:, :100])
 
 
 @pytest.mark.parametrize(("context", "n"), [(100, 16), (20_000, 16), (400_000, 2)])

@@ -13,17 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from polykv.config import REPO
 from polykv.errors import PolyKVError
-from polykv.reference import WEIGHTS_DIR, evaluation_set, train, vocabulary
-from polykv.reference.curriculum import SHORT, Stage
+from polykv.pool import prefill
+from polykv.reference import WEIGHTS_DIR, vocabulary
 from polykv.reference.documents import generate_document, matches
-from polykv.reference.evaluate import exact_matches
+from polykv.reference.exact_match import exact_matches
 from polykv.reference.problems import TEMPLATES, Operands, draw_problem, draw_relay
-from polykv.reference.rows import ROLE_WEIGHTS, VALUE, RowKind, write_row
 from polykv.reference.text import join_words, split_words
-from polykv.reference.tokenizer import build_tokenizer
-from polykv.reference.tokenizer import vocabulary as vocabulary_ids
 from polykv.reference.world import Difficulty, sample_world
+from reference_model import evaluate, train
+from reference_model.curriculum import SHORT, Stage
+from reference_model.rows import ROLE_WEIGHTS, VALUE, RowKind, write_row
+from reference_model.tokenizer import build_tokenizer
+from reference_model.tokenizer import vocabulary as vocabulary_ids
 
 TOKENIZER = build_tokenizer()
 seeds = st.integers(0, 10**6)
@@ -35,7 +38,7 @@ def encode(text, tokenizer=TOKENIZER):
 
 def test_generator_writes_the_same_text_on_every_machine():
     texts = [generate_document(TOKENIZER, n, seed).text for n in (64, 256) for seed in range(20)]
-    texts += [question.prompt + question.answer for question in evaluation_set.problems_alone(2)]
+    texts += [question.prompt + question.answer for question in evaluate.problems_alone(2)]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     assert digest == "ca99e0eb0be22da074268fd30a37172976f7f067c8b9fee4b3e299ba8bfb6943"
 
@@ -235,7 +238,8 @@ def test_shipped_folder_loads_plainly_and_answers():
     for seed in range(20):
         document = generate_document(tokenizer, 256, 10_000 + seed)
         prefix = encode(document.text, tokenizer)[: document.n_prefix]
-        kept += exact_matches(model, tokenizer, document.questions, prefix)
+        cache = prefill(model, torch.tensor([prefix]))
+        kept += exact_matches(model, tokenizer, document.questions, cache)
         dropped += exact_matches(model, tokenizer, document.questions)
     assert sum(kept) / len(kept) > 0.85
     assert sum(dropped) / len(dropped) < 0.10
@@ -246,7 +250,8 @@ def test_greedy_answer_is_right_where_exact_match_says_so():
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS_DIR, dtype=torch.float32).eval()
     document = generate_document(tokenizer, 256, 77)
     prefix = encode(document.text, tokenizer)[: document.n_prefix]
-    found = exact_matches(model, tokenizer, document.questions, prefix)
+    cache = prefill(model, torch.tensor([prefix]))
+    found = exact_matches(model, tokenizer, document.questions, cache)
     for question, right in zip(document.questions, found, strict=True):
         ids = torch.tensor([prefix + encode(question.prompt, tokenizer)])
         out = model.generate(
@@ -327,3 +332,12 @@ def test_documents_and_problems_import_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_that_is_installed_imports_how_the_model_was_made():
+    for package in ("polykv", "experiments", "analysis", "hydra_plugins"):
+        for file in (REPO / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                aliases = node.names if isinstance(node, ast.Import) else []
+                imported = [alias.name for alias in aliases] + [getattr(node, "module", None) or ""]
+                assert not any(name.startswith("reference_model") for name in imported), file

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import test_frontier_analysis as frontier
+from analysis.claims import claims
+from analysis.reduce import Value
+from analysis.registry import FIGURES, TABLES, TEXTS, TOPICS, Topic
+from analysis.report_origin import settings, union
+from analysis.report_parts import PUBLISHED, parts
+from analysis.report_tables import shown, titled
 from analysis_rows import paper_memory
 from report_pages import HOSTILE, Page, drawings, report, small, unsafe, write
 
 from analysis.__main__ import main
-from analysis.claims import claims
-from analysis.reduce import Value
-from analysis.registry import FIGURES, TABLES, TEXTS, TOPICS, Topic
 from analysis.render import Column, Table, keys, measured
-from analysis.report_origin import settings, union
-from analysis.report_parts import PUBLISHED, parts
-from analysis.report_tables import shown, titled
 
 ROOT = Path(__file__).resolve().parent.parent
 FETCHING = {"src", "srcset", "href", "action", "data", "poster", "background", "formaction"}

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
+from analysis.reduce import Value
+from analysis.registry import TOPICS, Topic
 from report_pages import small, write
 
 from analysis import report
-from analysis.reduce import Value
-from analysis.registry import TOPICS, Topic
 from analysis.render import Column, Table, fixed
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -1,6 +1,7 @@
 """`python run.py` as a user runs it: the local path end to end, kill and resume, and one clear line for bad input."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from polykv.config import REPO
 from polykv.results import load_rows
 
+PROGRESS = re.compile(r"\[ *\d+ (s|min|h)")
 SWEEP = ["experiment=polykv_quality", "context=160", "n_agents=2,3", "recipe=full,polykv,turboquant_2bit",
          "max_new_tokens=4"]  # fmt: skip
 
@@ -121,6 +123,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(undisturbed, checkpoin
         (["recpie=polykv"], "recpie"),
         (["experiment=polykv_quality", "model=qwen2.5-0.5b", "document=moon_landing"], "hub"),
         (["device=warp"], "device=warp"),
+        (["+contxt=512"], "'context'"),
+        (["model=/a/folder"], "model=local model.path=/a/folder"),
+        (["document=./a.txt"], "document=file document.path=./a.txt"),
+        (["model=llama-3-8"], "llama-3-8b"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_in_a_process_of_its_own(overrides, message, tmp_path):
@@ -130,6 +136,17 @@ def test_bad_input_is_one_clear_line_in_a_process_of_its_own(overrides, message,
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("cells/*/*.json"))
+
+
+def test_where_every_cell_fails_the_cause_comes_first(tmp_path):
+    too_many = f"+recipe.layer_bits={[[8, 4]] * 99}".replace(" ", "")
+    done = run("experiment=polykv_ratio", "model=reference", "recipe=uniform,uniform_rotated", too_many,
+               "context=64", f"results_dir={tmp_path}")  # fmt: skip
+    assert done.returncode == 1
+    first, *others = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]
+    assert first.startswith("error: ") and "layer_bits" in first and "99" in first
+    assert "make run" not in done.stderr + done.stdout
+    assert str(tmp_path / "failed") in "".join(others)
 
 
 def test_a_missing_file_is_named(checkpoint, tmp_path):

@@ -2,9 +2,9 @@
 
 import pandas as pd
 import pytest
+from analysis.separation import draw_separation, recipe_separation
 from conftest import checked_cell
 
-from analysis.separation import draw_separation, recipe_separation
 from polykv.errors import PolyKVError
 from polykv.results import COLUMNS
 

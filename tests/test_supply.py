@@ -8,14 +8,14 @@ import json
 import re
 from pathlib import Path
 
+import audit
 import pytest
 
 import polykv
 from polykv import config
 from polykv.errors import PolyKVError
-from reliability import audit
 
-PACKAGES = ("polykv", "experiments", "analysis", "hydra_plugins", "reliability", "fuzz", "examples")
+PACKAGES = ("polykv", "experiments", "analysis", "hydra_plugins", "examples", "reference_model")
 FILES = [config.REPO / "run.py", *(p for d in PACKAGES for p in (config.REPO / d).rglob("*.py"))]
 FROM_HUB = ("load_dataset", "snapshot_download", "hf_hub_download")
 NO_WEIGHTS = ("AutoConfig", "AutoTokenizer")

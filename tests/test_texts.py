@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from polykv import shipped
+from polykv import shipped, textfile
 from polykv.evaluation import gsm8k
 from polykv.shipped import TEXTS
 
@@ -93,7 +93,7 @@ def test_every_file_is_the_one_that_the_readme_names():
 
 
 def test_problems_are_the_first_of_the_drawn_order():
-    rows = [json.loads(line) for line in shipped.read("gsm8k").splitlines()]
+    rows = [json.loads(line) for line in textfile.lines(shipped.read("gsm8k"))]
     assert [row["index"] for row in rows] == gsm8k.order(1319)[:300]
     assert len({row["question"] for row in rows}) == 300
 

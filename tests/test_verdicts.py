@@ -3,17 +3,17 @@
 import math
 
 import pytest
-from analysis_rows import BYTES, cell_rows, handoff_rows, write
-
-from analysis import published
 from analysis.claims import NO, OPEN, YES, claims
 from analysis.counterpart import EXACT, NEAR, NONE
-from analysis.load import load
 from analysis.published_table import PUBLISHED_TABLES
 from analysis.qkvshare_claims import FACTOR
 from analysis.quality_claims import MARGIN
 from analysis.reduce import Value
 from analysis.verdict import equivalent
+from analysis_rows import BYTES, cell_rows, handoff_rows, write
+
+from analysis import published
+from analysis.load import load
 
 NF4 = "bfloat16, weights nf4"
 

@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from gguf_files import write as write_gguf
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from polykv.reference.tokenizer import build_tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from polykv import shipped, windows
+from polykv import gguf, shipped, windows
 from polykv.errors import PolyKVError
 
 LENGTHS = (40, 5, 60, 10, 45, 50)
@@ -79,11 +85,55 @@ def test_the_beginning_of_a_text_is_tokenised_as_in_the_whole(n_tokens, tokenize
     text, counting = shipped.read("wikitext2")[:200_000], Counting(tokenizer)
     found = windows.first_tokens(counting, text, n_tokens)
     assert torch.equal(found, windows.encode(tokenizer, text)[:, :n_tokens])
-    assert counting.n_characters < 20 * (n_tokens + windows.MARGIN) < len(text)
+    assert counting.n_characters < 20 * (n_tokens + windows.MARGIN) + windows.APART < len(text)
 
 
-@pytest.mark.parametrize("text", ("word" * 9000, "a " * 60, "", " " * 50_000))
-def test_texts_without_a_border_or_of_few_tokens_are_read_whole(text, tokenizer):
+@pytest.mark.parametrize("unit", ("word", "1234567", "読めない文字列", "a, ", " \n", "é\u2028"))
+def test_of_a_long_line_little_is_tokenised_whatever_it_holds(unit, tokenizer):
+    text, counting = unit * (2_000_000 // len(unit)), Counting(tokenizer)
+    found = windows.first_tokens(counting, text, 200)
+    assert found.shape == (1, 200) and counting.n_characters < 20_000
+    assert torch.equal(found, windows.encode(tokenizer, text[:40_000])[:, :200])
+
+
+PIECES = st.text("ab e,.\n\t12345é読文\u2028'-_😀ّ", min_size=1, max_size=12)
+REPEATED = st.tuples(PIECES, st.sampled_from((1, 1, 2, 40, 400))).map(
+    lambda part: part[0] * part[1]
+)
+TEXTS = st.lists(REPEATED, min_size=1, max_size=40).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers_by_name(tokenizer, llama, tmp_path_factory):
+    """Of the tests, of the package, of a GGUF file, and two that no border stops: of merges alone, and one that
+    counts the digits of a number from its end.
+    """
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    found = {"tests": tokenizer, "shipped": build_tokenizer()}
+    found["gguf"] = gguf.load_tokenizer(write_gguf(path, llama, tokenizer))
+    for name, split in (("merges", None), ("digits", r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+")):
+        bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        parts = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([*parts, bytes_])
+        found[name] = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    return found
+
+
+@pytest.mark.parametrize("name", ("tests", "shipped", "gguf", "merges", "digits"))
+@settings(max_examples=40, deadline=None)
+@given(text=TEXTS, n_tokens=st.sampled_from((1, 7, 60, 300)))
+@example(text="12 " + "1234567" * 3000, n_tokens=60)
+def test_the_beginning_of_any_text_is_tokenised_as_in_the_whole(
+    tokenizers_by_name, name, text, n_tokens
+):
+    tokenizer = tokenizers_by_name[name]
+    whole = windows.encode(tokenizer, text)[:, :n_tokens]
+    assert torch.equal(windows.first_tokens(tokenizer, text, n_tokens), whole)
+
+
+@pytest.mark.parametrize("text", ("a " * 60, "", " " * 50_000))
+def test_texts_of_few_tokens_are_read_whole(text, tokenizer):
     found = windows.first_tokens(tokenizer, text, 500)
     assert torch.equal(found, windows.encode(tokenizer, text)[:, :500])
 

@@ -37,7 +37,7 @@ from polykv.evaluation.concurrency import (
 from polykv.evaluation.memory import GB, paper_bytes
 from polykv.evaluation.process import meter_of
 from polykv.evaluation.ttft import Clock
-from polykv.models import Geometry
+from polykv.geometry import Geometry
 from polykv.pool import SharedKVPool
 from polykv.recipe import load_recipe
 from polykv.results import Rows

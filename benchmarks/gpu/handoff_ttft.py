@@ -54,7 +54,7 @@ def main() -> None:
     bench.say(f"cards on {bench.device}: {check_cards(bench)}")
     failed = [outcome for outcome in cells(bench, arguments) if outcome.status == "failed"]
     states = {"script": "handoff_ttft", "before": before, "after": device_state(bench.device)}
-    with (bench.store.root / "device_states.jsonl").open("a") as file:
+    with (bench.store.root / "device_states.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(states) + "\n")
     report(bench)
     if failed:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import pandas as pd
-
 from analysis.frontier import ALPHA
 from analysis.handoff_reduce import SETTING, bits_text, hops_text, relays, run_text, sides, value
 from analysis.reduce import Value
 from analysis.relay_claims import CARD
 from analysis.verdict import p_said, with_interval
+
 from polykv.config import load_group
 from polykv.evaluation.statistics import holm
 

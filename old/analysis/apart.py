@@ -25,7 +25,7 @@ COLUMN = {"model": "model", "document": "document", "relay": "document", "recipe
 TOLD = {*NOT_IDENTITY, "experiment_name", "labels", "weights", "context", "n_agents", "n_hops", "budget_bits",
         "seed", "reader", "backend", "device", "reseal", "scorer", "model.weights", "model.dtype",
         "model.quantization", "document.n_documents", "agents", "readers", "suffix_tokens", "transports",
-        "measured", "measured_digest", "state"}  # fmt: skip
+        "measured", "measured_digest", "state", "versions"}  # fmt: skip
 
 Cell = tuple[str, str]  # experiment and cell
 Configs = Mapping[Cell, Mapping[str, Any]]

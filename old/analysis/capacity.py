@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
-
 from analysis.capacity_figure import draw_capacity
 from analysis.capacity_reduce import ANY, EXPERIMENT, READERS, devices, newest, rank
 from analysis.handoff_reduce import value
 from analysis.reduce import Value
+from matplotlib.figure import Figure as Canvas
+
 from analysis.render import Column, Row, Table, fixed, keys, significant
 
 SETTING = ["model", "dtype", "context_tokens", "own"]

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
 from analysis.capacity_reduce import ANY, Kind, devices, newest, rank
 from analysis.colours import BLACK, BLUE, READERS, SKY, colours
 from analysis.layout import absent, legend, sheet, styled
 from analysis.reduce import BASELINE
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 SETTING = ["model", "dtype", "context_tokens"]
 ACROSS = 5

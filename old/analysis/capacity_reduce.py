@@ -1,7 +1,6 @@
 """The rows of `capacity` that its table and figure show, and in which order. Pure."""
 
 import pandas as pd
-
 from analysis.reduce import RECIPES
 
 EXPERIMENT = "capacity"

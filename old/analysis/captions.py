@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.container import BarContainer, ErrorbarContainer
-from matplotlib.figure import Figure as Canvas
-from matplotlib.lines import Line2D
-
-from analysis import capacity, concurrency, published, registry, separation
 from analysis.colours import READERS
 from analysis.frontier import FRONTIER
 from analysis.handoff_reduce import average, sides
 from analysis.reduce import describe, points
 from analysis.registry import measured, of_papers
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+
+from analysis import capacity, concurrency, published, registry, separation
 from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 MOST = 12  # names; a caption counts more than these

@@ -1,9 +1,9 @@
 """Every claim of both papers, with its verdict from the rows."""
 
 import pandas as pd
+from analysis.verdict import AGREES, NO, OPEN, YES, Claim
 
 from analysis import polykv_claims, qkvshare_claims
-from analysis.verdict import AGREES, NO, OPEN, YES, Claim
 
 __all__ = ["AGREES", "NO", "OPEN", "YES", "Claim", "claims"]
 

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-
-from analysis import published
 from analysis.colours import READERS, SKY
 from analysis.draw import reaches
 from analysis.handoff_reduce import value
 from analysis.layout import legend, number_ticks, plain_log, sheet, styled
 from analysis.reduce import Value, describe
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from analysis import published
 from analysis.render import Column, Row, Table, fixed, keys
 
 EXPERIMENT = "concurrency"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
-
-from analysis import published
 from analysis.handoff_reduce import SETTING, average, hops_text, relays, value, with_budget
 from analysis.published import NOT_HERE, SAME_LENGTH, Figure
 from analysis.reduce import BASELINE, Point, Value, having
+
+from analysis import published
 
 EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", "not measured"
 COMPUTED = "computed"  # by the arithmetic of the published figure: nothing was measured

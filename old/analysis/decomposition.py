@@ -3,9 +3,10 @@
 import textwrap
 from collections.abc import Sequence
 
-from analysis import published
 from analysis.published import Figure
 from analysis.reduce import BASELINE, Point, having
+
+from analysis import published
 from polykv.config import load_group
 
 WIDTH = 100

@@ -5,14 +5,14 @@
 
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
-
 from analysis.apart import without_settings
 from analysis.colours import READERS, colours, family
 from analysis.layout import number_ticks, plain_log
 from analysis.published import Figure
 from analysis.reduce import Point, Value
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
 from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}

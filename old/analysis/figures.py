@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure as Canvas
-
-from analysis import draw, published
 from analysis.layout import COLUMN, PAGE, STYLE, absent, legend, sheet, styled
 from analysis.published import Figure
 from analysis.reduce import BASELINE, Point, having
+from matplotlib.figure import Figure as Canvas
+
+from analysis import draw, published
 
 Key = TypeVar("Key", bound=Hashable)
 HEIGHT = 1.75  # inches of a panel

@@ -7,11 +7,11 @@ Every number comes from the rows. A verdict holds for the weights that it names 
 import textwrap
 
 import pandas as pd
-
-from analysis import ablation
 from analysis.claims import claims
 from analysis.frontier import ALPHA, FRONTIER, Comparison, compared, layers, of_experiment, settings
 from analysis.verdict import p_said, with_interval
+
+from analysis import ablation
 from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 WIDTH = 100

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-
 from analysis.apart import told_by
 from analysis.reduce import BASELINE, Value
+from scipy import stats
+
 from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, holm, paired_p
 
 EXPERIMENTS = ("recipe_frontier", "outside_references", "kv_asymmetry", "layer_sensitivity", "context_scaling",

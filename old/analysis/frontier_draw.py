@@ -5,15 +5,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter
-
 from analysis.colours import colours, contrast, ink, looks
 from analysis.draw import reaches
 from analysis.frontier import Standing
 from analysis.layout import SIZE, number_ticks
 from analysis.reduce import Value
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 LETTERS = 32  # of a line of the frontier's legend
 

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
-
-from analysis import frontier_draw as draw
 from analysis.frontier import (
     FRONTIER,
     Setting,
@@ -17,6 +14,9 @@ from analysis.frontier import (
     values,
 )
 from analysis.layout import COLUMN, legend, sheet, styled
+from matplotlib.figure import Figure as Canvas
+
+from analysis import frontier_draw as draw
 
 
 @styled

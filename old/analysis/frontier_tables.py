@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import pandas as pd
-
 from analysis.frontier import FRONTIER, compared, layers, of_experiment, settings, trend, values
 from analysis.frontier import by_document as of_documents
 from analysis.reduce import Value, describe
+
 from analysis.render import Column, Table, fixed, keys, significant
 
 
@@ -183,7 +183,7 @@ def recipe_search(rows: pd.DataFrame) -> Table | None:
             lines.append(line | {"table": part["note"].iloc[0]} | values(part))
     columns = [
         *keys("recipe"),
-        Column("budget", "budget, bits", fixed(2), key=True),
+        Column("budget", "budget_bits", fixed(2), key=True),
         *_QUALITY[:1],
         *_QUALITY[2:4],
         Column("table", "[key, value] bits by layer"),

@@ -7,10 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
-
 from analysis.colours import BLUE, ORANGE, policy_colour
 from analysis.draw import reaches
 from analysis.handoff_reduce import (
@@ -24,6 +20,9 @@ from analysis.handoff_reduce import (
 )
 from analysis.handoff_timing_figures import handoff_stages, handoff_ttft
 from analysis.layout import legend, number_ticks, sheet, styled
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 PLACE = [*SETTING, "document"]
 RUN = [*PLACE, "budget_bits", "reseal"]

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pandas as pd
-
 from analysis.reduce import Value
+
 from analysis.render import Row
 from polykv.config import load_group
 from polykv.evaluation.gsm8k import of_note

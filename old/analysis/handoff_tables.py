@@ -7,8 +7,6 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pandas as pd
-
-from analysis import published
 from analysis.handoff_reduce import (
     RELAY,
     SETTING,
@@ -21,6 +19,8 @@ from analysis.handoff_reduce import (
 )
 from analysis.handoff_timing import handoff_stages, handoff_ttft
 from analysis.reduce import Value, describe
+
+from analysis import published
 from analysis.render import Column, Row, Table, fixed, keys
 from polykv.evaluation.statistics import mcnemar
 

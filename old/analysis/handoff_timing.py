@@ -6,8 +6,6 @@ Each takes the tidy rows and returns a table, or None where nothing of it was me
 from collections.abc import Iterator
 
 import pandas as pd
-
-from analysis import published
 from analysis.counterpart import HOLDS
 from analysis.handoff_reduce import (
     SETTING,
@@ -20,6 +18,8 @@ from analysis.handoff_reduce import (
     with_budget,
 )
 from analysis.reduce import Value, describe
+
+from analysis import published
 from analysis.render import Column, Row, Table, compact, fixed, keys
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")

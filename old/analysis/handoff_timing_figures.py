@@ -8,10 +8,6 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-
-from analysis import published
 from analysis.colours import policy_colour
 from analysis.draw import IN_PLACE, OPEN, READ_IN_PLACE, reaches
 from analysis.handoff_reduce import SETTING, average, ordered, run_text, spots_of, value
@@ -19,6 +15,10 @@ from analysis.handoff_timing import STAGES
 from analysis.layout import PAGE, SIZE, legend, number_ticks, plain_log, sheet, styled
 from analysis.published import Figure
 from analysis.reduce import Value
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from analysis import published
 
 TRANSPORTS = {"memory": "card in memory", "file": "card through a file"}
 WHISKER = "0.35"

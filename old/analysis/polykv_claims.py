@@ -5,13 +5,13 @@ from functools import partial
 from math import isfinite
 
 import pandas as pd
-
-from analysis import published, quality_claims
 from analysis.apart import without_settings
 from analysis.frontier import ALPHA, by_document, of_experiment, settings, trend, values
 from analysis.published import Figure
 from analysis.reduce import BASELINE, Point, Value, having, points
 from analysis.verdict import AGREES, NO, OPEN, YES, Claim, p_said, sentence, with_interval
+
+from analysis import published, quality_claims
 from polykv.evaluation.statistics import MIN_DOCUMENTS, paired_p
 
 ROUNDING = 0.0005  # of the published GB

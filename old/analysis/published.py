@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-
 from analysis.apart import without_settings
 from analysis.reduce import BASELINE, Point, Value
+
 from polykv.errors import PolyKVError
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "published" / "published.csv"

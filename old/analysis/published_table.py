@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-
-from analysis import published
 from analysis.counterpart import (
     COMPUTED,
     EXACT,
@@ -18,6 +16,8 @@ from analysis.counterpart import (
 from analysis.handoff_reduce import SETTING
 from analysis.published import Figure
 from analysis.reduce import Value, describe, points
+
+from analysis import published
 from analysis.render import Column, Row, Table, fixed, keys, memory
 
 DIGITS = {

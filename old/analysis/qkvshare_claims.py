@@ -6,14 +6,14 @@ from dataclasses import replace
 from functools import partial
 
 import pandas as pd
-
-from analysis import published, relay_claims
 from analysis.counterpart import HOLDS
 from analysis.handoff_reduce import average, value, with_budget
 from analysis.published import SAME_LENGTH, Figure
 from analysis.reduce import Value
 from analysis.relay_claims import CARD, DIGEST, each_run
 from analysis.verdict import NO, OPEN, YES, Claim, equivalent, with_interval
+
+from analysis import published, relay_claims
 
 ROUTE = "memory"  # a card handed over in memory and decoded into a cache, as published; named before any is timed
 FACTOR = 1.25  # ratios of times within it are the same: our choice, none is published

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from functools import partial
 
-from analysis import published
 from analysis.published import Figure
 from analysis.reduce import Point, having
 from analysis.verdict import OPEN, Claim, equivalent, sentence, with_interval
+
+from analysis import published
 from polykv.evaluation.statistics import MIN_DOCUMENTS, interval_over
 
 # What counts as the same: no margin is published, both are our choice. The authors' own two runs of one setting differ

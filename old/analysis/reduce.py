@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
-
 from analysis.apart import joined
 
 # Measure -> (metric, protocol). None: any; for BERTScore the protocol names the scorer, a key of its own.
@@ -28,7 +27,15 @@ MEASURES: dict[str, tuple[str, str | None]] = {
 RELATIVE = ["perplexity_delta", "kl_mean", "same_top1"]
 RELATIVE += ["bertscore_f1", "bertscore_floor", "bertscore_rescaled"]
 QUALITY = ["perplexity", *RELATIVE, "exact_match"]
-ANSWERS = ("bertscore_f1", "bertscore_floor", "bertscore_rescaled", "exact_match", "contains")
+EMPTY = ("empty_answers", "empty_references", "empty_pairs")
+ANSWERS = (
+    "bertscore_f1",
+    "bertscore_floor",
+    "bertscore_rescaled",
+    "exact_match",
+    "contains",
+    *EMPTY,
+)
 SETTING = ["model", "weights", "dtype", "device", "document", "context_tokens", "recipe"]
 # What a row may leave open because its value does not depend on it (a ratio has no reader).
 OPEN = ["n_agents", "reader", "scorer"]

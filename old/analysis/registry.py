@@ -4,9 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
-
-from analysis import capacity, compare, concurrency, decomposition, findings, published, separation
 from analysis.figures import FIGURES as PAPER_FIGURES
 from analysis.frontier import EXPERIMENTS as FRONTIER
 from analysis.frontier_figures import FRONTIER_FIGURES
@@ -16,8 +13,11 @@ from analysis.handoff_reduce import EXPERIMENTS as HANDOFF
 from analysis.handoff_tables import HANDOFF_TABLES
 from analysis.published_table import PUBLISHED_TABLES
 from analysis.reduce import points
-from analysis.render import Table
 from analysis.tables import TABLES as PAPER_TABLES
+from matplotlib.figure import Figure as Canvas
+
+from analysis import capacity, compare, concurrency, decomposition, findings, published, separation
+from analysis.render import Table
 
 # From all rows; None where nothing of it was run, and of a figure also why it cannot be drawn.
 TableOf = Callable[[pd.DataFrame], Table | None]

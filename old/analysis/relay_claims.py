@@ -6,7 +6,6 @@ from functools import partial
 from statistics import NormalDist
 
 import pandas as pd
-
 from analysis.frontier import ALPHA
 from analysis.handoff_reduce import (
     SETTING,
@@ -17,6 +16,7 @@ from analysis.handoff_reduce import (
 )
 from analysis.published import Figure
 from analysis.verdict import NO, OPEN, YES, Claim
+
 from polykv.evaluation.statistics import holm, mcnemar
 
 CARD = "topology"  # the policy of a QKVShare card

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from analysis.claims import AGREES, NO, OPEN, YES, Claim, claims
+from analysis.registry import TOPICS, measured
+from analysis.report_parts import parts, published, texts
+from analysis.report_tables import shown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from analysis import report_origin
-from analysis.claims import AGREES, NO, OPEN, YES, Claim, claims
 from analysis.load import Results
-from analysis.registry import TOPICS, measured
-from analysis.report_parts import parts, published, texts
-from analysis.report_tables import shown
 from polykv.cellfile import write_atomically
 from polykv.errors import PolyKVError
 

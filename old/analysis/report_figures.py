@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
-from markupsafe import Markup
-from matplotlib.figure import Figure as Canvas
-
 from analysis.layout import STYLE
 from analysis.report_tables import titled
+from markupsafe import Markup
+from matplotlib.figure import Figure as Canvas
 
 # Ids are hashes of the content and of this; by default they are random.
 REPEATABLE = {"svg.hashsalt": "polykv"}

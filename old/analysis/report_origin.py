@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from analysis.apart import told_apart
+
 from analysis.load import Results, read
 from analysis.render import Column, Table, keys
 from polykv.naming import flat

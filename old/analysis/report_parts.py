@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from analysis.captions import caption
+from analysis.reduce import Value
+from analysis.registry import Topic
+from analysis.report_figures import Image, image
+from analysis.report_tables import Shown, shown
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from analysis.captions import caption
-from analysis.reduce import Value
-from analysis.registry import Topic
 from analysis.render import Row, Table, measured
-from analysis.report_figures import Image, image
-from analysis.report_tables import Shown, shown
 
 PUBLISHED = "published"  # the topic that holds the papers' own figures
 

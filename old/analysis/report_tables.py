@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.reduce import Value
+
 from analysis.render import DIGITS, MISSING, Column, Row, Section, Table, sections
 
 INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])")

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-
 from analysis.colours import BLUE, GREEN, MARKERS, ORANGE, VERMILION
 from analysis.draw import reaches
 from analysis.frontier import Setting, of_experiment, settings, values
 from analysis.layout import legend, sheet, styled
 from analysis.reduce import BASELINE, Value, describe
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
 from analysis.render import Column, Row, Table, fixed, keys, significant
 
 EXPERIMENT = "recipe_separation"

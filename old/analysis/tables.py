@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas as pd
-
-from analysis import published
 from analysis.published import NOT_HERE, Figure
 from analysis.reduce import BASELINE, QUALITY, Point, Value, describe, having, points
+
+from analysis import published
 from analysis.render import Column, Row, Table, fixed, keys, memory
 
 NOT_PUBLISHED = "no published figure for this model, context and number of agents"

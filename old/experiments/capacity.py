@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import capacity_measured, common
 from polykv import config
 from polykv.errors import PolyKVError
+from polykv.evaluation import capacity as formulas
 from polykv.evaluation.capacity import (
     Architecture,
     Crowd,
@@ -26,7 +27,9 @@ from polykv.evaluation.memory import GB
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (formulas,)
 
 MOST_AGENTS = 100_000  # up to which sharing is looked at
 # Of the hardware's figures; all but the first two are of one device.
@@ -129,7 +132,7 @@ def _built(model: str) -> Architecture:
 def _replica(cfg: DictConfig, model: Architecture) -> Replica:
     hardware = Hardware.from_config(cfg.hardware)
     fractions = (cfg.bandwidth_fraction, cfg.flops_fraction)
-    return hardware.replica(model.geometry.n_kv_heads, model.dtype, *fractions)
+    return hardware.replica(model.geometry.shape[0], model.dtype, *fractions)
 
 
 def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:

@@ -118,7 +118,8 @@ def _read(root: Path, has_cells: bool, files: tuple[tuple[Path, int], ...]) -> p
     Raises:
         PolyKVError: none of the cells, or not the table, can be read.
     """
-    columns = list(COLUMNS)  # all the same whatever they are read from: they enter the digest
+    # All the same whatever they are read from: they enter the digest. No text is read for what is quoted.
+    columns = [name for name in COLUMNS if name != "bos"]
     if not files:
         return pd.DataFrame(columns=columns)
     if has_cells:

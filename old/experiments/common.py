@@ -15,16 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
+from polykv import documents as texts
+from polykv.attention import cascade
 from polykv.documents import N_QUESTIONS, Document, check_document, load_documents
 from polykv.errors import PolyKVError
+from polykv.evaluation import continuation, statistics
 from polykv.evaluation.process import keep_freed_memory
 from polykv.evaluation.readings import Reading
 from polykv.pool import SharedKVPool, check_reader, prefill
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
+from polykv.reference import documents as generated
 from polykv.results import Rows
-from polykv.supported import check_length, check_model
+from polykv.supported import check_attention, check_length, check_model, check_rope
+from polykv.tokens import encode
 
+# A study declares the modules that make its numbers as MADE_BY: their versions are part of what a cell is. Of scores:
+SCORES = (texts, generated, cascade, continuation, statistics)
 # An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
 # change a token: so every batch has this size, and cells with fewer or more agents share it.
 ASKED_TOGETHER = 5
@@ -114,16 +121,20 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     Recipe.from_config(cfg.recipe)
     architecture = models.load_config(cfg.model)
     check_model(architecture)
+    if cfg.weights == "local":
+        models.check_folder(cfg.model)
+    if "cascade" in (cfg.get("readers") or [cfg.reader]):
+        check_attention(architecture, "leave reader=cascade out")
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")
 
 
 def check_quality(cfg: DictConfig) -> None:
-    """What a quality measurement needs: trained weights that can be had.
+    """What a quality measurement needs: trained weights that can be had, and texts within the model's positions.
 
     Raises:
-        PolyKVError: random weights, no hub, or a folder without a model.
+        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long as it is tokenised.
     """
     check_common(cfg, spread=True)
     if cfg.weights == "random":
@@ -139,11 +150,15 @@ def check_quality(cfg: DictConfig) -> None:
     check_hub(cfg)
     architecture = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
+    about = f"document={cfg.document.name} context={cfg.context}"
     for document in documents_of(cfg):
+        check_length(architecture, document.n_tokens, about)
+        check_rope(architecture, document.prefix_BT.shape[1], document.n_tokens, about)
         for question in document.questions[: cfg.n_agents]:
-            asked = len(tokenizer(question.prompt, add_special_tokens=False).input_ids)
-            needed = document.asked_BT.shape[1] + asked + cfg.max_new_tokens
-            check_length(architecture, needed, f"context={cfg.context} with question and answer")
+            n_asked = encode(tokenizer, question.prompt).shape[1]
+            needed = document.asked_BT.shape[1] + n_asked + cfg.max_new_tokens
+            check_length(architecture, needed, f"{about} with question and answer")
+            check_rope(architecture, document.asked_BT.shape[1], needed, f"{about} with an answer")
 
 
 def check_hub(
@@ -188,6 +203,13 @@ def new_rows(cfg: DictConfig, **columns: Any) -> Rows:
     return Rows(**(shared | columns))
 
 
+def document_rows(cfg: DictConfig, **columns: Any) -> Rows:
+    """Rows of a cell that reads documents: their length as they are tokenised, and whether they begin with BOS."""
+    document = documents_of(cfg)[0]
+    read = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    return new_rows(cfg, **(read | columns))
+
+
 def answer_dtype(cfg: DictConfig) -> str:
     """The dtype of rows that come from answers."""
     return loading.dtype_label(answering(cfg))
@@ -210,26 +232,27 @@ def documents_of(cfg: DictConfig) -> list[Document]:
 
 
 def full_readings(cfg: DictConfig) -> tuple[Reading, ...]:
-    """The cell's documents read from their uncompressed cache: the baseline."""
-    return _full_readings(as_key(scoring(cfg)), cfg.device, tuple(documents_of(cfg)))
+    """The cell's documents read from their uncompressed cache by its reader: the baseline of its recipe."""
+    injected = _full_readings(as_key(scoring(cfg)), cfg.device, tuple(documents_of(cfg)))
+    return _baselines(injected, cfg.reader, cfg.backend)
 
 
 def readings(cfg: DictConfig) -> tuple[Reading, ...]:
     """The cell's documents read under its recipe."""
-    return _readings(full_readings(cfg), as_key(cfg.recipe), cfg.reader, cfg.backend)
+    return _readings(full_readings(cfg), as_key(cfg.recipe), cfg.backend)
 
 
 def answers(cfg: DictConfig, n_documents: int, recipe: Recipe | None = None) -> list[list[str]]:
     """What the agents of the first documents say under the cell's recipe (or another): a list for each document.
 
-    Model and caches are in `model.answer_dtype`, where one is set.
+    Model and caches are in `model.answer_dtype`, where one is set. Every recipe is read by the cell's reader, so
+    that answers under two of them differ by the recipe alone.
     """
     documents = tuple(documents_of(cfg)[:n_documents])
     asked = _asked_pools(as_key(answering(cfg)), cfg.device, documents)
-    reader = cfg.reader if recipe is None else "inject"
     recipe = recipe or Recipe.from_config(cfg.recipe)
     batches = [
-        _answers(asked, recipe, reader, cfg.backend, first, cfg.max_new_tokens)
+        _answers(asked, recipe, cfg.reader, cfg.backend, first, cfg.max_new_tokens)
         for first in range(0, cfg.n_agents, ASKED_TOGETHER)
     ]
     return [[*chain(*of_document)][: cfg.n_agents] for of_document in zip(*batches, strict=True)]
@@ -274,11 +297,14 @@ def _full_readings(
 
 
 @lru_cache(maxsize=1)
-def _readings(
-    full: tuple[Reading, ...], recipe: str, reader: str, backend: str
-) -> tuple[Reading, ...]:
+def _baselines(injected: tuple[Reading, ...], reader: str, backend: str) -> tuple[Reading, ...]:
+    return tuple(one.by(reader, backend) for one in injected)
+
+
+@lru_cache(maxsize=1)
+def _readings(full: tuple[Reading, ...], recipe: str, backend: str) -> tuple[Reading, ...]:
     made = Recipe.from_config(from_key(recipe))
-    return tuple(one.under(made, reader, backend) for one in track(full, f"encoding {made.name}"))
+    return tuple(one.under(made, backend) for one in track(full, f"encoding {made.name}"))
 
 
 AskedPool = tuple[PreTrainedModel, Any, Document, SharedKVPool]

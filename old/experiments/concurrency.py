@@ -11,7 +11,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
+from polykv.attention import cascade
 from polykv.errors import PolyKVError
+from polykv.evaluation import concurrency as decoding
 from polykv.evaluation import memory, process
 from polykv.evaluation.concurrency import (
     QUERY_TOKENS,
@@ -28,7 +30,9 @@ from polykv.evaluation.ttft import quartiles
 from polykv.progress import phase
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (cascade, memory, decoding)
 
 MB = 1e6
 RUNS = "as transformers runs it: DynamicCache and sdpa, one padded batch"

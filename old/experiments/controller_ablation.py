@@ -9,10 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from experiments.handoff_accuracy import add_divergence, forced, new_rows, per_problem
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, handoff_accuracy
-from experiments.handoff_accuracy import add_divergence, forced, new_rows, per_problem
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import missing
@@ -21,6 +21,7 @@ from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.policy import Policy
 
+MADE_BY = handoff_accuracy.MADE_BY
 BASELINES = ("uniform", "random")
 
 

@@ -14,17 +14,30 @@ from transformers import PreTrainedModel
 from experiments import common
 from polykv import loading, models
 from polykv.errors import PolyKVError
-from polykv.evaluation import gsm8k, missing
+from polykv.evaluation import continuation, gsm8k, missing, statistics
 from polykv.evaluation.continuation import Comparison, why_not_finite
 from polykv.evaluation.statistics import document_interval, interval_name
+from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
-from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play, text_of
+from polykv.handoff.relay import (
+    RESEALS,
+    Handoff,
+    Turn,
+    divergence,
+    force,
+    play,
+    prompts_of,
+    text_of,
+)
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.progress import track
 from polykv.results import Rows
+from polykv.tokens import opening
 
+CARDS = (mixed, allocate, signals)
+MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, statistics)
 # What the fp16 relay depends on; cells that agree here share it.
 SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
 FP16 = Policy("fp16", store="float16")  # what all others are held to, whatever conf/policy says
@@ -39,7 +52,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse bad input, random weights above all.
+    """Refuse bad input, random weights above all, and problems that are too long as they are tokenised.
 
     Raises:
         PolyKVError: one clear line.
@@ -67,6 +80,9 @@ def check(cfg: DictConfig) -> None:
             "use relay=gsm8k"
         )
     common.check_hub(cfg)
+    architecture, tokenizer = models.load_config(cfg.model), models.load_tokenizer(cfg.model)
+    for number, task in enumerate(tasks_of(cfg)):
+        prompts_of(task, tokenizer, architecture, f"the relay of problem {number}")
 
 
 def settle_key(settled: DictConfig) -> DictConfig:
@@ -123,6 +139,7 @@ def new_rows(cfg: DictConfig, policy_name: str) -> Rows:
         seed=cfg.seed,
         device=cfg.device,
         dtype=loading.dtype_label(cfg.model),
+        bos=bool(opening(loaded(cfg)[1])),
     )
 
 

@@ -5,11 +5,10 @@ Answers the published rows `stages` (create, inject, generate; ours are finer: s
 
 from typing import Any
 
+from experiments.handoff_ttft import MADE_BY, add_time, check, columns, new_rows, settle, timed
 from omegaconf import DictConfig
 
-from experiments.handoff_ttft import add_time, check, columns, new_rows, settle, timed
-
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from experiments.handoff_accuracy import CARDS, check_budget, key_of, loaded, settle_key
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from experiments import common
-from experiments.handoff_accuracy import check_budget, key_of, loaded, settle_key
 from polykv import config, kernels, loading, models
+from polykv.documents import Document
 from polykv.errors import PolyKVError
-from polykv.evaluation import card_quality
+from polykv.evaluation import card_quality, continuation, ttft
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.statistics import spread_warning
@@ -29,9 +30,10 @@ from polykv.models import load_config
 from polykv.pool import check_reader
 from polykv.progress import track
 from polykv.results import Rows
-from polykv.supported import check_length, max_positions
+from polykv.supported import check_length, check_rope, max_positions
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+MADE_BY = (*common.SCORES, *CARDS, ttft)
 LEAST_REPEATS = 10
 REPREFILL = Policy("reprefill", store="text")
 # What times depend on.
@@ -41,6 +43,7 @@ TIMED = (
     "backend",
 )  # fmt: skip
 SCORED_IN = "float32"
+Scored = dict[tuple[str | None, str], Comparison]  # as card_quality.score_cards gives it
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -84,7 +87,10 @@ def check(cfg: DictConfig) -> None:
         raise PolyKVError(f"scored_tokens={cfg.scored_tokens!r}; it takes a whole number from 1 up")
     check_budget(cfg.budget_bits)
     key_of(cfg)
-    check_length(load_config(cfg.model), cfg.context, f"context={cfg.context}")
+    architecture = load_config(cfg.model)
+    check_length(architecture, cfg.context, f"context={cfg.context}")
+    n_known = cfg.context - cfg.turn_tokens
+    check_rope(architecture, n_known, cfg.context, f"context={cfg.context}")
     common.check_hub(cfg, "use weights=random, which times the same, or model=reference")
     if cfg.weights == "random":
         return
@@ -138,9 +144,19 @@ def add_quality(rows: Rows, cfg: DictConfig, timings: list[tuple[Route, Timing]]
         else:
             found = [of_document[policy.name, reader] for of_document in scored]
             card_quality.add_rows(rows, found, **about)
+    if scored:
+        add_reader_floors(rows, cfg, scored)
 
 
-def score(cfg: DictConfig) -> tuple[list[dict[tuple[str, str], Comparison]], str]:
+def add_reader_floors(rows: Rows, cfg: DictConfig, scored: list[Scored]) -> None:
+    """What each reader but `inject` costs without any card: its rows have no policy."""
+    about = {"backend": cfg.backend, "dtype": loading.dtype_label(scoring_model(cfg))}
+    for reader in (reader for reader in cfg.readers if reader != "inject"):
+        floors = [of_document[None, reader] for of_document in scored]
+        continuation.add_floor(rows, floors, reader, card_quality.PROTOCOL, **about)
+
+
+def score(cfg: DictConfig) -> tuple[list[Scored], str]:
     """Of each document, every policy and reader against the uncompressed cache; or why there is none."""
     if cfg.weights == "random":
         return [], "quality cannot be measured on random weights"
@@ -172,9 +188,17 @@ def texts_of(cfg: DictConfig) -> list[Tensor]:
     Raises:
         PolyKVError: too short a text, or one that cannot be had.
     """
+    return [document.ids_BT[0] for document in documents_of(cfg)]
+
+
+def documents_of(cfg: DictConfig) -> list[Document]:
+    """The cell's documents, cut to the context and the scored tokens after it.
+
+    Raises:
+        PolyKVError: as `texts_of`.
+    """
     length = cfg.context + n_scored_of(cfg)
-    documents = common.documents_of(OmegaConf.merge(cfg, {"context": length}))
-    return [document.ids_BT[0] for document in documents]
+    return common.documents_of(OmegaConf.merge(cfg, {"context": length}))
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
@@ -222,6 +246,7 @@ def new_rows(cfg: DictConfig) -> Rows:
         model=common.label(cfg, "model"),
         weights=models.weights_label(cfg.model),
         document=None if cfg.weights == "random" else common.label(cfg, "document"),
+        bos=None if cfg.weights == "random" else documents_of(cfg)[0].bos,
         context_tokens=cfg.context,
         n_agents=2,
         n_hops=1,

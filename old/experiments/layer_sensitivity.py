@@ -6,11 +6,11 @@ Answers no published row.
 import math
 from typing import Any
 
+from experiments.common import document_rows
+from experiments.recipe_frontier import settle
 from omegaconf import DictConfig
 
 from experiments import common, recipe_frontier
-from experiments.common import new_rows
-from experiments.recipe_frontier import settle
 from polykv.evaluation import layers, missing
 from polykv.evaluation.continuation import compare, score_rest, why_not_finite
 from polykv.evaluation.readings import Reading
@@ -18,7 +18,9 @@ from polykv.evaluation.statistics import document_interval, interval_name
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (*common.SCORES, layers)
 
 ZEROS = "the exact values are all zero, which nothing is relative to"
 
@@ -31,7 +33,7 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Rows whose protocol names the layer, or the layer and its kv head."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     full, readings = common.full_readings(cfg), common.readings(cfg)
     _add_errors(rows, full, readings)
     _add_theory(rows, Recipe.from_config(cfg.recipe), full[0])

@@ -5,17 +5,17 @@ Answers no published row.
 
 from typing import Any
 
+from experiments.common import document_rows
+from experiments.recipe_frontier import MADE_BY, settle
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, recipe_frontier
-from experiments.common import new_rows
-from experiments.recipe_frontier import settle
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, outside
 from polykv.evaluation.continuation import compare, score_rest
 from polykv.models import load_config
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 
 def check(cfg: DictConfig) -> None:
@@ -30,7 +30,7 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Stored bits and quality of the reference, rows as recipe_frontier's."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     comparisons = []
     for index, full in enumerate(common.full_readings(cfg)):
         cache = outside.quantized(full.model, full.pool, _options(cfg))

@@ -7,20 +7,24 @@ the unshared baseline: every agent holds a full cache of its own (reader `privat
 
 from typing import Any
 
-from omegaconf import DictConfig
-
 from experiments.common import new_rows, settle
 from experiments.polykv_ratio import add_rows as add_ratio_rows
 from experiments.polykv_ratio import check, pool_of
+from omegaconf import DictConfig
+
 from polykv.errors import PolyKVError
+from polykv.evaluation import concurrency, memory
 from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
-from polykv.models import Geometry, load_config
+from polykv.geometry import Geometry
+from polykv.models import load_config
 from polykv.pool import SharedKVPool
 from polykv.progress import phase
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (memory, concurrency)
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -7,19 +7,22 @@ model's exact geometry; the ratio is taken from the tensors that the pool keeps.
 from functools import lru_cache
 from typing import Any
 
+from experiments.common import check_common, new_rows, settle
 from omegaconf import DictConfig
 
 from experiments import common
-from experiments.common import check_common, new_rows, settle
 from polykv.documents import prefix_tokens
 from polykv.errors import PolyKVError
 from polykv.evaluation.memory import synthetic_pool
-from polykv.models import Geometry, load_config, pick_dtype
+from polykv.geometry import Geometry
+from polykv.models import load_config, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = ()  # tensors are counted
 
 
 def check(cfg: DictConfig) -> None:

@@ -7,16 +7,16 @@ compared pair by pair on the same documents (analysis/frontier_tables.py).
 from dataclasses import fields
 from typing import Any
 
+from experiments.common import check_quality, document_rows
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common
-from experiments.common import check_quality, new_rows
-from polykv.evaluation import continuation
-from polykv.evaluation.readings import Reading
-from polykv.progress import track
+from polykv.evaluation import readings
 from polykv.recipe import Recipe
 from polykv.results import Rows
+
+MADE_BY = common.SCORES
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -43,16 +43,14 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Stored bits and quality of the cell's recipe."""
-    rows = new_rows(cfg, reader=cfg.reader)
+    rows = document_rows(cfg)
     add_rows(rows, common.readings(cfg))
     return rows
 
 
-def add_rows(rows: Rows, readings: tuple[Reading, ...]) -> None:
+def add_rows(rows: Rows, read: tuple[readings.Reading, ...]) -> None:
     """Bits per value in all accountings, then quality pooled and by document."""
-    pool = readings[0].pool
+    pool = read[0].pool
     rows.add("bits", 16 / pool.nominal_ratio, "bits per value", protocol="nominal")
     rows.add("bits", 16 / pool.stored_ratio, "bits per value", protocol="stored")
-    comparisons = [one.comparison for one in track(readings, "scoring")]
-    continuation.add_rows(rows, comparisons)
-    continuation.add_document_rows(rows, comparisons)
+    readings.add_rows(rows, read)

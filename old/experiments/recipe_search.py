@@ -10,11 +10,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.common import document_rows
+from experiments.recipe_frontier import MADE_BY, settle
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import common, recipe_frontier
-from experiments.common import new_rows
-from experiments.recipe_frontier import settle
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
 from polykv.results import cell_id
@@ -22,7 +22,7 @@ from polykv.results import cell_id
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
 
 Table = list[list[int]]  # [key bits, value bits] of each layer
 
@@ -98,16 +98,12 @@ def _search(cfg: DictConfig, study: "optuna.Study") -> None:
             for layer in range(n_layers)
         ]
         recipe = Recipe.from_config(OmegaConf.merge(cfg.recipe, {"layer_bits": table}))
-        over = (
-            16 / full[0].under(recipe, cfg.reader, cfg.backend).pool.stored_ratio - cfg.budget_bits
-        )
+        over = 16 / full[0].under(recipe, cfg.backend).pool.stored_ratio - cfg.budget_bits
         trial.set_user_attr("table", table)
         trial.set_user_attr("over", over)
         if over > 0:  # not worth scoring; the further over, the worse
             return 1e3 + over
-        kl = [
-            reading.under(recipe, cfg.reader, cfg.backend).comparison.kl.mean() for reading in full
-        ]
+        kl = [reading.under(recipe, cfg.backend).comparison.kl.mean() for reading in full]
         return float(sum(kl) / len(kl))
 
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
@@ -121,7 +117,7 @@ def _best(trials: list["optuna.trial.FrozenTrial"]) -> Table | None:
 def _measure(cfg: DictConfig, name: str, table: Table | None) -> list[dict[str, Any]]:
     recipe = OmegaConf.merge(cfg.recipe, {"name": name, "layer_bits": table})
     fresh = OmegaConf.merge(cfg, {"seed": cfg.seed + 1, "recipe": recipe})
-    rows = new_rows(fresh, recipe=name, reader=cfg.reader, budget_bits=cfg.budget_bits)
+    rows = document_rows(fresh, recipe=name, budget_bits=cfg.budget_bits)
     if table is None:
         rows.add("kl_mean", None, "nats", note="no table of equal bits was tried within the budget")
         return rows

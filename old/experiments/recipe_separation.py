@@ -9,12 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
+from experiments.common import new_rows, settle
 from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments import common
-from experiments.common import new_rows, settle
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, missing
 from polykv.evaluation.continuation import Comparison, compare, score_rest
@@ -22,12 +21,16 @@ from polykv.evaluation.statistics import document_interval, interval_name, mcnem
 from polykv.pool import SharedKVPool, prefill
 from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
+from polykv.reference import exact_match
 from polykv.reference.documents import Question
-from polykv.reference.evaluate import encode, exact_matches_after, restated_values
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
+from polykv.reference.exact_match import exact_matches, restated_values
 from polykv.results import Rows
+from polykv.tokens import encode, opening
 
-__all__ = ["check", "run", "settle"]
+__all__ = ["MADE_BY", "check", "run", "settle"]
+
+MADE_BY = (*common.SCORES, exact_match)
 
 GROUPS = ("questions", "problems")
 
@@ -80,7 +83,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     comparisons = [
         compare(a.log_probs_TV, b.log_probs_TV, a.rest_BT) for a, b in zip(full, read, strict=True)
     ]
-    rows = new_rows(cfg, document="evaluation_set", reader=cfg.reader)
+    about = {"document": "evaluation_set", "bos": bool(opening(tokenizer))}
+    rows = new_rows(cfg, reader=cfg.reader, **about)
     rows.add("bits", 16 / read[0].pool.stored_ratio, "bits per value", protocol="stored")
     continuation.add_rows(rows, comparisons)
     _add_restated(rows, tokenizer, full, comparisons)
@@ -98,7 +102,7 @@ def _full(key: str) -> list[Read]:
     full, found = load_recipe("full"), []
     documents = sheets(tokenizer, cfg.context, cfg.n_documents)
     for sheet in track(list(documents), "prefilling the documents"):
-        ids_BT = torch.tensor([encode(tokenizer, sheet.document.text)])
+        ids_BT = encode(tokenizer, sheet.document.text, begins=True)
         prefix_BT, rest_BT = ids_BT.tensor_split([sheet.document.n_prefix], dim=1)
         pool = SharedKVPool.from_cache(prefill(model, prefix_BT), full, backend="torch")
         asked = {"questions": sheet.questions, "problems": sheet.problems}
@@ -109,7 +113,7 @@ def _full(key: str) -> list[Read]:
 def _read(model: Any, tokenizer: Any, pool: SharedKVPool, rest_BT: Tensor, asked: dict) -> Read:
     log_probs_TV = score_rest(model, pool.inject(), rest_BT)
     together = [question for group in GROUPS for question in asked[group]]
-    right = np.array(exact_matches_after(model, tokenizer, together, pool.inject()), dtype=float)
+    right = np.array(exact_matches(model, tokenizer, together, pool.inject()), dtype=float)
     by_group = dict(zip(GROUPS, np.split(right, [len(asked[GROUPS[0]])]), strict=True))
     return Read(pool, rest_BT, asked, log_probs_TV, by_group)
 

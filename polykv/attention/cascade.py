@@ -30,20 +30,16 @@ from polykv.attention.softmax import merge
 from polykv.attention.suffix import attend_suffix
 from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
+from polykv.probe import UNSUPPORTED
+from polykv.supported import check_attention, check_rope
 
+VERSION = 1  # of attention in place, with softmax.py, prefix.py and suffix.py
 NAME = "polykv_cascade"
 # Attention that reads other caches alike in `attend_in_place` and out of it.
 SWITCHED = ("sdpa", NAME)
 # A long query is taken in blocks of so many bytes of fp32 queries (on a CPU: `scratch`); an attention holds about
 # six times that.
 QUERY_BYTES = 2 << 20
-# What a model may ask of its attention and this one does not do.
-UNSUPPORTED = {
-    "softcap": "caps its attention scores",
-    "s_aux": "has attention sinks",
-    "position_bias": "adds a position bias to its scores",
-    "sliding_window": "has sliding-window attention",
-}
 
 
 def cascade_attention(
@@ -70,6 +66,8 @@ def cascade_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _check_request(module, query, dropout, kwargs)
+    if config := getattr(module, "config", None):
+        check_rope(config, layer.n_prefix, layer.get_seq_length(), "this query")
     if attention_mask is None or attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         raise PolyKVError(
             "a pool cannot be read with a mask of your own in 4 dimensions; give attention_mask as "
@@ -172,14 +170,15 @@ def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
     which reads them the same either way; with any other, see `read_privately`.
 
     Raises:
-        PolyKVError: the model does not let its attention be chosen, or not just now.
+        PolyKVError: the model's attention is not plain or not to be chosen, or not just now.
     """
     with _lock:
         use = _use_of(model)
         if not use.in_place:
             if use.private:
                 raise PolyKVError(_not_now(model, use))
-            _choose(model)
+            check_attention(model.config, "use reader=inject")
+            model.set_attn_implementation(NAME)
         use.in_place.append(get_ident())
     try:
         yield
@@ -226,11 +225,3 @@ def _not_now(model: PreTrainedModel, use: _Use) -> str:
         "it; let those that inject and those that read in place take turns, or load it with "
         "attn_implementation=sdpa"
     )
-
-
-def _choose(model: PreTrainedModel) -> None:
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise PolyKVError(
-            f"{type(model).__name__} does not let its attention be chosen; use reader=inject"
-        )

@@ -102,9 +102,15 @@ class Codec(ABC):
     consecutive tokens do. One that rotates vectors before it quantizes them says how by `rotation`
     (or by `rotate` and `unrotate`, where one matrix does not tell): attention then rotates queries
     and outputs, not the tokens.
+
+    `version` is part of a cell's identity (polykv/versions.py): each codec of this package declares its own, raised
+    when it makes other bits or other numbers of the same tensor (tests/outputs.py knows which it makes).
     """
 
     group: ClassVar[int] = 1
+    version: ClassVar[int] = (
+        1  # of what all codecs share: chunks, bit packing, rotations, codebooks
+    )
 
     @abstractmethod
     def payload_bits(self, dtype: torch.dtype) -> float:

@@ -25,6 +25,8 @@ class Fp8(Codec):
     per layer tensor.
     """
 
+    version = 1
+
     format: str = "e4m3"
 
     def __post_init__(self) -> None:

@@ -22,6 +22,8 @@ class Identity(Codec):
     Granularity: none. Stored: 16 bits per value in fp16 and bf16, 32 in fp32.
     """
 
+    version = 1
+
     dtype: str | None = None
 
     def __post_init__(self) -> None:

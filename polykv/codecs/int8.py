@@ -25,6 +25,8 @@ class Int8(Codec):
     (8.125 at 128). Codes are taken against the scale as stored, so its rounding costs nothing.
     """
 
+    version = 1
+
     granularity: str = "tensor"
 
     def __post_init__(self) -> None:

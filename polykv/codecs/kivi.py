@@ -27,6 +27,8 @@ class KiviKey(Codec):
     3 at 2 bits and groups of 32.
     """
 
+    version = 1
+
     bits: int = 2
     group: int = 32
 

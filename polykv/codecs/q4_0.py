@@ -21,6 +21,8 @@ class Q4_0(Codec):  # noqa: N801  (the format's own name)
     Stored: 18 bytes a block (d, 16 bytes of nibbles), 4.5 bits per value at 64, 96 and 128.
     """
 
+    version = 1
+
     def payload_bits(self, dtype: torch.dtype) -> float:
         return 4.0
 

@@ -21,6 +21,8 @@ class Q4_1(Codec):  # noqa: N801  (the format's own name)
     nibbles), 5 bits per value at 64, 96 and 128.
     """
 
+    version = 1
+
     def payload_bits(self, dtype: torch.dtype) -> float:
         return 4.0
 

@@ -23,6 +23,8 @@ class Q5_0(Codec):  # noqa: N801  (the format's own name)
     bits per value at 64, 96 and 128.
     """
 
+    version = 1
+
     def payload_bits(self, dtype: torch.dtype) -> float:
         return 5.0
 

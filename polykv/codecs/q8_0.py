@@ -28,6 +28,8 @@ class Q8_0(Codec):  # noqa: N801  (the format's own name)
     is below the smallest normal fp32 number is kept as zeros: its fp16 scale is zero anyway.
     """
 
+    version = 1
+
     def payload_bits(self, dtype: torch.dtype) -> float:
         return 8.0
 

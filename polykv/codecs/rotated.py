@@ -23,6 +23,8 @@ class Rotated(Codec):
     stored bits are those of `codec`; the signs come from `seed` and are not stored.
     """
 
+    version = 1
+
     codec: Codec = field(default_factory=Uniform)
     seed: int = 0
 

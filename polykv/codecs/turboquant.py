@@ -31,6 +31,8 @@ class TurboQuantMSE(Codec):
     which the codebook clips. A vector whose norm vanishes in fp16 (below 3e-8) decodes to zero.
     """
 
+    version = 1
+
     bits: int = 3
     signs: bool = True
     seed: int = 0

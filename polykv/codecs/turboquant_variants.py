@@ -25,6 +25,8 @@ class TurboQuantNC(TurboQuantMSE):
     TurboQuantMSE: bits + 16/head_dim.
     """
 
+    version = 1
+
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = super()._quantize(x_BHTD, shared)
         norm = torch.linalg.vector_norm(x_BHTD.float(), dim=-1, keepdim=True)
@@ -47,6 +49,8 @@ class TurboQuantProd(Codec):
     TurboQuant-MSE of the same bits. The paper's S is i.i.d. Gaussian; this one is a signed Hadamard
     of its own seed: the same expectation, less variance. Stored: bits + 32/head_dim bits per value.
     """
+
+    version = 1
 
     bits: int = 3
     seed: int = 0
@@ -106,6 +110,8 @@ class TurboQuantOutlier(Codec):
     that is 2.25. Half of the channels makes the 2.5 and 3.5 true. Stored: bits + outliers +
     32/head_dim bits per value, plus 2 * head_dim bytes a head for the order of the channels.
     """
+
+    version = 1
 
     bits: int = 2
     outliers: float = 0.5

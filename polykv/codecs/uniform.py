@@ -30,6 +30,8 @@ class Uniform(Codec):
     Codes are bit-packed by the vector. A block shorter than `block` at the end has its own metadata.
     """
 
+    version = 1
+
     bits: int = 4
     block: int | None = None
     symmetric: bool = True

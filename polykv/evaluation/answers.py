@@ -2,23 +2,38 @@
 
 import re
 
+from polykv.evaluation import numerals
+
+VERSION = 1  # of `contains`, with numerals.py
 ARTICLES = {"a", "an", "the"}
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# Between two digits some of it is part of a number or a time: "5" is not in "2.5" or "9:05".
-PUNCTUATION = re.compile(r"(?!(?<=\d)[.:/]\d)[^\w\s]|_")
+# Digits that something joins are one word: "5" is not in "9:05" or "3,5".
+WORD = re.compile(rf"(?P<number>{numerals.NUMBER})(?![^\W_])|\d+(?:{numerals.JOINS}\d+)+|[^\W_]+")
 
 
 def contains(reply: str, answer: str) -> bool:
     """Whether the words of `answer` stand one after the other in `reply`.
 
-    Case, punctuation, articles and the commas of thousands do not count, as in SQuAD's evaluation (Rajpurkar et al.
-    2016, arXiv 1606.05250); words are whole. An answer of no word at all is in no reply.
+    Case, punctuation and articles do not count, as in SQuAD's evaluation (Rajpurkar et al. 2016, arXiv 1606.05250),
+    nor how a number is written (polykv/evaluation/numerals.py); words and numbers are whole. An answer of no word at
+    all is in no reply.
     """
-    wanted = " ".join(_words(answer))
-    return bool(wanted) and f" {wanted} " in f" {' '.join(_words(reply))} "
+    said, wanted = _words(reply), _words(answer)
+    starts = range(len(said) - len(wanted) + 1)
+    return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in starts)
+
+
+def begins(reply: str, answer: str) -> bool:
+    """Whether `reply` begins with the words of `answer`, which are as in `contains`."""
+    wanted = _words(answer)
+    return bool(wanted) and _words(reply)[: len(wanted)] == wanted
 
 
 def _words(text: str) -> list[str]:
-    words = PUNCTUATION.sub(" ", THOUSANDS.sub("", text.casefold())).split()
+    words = [_word(found) for found in WORD.finditer(numerals.plain(text.casefold()))]
     # "A" alone is an answer and no article.
     return [word for word in words if word not in ARTICLES] or words
+
+
+def _word(found: re.Match) -> str:
+    value = numerals.value_of(found) if found["number"] else None
+    return found[0] if value is None else numerals.spelled(value)

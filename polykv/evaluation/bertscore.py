@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from polykv import hub
 from polykv.errors import PolyKVError
 
+VERSION = 1  # of F1 and its floor
 ROBERTA, MINILM = "roberta-large", "minilm"
 MAX_TOKENS = 512
 _ROBERTA_REPO = "FacebookAI/roberta-large"
@@ -58,16 +59,14 @@ def _scorer(name: str) -> BERTScorer:
 
 
 def f1(candidates: list[str], references: list[str], scorer: str) -> np.ndarray:
-    """BERTScore F1 of each pair.
+    """BERTScore F1 of each pair: NaN where both are empty, as nothing can be compared, and 0 where one is.
 
-    Empty answers are legal and bert-score does not take them: two empty answers are the same answer
-    (1), one empty answer shares nothing with a reference (0). Empty is what leaves the scorer no token,
-    such as blanks or a zero-width space.
+    bert-score takes no empty text. Empty is what leaves the scorer no token, such as blanks or a zero-width space.
     """
     pairs = [
         (_said(c, scorer), _said(r, scorer)) for c, r in zip(candidates, references, strict=True)
     ]
-    scores = np.array([float(not c and not r) for c, r in pairs])
+    scores = np.array([0.0 if c or r else np.nan for c, r in pairs])
     full = [i for i, (c, r) in enumerate(pairs) if c and r]
     if full:
         _, _, f = _scorer(scorer).score([pairs[i][0] for i in full], [pairs[i][1] for i in full])
@@ -81,6 +80,11 @@ def _said(text: str, scorer: str) -> str:
         return ""
     ids = _scorer(scorer)._tokenizer(text, add_special_tokens=False, truncation=True).input_ids
     return text if ids else ""
+
+
+def is_empty(text: str, scorer: str) -> bool:
+    """Whether a text leaves the scorer no token, such as blanks or a zero-width space."""
+    return not _said(text, scorer)
 
 
 def floor_pairs(

@@ -2,7 +2,7 @@
 
 Arithmetic on an architecture, a recipe's bytes and a data sheet; nothing is measured. GB is 1e9 bytes, a
 multiply-add is two operations. With W bytes of weights, P shared tokens and S of an agent's own, t bytes of a
-token's keys and values in full precision, Q bytes of the pool and L layers, a replica of the model holds
+token's keys and values in full precision, Q bytes of the pool and L equal layers, a replica of the model holds
 
     private  W + N a (P + S) t        a = 1 + 1 / 2L: transformers' DynamicCache holds one of its 2 L
     inject   W + Q + N a (P + S) t    tensors twice while it appends
@@ -29,9 +29,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from polykv.evaluation.hardware import Replica
-from polykv.models import Geometry, load_config, pick_dtype
+from polykv.geometry import Geometry
+from polykv.models import load_config, pick_dtype
 from polykv.recipe import EXACT, Recipe
 
+VERSION = 1  # of the formulas
 # Beside the caches a step holds masks, activations and the allocator's own, which `usable` leaves room for. So what was
 # measured may exceed the formulas by this part of it and so many bytes (observed: 1.0 to 5.6 MiB on a CPU).
 TOLERANCE = 0.02
@@ -65,12 +67,13 @@ class Architecture:
         looked_up = sum(table.numel() for table in tables if table is not head)
         geometry = Geometry.of(config)
         n_heads = config.get_text_config(decoder=True).num_attention_heads
+        widths = ((layer.n_heads or n_heads) * layer.head_dim for layer in geometry.layers)
         return cls(
             geometry=geometry,
             dtype=model.dtype,
             n_parameters=built.num_parameters(),
             n_multiplied=built.num_parameters() - looked_up,
-            attention_flops=4 * n_heads * geometry.head_dim * geometry.n_layers,
+            attention_flops=4 * sum(widths),
         )
 
     @property
@@ -88,22 +91,22 @@ class Architecture:
 
     def grown_bytes(self, n_tokens: int) -> int:
         """The peak of a DynamicCache that appends to `n_tokens`: one of its tensors is there twice."""
-        n_tensors = 2 * self.geometry.n_layers
-        return -(-n_tokens * self.token_bytes * (n_tensors + 1) // n_tensors)
+        largest = max(layer.n_kv_heads * layer.head_dim for layer in self.geometry.layers)
+        return n_tokens * (self.token_bytes + largest * self.itemsize)
 
 
 def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
     """`SharedKVPool.stored_bytes` of a document, by the codecs' documented formulas: the same to the byte."""
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
     total = 0
-    for layer in range(geometry.n_layers):
+    for layer, shape in enumerate(geometry.layers):
         from_end = geometry.n_layers - 1 - layer
         whole = layer < recipe.exempt.first_layers or from_end < recipe.exempt.last_layers
         exact = n_tokens if whole else min(recipe.exempt.sinks + recipe.exempt.recent, n_tokens)
         for codec in recipe.codecs(layer, geometry.n_layers):
             for length, used in ((exact, EXACT), (n_tokens - exact, codec)):
-                shape = (1, geometry.n_kv_heads, length, geometry.head_dim)
-                total += used.stored_bytes(shape, dtype) if length else 0
+                kept = (1, shape.n_kv_heads, length, shape.head_dim)
+                total += used.stored_bytes(kept, dtype) if length else 0
     return total
 
 

@@ -21,11 +21,14 @@ from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place
 from polykv.evaluation.process import in_fresh_process, keep_freed_memory
 from polykv.evaluation.ttft import Clock
-from polykv.models import Geometry, load_config, load_weights
+from polykv.geometry import Geometry
+from polykv.models import load_config, load_weights
 from polykv.pool import READERS as POOL_READERS
 from polykv.pool import SharedKVPool, prefill
+from polykv.probe import LayerShape
 from polykv.recipe import Recipe
 
+VERSION = 1  # of how steps are timed
 READERS = ("private", *POOL_READERS)
 QUERY_TOKENS = 8  # of every agent, padding among them
 WARMUP = 2  # steps of each round that are not counted
@@ -130,13 +133,13 @@ def synthetic_layers(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Gaussian keys and values, each (1, kv_heads, tokens, head_dim), layer by layer; none is kept."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, geometry.n_kv_heads, n_tokens, geometry.head_dim)
 
-    def gaussian() -> Tensor:
+    def gaussian(layer: LayerShape) -> Tensor:
+        shape = (1, layer.n_kv_heads, n_tokens, layer.head_dim)
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    for _ in range(geometry.n_layers):
-        yield gaussian(), gaussian()
+    for layer in geometry.layers:
+        yield gaussian(layer), gaussian(layer)
 
 
 def pool_of(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from polykv.supported import check_length, check_rope
+
 # Metric -> unit, of what `Comparison.per_token` gives.
 UNITS = {
     "nll_full": "nats",
@@ -29,9 +31,21 @@ PERCENTILES = {
 }
 
 
+VERSION = 1  # of perplexity, divergence and same-top-1
+
+
 @torch.no_grad()
-def score_rest(model: PreTrainedModel, cache: Cache, rest_BT: Tensor) -> Tensor:
-    """Log-probabilities (scored tokens, vocabulary) in fp32 of each next token; the cache grows."""
+def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> Tensor:
+    """Log-probabilities (scored tokens, vocabulary) in fp32 of each next token. The cache grows; None is an empty
+    one.
+
+    Raises:
+        PolyKVError: cache and rest are beyond the model's positions, or its rotary frequencies change between them.
+    """
+    n_before = cache.get_seq_length() if cache is not None else 0
+    n_tokens = n_before + rest_BT.shape[1]
+    check_length(model.config, n_tokens, "the whole document")
+    check_rope(model.config, n_before, n_tokens, "the whole document")
     logits_BTV = model(input_ids=rest_BT.to(model.device), past_key_values=cache).logits
     return logits_BTV[0, :-1].float().log_softmax(dim=-1)
 

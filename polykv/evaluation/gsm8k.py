@@ -2,24 +2,24 @@
 
 The problems are the test split's in one drawn order; the package brings the first 300 of it, the hub the rest.
 
-Strict takes the number after `####`, as the data set writes it; flexible takes the last number of the answer.
+Strict takes the first number that stands after `####`, as the data set writes it; flexible takes the last number of
+the answer. Right answers and replies are read by the same parser (polykv/evaluation/numerals.py).
 """
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-from polykv import hub, shipped
+from polykv import hub, shipped, textfile
 from polykv.errors import PolyKVError
+from polykv.evaluation import numerals
 from polykv.evaluation.statistics import wilson
 from polykv.results import Rows
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-_STRICT = re.compile(rf"####\s*\$?({NUMBER})")
-_ANY = re.compile(NUMBER)
+VERSION = 1  # of the problems and of what counts as a right answer, with numerals.py
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 ORDER = 2110_14168  # the seed of the order in which the test split's problems are taken
 EXTRACTIONS = ("strict", "flexible")
@@ -28,7 +28,7 @@ VERDICTS = "verdicts "  # opens the note of an accuracy row; `of_note` reads it 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and the number that answers it."""
+    """A question and the number that answers it, in one spelling."""
 
     question: str
     answer: str
@@ -88,44 +88,61 @@ def check_same(split: Sequence[Mapping[str, str]]) -> None:
             )
 
 
-def extract(text: str, how: str) -> str | None:
-    """The answer's number in one spelling (no commas, no trailing zeros), or None where there is none."""
-    found = _STRICT.findall(text) if how == "strict" else _ANY.findall(text)
-    return _spelled(found[-1]) if found else None
+def extract(text: str, how: str) -> Decimal | None:
+    """The answer's number under an extraction, or None where there is none."""
+    found = numerals.marked(text)[:1] if how == "strict" else numerals.everywhere(text)[-1:]
+    return found[0] if found else None
 
 
-def add_rows(rows: Rows, texts: Sequence[str], answers: Sequence[str], protocol: str) -> None:
+def add_rows(rows: Rows, texts: Sequence[str], answers: Sequence[object], protocol: str) -> None:
     """Accuracy in percent with Wilson interval, per extraction; the verdicts stand in the note, in order.
 
-    An answer without a number, or without any text, is wrong.
+    An answer without a number, or without any text, is wrong; `empty_answers` counts the latter. Where an answer has
+    several `####`, the first counts: `several_marks` says of how many that is so, and `last_mark_accuracy` what
+    would be right by the last.
+
+    Raises:
+        PolyKVError: a right answer that cannot be read whole; names it.
     """
+    gold = [numerals.gold(answer) for answer in answers]
     for how in EXTRACTIONS:
-        pairs = zip(texts, answers, strict=True)
-        right = [extract(text, how) == _spelled(answer) for text, answer in pairs]
-        if not right:
-            about = {"protocol": f"{how}; {protocol}", "note": "no problem was answered"}
-            rows.add("accuracy", None, "percent", n=0, **about)
-            continue
-        low, high = wilson(sum(right), len(right))
-        rows.add(
-            "accuracy",
-            100 * sum(right) / len(right),
-            "percent",
-            ci=(100 * low, 100 * high),
-            n=len(right),
-            protocol=f"{how}; {protocol}",
-            note=VERDICTS + "".join("01"[verdict] for verdict in right),
+        _add_accuracy(
+            rows, "accuracy", [extract(text, how) for text in texts], gold, f"{how}; {protocol}"
         )
+    last = [(numerals.marked(text) or [None])[-1] for text in texts]
+    _add_accuracy(rows, "last_mark_accuracy", last, gold, protocol)
+    several = sum(numerals.n_marks(text) > 1 for text in texts)
+    empty = sum(not text.strip() for text in texts)
+    for metric, count in (("several_marks", several), ("empty_answers", empty)):
+        rows.add(metric, count, "answers", n=len(texts), protocol=protocol)
+
+
+def _add_accuracy(
+    rows: Rows,
+    metric: str,
+    found: Sequence[Decimal | None],
+    gold: Sequence[Decimal],
+    protocol: str,
+) -> None:
+    right = [number == wanted for number, wanted in zip(found, gold, strict=True)]
+    if not right:
+        rows.add(metric, None, "percent", n=0, protocol=protocol, note="no problem was answered")
+        return
+    low, high = wilson(sum(right), len(right))
+    rows.add(
+        metric,
+        100 * sum(right) / len(right),
+        "percent",
+        ci=(100 * low, 100 * high),
+        n=len(right),
+        protocol=protocol,
+        note=VERDICTS + "".join("01"[verdict] for verdict in right),
+    )
 
 
 def of_note(note: str) -> list[bool] | None:
     """The verdicts that `add_rows` wrote."""
     return [mark == "1" for mark in note.removeprefix(VERDICTS)] if VERDICTS in note else None
-
-
-def _spelled(number: str) -> str:
-    plain = number.replace(",", "")
-    return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
 def _in_order(n_problems: int) -> list[Problem]:
@@ -138,18 +155,11 @@ def _in_order(n_problems: int) -> list[Problem]:
 
 
 def _shipped() -> list[dict]:
-    return [json.loads(line) for line in shipped.read("gsm8k").splitlines()]
+    return [json.loads(line) for line in textfile.lines(shipped.read("gsm8k"))]
 
 
 def _local(path: str) -> list[Problem]:
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        return [_problem(json.loads(line)) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolyKVError(
-            f"cannot read problems from {path} ({type(error).__name__}: {error}); give a JSONL whose "
-            "lines have question and answer, the answer ending in #### and a number"
-        ) from error
+    return textfile.read_jsonl(Path(path).expanduser(), "relay.path", _problem)
 
 
 def _hub() -> list[dict]:
@@ -159,7 +169,9 @@ def _hub() -> list[dict]:
 
 
 def _problem(row: Mapping[str, str]) -> Problem:
-    answer = extract(row["answer"], "strict")
-    if answer is None:
-        raise ValueError(f"no #### in {row['answer'][-40:]!r}")
-    return Problem(row["question"], answer)
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
+        raise PolyKVError(
+            "a problem has a question and an answer, the answer ending in #### and a number"
+        )
+    return Problem(question, numerals.spelled(numerals.gold(answer)))

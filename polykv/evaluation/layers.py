@@ -17,7 +17,9 @@ from transformers.masking_utils import sdpa_mask
 from polykv.codecs.base import Codec
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
+from polykv.supported import check_attention
 
+VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
 GAUSSIAN_SHAPE = (1, 2, 512)  # of the data whose error stands for theory; head_dim is the model's
 
@@ -27,14 +29,20 @@ _capturing = Lock()  # what transformers calls is registered for the whole proce
 
 @torch.no_grad()
 def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> list[Tensor]:
-    """Each layer's queries (1, heads, tokens, head_dim) of the tokens after the pool, as attention gets them.
+    """Each layer's queries (1, heads, tokens, head_dim) of the tokens after the pool.
 
-    Meanwhile no other thread may run this model.
+    They are scaled for scores of q.k / sqrt(head_dim), whatever the model's own scaling is. Meanwhile no other
+    thread may run this model.
+
+    Raises:
+        PolyKVError: the model does not show its attention.
     """
+    check_attention(model.config, "its layers cannot be looked at; use another model")
     found: dict[int, Tensor] = {}
 
     def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        found[module.layer_idx] = query
+        plain = query.shape[-1] ** -0.5
+        found[module.layer_idx] = query * ((kwargs.get("scaling") or plain) / plain)
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
     with _capturing:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import (
+    QUERY_TOKENS,
     caches_of,
     decode,
     n_parameters,
@@ -22,10 +23,13 @@ from polykv.evaluation.concurrency import (
     synthetic_layers,
 )
 from polykv.evaluation.process import MeasuringProcess, meter_of
-from polykv.models import Geometry, load_config, load_weights, pick_device, pick_dtype
+from polykv.geometry import Geometry
+from polykv.models import load_config, load_weights, pick_device, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
+from polykv.supported import check_length
 
+VERSION = 1  # of what is counted and how it is measured
 GB = 1e9
 DECODE_STEPS = 1  # the peak is reached at once: a step grows every layer by a copy
 WARMUP_TOKENS = 64
@@ -68,12 +72,14 @@ def resident_bytes(
     agents decode in one batch.
 
     Raises:
-        PolyKVError: it would not fit, or this platform has no peak that can be reset.
+        PolyKVError: it would not fit into memory or the model's positions, or this platform has no peak that can be
+            reset.
     """
     if pick_device(device).type != "cuda" and not sys.platform.startswith("linux"):
         raise PolyKVError(
             f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
         )
+    check_length(load_config(model), n_tokens + QUERY_TOKENS + n_steps, "decoding after the prefix")
     check_fits(model, recipe, reader, n_tokens, n_agents, device)
     return _process()(
         model,

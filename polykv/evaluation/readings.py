@@ -13,11 +13,16 @@ from polykv.evaluation.concurrency import caches_of
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
+from polykv.supported import check_padding
 
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix, read by `model`. `full` is the uncompressed reading, None where it is that."""
+    """A pool over a document's prefix, read by `model`.
+
+    `full` is the baseline: the uncompressed cache read by the same reader, so that a difference is the recipe's
+    alone. None where this is that.
+    """
 
     model: PreTrainedModel
     document: Document
@@ -25,12 +30,19 @@ class Reading:
     reader: str = "inject"
     full: "Reading | None" = None
 
-    def under(self, recipe: Recipe, reader: str, backend: str = "torch") -> "Reading":
-        """The same document's cache under another recipe, taken from this uncompressed one."""
-        if recipe == self.pool.recipe and reader == self.reader:
+    def by(self, reader: str, backend: str) -> "Reading":
+        """This uncompressed cache read by `reader`: the baseline of all recipes that it reads."""
+        if reader == self.reader:
+            return self
+        pool = self.pool.under(self.pool.recipe, backend)
+        return Reading(self.model, self.document, pool, reader)
+
+    def under(self, recipe: Recipe, backend: str) -> "Reading":
+        """The same document's cache under another recipe; this one, which is uncompressed, is its baseline."""
+        if recipe == self.pool.recipe:
             return self
         pool = self.pool.under(recipe, backend)
-        return Reading(self.model, self.document, pool, reader, self)
+        return Reading(self.model, self.document, pool, self.reader, self)
 
     def score(self) -> Tensor:
         """Log-probabilities of the rest of the document: (scored tokens, vocabulary), fp32."""
@@ -53,13 +65,28 @@ class Reading:
         mine_TV = self.score() if self.full else self.log_probs_TV
         return compare(full.log_probs_TV, mine_TV, self.document.rest_BT)
 
+    @cached_property
+    def reader_floor(self) -> Comparison:
+        """Per scored token, what the reader costs by itself: the uncompressed cache read by it, against `inject`.
+
+        The two attentions round differently, in bfloat16 by as much as a recipe of 8 bits costs.
+        """
+        if self.full:
+            return self.full.reader_floor
+        injected = Reading(self.model, self.document, self.pool)
+        return compare(injected.score(), self.log_probs_TV, self.document.rest_BT)
+
     @torch.no_grad()
     def score_together(self, n_agents: int) -> Tensor:
         """What `score` says, by each of `n_agents` in one batch: (agents, scored tokens, vocabulary).
 
         Agent 0 starts with the rest of the document, each other one with one token of padding more than the
         one before; what fills their rows behind the rest is not scored. `inject` gives each its own copy.
+
+        Raises:
+            PolyKVError: a model whose answers depend on padding.
         """
+        check_padding(self.model.config)
         rest_T, n_prefix = self.document.rest_BT[0], self.pool.n_tokens
         n_rest, width = len(rest_T), len(rest_T) + n_agents - 1
         ids_NT = rest_T.new_zeros(n_agents, width)

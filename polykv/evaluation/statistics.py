@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+VERSION = 1  # of intervals and tests
 WIDE = 2.0  # quartiles of a timing further apart than this factor
 # Below this many documents their spread says too little, and blocks of tokens are the sample instead.
 MIN_DOCUMENTS = 8

@@ -28,8 +28,9 @@ from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
 from polykv.progress import track
-from polykv.supported import check_length
+from polykv.supported import check_length, check_rope
 
+VERSION = 1  # of how times are taken
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 TRANSPORTS = ("memory", "file")
 WARMUP = 2
@@ -107,6 +108,7 @@ def measure(
     if repeats < 2:
         raise PolyKVError(f"repeats={repeats}, and quartiles need two or more; raise it")
     check_length(model.config, len(ids_T), f"context={len(ids_T)}")
+    check_rope(model.config, len(ids_T) - n_turn, len(ids_T), f"context={len(ids_T)}")
     keep_freed_memory()
     known_T, turn_T = ids_T[:-n_turn], ids_T[-n_turn:]
     cache = prefill(model, known_T[None])

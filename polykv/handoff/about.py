@@ -10,13 +10,13 @@ from typing import Any
 
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
 from polykv.handoff import fingerprint
 from polykv.handoff.cardfile import CardError
 from polykv.handoff.mixed import MixedCodec
 from polykv.handoff.packing import DTYPE_NAMES
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
-from polykv.models import Geometry
 
 MOST = 1 << 31  # of any count; what is possible for the model is checked when it is known
 LABEL = 128  # characters
@@ -105,12 +105,13 @@ class About:
     ) -> About:
         """What a first card says; `name` is how the sender calls itself."""
         g = Geometry.of(sending.model.config)
+        n_kv_heads, head_dim = g.shape
         return cls(
             model=fingerprint.of_model(sending.model),
             tokenizer=fingerprint.of_tokenizer(tokenizer),
             n_layers=g.n_layers,
-            n_kv_heads=g.n_kv_heads,
-            head_dim=g.head_dim,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
             dtype=DTYPE_NAMES[sending.cache.layers[0].keys.dtype],
             exact=codec.exact,
             group_size=codec.group_size,

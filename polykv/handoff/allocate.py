@@ -12,6 +12,7 @@ import numpy as np
 
 from polykv.errors import PolyKVError
 
+VERSION = 1  # of which token gets which tier
 GOLDEN = (5**0.5 - 1) / 2
 
 

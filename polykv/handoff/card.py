@@ -19,6 +19,7 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
 from polykv.handoff import cardfile, fingerprint, stores, verify
 from polykv.handoff.about import About
 from polykv.handoff.cardfile import CardError, Stamp
@@ -28,7 +29,6 @@ from polykv.handoff.packing import exact_dtype, nominal_bits, pack
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
-from polykv.models import Geometry
 from polykv.supported import check_cache, check_length
 
 ALONE = Topology()
@@ -293,11 +293,12 @@ def _checked(
     check_cache(cache)
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
     keys, g = cache.layers[0].keys, Geometry.of(model.config)
-    if (len(cache.layers), *keys.shape) != (g.n_layers, 1, g.n_kv_heads, len(ids_T), g.head_dim):
+    n_kv_heads, head_dim = g.shape
+    if (len(cache.layers), *keys.shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
         raise PolyKVError(
             f"a cache of {len(cache.layers)} layers of {tuple(keys.shape)} does not fit "
             f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
-            f"{g.n_kv_heads} kv heads, head_dim {g.head_dim}; give one sequence and all its ids"
+            f"{n_kv_heads} kv heads, head_dim {head_dim}; give one sequence and all its ids"
         )
     verify.check_ids(ids_T, len(ids_T), model)
     check_length(model.config, position_offset + len(ids_T), "the card")

@@ -30,6 +30,7 @@ from polykv.codecs.rotation import rotation
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 
+VERSION = 1  # of what a card keeps, with packing.py and codecs/channels.py
 TIERS = (3, 4, 8, 16)  # bits; the map holds the index
 EXACT = 3  # the tier that is not quantized
 MAP_BITS = 2

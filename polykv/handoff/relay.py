@@ -19,8 +19,10 @@ from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task
-from polykv.supported import check_length
+from polykv.supported import check_length, check_rope
+from polykv.tokens import encode
 
+VERSION = 1  # of how a relay is played
 RESEALS = ("append", "requantize")
 
 
@@ -81,7 +83,29 @@ class Handoff:
 
 def play(task: Task, handoff: Handoff) -> list[Turn]:
     """Every agent answers greedily; one Turn each."""
-    return [turn for turn, _ in _turns(_prompts(task, handoff), task.max_new_tokens, handoff)]
+    prompts = prompts_of(task, handoff.tokenizer, handoff.model.config)
+    nothing = torch.empty(0, dtype=torch.long)
+    script = [Turn(prompt_T, nothing) for prompt_T in prompts]
+    return [turn for turn, _ in _turns(script, task.max_new_tokens, handoff)]
+
+
+def prompts_of(
+    task: Task, tokenizer: Any, model_config: Any, name: str = "the relay"
+) -> list[Tensor]:
+    """Ids (tokens,) of each agent's prompt, of which the first begins the sequence.
+
+    Raises:
+        PolyKVError: they and the longest answers are beyond the model's positions, or its rotary frequencies change
+            on the way.
+    """
+    prompts = [
+        encode(tokenizer, prompt, begins=number == 0)[0]
+        for number, prompt in enumerate(task.prompts)
+    ]
+    n_most = sum(map(len, prompts)) + sum(task.max_new_tokens)
+    check_length(model_config, n_most, name)
+    check_rope(model_config, len(prompts[0]), n_most, name)
+    return prompts
 
 
 def force(
@@ -109,18 +133,6 @@ def divergence(
 def text_of(turn: Turn, tokenizer: Any) -> str:
     """The agent's answer."""
     return tokenizer.decode(turn.answer_T, skip_special_tokens=True)
-
-
-def _prompts(task: Task, handoff: Handoff) -> list[Turn]:
-    nothing = torch.empty(0, dtype=torch.long)
-    turns = []
-    for number, prompt in enumerate(task.prompts):
-        # The first prompt opens the text, with the tokenizer's own opening token if it has one.
-        encoded = handoff.tokenizer(prompt, return_tensors="pt", add_special_tokens=number == 0)
-        turns.append(Turn(encoded.input_ids[0].long(), nothing))
-    n_most = sum(len(turn.prompt_T) for turn in turns) + sum(task.max_new_tokens)
-    check_length(handoff.model.config, n_most, "the relay")
-    return turns
 
 
 @torch.no_grad()

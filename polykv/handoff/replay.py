@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from polykv.supported import check_attention, check_rope
+
 CHUNK = 256  # tokens of one forward pass
 SCORES = 1 << 22  # attention scores that exist at the same time
 NAME = "polykv_observed"
@@ -81,8 +83,13 @@ def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> tuple[Tensor,
 
     Returns (attention received per token (T,), surprisal in nats of tokens (start, T), aligned to T with NaN
     where the model was not asked), both float64 on the CPU.
+
+    Raises:
+        PolyKVError: the model does not show its attention, or its rotary frequencies change along the tokens.
     """
     n_tokens = len(ids_T)
+    check_attention(model.config, "use a policy that looks at no attention or surprisal")
+    check_rope(model.config, start or min(CHUNK, n_tokens), n_tokens, "reading the tokens again")
     past = DynamicCache(config=model.config)
     if start:
         past = DynamicCache(

@@ -17,6 +17,7 @@ from transformers import Cache
 
 from polykv.handoff.replay import replay
 
+VERSION = 1  # of the signals, with policy.py
 WINDOW = 64  # last tokens whose attention counts
 SINKS, RECENT = 4, 64
 ANCHORS = 0.05  # share of tokens that count as attention anchors

@@ -12,6 +12,8 @@ from polykv.reference.problems import Operands, draw_relay
 from polykv.reference.text import join_words
 from polykv.reference.world import sample_world
 
+VERSION = 1  # of the tasks
+
 
 @dataclass(frozen=True)
 class Task:

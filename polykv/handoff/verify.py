@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
 from polykv.handoff.about import About
 from polykv.handoff.cardfile import MAX_HEADER
-from polykv.models import Geometry
 from polykv.supported import check_length, max_positions
 
 VALUE_BYTES, TOKEN_BYTES = (
@@ -40,7 +40,7 @@ def check_about(about: About, model: PreTrainedModel) -> None:
         PolyKVError: names what does not fit.
     """
     g = Geometry.of(model.config)
-    if (about.n_layers, about.n_kv_heads, about.head_dim) != (g.n_layers, g.n_kv_heads, g.head_dim):
+    if (about.n_layers, about.n_kv_heads, about.head_dim) != (g.n_layers, *g.shape):
         raise PolyKVError("its layers, heads or head_dim are not those of the model")
     check_length(model.config, about.position_offset + about.n_tokens, "the card")
 

@@ -15,6 +15,7 @@ from polykv.errors import PolyKVError
 from polykv.reference.text import join_words, matches
 from polykv.reference.world import DEFAULT, Difficulty, Fact, sample_world
 
+VERSION = 1  # of the documents that are generated, with world.py and problems.py
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -2,6 +2,9 @@
 
 import re
 
+from polykv.evaluation import numerals
+from polykv.evaluation.answers import begins
+
 KEY_PHRASE = r"'s \w+ (?:number|is)\b|The (?:price of )?\w+ (?:is|starts)\b"
 WORD = rf"{KEY_PHRASE}|<[a-z]+>|[QA]:|'s|#+|\w+|[^\w\s]"
 ATTACHED = re.compile(r" ([.,?]|'s)(?= |$)")
@@ -18,13 +21,12 @@ def split_words(text: str) -> list[str]:
 
 
 def matches(answer_text: str, expected: str) -> bool:
-    """Whether an answer is right: the same words up to the end of the turn.
+    """Whether an answer is right: up to the end of the turn it begins with the same words.
 
-    An expected answer that ends in `#### N` is right when the answer's own `#### N` has the same N,
-    whatever the steps were.
+    An expected answer that ends in `#### N` is right when the first number that the answer marks so is N, whatever
+    the steps were.
     """
     answer, wanted = (text.split("<eot>")[0] for text in (answer_text, expected))
-    if "####" in wanted:
-        found, right = (re.search(r"####\s*(-?\d+)", text) for text in (answer, wanted))
-        return found is not None and found[1] == right[1]
-    return split_words(answer)[: len(split_words(wanted))] == split_words(wanted)
+    if numerals.n_marks(wanted):
+        return numerals.marked(answer)[:1] == [numerals.gold(wanted)]
+    return begins(answer, wanted)

@@ -1,0 +1,69 @@
+"""Geometry: what the size of a KV cache depends on, layer by layer."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from polykv.errors import PolyKVError
+from polykv.probe import LayerShape, probe
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The layers of a cache, as a token of the architecture fills them (polykv/probe.py)."""
+
+    layers: tuple[LayerShape, ...]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Geometry":
+        """Of an architecture whose cache is of full-attention layers.
+
+        Raises:
+            PolyKVError: it keeps something else in its cache, or its config says otherwise.
+        """
+        geometry = cls(probe(config).layers)
+        geometry._check(config.get_text_config(decoder=True))
+        return geometry
+
+    @classmethod
+    def even(cls, n_layers: int, n_kv_heads: int, head_dim: int) -> "Geometry":
+        """Layers that are all alike."""
+        return cls((LayerShape(n_kv_heads, head_dim),) * n_layers)
+
+    def _check(self, config: PretrainedConfig) -> None:
+        """Against what the config says of itself, where it says anything."""
+        found = {
+            "num_hidden_layers": {self.n_layers},
+            "num_key_value_heads": {layer.n_kv_heads for layer in self.layers},
+            "head_dim": {layer.head_dim for layer in self.layers},
+        }
+        for name, values in found.items():
+            said = getattr(config, name, None)
+            if said is not None and values != {said}:
+                raise PolyKVError(
+                    f"{config.model_type} says {name}={said}, and its cache shows {sorted(values)}; "
+                    "correct its config, or use another model"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def values_per_token(self) -> int:
+        """Keys and values of all layers and heads."""
+        return 2 * sum(layer.n_kv_heads * layer.head_dim for layer in self.layers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(kv heads, head_dim), the same in all layers.
+
+        Raises:
+            PolyKVError: the layers differ.
+        """
+        shapes = {(layer.n_kv_heads, layer.head_dim) for layer in self.layers}
+        if len(shapes) > 1:
+            raise PolyKVError(
+                f"layers differ in (kv heads, head_dim): {sorted(shapes)}; use a model whose layers are alike"
+            )
+        return shapes.pop()

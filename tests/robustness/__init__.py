@@ -1,0 +1,1 @@
+"""Faults on purpose: kills, full disks, hostile files, bad input, load. See `make faults`."""

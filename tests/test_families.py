@@ -1,0 +1,140 @@
+"""Every family of decoders that transformers has, tiny and random: exact, or refused by name (docs/families.yaml)."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import polykv
+from polykv.attention.cascade import attend_in_place
+from polykv.config import REPO
+from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
+from polykv.greedy import greedy
+from polykv.handoff.card import CacheCard
+from polykv.handoff.replay import replay
+from polykv.pool import SharedKVPool, prefill
+from polykv.supported import check_model
+
+FAMILIES = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
+READABLE = FAMILIES["exact"] | FAMILIES["decoded"]
+REFUSED = [name for names in FAMILIES["refused"].values() for name in names]
+UNBUILT = {  # transformers builds no config of them without these
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "model_type": "gemma4_text"}
+    }
+}  # fmt: skip
+TOLERANCE = 2e-6  # of the largest logit, fp32
+N_PREFIX, N_TOKENS = 15, 24
+SHORT, LONG = 2, 9  # tokens of the two agents' queries
+
+
+def model_of(name):
+    family = READABLE[name]
+    config = AutoConfig.for_model(family.get("of", name), **family["config"])
+    # The usual scale gives nearly flat logits, and norms of 1 and biases of 0 hide what is done with them.
+    for part in (config, config.get_text_config(decoder=True)):
+        part.initializer_range = 0.1
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+class Family:
+    """A family's model, a text's plain pass, and the cache of the text's first tokens."""
+
+    def __init__(self, name):
+        self.name, self.about, self.model = name, READABLE[name], model_of(name)
+        self.in_place = name in FAMILIES["exact"]
+        self.ids_BT = torch.randint(1, 96, (1, N_TOKENS))
+        self.plain = self.logits(self.ids_BT)[:, N_PREFIX:]
+        self.cache = prefill(self.model, self.ids_BT[:, :N_PREFIX])
+
+    def logits(self, ids_BT):
+        return self.model(input_ids=ids_BT, use_cache=False).logits
+
+    def rest(self, cache, in_place=False):
+        with attend_in_place(self.model) if in_place else nullcontext():
+            rest_BT = self.ids_BT[:, N_PREFIX:]
+            return self.model(input_ids=rest_BT, past_key_values=cache).logits
+
+    def pool(self, recipe):
+        return SharedKVPool.from_cache(self.cache, polykv.load_recipe(recipe), backend="torch")
+
+    def card(self, tokenizer):
+        ids_T = self.ids_BT[0, :N_PREFIX]
+        card = CacheCard.seal(self.cache, ids_T, self.model, tokenizer, policy="full")
+        return CacheCard.from_bytes(card.to_bytes(), self.model, tokenizer)
+
+    def answers(self, cache):
+        """Two agents whose queries differ in length: (logits of each step, plain logits of the same tokens)."""
+        prefix_T, rest_T = self.ids_BT[0, :N_PREFIX], self.ids_BT[0, N_PREFIX:]
+        steps = []
+        hook = self.model.register_forward_hook(lambda *args: steps.append(args[2].logits[:, -1]))
+        queries = [rest_T[:SHORT], rest_T[:LONG]]
+        answers = greedy(self.model, cache, queries, 3)
+        hook.remove()
+        for row, (query_T, answer_T) in enumerate(zip(queries, answers, strict=True)):
+            for step, logits in enumerate(steps[: len(answer_T)]):
+                said = torch.cat([prefix_T, query_T, answer_T[:step]])
+                yield logits[row], self.logits(said[None])[0, -1]
+
+
+def assert_same(logits, expected):
+    assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_family_reads_pools_and_cards_as_its_own_cache(name, tokenizer):
+    family = Family(name)
+    pool, turbo = family.pool("full"), family.pool("polykv")
+    card = family.card(tokenizer)
+    for cache in (pool.inject(), card.inject()):
+        assert_same(family.rest(cache), family.plain)
+    if family.in_place:
+        for cache in (pool.reader(1), card.reader()):
+            assert_same(family.rest(cache, in_place=True), family.plain)
+        assert_same(family.rest(turbo.reader(1), in_place=True), family.rest(turbo.inject()))
+    assert (family.rest(turbo.inject()) - family.plain).abs().max() > 1e-4  # the cache is read
+
+    if family.about.get("padded") == "refused":
+        with pytest.raises(PolyKVError, match=family.model.config.model_type):
+            list(family.answers(pool.inject(2)))
+    else:
+        for logits, expected in family.answers(pool.inject(2)):
+            assert_same(logits, expected)
+    if family.in_place:
+        with attend_in_place(family.model):
+            steps = list(family.answers(pool.reader(2)))
+        for logits, expected in steps:
+            assert_same(logits, expected)
+    else:
+        refused = f"{family.model.config.model_type}.*{family.about['why']}"
+        with pytest.raises(PolyKVError, match=refused), attend_in_place(family.model):
+            pass
+        with pytest.raises(PolyKVError, match=refused):
+            replay(family.model, family.cache, family.ids_BT[0, :N_PREFIX], 0)
+
+    kept = tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in family.cache.layers)
+    geometry = Geometry.of(family.model.config)
+    assert tuple((layer.n_kv_heads, layer.head_dim) for layer in geometry.layers) == kept
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_is_refused_by_name(name):
+    config = AutoConfig.for_model(name, **UNBUILT.get(name, {}))
+    config = config.get_text_config(decoder=True) if name == "emu3" else config
+    with pytest.raises(PolyKVError, match=name):
+        check_model(config)
+
+
+def test_the_list_holds_every_family_that_transformers_has():
+    listed = {family.get("of", name) for name, family in READABLE.items()} | {*REFUSED}
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - listed == set()
+    assert len(READABLE) >= 40 and not {*READABLE} & {*REFUSED}

@@ -1,0 +1,105 @@
+"""Both sides of a difference are read alike: what a recipe costs does not hold what its reader costs.
+
+In bfloat16 the two attentions round differently by as much as a recipe of 8 bits costs.
+"""
+
+import pytest
+import torch
+from conftest import TEXT, checked_cell, tiny_model
+
+from experiments import common
+from polykv import load_recipe
+from polykv.documents import Document
+from polykv.evaluation import readings
+from polykv.evaluation.card_quality import score_cards
+from polykv.evaluation.readings import Reading
+from polykv.handoff.policy import load_policy
+from polykv.pool import SharedKVPool, prefill
+from polykv.results import Rows
+
+FLOORS = {"reader_floor_kl_mean", "reader_floor_perplexity_delta"}
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    """A model in bfloat16."""
+    return tiny_model("llama").to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def injected(rounded, tokenizer):
+    ids_BT = tokenizer(TEXT[:380], return_tensors="pt").input_ids
+    document = Document("text", ids_BT, int(0.7 * ids_BT.shape[1]), questions=())
+    pool = SharedKVPool.from_cache(
+        prefill(rounded, document.prefix_BT), load_recipe("full"), backend="torch"
+    )
+    return Reading(rounded, document, pool)
+
+
+def rows_of(reading):
+    rows = Rows()
+    readings.add_rows(rows, [reading])
+    return {row["metric"]: row for row in rows}
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("study", ["polykv_quality", "recipe_frontier", "agent_scaling"])
+def test_the_uncompressed_cache_costs_nothing_in_place_and_the_floor_is_said(study, backend):
+    module, cfg = checked_cell(
+        f"experiment={study}", "model=reference", "document=generated", "context=128", "n_documents=2",
+        "++answers=0", "n_agents=1", "model.dtype=bfloat16", "recipe=full", "reader=cascade",
+        f"backend={backend}", "device=cpu",
+    )  # fmt: skip
+    found = {row["metric"]: row for row in module.run(cfg)}
+    # agent_scaling scores with a mask of its own, which may round otherwise.
+    least = 0 if study != "agent_scaling" else 1e-6
+    assert found["kl_mean"]["value"] <= least and abs(found["perplexity_delta"]["value"]) <= least
+    assert found["reader_floor_kl_mean"]["value"] > 1e-6  # of two attentions in bfloat16
+    assert found["reader_floor_kl_mean"]["reader"] == "cascade"
+    assert found["reader_floor_perplexity_delta"]["ci_low"] is not None
+
+
+def test_a_recipes_delta_is_that_to_the_baseline_of_its_own_reader(injected):
+    in_place = injected.by("cascade", "torch")
+    found = {
+        reader: base.under(load_recipe("int8_token"), "torch")
+        for reader, base in (("inject", injected), ("cascade", in_place))
+    }
+    for reader, base in (("inject", injected), ("cascade", in_place)):
+        nll = -base.log_probs_TV.gather(1, base.document.rest_BT[0, 1:, None]).squeeze(1)
+        assert (found[reader].comparison.nll_full == nll.numpy()).all()
+    apart = abs(found["inject"].comparison.nll_full - found["cascade"].comparison.nll_full)
+    assert apart.max() > 0
+    rows = rows_of(found["cascade"])
+    assert rows["reader_floor_kl_mean"]["value"] == in_place.reader_floor.kl.mean() > 0
+    assert not FLOORS & rows_of(found["inject"]).keys()
+
+
+def test_answers_are_held_to_answers_by_the_same_reader(monkeypatch):
+    _, cfg = checked_cell(
+        "experiment=polykv_quality", "context=128", "n_documents=1", "max_new_tokens=2", "n_agents=2",
+        "reader=cascade", "recipe=fp16", "device=cpu",
+    )  # fmt: skip
+    read, ask = [], SharedKVPool.ask
+
+    def told(self, model, tokenizer, queries, max_new_tokens, reader):
+        read.append((self.recipe.name, reader, self.backend))
+        return ask(self, model, tokenizer, queries, max_new_tokens, reader)
+
+    monkeypatch.setattr(SharedKVPool, "ask", told)
+    common.answers(cfg, 1)
+    common.answers(cfg, 1, load_recipe("full"))
+    assert read == [(name, "cascade", cfg.backend) for name in ("fp16", "full")]
+
+
+@torch.no_grad()
+def test_a_card_read_in_place_is_held_to_the_uncompressed_cache_read_in_place(rounded, tokenizer):
+    ids_T = tokenizer(TEXT[:380], return_tensors="pt").input_ids[0]
+    policies, both = [load_policy("full"), load_policy("uniform")], ["inject", "cascade"]
+    found = score_cards(rounded, tokenizer, ids_T, 100, 40, policies, both, 8.0, "torch")
+    floor = found[None, "cascade"].kl.mean()
+    assert found["full", "inject"].kl.max() == 0
+    assert found["full", "cascade"].kl.mean() < 0.1 * floor
+    assert (found[None, "cascade"].nll == found["uniform", "cascade"].nll_full).all()
+    assert (found[None, "cascade"].nll_full == found["uniform", "inject"].nll_full).all()
+    assert (None, "inject") not in found

@@ -1,0 +1,82 @@
+"""A setting that nothing reads is refused by name; those that are declared, and a user's own, are taken."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from test_docs import typed_commands
+
+from experiments import settings
+from polykv import config
+from polykv.errors import PolyKVError
+from polykv.recipe import Recipe
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def check(*overrides):
+    settings.check(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "nearest"),
+    [
+        (["+contxt=512"], "contxt", "'context'"),
+        (["+n_agent=3"], "n_agent", "'n_agents'"),
+        (["+model.atn_implementation=eager"], "model.atn_implementation", "'model.attn_implementation'"),
+        (["document=file", "document.path=a", "+document.question=b"], "document.question", "'document.questions'"),
+        # What another of its group would read.
+        (["document=moon_landing", "+document.path=/my/text.txt"], "document.path", ""),
+        (["experiment=handoff_accuracy", "relay=gsm8k", "+relay.n_facts=3"], "relay.n_facts", ""),
+        # What another study reads.
+        (["experiment=polykv_quality", "+relay=gsm8k"], "relay", "handoff_accuracy"),
+        (["experiment=polykv_quality", "+policy=topology"], "policy", "handoff_accuracy"),
+        (["experiment=recipe_frontier", "+answers=1"], "answers", "polykv_quality"),
+        (["+budget_bits=3"], "budget_bits", "handoff_ttft"),
+        (["experiment=handoff_ttft", "+card.keyfile=/a"], "card.keyfile", "'card.key_file'"),
+        (["experiment=capacity", "+hardware.memory=3"], "hardware.memory", "'hardware.memory_gb'"),
+        # What is settled, and not set.
+        (["+versions.Int8=1"], "versions", ""),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_is_refused_with_the_nearest_that_is_read(overrides, named, nearest):
+    with pytest.raises(PolyKVError) as refused:
+        check(*overrides)
+    said = str(refused.value)
+    assert named in said and nearest in said and "\n" not in said
+
+
+def test_a_recipe_has_no_other_settings():
+    cfg = composed("recipe=polykv", "+recipe.exemtp.sinks=4")
+    with pytest.raises(PolyKVError, match="'exempt'"):
+        Recipe.from_config(cfg.recipe)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *([f"experiment={name}"] for name in config.available("experiment")),
+        *([f"model={name}"] for name in config.available("model")),
+        *([f"document={name}"] for name in config.available("document")),
+        *([f"scorer={name}"] for name in config.available("scorer")),
+        *(["experiment=handoff_accuracy", f"relay={name}"] for name in config.available("relay")),
+        *(["experiment=capacity", f"hardware={name}"] for name in config.available("hardware")),
+        ["logger=wandb"],
+        ["+recipe.layer_bits=[[8,4]]", "+recipe.key.seed=3"],
+        ["experiment=outside_references", "+references.mine={backend: quanto, nbits: 8}"],
+        # A setting of a user's own that others are made of, and a document of a user's own code.
+        ["+width=4", "recipe.value.bits=${width}"],
+        ["document=file", "document._target_=my_texts.load", "document.path=a", "+document.mine=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_declared_is_taken(overrides):
+    check(*overrides)
+
+
+@pytest.mark.parametrize("typed", typed_commands(), ids=" ".join)
+def test_every_command_of_the_readme_and_of_the_experiments_is_taken(typed):
+    own = ("launcher=", "hydra.", "--", "recipe=polykv,mine")
+    if "--help" not in typed:
+        check(*(one.partition(",")[0] for one in typed if not one.startswith(own)))
