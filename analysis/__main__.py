@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import answers, render
+from analysis import answers, published, render
 from analysis.catalog import FIRST, names_of, pieces
 from analysis.latex import tex
 from analysis.load import Results, drawing, load
@@ -96,6 +96,7 @@ def after_sweep(root: Path, study: str, cells: Sequence[str]) -> tuple[str, ...]
     asked = found.rows[(found.rows["study"] == study) & found.rows["cell"].isin(cells)]
     if len(asked):
         _print(asked, [study])
+        _say_published(asked, root)
     _say_where(root)
     return found.damaged
 
@@ -111,6 +112,15 @@ def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
         if name in pieces("BELOW"):
             for line in pieces("BELOW")[name](rows) or ():
                 print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
+
+
+def _say_published(rows: pd.DataFrame, root: Path) -> None:
+    """How many published figures are of these models, and where they stand beside what was measured."""
+    for paper in published.PAPERS:
+        found = published.of_models(paper, rows["model"])
+        file = root / "tables" / f"published_{paper}.md"
+        if found and file.is_file():
+            print(f"{len(found)} published figures of this model: {file}")
 
 
 def _say_where(root: Path) -> None:

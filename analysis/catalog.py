@@ -2,8 +2,8 @@
 
 A module has, as far as it needs: TABLES, FIGURES, TEXTS and BELOW (name -> from the study's rows to a render.Table,
 style.Picture, Markdown, or lines below the table on a terminal), and CLAIMS (from the study's rows to claims). None
-stands for what was not run; of a figure, a text says why it cannot be drawn. STUDY names the study where the module is
-not named as it; ALSO names others whose rows it reads as well.
+stands for what was not run; of a figure, a text says why it cannot be drawn. STUDY names the study, or the studies
+any of which gives it rows, where the module is not named as it; ALSO names others whose rows it reads as well.
 """
 
 import pkgutil
@@ -24,17 +24,17 @@ FIRST = "compare"  # shown where nothing else is asked for
 
 @dataclass(frozen=True)
 class Piece:
-    """A table, figure, text or lines of one study, made from all rows."""
+    """A table, figure, text or lines of one study (or of several that it has in common), made from all rows."""
 
-    study: str
+    studies: tuple[str, ...]
     name: str
     of: Callable[[pd.DataFrame], Any]
     also: Sequence[str] = ()
 
     def __call__(self, rows: pd.DataFrame) -> Any:
-        """None where the study was not run."""
-        mine = rows[rows["study"].isin((self.study, *self.also))]
-        return None if not (mine["study"] == self.study).any() else self.of(mine)
+        """None where none of the studies was run."""
+        mine = rows[rows["study"].isin((*self.studies, *self.also))]
+        return None if not mine["study"].isin(self.studies).any() else self.of(mine)
 
 
 @cache
@@ -50,7 +50,7 @@ def modules() -> Mapping[str, ModuleType]:
 def pieces(kind: str) -> Mapping[str, Piece]:
     """Every piece of one of KINDS, by name."""
     return {
-        name: Piece(getattr(module, "STUDY", own), name, of, getattr(module, "ALSO", ()))
+        name: Piece(_studies(own, module), name, of, getattr(module, "ALSO", ()))
         for own, module in modules().items()
         for name, of in getattr(module, kind, {}).items()
     }
@@ -59,4 +59,9 @@ def pieces(kind: str) -> Mapping[str, Piece]:
 def names_of(studies: Sequence[str]) -> list[str]:
     """The names of all pieces of these studies; of all where none is named."""
     found = [piece for kind in KINDS for piece in pieces(kind).values()]
-    return list(dict.fromkeys(p.name for p in found if not studies or p.study in studies))
+    return list(dict.fromkeys(p.name for p in found if not studies or {*studies} & {*p.studies}))
+
+
+def _studies(own: str, module: ModuleType) -> tuple[str, ...]:
+    named = getattr(module, "STUDY", own)
+    return (named,) if isinstance(named, str) else tuple(named)

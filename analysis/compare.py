@@ -1,15 +1,16 @@
 """Recipes side by side: a line for each recipe and setting, and which of them the documents tell apart."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import pandas as pd
 
 from analysis.load import SETTING as SET
 from analysis.load import swept
+from analysis.points import MEASURES, RECIPES, tidied
 from analysis.render import Column, Table, compact, describe, fixed, keys
-from analysis.statistics import BASELINE, BYTES, QUALITY, UNMEASURED, Measure, Value, samples_of
+from analysis.statistics import BASELINE, UNMEASURED, Value, samples_of
 from analysis.style import Marks, Picture, colours, picture, sheet, styled
 from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
 
@@ -32,17 +33,7 @@ ALPHA = 0.05
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
 FEW = 3  # documents below which no pair is tested
 
-MEASURES: Mapping[str, Measure] = {**BYTES, **QUALITY}
 SCALED = {"stored": MB, "resident": MB}
-RECIPES = ["full", "fp16", "polykv", "polykv_q8_0"]  # first in figures, in this order
-ANSWERS = (
-    "bertscore_f1",
-    "bertscore_floor",
-    "exact_match",
-    "contains",
-    "empty_answer",
-    "empty_reference",
-)
 COLUMNS = (
     Column("stored_bits", "bits", fixed(2)),
     Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
@@ -71,31 +62,9 @@ ABSENT = (BASE, UNMEASURED)
 RELATIVE = ("perplexity_delta", "kl_mean", "kl_p99", "same_top1", "bertscore_f1", "bertscore_floor")
 
 
-def mine(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows in the order of their making, those of one cell under one dtype and one reader."""
-    found = cell_dtype(rows)
-    read = found["reader"].where(found["reader"] != "").groupby(found["cell"]).transform("first")
-    read = found["reader"].where(found["reader"] != "", read).fillna("")
-    found = found.assign(floor_of=read, reader=read.where(found["recipe"] != BASELINE, "unshared"))
-    return found.sort_values("created_at", kind="stable")
-
-
-def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, each under the dtype in which its cell scores; answers may come from another, which is added."""
-    answers = rows["metric"].isin(ANSWERS)
-    own, answered = (
-        rows["dtype"].where(which).groupby(rows["cell"]).transform("first")
-        for which in (~answers, answers)
-    )
-    apart = own.notna() & answered.notna() & (own != answered)
-    return rows.assign(
-        dtype=own.fillna(rows["dtype"]).where(~apart, own + " (answers " + answered + ")")
-    )
-
-
 def table(rows: pd.DataFrame) -> Table | None:
     """One line per recipe, by model, text, context, agents, reader and settings where these vary; None without rows."""
-    found = mine(rows)
+    found = tidied(rows)
     if found.empty:
         return None
     apart = swept(found)
@@ -175,7 +144,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
 
 def separations(rows: pd.DataFrame) -> list[str]:
     """Which recipes the documents tell apart, a line for each setting; where they cannot, what would."""
-    found = mine(rows)
+    found = tidied(rows)
     about = [*SETTING, *swept(found)]
     scored = samples_of(found, "kl", [*about, "recipe"])
     scored = scored[scored.gt(0)]
@@ -233,7 +202,7 @@ def _tie(better: str, worse: str, found: PairedRatio) -> str:
 @styled
 def figure(rows: pd.DataFrame) -> Picture | str | None:
     """Mean KL with its interval against stored bits, a panel for each text and context."""
-    found = mine(rows)
+    found = tidied(rows)
     if found.empty:
         return None
     about = [*SETTING, *swept(found)]

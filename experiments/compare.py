@@ -13,6 +13,7 @@ from experiments import rows as write
 from experiments import settings
 from experiments.session import Session
 from experiments.study import Study
+from polykv import loading
 from polykv.errors import PolyKVError
 from polykv.evaluation import answers, bertscore, concurrency, memory, process
 from polykv.recipe import Recipe
@@ -55,6 +56,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     readings = session.readings(cfg)
     document, pool = readings[0].document, readings[0].pool
     own = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    own |= {"quantization": loading.quantized(cfg.model)}
     rows = settings.new_rows(cfg, COLUMNS, **own)
     write.add_ratio(rows, pool)
     write.add_memory(rows, cfg, pool)

@@ -25,8 +25,9 @@ from polykv.results import Rows
 
 # accounting: nominal, stored, paper or resident. synthetic: the cache is random and of the model's geometry.
 BYTES = {"accounting": str, "head_dim": int, "n_tokens": int, "synthetic": bool}
-# statistic: of all tokens, where a row is no mean of a document; block: a run of tokens within the document.
-SCORES = {"statistic": str, "block": int}
+# statistic: of all tokens, where a row is no mean of a document; block: a run of tokens within the document;
+# quantization: the format of the model's weights, where they are quantized.
+SCORES = {"statistic": str, "block": int, "quantization": str}
 ANSWERS = {"agent": int, "scorer": str}
 # Metrics whose intervals rest on blocks of tokens where there are few documents.
 BLOCKED = ("nll_delta", "kl", "same_top1", "delta_p")

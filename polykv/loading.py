@@ -76,9 +76,13 @@ def options(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[s
 
 def dtype_label(cfg: DictConfig) -> str:
     """The `dtype` of a row: that of computation and cache, and the weights' own where they are quantized."""
-    if cfg.get("quantization"):
-        return f"{cfg.dtype}, weights {QUANTIZED[cfg.quantization]}"
-    return cfg.dtype
+    weights = quantized(cfg)
+    return f"{cfg.dtype}, weights {weights}" if weights else cfg.dtype
+
+
+def quantized(cfg: DictConfig) -> str:
+    """The format of a model's weights as a row names it; "" where they are not quantized on loading."""
+    return QUANTIZED[cfg.quantization] if cfg.get("quantization") else ""
 
 
 def attention(cfg: DictConfig, device: torch.device) -> str:

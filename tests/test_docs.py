@@ -161,7 +161,7 @@ def test_every_public_name_is_documented(site):
 def test_an_experiment_says_which_published_rows_it_answers(module):
     tree = ast.parse((REPO / "experiments" / f"{module}.py").read_text(encoding="utf-8"))
     text = " ".join((ast.get_docstring(tree) or "").split())
-    published = pd.read_csv(REPO / "results" / "published" / "published.csv")["figure_or_table"]
+    published = pd.read_csv(REPO / "analysis" / "published.csv")["figure_or_table"]
     answered = re.search(r"Answers the published rows ((?:`\w+`(?:, | and )?)+)", text)
     assert answered or "Answers no published row" in text
     if answered:

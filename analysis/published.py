@@ -1,18 +1,23 @@
-"""The published figures, and which measured point answers which of them."""
+"""The published figures, which point answers which of them, and what a claim of a paper is.
+
+published.csv holds every figure that we know. Its column `source` says where each comes from: the abstract (PolyKV is
+arXiv 2604.24971, QKVShare arXiv 2605.03884), RESULTS.md of the authors' repository, or a secondary digest: a summary,
+not the paper itself, and marked so in every table. `document_tokens` are those of the whole document,
+`prefilled_tokens` the 70 % of it that the pool holds; GB are 10^9 bytes.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
+from importlib.resources import files
 
 import pandas as pd
-from analysis.apart import without_settings
-from analysis.reduce import BASELINE, Point, Value
 
-from polykv.errors import PolyKVError
+from analysis.points import Point
+from analysis.statistics import BASELINE, Value
 
-FILE = Path(__file__).resolve().parent.parent / "results" / "published" / "published.csv"
+PAPERS = {"polykv": "PolyKV", "qkvshare": "QKVShare"}
 # Our documents that stand for a published one: the same text, or one of the same kind and length.
 FAMILY = {
     "wikitext-2": ("wikitext2", "wikitext2_raw"),
@@ -36,14 +41,19 @@ WEIGHTS_OF = {"llama-3-8b-instruct": "nf4"}
 SAME_LENGTH = 0.1  # contexts within this relative distance count as the published one
 NOT_HERE = "not measured here: "
 
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+AGREES = "arithmetic agrees"  # computed from the same definitions: nothing was measured that could differ
+INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
+
 
 @dataclass(frozen=True)
 class Figure:
     """One published number. `n_agents` and token counts are None where the source names none.
 
-    `at`: handoffs of QKVShare's accuracy, its label of the context (1K) of its times, else empty.
-    `label_tokens`: the tokens that the label stands for. They are those that the file states for it
-    anywhere, since the times are of one run: the stages at 3,877 tokens add up to the abstract's time at 8K.
+    Attributes:
+        at: handoffs of QKVShare's accuracy, its label of the context (1K) of its times, else empty.
+        label_tokens: the tokens that the label stands for: those that the file states for it anywhere, since the times
+            are of one run (the stages at 3,877 tokens add up to the abstract's time at 8K).
     """
 
     paper: str
@@ -76,15 +86,51 @@ class Figure:
         return "secondary digest" in self.source
 
 
-def load(paper: str, file: Path = FILE) -> list[Figure]:
-    """All figures of one paper, in the file's order; those from a secondary digest carry a note.
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what the rows say to it.
 
-    Raises:
-        PolyKVError: the file is not there.
+    Attributes:
+        paper, table: of published.csv; the published rows that the claim is about.
+        verdict: REPRODUCED, NOT_REPRODUCED, AGREES, INCONCLUSIVE (there are numbers, and they do not decide) or
+            NOT_MEASURED (no row speaks to the claim).
+        claim: ends in the weights or the device that the verdict holds for, where it holds for no others.
+        said: the numbers that decide, or the reason and the command that would.
     """
-    if not file.is_file():
-        raise PolyKVError(f"no published figures at {file}; restore it with `git checkout`")
-    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+
+    paper: str
+    table: str
+    verdict: str
+    claim: str
+    said: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether any row speaks to the claim."""
+        return self.verdict != NOT_MEASURED
+
+    def markdown(self) -> str:
+        """One line."""
+        return f"**{self.verdict}**: {self.claim}. {self.said}"
+
+
+def equivalent(got: Value, low: float, high: float) -> str:
+    """REPRODUCED where the whole interval of `got` lies within low to high, NOT_REPRODUCED where none of it does.
+
+    Few data give a wide interval, which is INCONCLUSIVE.
+    """
+    if got.low is None or got.high is None:
+        return INCONCLUSIVE
+    if low <= got.low and got.high <= high:
+        return REPRODUCED
+    return NOT_REPRODUCED if got.high < low or high < got.low else INCONCLUSIVE
+
+
+@cache
+def load(paper: str) -> tuple[Figure, ...]:
+    """All figures of one paper, in the file's order; those from a secondary digest carry a note."""
+    with (files("analysis") / "published.csv").open(encoding="utf-8") as file:
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False)
     rows = rows[rows["paper"] == paper]
     labelled = rows[rows["hop_or_context"].str.endswith("K")]
     tokens = {label: 1024 * int(label.removesuffix("K")) for label in labelled["hop_or_context"]}
@@ -92,11 +138,10 @@ def load(paper: str, file: Path = FILE) -> list[Figure]:
     tokens |= dict(
         zip(stated["hop_or_context"], stated["document_tokens"].astype(int), strict=True)
     )
-    return [_figure(row, tokens.get(row["hop_or_context"])) for _, row in rows.iterrows()]
+    return tuple(_figure(row, tokens.get(row["hop_or_context"])) for _, row in rows.iterrows())
 
 
 def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
-    note = row["source"] if "secondary digest" in row["source"] else ""
     return Figure(
         paper=row["paper"],
         table=row["figure_or_table"],
@@ -108,7 +153,9 @@ def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
         policy=row["policy"],
         at=row["hop_or_context"],
         metric=row["metric"],
-        value=Value(float(row["value"]), note=note),
+        value=Value(
+            float(row["value"]), note=row["source"] if "secondary digest" in row["source"] else ""
+        ),
         unit=row["unit"],
         source=row["source"],
         label_tokens=label_tokens,
@@ -120,9 +167,14 @@ def _count(text: str) -> int | None:
 
 
 def same_model(published: str, measured: str) -> bool:
-    """conf/model leaves out the `-instruct` of the published names; what runs are told apart by is in brackets."""
-    bare = without_settings(measured)
-    return published.removesuffix("-instruct") == bare.removesuffix("-instruct")
+    """conf/model leaves out the `-instruct` of the published names."""
+    return published.removesuffix("-instruct") == measured.removesuffix("-instruct")
+
+
+def of_models(paper: str, models: Iterable[str]) -> list[Figure]:
+    """The figures of a paper that are of one of these models."""
+    names = set(models)
+    return [f for f in load(paper) if any(same_model(f.model, name) for name in names)]
 
 
 def distance(figure: Figure, point: Point) -> float:
@@ -152,19 +204,20 @@ def scored_alike(figure: Figure, point: Point) -> bool:
 
 def other_weights(figure: Figure, point: Point) -> str:
     """How the format of a point's weights differs from the one that the authors ran, or nothing."""
-    ours, theirs = point.dtype.partition(", weights ")[2], WEIGHTS_OF.get(figure.model, "")
-    if ours == theirs:
+    theirs = WEIGHTS_OF.get(figure.model, "")
+    if point.quantization == theirs:
         return ""
-    return f"{ours or 'unquantized'} weights, theirs {theirs or 'unquantized'}"
+    return f"{point.quantization or 'unquantized'} weights, theirs {theirs or 'unquantized'}"
 
 
-def memory_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
+def memory_answer(figure: Figure, found: Sequence[Point]) -> Point | str:
     """The point with the figure's model, context and agents, or why there is none.
 
     Any document answers: bytes do not depend on what it says.
     """
-    left = [p for p in points if p["paper"].value is not None or p["stored"].value is not None]
-    for why, keep in (
+    left = [p for p in found if p["paper"].value is not None or p["stored"].value is not None]
+    return _narrowed(
+        left,
         (f"{figure.model} was not run", lambda p: same_model(figure.model, p.model)),
         (f"recipe {figure.recipe} was not run", lambda p: p.recipe == figure.recipe),
         (
@@ -172,17 +225,14 @@ def memory_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
             lambda p: p.context_tokens == figure.document_tokens,
         ),
         (f"{figure.n_agents} agents were not run", lambda p: p.n_agents == figure.n_agents),
-    ):
-        left = [p for p in left if keep(p)]
-        if not left:
-            return NOT_HERE + why
-    return left[0]
+        choose=lambda left: left[0],
+    )
 
 
-def quality_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
-    """The point with the figure's model, family of documents, context, scorer and agents, or why none."""
-    left = list(points)
-    for why, keep in (
+def quality_answer(figure: Figure, found: Sequence[Point]) -> Point | str:
+    """The point with the figure's model, family of documents, context, scorer and agents, or why there is none."""
+    return _narrowed(
+        found,
         (f"{figure.model} was not run", lambda p: same_model(figure.model, p.model)),
         ("random weights have no quality", lambda p: p.weights != "random"),
         (
@@ -194,19 +244,30 @@ def quality_answer(figure: Figure, points: Sequence[Point]) -> Point | str:
             lambda p: distance(figure, p) <= SAME_LENGTH,
         ),
         (f"it was not scored by {SCORER}", partial(scored_alike, figure)),
-    ):
+        choose=partial(nearest, figure),
+    )
+
+
+def _narrowed(
+    found: Sequence[Point],
+    *needs: tuple[str, Callable[[Point], bool]],
+    choose: Callable[[list[Point]], Point | str],
+) -> Point | str:
+    """What `choose` takes of the points that meet every need, or what is said of the first that none meets."""
+    left = list(found)
+    for why, keep in needs:
         left = [p for p in left if keep(p)]
         if not left:
             return NOT_HERE + why
-    return nearest(figure, left)
+    return choose(left)
 
 
-def nearest(figure: Figure, points: Sequence[Point]) -> Point | str:
+def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
     """The point with the figure's recipe, metric and agents (if they matter), nearest in context.
 
     Of several, one whose weights are in the authors' format.
     """
-    left = [p for p in points if p.recipe == figure.recipe]
+    left = [p for p in found if p.recipe == figure.recipe]
     if not left:
         return f"{NOT_HERE}recipe {figure.recipe} was not run"
     with_agents = [p for p in left if p.n_agents in (figure.n_agents, None)]

@@ -1,0 +1,161 @@
+"""Points: everything that was measured of one recipe in one setting, as published figures are held against it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pandas as pd
+
+from analysis.load import SETTING, swept
+from analysis.statistics import BASELINE, BYTES, QUALITY, UNMEASURED, Measure, Value, rescaled
+
+UNSHARED = "unshared"  # the reader of an uncompressed cache, however it got there
+RECIPES = (BASELINE, "fp16", "polykv", "polykv_q8_0")  # first in tables and figures, in this order
+ANSWERS = (
+    "bertscore_f1", "bertscore_floor", "exact_match", "contains", "empty_answer", "empty_reference",
+)  # fmt: skip
+# Measures of a difference from the baseline; those that need trained weights are these and the baseline's own.
+RELATIVE = (
+    "perplexity_delta", "kl_mean", "same_top1", "bertscore_f1", "bertscore_floor", "bertscore_rescaled",
+)  # fmt: skip
+TRAINED = ("perplexity", *RELATIVE, "exact_match")
+MEASURES: Mapping[str, Measure] = {**BYTES, **QUALITY}
+KEYS = (
+    "model", "weights", "dtype", "device", "document", "context_tokens", "n_agents", "recipe", "reader", "backend",
+)  # fmt: skip
+OF_CELL = ("scorer", "quantization")  # columns that some rows of a cell state for all of them
+RESCALED = "bertscore_rescaled"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe in one setting. `point[measure]` is the value of MEASURES, or RESCALED; None with the reason.
+
+    Attributes:
+        reader: `unshared` where every agent keeps an uncompressed cache.
+        backend: "" of unshared caches.
+        scorer: BERTScore's model, "" without answers.
+        quantization: the format of the weights, "" of unquantized ones.
+        settings: what else tells its cells from others (`max_new_tokens=32`), mostly "".
+    """
+
+    model: str
+    weights: str
+    dtype: str
+    device: str
+    document: str
+    context_tokens: int | None
+    n_agents: int | None
+    recipe: str
+    reader: str
+    backend: str
+    scorer: str = ""
+    quantization: str = ""
+    settings: str = ""
+    rows: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
+
+    @cached_property
+    def _found(self) -> dict[str, Value]:
+        return {}
+
+    def __getitem__(self, measure: str) -> Value:
+        if measure not in self._found:
+            self._found[measure] = self._value(measure)
+        return self._found[measure]
+
+    def _value(self, measure: str) -> Value:
+        if measure == RESCALED:
+            return rescaled(self["bertscore_f1"], self["bertscore_floor"])
+        found = over_seeds(self.rows, MEASURES[measure].of)
+        return Value(None, note=self._why_absent(measure)) if found == UNMEASURED else found
+
+    def _why_absent(self, measure: str) -> str:
+        if self.weights == "random" and measure in TRAINED:
+            return "random weights: memory and timing only"
+        if self.recipe == BASELINE and measure in RELATIVE:
+            return f"recipe {BASELINE} is the baseline that the others are compared with"
+        return UNMEASURED.note
+
+    @property
+    def head_dim(self) -> int | None:
+        """Of the pool, where its bytes were counted."""
+        found = self.rows["head_dim"].dropna() if "head_dim" in self.rows else ()
+        return int(found.iloc[-1]) if len(found) else None
+
+
+def points(rows: pd.DataFrame) -> list[Point]:
+    """The points of rows (analysis.load), models by name and recipes from exact to small."""
+    if rows.empty:
+        return []
+    found, apart = tidied(rows), swept(rows)
+    found = found.assign(backend=found["backend"].where(found["reader"] != UNSHARED, ""))
+    for name in OF_CELL:
+        found[name] = _of_cell(found, name) if name in found else ""
+    points_ = []
+    for key, part in found.groupby([*KEYS, *OF_CELL, *apart], dropna=False, sort=False):
+        known = [None if value is pd.NA else value for value in key]
+        named = dict(zip((*KEYS, *OF_CELL), known, strict=False))
+        told = zip(apart, known[len(named) :], strict=True)
+        settings = ", ".join(f"{name.removeprefix(SETTING)}={value}" for name, value in told)
+        points_.append(Point(**named, settings=settings, rows=part))
+    return sorted(points_, key=order)
+
+
+def order(point: Point) -> tuple:
+    """Models by name, then document, context, agents; recipes from exact to small."""
+    rank = RECIPES.index(point.recipe) if point.recipe in RECIPES else len(RECIPES)
+    where = (point.model, point.weights, point.dtype, point.device, point.document)
+    size = (point.context_tokens or 0, point.n_agents or 0)
+    return (*where, *size, rank, point.recipe, point.reader, point.backend, point.scorer)
+
+
+def having(found: Iterable[Point], *measures: str) -> list[Point]:
+    """The points in which at least one of `measures` has a value."""
+    return [p for p in found if any(p[m].value is not None for m in measures)]
+
+
+def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> Value:
+    """The mean over seeds of what `reduce` makes of the rows of one; its interval is the hull of theirs."""
+    found = [reduce(part) for _, part in rows.groupby("seed", dropna=False)]
+    present = [value for value in found if value.value is not None]
+    if len(present) < 2:
+        return (present or found or [UNMEASURED])[-1]
+    lows, highs = ([getattr(v, end) for v in present] for end in ("low", "high"))
+    ends = (None, None) if None in (*lows, *highs) else (min(lows), max(highs))
+    return Value(
+        sum(value.value for value in present) / len(present),
+        *ends,
+        f"mean over {len(present)} seeds, interval: hull of theirs",
+        min((value.n for value in present if value.n is not None), default=None),
+        present[0].over,
+    )
+
+
+def tidied(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows in the order of their making, those of one cell under one dtype and one reader.
+
+    The reader whose floor a baseline's cell measured is kept in column `floor_of`.
+    """
+    found = cell_dtype(rows)
+    read = _of_cell(found, "reader")
+    found = found.assign(floor_of=read, reader=read.where(found["recipe"] != BASELINE, UNSHARED))
+    return found.sort_values(["created_at", "cell"], kind="stable")
+
+
+def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, each under the dtype in which its cell scores; answers may come from another, which is added."""
+    answers = rows["metric"].isin(ANSWERS)
+    own, answered = (
+        rows["dtype"].where(which).groupby(rows["cell"]).transform("first")
+        for which in (~answers, answers)
+    )
+    apart = own.notna() & answered.notna() & (own != answered)
+    return rows.assign(
+        dtype=own.fillna(rows["dtype"]).where(~apart, own + " (answers " + answered + ")")
+    )
+
+
+def _of_cell(rows: pd.DataFrame, column: str) -> pd.Series:
+    """The column, where it is empty as the first row of the same cell that states it."""
+    stated = rows[column].where(rows[column] != "")
+    return stated.fillna(stated.groupby(rows["cell"]).transform("first")).fillna("")

@@ -1,0 +1,202 @@
+"""Every published figure beside its counterpart, on synthetic rows."""
+
+import math
+from importlib.resources import files
+
+import pandas as pd
+import pytest
+from analysis_rows import (
+    BYTES,
+    compare_cell,
+    handoff_cells,
+    paper_memory,
+    quickstart,
+    timing_cells,
+    write,
+)
+
+from analysis import catalog, published
+from analysis.counterpart import COMPUTED, EXACT, NEAR, NONE, OTHER
+from analysis.load import load
+from analysis.points import points
+from analysis.published import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, equivalent
+from analysis.statistics import Value
+
+
+def table(tmp_path, paper, cells):
+    return catalog.pieces("TABLES")[f"published_{paper}"](load(write(tmp_path, cells)).rows)
+
+
+def both(tmp_path, cells):
+    rows = load(write(tmp_path, cells)).rows
+    tables = [catalog.pieces("TABLES")[f"published_{paper}"](rows) for paper in published.PAPERS]
+    return [line for table in tables for line in table.rows]
+
+
+def published_rows():
+    return pd.read_csv(files("analysis") / "published.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.mark.parametrize("cells", [quickstart() + paper_memory() + handoff_cells(), handoff_cells()])  # fmt: skip
+def test_every_published_row_stands_once_beside_a_value_or_a_reason(tmp_path, cells):
+    lines, said = both(tmp_path, cells), published_rows()
+    assert len(lines) == len(said) == 85
+    shown = sorted(
+        (line["metric"], line["unit"], line["policy"], line["published"].value) for line in lines
+    )
+    policies = said["policy"].replace("", "any")
+    assert shown == sorted(
+        zip(said["metric"], said["unit"], policies, said["value"].astype(float), strict=True)
+    )
+    for line in lines:
+        assert line["match"] in (EXACT, NEAR, OTHER, COMPUTED, NONE)
+        assert (line["ours"].value is None) == (line["match"] == NONE)
+        if line["match"] == NONE:
+            assert "run experiment=" in line["ours"].note, line
+        else:
+            assert "(" in line["on"] and line["at"]
+    digest = sum("secondary digest" in line["published"].note for line in lines)
+    assert digest == said["source"].str.contains("secondary digest").sum() > 0
+
+
+def test_only_the_published_model_is_compared(tmp_path):
+    lines = both(tmp_path, quickstart() + paper_memory() + handoff_cells())
+    for line in lines:
+        assert (line["against"].value is None) == (line["match"] in (OTHER, NONE)), line
+    by_match = {
+        match: [line for line in lines if line["match"] == match] for match in (COMPUTED, OTHER)
+    }
+    assert not any(line["match"] in (EXACT, NEAR) for line in lines)
+    assert all(line["on"].startswith("reference") for line in by_match[OTHER])
+    memory = [line for line in by_match[COMPUTED] if line["metric"] == "kv_memory"]
+    assert len(memory) == 10 and all(abs(line["against"].value) < 0.0005 for line in memory)
+    (saved,) = [line for line in by_match[COMPUTED] if line["metric"] == "memory_reduction"]
+    assert saved["ours"].value == pytest.approx(100 * (1 - 11 / 32 / 15))
+    (ratio,) = [line for line in by_match[COMPUTED] if line["metric"] == "compression_ratio"]
+    assert ratio["ours"].value == pytest.approx(32 / 11)
+
+
+def test_arithmetic_is_never_counted_as_measured(tmp_path):
+    caption = table(tmp_path, "polykv", paper_memory()).caption
+    assert "0 measured on the published model, 12 computed" in caption
+    assert "Computed for llama-3-8b" in caption and "Measured on" not in caption
+
+
+def test_the_published_model_in_its_setting_is_exact_and_elsewhere_near(tmp_path):
+    cells = handoff_cells(model="llama-3.1-8b", weights="hub", document="gsm8k")
+    lines = table(tmp_path, "qkvshare", cells).rows
+    accuracy = {
+        (line["policy"], line["setting"]): line
+        for line in lines
+        if line["metric"] == "gsm8k_accuracy"
+    }
+    exact = accuracy["topology_q4", "gsm8k, 3 hops"]
+    assert exact["match"] == EXACT and exact["against"].value == pytest.approx(90 - 80.67)
+    near = accuracy["topology_q4", "gsm8k, 4 hops"]
+    assert near["match"] == NEAR and near["ours"].note
+    assert accuracy["topology_q8", "gsm8k, 3 hops"]["match"] == NONE
+    slow = next(line for line in lines if (line["policy"], line["setting"]) == ("reprefill", "8K"))
+    assert slow["match"] == NEAR and slow["against"].value == pytest.approx(9 * 81.92 / 1029.7)
+    (count,) = [line for line in lines if line["metric"] == "n_problems"]
+    assert count["ours"].value == 80
+    assert not any(math.isnan(line["ours"].value or 0) for line in lines)
+
+
+def test_a_published_stage_is_the_sum_of_ours_in_each_repeat(tmp_path):
+    lines = table(tmp_path, "qkvshare", timing_cells("llama-3.1-8b", "hub")).rows
+    (inject,) = [
+        li for li in lines if (li["metric"], li["setting"]) == ("inject", "8K, 3,877 tokens")
+    ]
+    assert inject["ours"].value == pytest.approx(0.2 * 3 * 81.92)
+    assert inject["ours"].low < inject["ours"].value < inject["ours"].high
+
+
+def nf4(context=7194, n_agents=15, **more):
+    about = {"model": "llama-3-8b", "weights": "hub", "document": "wikitext2", "device": "cuda",
+             "dtype": "bfloat16, weights nf4", "quantization": "nf4", "scorer": "roberta-large"}  # fmt: skip
+    return compare_cell(context, n_agents, "polykv", **(about | more))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({}, EXACT),
+        ({"quantization": "", "dtype": "bfloat16"}, NEAR),
+        ({"context": 7000}, NEAR),
+        ({"n_agents": 3}, NEAR),
+        ({"context": 3000}, NONE),
+        ({"document": "moon_landing"}, NONE),
+        ({"scorer": "minilm"}, EXACT),
+    ],
+)
+def test_a_perplexity_delta_is_held_against_the_published_one_of_its_setting(
+    tmp_path, monkeypatch, more, match
+):
+    lines = table(tmp_path, "polykv", [nf4(delta=0.5, **more)]).rows
+    (line,) = [li for li in lines if li["metric"] == "perplexity_delta" and li["published"].value == 0.57
+               and "15 agents" in li["setting"]]  # fmt: skip
+    assert line["match"] == match
+    if match != NONE:
+        assert line["against"].value == pytest.approx(line["ours"].value - 0.57)
+
+
+def test_a_bertscore_needs_the_published_scorer_and_agents(tmp_path):
+    wanted = [({}, EXACT), ({"scorer": "minilm"}, NONE), ({"n_agents": 3}, NONE)]
+    for place, (more, match) in enumerate(wanted):
+        lines = table(tmp_path / str(place), "polykv", [nf4(f1=0.92, **more)]).rows
+        (line,) = [li for li in lines if li["published"].value == 0.9279]
+        assert line["match"] == match, more
+
+
+def test_of_two_formats_of_weights_the_authors_own_answers(tmp_path):
+    plain = nf4(delta=5.5, quantization="", dtype="bfloat16", name="plain")
+    lines = table(tmp_path, "polykv", [nf4(delta=0.5), plain]).rows
+    (line,) = [li for li in lines if li["metric"] == "perplexity_delta" and li["published"].value == 0.57
+               and "15 agents" in li["setting"]]  # fmt: skip
+    assert line["ours"].value == pytest.approx(0.5, abs=0.01)
+
+
+def test_secondary_digest_is_marked():
+    figures = published.load("qkvshare")
+    marked = [f for f in figures if f.value.note]
+    assert 0 < len(marked) < len(figures)
+    assert all("secondary digest" in f.source for f in marked)
+
+
+def test_figures_of_a_model_are_counted_and_of_another_are_not():
+    assert len(published.of_models("polykv", ["smollm2-1.7b"])) == 11
+    assert not published.of_models("polykv", ["smollm2-1.7b+revision=main", "reference"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.0, 2.0, REPRODUCED),
+        (1.5, 1.5, REPRODUCED),
+        (0.999, 2.0, INCONCLUSIVE),
+        (1.0, 2.001, INCONCLUSIVE),
+        (-9.0, 9.0, INCONCLUSIVE),
+        (0.5, 1.0, INCONCLUSIVE),
+        (2.0, 2.5, INCONCLUSIVE),
+        (0.5, 0.999, NOT_REPRODUCED),
+        (2.001, 2.5, NOT_REPRODUCED),
+        (None, 1.5, INCONCLUSIVE),
+        (1.5, None, INCONCLUSIVE),
+    ],
+)
+def test_the_same_is_all_of_the_interval_within_the_margin(low, high, verdict):
+    assert equivalent(Value(1.5, low, high), 1.0, 2.0) == verdict
+
+
+def test_the_newest_measurement_counts_and_seeds_are_averaged(tmp_path, monkeypatch):
+    monkeypatch.setitem(BYTES, "m", 8192)
+    stamps = iter(f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 9))
+    monkeypatch.setattr("polykv.results.provenance", lambda: {"created_at": next(stamps), "commit": "c"})  # fmt: skip
+    about = {"model": "m", "weights": "hub"}
+    cells = [compare_cell(512, 3, "polykv", name=f"{place}", seed=seed, delta=delta, **about)
+             for place, (seed, delta) in enumerate([(0, 99.0), (0, 1.0), (1, 2.0)])]  # fmt: skip
+    (point,) = points(load(write(tmp_path, cells)).rows)
+    alone = [points(load(write(tmp_path / c[1], [c])).rows)[0] for c in cells]
+    found, (_, first, second) = point["perplexity_delta"], [p["perplexity_delta"] for p in alone]
+    assert found.value == pytest.approx((first.value + second.value) / 2)
+    assert (found.low, found.high) == (first.low, second.high) and "2 seeds" in found.note
