@@ -88,6 +88,7 @@ def test_a_missing_value_needs_a_reason(value):
 
 
 VALUES = {
+    bool: st.booleans(),
     int: st.integers(0, 2**62),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(st.characters(exclude_categories=["Cs"]), max_size=9),
