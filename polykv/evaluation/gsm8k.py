@@ -1,9 +1,9 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems and the two extractions. Torch-free.
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems and the extractions. Torch-free.
 
 The problems are the test split's in one drawn order; the package brings the first 300 of it, the hub the rest.
 
-Strict takes the first number that stands after `####`, as the data set writes it; flexible takes the last number of
-the answer. Right answers and replies are read by the same parser (polykv/evaluation/numerals.py).
+Strict takes the first number that stands after `####`, as the data set writes it, last_mark the last such number;
+flexible takes the last number of the answer. Right answers and replies are read by the same parser (polykv/evaluation/numerals.py).
 """
 
 import json
@@ -16,14 +16,11 @@ from pathlib import Path
 from polykv import hub, shipped, textfile
 from polykv.errors import PolyKVError
 from polykv.evaluation import numerals
-from polykv.evaluation.statistics import wilson
-from polykv.results import Rows
 
 VERSION = 1  # of the problems and of what counts as a right answer, with numerals.py
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 ORDER = 2110_14168  # the seed of the order in which the test split's problems are taken
-EXTRACTIONS = ("strict", "flexible")
-VERDICTS = "verdicts "  # opens the note of an accuracy row; `of_note` reads it back
+EXTRACTIONS = ("strict", "flexible", "last_mark")
 
 
 @dataclass(frozen=True)
@@ -90,59 +87,30 @@ def check_same(split: Sequence[Mapping[str, str]]) -> None:
 
 def extract(text: str, how: str) -> Decimal | None:
     """The answer's number under an extraction, or None where there is none."""
-    found = numerals.marked(text)[:1] if how == "strict" else numerals.everywhere(text)[-1:]
+    if how == "flexible":
+        found = numerals.everywhere(text)[-1:]
+    else:
+        marked = numerals.marked(text)
+        found = marked[:1] if how == "strict" else marked[-1:]
     return found[0] if found else None
 
 
-def add_rows(rows: Rows, texts: Sequence[str], answers: Sequence[object], protocol: str) -> None:
-    """Accuracy in percent with Wilson interval, per extraction; the verdicts stand in the note, in order.
-
-    An answer without a number, or without any text, is wrong; `empty_answers` counts the latter. Where an answer has
-    several `####`, the first counts: `several_marks` says of how many that is so, and `last_mark_accuracy` what
-    would be right by the last.
+def right(texts: Sequence[str], answers: Sequence[object]) -> dict[str, list[bool]]:
+    """Extraction -> whether each text's number is that of the right answer. A text without a number is wrong.
 
     Raises:
         PolyKVError: a right answer that cannot be read whole; names it.
     """
     gold = [numerals.gold(answer) for answer in answers]
-    for how in EXTRACTIONS:
-        _add_accuracy(
-            rows, "accuracy", [extract(text, how) for text in texts], gold, f"{how}; {protocol}"
-        )
-    last = [(numerals.marked(text) or [None])[-1] for text in texts]
-    _add_accuracy(rows, "last_mark_accuracy", last, gold, protocol)
-    several = sum(numerals.n_marks(text) > 1 for text in texts)
-    empty = sum(not text.strip() for text in texts)
-    for metric, count in (("several_marks", several), ("empty_answers", empty)):
-        rows.add(metric, count, "answers", n=len(texts), protocol=protocol)
+    return {
+        how: [extract(text, how) == number for text, number in zip(texts, gold, strict=True)]
+        for how in EXTRACTIONS
+    }
 
 
-def _add_accuracy(
-    rows: Rows,
-    metric: str,
-    found: Sequence[Decimal | None],
-    gold: Sequence[Decimal],
-    protocol: str,
-) -> None:
-    right = [number == wanted for number, wanted in zip(found, gold, strict=True)]
-    if not right:
-        rows.add(metric, None, "percent", n=0, protocol=protocol, note="no problem was answered")
-        return
-    low, high = wilson(sum(right), len(right))
-    rows.add(
-        metric,
-        100 * sum(right) / len(right),
-        "percent",
-        ci=(100 * low, 100 * high),
-        n=len(right),
-        protocol=protocol,
-        note=VERDICTS + "".join("01"[verdict] for verdict in right),
-    )
-
-
-def of_note(note: str) -> list[bool] | None:
-    """The verdicts that `add_rows` wrote."""
-    return [mark == "1" for mark in note.removeprefix(VERDICTS)] if VERDICTS in note else None
+def has_several_marks(text: str) -> bool:
+    """Whether `####` stands in it more than once, so that strict and last_mark may differ."""
+    return numerals.n_marks(text) > 1
 
 
 def _in_order(n_problems: int) -> list[Problem]:

@@ -1,0 +1,99 @@
+"""Which signals earn their bits? Signal x alpha x tiers x budget x reseal, each against `uniform` and `random`.
+
+QKVShare publishes no such numbers: it names controller ablations as its own future work. All three policies of a cell
+hand on the same relays under the same budget, so that their differences are paired by problem. There is no accuracy
+here: KL against the fp16 relay separates policies at a hundredth of the cost.
+"""
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import handoff_accuracy, settings
+from experiments.handoff_accuracy import FP16_RELAYS, add_divergence, forced, new_rows, shared_needs
+from experiments.session import Session
+from experiments.study import Study
+from polykv import config
+from polykv.errors import PolyKVError
+from polykv.evaluation.continuation import Comparison
+from polykv.handoff.policy import Policy
+from polykv.results import Rows
+
+BASELINES = ("uniform", "random")
+# baseline: of these, in rows of what the ablated policy is compared with; the others say what the ablated policy is.
+COLUMNS = {
+    **handoff_accuracy.RELAY,
+    "baseline": str,
+    "importance": str,
+    "demand": str,
+    "alpha": float,
+    "inverse": bool,
+    "tiers": str,
+}
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """Signals that alpha gives no weight are dropped, so that equal policies are one cell.
+
+    What a policy is compared with belongs to the cell as well: BASELINES, with the tiers of the policy.
+    """
+    settled = handoff_accuracy.settle(cfg)
+    if settled.policy.alpha == 0:
+        settled.policy.importance = []
+    if settled.policy.alpha == 1:
+        settled.policy.demand = []
+    settled.baselines = {
+        name: OmegaConf.merge(config.load_group("policy", name), {"tiers": settled.policy.tiers})
+        for name in BASELINES
+    }
+    return settled
+
+
+def check(cfg: DictConfig, session: Session) -> None:
+    """Refuse bad input.
+
+    Raises:
+        PolyKVError: one clear line.
+    """
+    handoff_accuracy.check(cfg, session)
+    if not Policy.from_config(cfg.policy).has_budget:
+        raise PolyKVError(f"policy {cfg.policy.name!r} has no budget to ablate; choose another")
+
+
+def run(cfg: DictConfig, session: Session) -> Rows:
+    """KL and same-top-1 of each problem, under the cell's policy and under each baseline."""
+    policy = Policy.from_config(cfg.policy)
+    rows = new_rows(cfg, session, COLUMNS)
+    about = {
+        "policy": settings.label(cfg, "policy"),
+        "importance": "+".join(policy.importance),
+        "demand": "+".join(policy.demand),
+        "alpha": float(policy.alpha),
+        "inverse": policy.inverse,
+        "tiers": "/".join(map(str, policy.tiers)),
+    }
+    add_divergence(rows, forced(cfg, session, policy), **about)
+    for name, baseline in cfg.baselines.items():
+        found = _baseline(cfg, session, Policy.from_config(baseline))
+        add_divergence(rows, found, policy=name, baseline=name)
+    return rows
+
+
+def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
+    """Its relays, kept for all cells that are compared with it."""
+    kept = session.kept("relays of baselines", shared_needs(cfg), dict, of=(FP16_RELAYS,))
+    key = (policy, cfg.budget_bits, cfg.reseal)
+    if key not in kept:
+        kept[key] = forced(cfg, session, policy)
+    return kept[key]
+
+
+STUDY = Study(
+    name="controller_ablation",
+    title="Which signals earn their bits",
+    question="Which signals of the controller make a card better than equal bits for every token?",
+    run=run,
+    check=check,
+    settle=settle,
+    made_by=handoff_accuracy.MADE_BY,
+    settings=(*handoff_accuracy.SETTINGS, "baselines"),
+    columns=COLUMNS,
+)
