@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import answers, published, render
-from analysis.catalog import FIRST, names_of, pieces
+from analysis.catalog import FIRST, modules, names_of, pieces
 from analysis.latex import tex
 from analysis.load import Results, drawing, load
 from analysis.style import Picture, save
@@ -95,7 +95,7 @@ def after_sweep(root: Path, study: str, cells: Sequence[str]) -> tuple[str, ...]
         _write(found, root, names, [*WRITERS, *PICTURES])
     asked = found.rows[(found.rows["study"] == study) & found.rows["cell"].isin(cells)]
     if len(asked):
-        _print(asked, [study])
+        _print(asked, [_first_table(study, asked)])
         _say_published(asked, root)
     _say_where(root)
     return found.damaged
@@ -112,6 +112,12 @@ def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
         if name in pieces("BELOW"):
             for line in pieces("BELOW")[name](rows) or ():
                 print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
+
+
+def _first_table(study: str, rows: pd.DataFrame) -> str:
+    """The study's own table; where its rows do not fill that one, the next of its module that they do."""
+    own = [study, *getattr(modules().get(study), "TABLES", ())]
+    return next((n for n in own if n in pieces("TABLES") and pieces("TABLES")[n](rows)), study)
 
 
 def _say_published(rows: pd.DataFrame, root: Path) -> None:

@@ -77,6 +77,11 @@ class Point:
         return UNMEASURED.note
 
     @property
+    def name(self) -> str:
+        """The recipe, with the settings that tell it from others."""
+        return f"{self.recipe} ({self.settings})" if self.settings else self.recipe
+
+    @property
     def head_dim(self) -> int | None:
         """Of the pool, where its bytes were counted."""
         found = self.rows["head_dim"].dropna() if "head_dim" in self.rows else ()

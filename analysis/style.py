@@ -29,7 +29,7 @@ from matplotlib.ticker import (  # noqa: E402
     NullLocator,
 )
 
-from analysis.statistics import BASELINE  # noqa: E402
+from analysis.statistics import BASELINE, Value  # noqa: E402
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, and both
@@ -152,6 +152,17 @@ def number_ticks(ax: Axes, places: Sequence[float]) -> Axes:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
     return ax
+
+
+def reaches(values: Sequence[Value]) -> list[list[float]]:
+    """Intervals as matplotlib takes them: distances below and above; 0 where there is none."""
+    lows = [v.value if v.low is None else v.low for v in values]
+    highs = [v.value if v.high is None else v.high for v in values]
+    pairs = list(zip(values, lows, highs, strict=True))
+    return [
+        [max(0.0, v.value - x) for v, x, _ in pairs],
+        [max(0.0, x - v.value) for v, _, x in pairs],
+    ]
 
 
 class Numbers(Locator):

@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analysis.figures import FIGURES
-from analysis.reduce import points
-from analysis.tables import TABLES
-from analysis_rows import RATIO, cell_rows, paper_memory, quickstart, run, write
+from analysis_rows import RATIO, paper_memory, quickstart, run, write
 
-from analysis.__main__ import PICTURES, WRITERS
+from analysis import catalog
+from analysis.__main__ import PICTURES, WRITERS, show
+from analysis.load import load
+
+SMALL = {"n_documents": 2}
+TABLES = ("compare", "polykv_memory", "polykv_ratio", "polykv_quality", "published_polykv")
+FIGURES = ("compare", "memory_agents", "perplexity_context", "bertscore_agents")
+
+
+def cells():
+    return quickstart(**SMALL) + paper_memory(("full", "polykv"))
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     """A results folder with all its tables and figures, and what was printed."""
-    root = write(tmp_path_factory.mktemp("results"), quickstart() + paper_memory())
+    root = write(tmp_path_factory.mktemp("results"), cells())
     with redirect_stdout(StringIO()) as said:
         assert run(root) == 0
     return root, said.getvalue()
@@ -35,39 +42,29 @@ def test_every_table_and_figure_is_written_in_every_format(rendered):
     assert (root / "tables" / "polykv_memory_decomposition.md").is_file()
     assert str(root / "tables") in said and str(root / "figures") in said
     assert "BERT F1" in said and "not drawn" not in said
-    assert max(map(len, said.splitlines()[:-2])) <= 100
+    assert max(map(len, said.splitlines()[:-3])) <= 100
 
 
-def test_same_rows_give_identical_tables_and_figures(rendered, tmp_path):
+def test_the_order_in_which_cells_are_written_changes_no_table(rendered, tmp_path):
     root, _ = rendered
-    again = write(tmp_path, list(reversed(quickstart() + paper_memory())))
-    assert run(again) == 0
-    files = [*(root / "tables").iterdir(), *(root / "figures").iterdir()]
-    assert {file.suffix for file in files} == {".md", ".tex", ".csv", ".png", ".pdf"}
-    for file in files:
-        assert file.read_bytes() == (again / file.relative_to(root)).read_bytes(), file.name
+    again = write(tmp_path, list(reversed(cells())))
+    assert run(again, "--format", "csv") == 0
+    for name in TABLES:
+        one, other = (
+            sorted((place / "tables" / f"{name}.csv").read_text().splitlines()[1:])
+            for place in (root, again)
+        )
+        assert one == other, name
 
 
-def test_newest_measurement_counts_and_seeds_are_averaged():
-    base = cell_rows("reference", "reference", 512, 3, "polykv", True)
-    old = [row | {"value": 99.0, "created_at": "2025-01-01", "cell": "old"} for row in base]
-    other = [row | {"seed": 1, "cell": "other"} for row in base]
-    for row in other:
-        if row["metric"] == "perplexity_delta":
-            row |= {"value": row["value"] + 1, "ci_low": -5.0, "ci_high": 50.0}
-    frame = pd.DataFrame(old + other + base).fillna({"note": "", "reader": "", "protocol": ""})
-    (point,) = points(frame.assign(head_dim=64.0))
-    delta = next(row["value"] for row in base if row["metric"] == "perplexity_delta")
-    value = point["perplexity_delta"]
-    assert value.value == pytest.approx(delta + 0.5)
-    assert (value.low, value.high) == (-5.0, 50.0)
-    assert "2 seeds" in value.note
-
-
-def test_figure_that_cannot_be_drawn_is_said(tmp_path, capsys):
-    assert run(write(tmp_path, paper_memory()), "--only", "perplexity_context") == 0
-    assert "figure perplexity_context is not drawn: no perplexity_delta" in capsys.readouterr().out
-    assert not (tmp_path / "figures" / "perplexity_context.png").exists()
+def test_a_sweep_ends_in_its_own_table_and_counts_published_figures(tmp_path, capsys):
+    root = write(tmp_path, paper_memory(("polykv",)))
+    names = sorted({place[1] for place in load(root).cells})
+    assert show(str(root), "polykv_memory", names[:1]) == 0
+    said = capsys.readouterr().out
+    assert "paper accounting" in said
+    assert f"23 published figures of this model: {root / 'tables' / 'published_polykv.md'}" in said
+    assert "published_qkvshare" not in said
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
@@ -88,27 +85,27 @@ def test_unknown_name_is_one_line_and_exit_2(rendered, capsys, option):
     "damage", ["{", "[]", '{"rows": [{"value": 1}]}', '{"rows": 3}', "\udcff\x00"]
 )
 def test_damaged_cell_is_named_skipped_and_not_forgiven(tmp_path, capsys, damage):
-    write(tmp_path, quickstart((512,), (3,)))
-    bad = tmp_path / "cells" / "synthetic" / "broken.json"
+    write(tmp_path, quickstart((512,), (3,), **SMALL))
+    bad = tmp_path / "cells" / "compare" / "broken.json"
     bad.write_text(damage, errors="surrogateescape")
-    assert run(tmp_path, "--only", "compare") == 1
+    assert run(tmp_path, "--only", "compare", "--format", "csv") == 1
     said = capsys.readouterr()
     assert "broken.json" in said.err and "polykv_q8_0" in said.out
 
 
-def test_cell_with_text_for_a_number_is_damaged(tmp_path, capsys):
-    rows = quickstart((512,), (3,))
-    rows[0]["value"] = "plenty"
-    assert run(write(tmp_path, rows), "--only", "compare") == 1
-    assert rows[0]["cell"] in capsys.readouterr().err
-
-
 def test_only_and_format_write_nothing_else(tmp_path):
-    assert run(write(tmp_path, quickstart()), "--only", "polykv_ratio", "--format", "csv") == 0
+    cells = quickstart((256,), (3,), **SMALL)
+    assert run(write(tmp_path, cells), "--only", "polykv_ratio", "--format", "csv") == 0
     written = [p.name for folder in ("tables", "figures") for p in (tmp_path / folder).iterdir()]
     assert written == ["polykv_ratio.csv"]
     frame = pd.read_csv(tmp_path / "tables" / "polykv_ratio.csv", comment="#")
     assert set(frame["recipe"]) == set(RATIO)
+
+
+def test_every_name_that_can_be_asked_for_is_listed():
+    names = catalog.names_of(())
+    assert {*TABLES, *FIGURES, "polykv_memory_decomposition"} <= set(names)
+    assert "polykv_memory" not in catalog.names_of(("capacity",))
 
 
 def test_analysis_never_imports_torch():

@@ -1,0 +1,65 @@
+"""How tables are written, whatever they hold."""
+
+import re
+
+import pytest
+from analysis_rows import paper_memory, quickstart, run, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import catalog, render
+from analysis.load import load
+from analysis.statistics import Value
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    cells = quickstart((256,), (3, 15), n_documents=2) + paper_memory()
+    rows = load(write(tmp_path_factory.mktemp("results"), cells)).rows
+    made = {name: build(rows) for name, build in catalog.pieces("TABLES").items()}
+    return {name: table for name, table in made.items() if table}
+
+
+def test_no_table_says_nan_none_or_inf(tmp_path):
+    cells = quickstart((256,), (3,), ("full", "polykv"), n_documents=2)
+    cells[1][3].add("kl", None, "nats", why="one token only", statistic="p99")
+    assert run(write(tmp_path, cells)) == 0
+    for file in (tmp_path / "tables").iterdir():
+        assert not re.search(r"\b(nan|None|inf)\b", file.read_text(), re.IGNORECASE), file.name
+
+
+def test_a_missing_value_has_a_footnote_with_its_reason():
+    column = render.Column("a", "a", render.fixed(2))
+    rows = [{"a": Value(1.0)}, {"a": Value(None, note="no two answers differ")}]
+    text = render.markdown(render.Table("t", "c", [column], rows))
+    assert "| –¹ |" in text and "¹ no two answers differ" in text
+
+
+def test_latex_is_ascii_and_balanced(tables):
+    for table in tables.values():
+        text = render.latex(table)
+        assert text.isascii()
+        assert text.count(r"\begin{") == text.count(r"\end{")
+        assert not re.search(r"(?<!\\)[_%#]", re.sub(r"\\label{.*?}", "", text))
+        for body in re.findall(r"\\toprule(.*?)\\bottomrule", text, re.DOTALL):
+            lines = [line for line in body.split("\\\\\n") if "&" in line]
+            assert len({len(re.findall(r"(?<!\\)&", line)) for line in lines}) == 1
+
+
+@given(st.floats(-1e4, 1e4, allow_nan=False), st.integers(0, 5))
+def test_a_number_that_is_not_zero_is_never_shown_as_zero(number, digits):
+    shown = render.fixed(digits)(number, {})
+    assert (float(shown.replace(",", "")) == 0) == (number == 0)
+    assert (float(render.memory(abs(number), {}).replace(",", "")) == 0) == (number == 0)
+
+
+def test_plain_text_fits_the_width_and_names_what_it_leaves_out(tables):
+    table = tables["compare"]
+    for width in (80, 100, 300):
+        text = render.plain(table, width)
+        assert max(map(len, text.splitlines())) <= width
+        head = next(line for line in text.splitlines() if line.startswith(table.columns[0].header))
+        shown = re.split(r" {2,}", head)
+        assert shown == [column.header for column in table.columns][: len(shown)]
+        assert all(column.header in text for column in table.columns)
+    assert len(shown) == len(table.columns)

@@ -1,0 +1,32 @@
+"""Colours of recipes and axes of figures."""
+
+import matplotlib.pyplot as plt
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from analysis.style import FEWEST, colours, family, plain_log
+
+
+def test_each_recipe_has_a_colour_of_its_own_and_keeps_it():
+    names = ["full", "fp16", "polykv", "polykv_q8_0", "turboquant_3bit", "turboquant_4bit", "q4_0"]
+    found = colours(names)
+    assert len(set(found.values())) == len(names)
+    assert found["polykv"] == colours(["polykv"])["polykv"] == family("polykv")[1]
+
+
+@given(st.floats(1e-5, 1e3), st.floats(1.1, 1e5))
+@example(551.0, 1.25)
+@settings(max_examples=60, deadline=None)
+def test_a_log_axis_has_numbers_enough_to_be_read_as_one(low, ratio):
+    canvas, ax = plt.subplots()
+    plain_log(ax)
+    ax.set_ylim(low, low * ratio)
+    numbers = ax.yaxis.get_majorticklocs()
+    shown = [number for number in numbers if low <= number <= low * ratio]
+    assert len(shown) >= FEWEST - 1  # two could be of any axis
+    assert len(shown) <= 10 and len(set(ax.yaxis.get_major_formatter().format_ticks(shown))) == len(
+        shown
+    )
+    decades = sum(low <= 10.0**n <= low * ratio for n in range(-6, 10))
+    assert len(ax.yaxis.get_minorticklocs()) >= 8 * (decades - 1)
+    plt.close(canvas)
