@@ -17,7 +17,6 @@ import pandas as pd
 
 from analysis import answers, published, render
 from analysis.catalog import FIRST, modules, names_of, pieces
-from analysis.latex import tex
 from analysis.load import Results, drawing, load
 from analysis.style import Picture, save
 from polykv.errors import PolyKVError
@@ -182,7 +181,7 @@ def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str
     drawn = pieces("FIGURES")[name](rows) if kinds else None
     if isinstance(drawn, Picture):
         save(drawn.canvas, pictures / name, kinds)
-        (pictures / f"{name}.tex").write_text(f"{tex(drawn.caption)}\n", encoding="utf-8")
+        (pictures / f"{name}.tex").write_text(f"{render.tex(drawn.caption)}\n", encoding="utf-8")
     return drawn if isinstance(drawn, str) else ""
 
 

@@ -1,6 +1,5 @@
 """What agents said, for reading: a Markdown file per text and setting, each question with all recipes' answers."""
 
-import re
 from pathlib import Path
 
 from analysis.load import Results
@@ -24,7 +23,8 @@ def write(results: Results, folder: Path) -> None:
         }
         folder.mkdir(parents=True, exist_ok=True)
         named = dict(zip(SETTING, key, strict=True))
-        name = re.sub(r"[^\w.-]+", "-", "-".join(f"{_plain(value)}" for value in named.values()))
+        name = "-".join(f"{_plain(value)}" for value in named.values())
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
         (folder / f"{name}.md").write_text(_page(named, by_recipe), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Cells on disk, or a committed rows.parquet -> one typed DataFrame. The only module here that reads results."""
+"""Cells on disk, or packed ones -> one typed DataFrame. The only module here that reads results."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from polykv.cellfile import Cell, read_cells
+from polykv.archive import all_cells
+from polykv.cellfile import Cell
 from polykv.errors import PolyKVError
 from polykv.naming import flat
 from polykv.results import NOT_IDENTITY, frame
@@ -82,28 +83,34 @@ def drawing(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def load(root: Path) -> Results:
-    """Every row of every readable cell below `root`, or of its rows.parquet where it has no cells.
+def load(*roots: Path) -> Results:
+    """Every row of every readable cell in these folders, packed (polykv/archive.py) or in a file of its own.
+
+    Of a cell that is in several folders the newest copy counts.
 
     Raises:
-        PolyKVError: there is no such folder, or not one readable row in it.
+        PolyKVError: a folder is not there, holds not one readable row, or its packed rows are damaged.
     """
-    cells, damaged = read_cells(root)
-    return of_cells(root, cells, damaged)
+    named: dict[Place, Cell] = {}
+    damaged: list[str] = []
+    for root in roots:
+        cells, skipped = all_cells(root)
+        damaged += skipped
+        if not any(next(iter(cell.rows.values()), ()) for cell in cells):
+            listing = f"; damaged: {', '.join(skipped)}" if skipped else ""
+            raise PolyKVError(
+                f"no results in {root}{listing}; run `make run` or `python run.py` first"
+            )
+        for cell in cells:
+            place = cell.study["name"], cell.name
+            if place not in named or _made(named[place]) <= _made(cell):
+                named[place] = cell
+    cells = [cell for _, cell in sorted(named.items())]
+    return Results(with_settings(frame(cells), named), tuple(damaged), named)
 
 
-def of_cells(root: Path, cells: list[Cell], damaged: list[str]) -> Results:
-    """The results that these cells hold.
-
-    Raises:
-        PolyKVError: they hold no row.
-    """
-    rows = frame(cells)
-    if rows.empty:
-        listing = f"; damaged: {', '.join(damaged)}" if damaged else ""
-        raise PolyKVError(f"no results in {root}{listing}; run `make run` or `python run.py` first")
-    named = {(cell.study["name"], cell.name): cell for cell in cells}
-    return Results(with_settings(rows, named), tuple(damaged), named)
+def _made(cell: Cell) -> str:
+    return cell.provenance["created_at"]
 
 
 def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFrame:

@@ -1,20 +1,32 @@
-"""One Table as Markdown, LaTeX (booktabs), CSV or plain text. A missing value is `–` with a footnote."""
+"""One Table as Markdown, LaTeX (booktabs), HTML, CSV or plain text. A missing value is `–` with a footnote."""
 
 import csv
 import io
-import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup, escape
+from pandas.io.formats.style import Styler
 
-from analysis.latex import Part, environment
 from analysis.statistics import Value
 
 MISSING = "–"
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+PORTRAIT, LANDSCAPE = 105, 155  # characters of 7 points across a page with margins of an inch
+WRAPPED = 26  # characters; a longer key breaks its lines in LaTeX
+TEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {digit: rf"\textsuperscript{{{place}}}" for place, digit in enumerate(DIGITS)}
+    | {"⁻": r"\textsuperscript{-}", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
+    | {"[": "{[}", "]": "{]}"}  # a bracket after \\ would be its argument
+    | {"–": "--", "—": "---", "’": "'", "…": r"\ldots{}", "µ": r"$\mu$", "½": r"$\frac{1}{2}$"}
+    | {"×": r"$\times$", "±": r"$\pm$", "Δ": r"$\Delta$", "≤": r"$\leq$", "≥": r"$\geq$"}
+    | {"→": r"$\rightarrow$", "·": r"$\cdot$", "−": "$-$"}
+)  # fmt: skip
 Row = Mapping[str, Any]
 
 
@@ -115,10 +127,9 @@ def measured(table: Table) -> Table:
 def sections(table: Table) -> tuple[list[Section], list[str]]:
     """The table's sections, and the footnotes of all; a text ends in its footnote's superscript.
 
-    A column without any value in a section is left out of it and its reason stands in the last
-    footnote. Reasons that differ in their numbers only share a footnote; the CSV has each in full.
+    A column without any value in a section is left out of it and its reason stands in the last footnote.
     """
-    notes: dict[str, dict[str, None]] = {}  # by what they have in common
+    notes: dict[str, int] = {}
     found, left_out = [], []
     for title in dict.fromkeys(row.get("section", "") for row in table.rows):
         rows = [row for row in table.rows if row.get("section", "") == title]
@@ -128,7 +139,9 @@ def sections(table: Table) -> tuple[list[Section], list[str]]:
                 continue  # it belongs to another section
             texts = [_text(column, row) for row in rows]
             if {text for text, _ in texts} == {MISSING}:
-                absent.setdefault(_reasons(note for _, note in texts), []).append(column.header)
+                reason, *others = dict.fromkeys(note for _, note in texts)
+                more = f" (and {len(others)} other reasons, which the CSV has)" if others else ""
+                absent.setdefault(reason + more, []).append(column.header)
             else:
                 columns.append(column)
         lines = [[_marked(column, row, notes) for column in columns] for row in rows]
@@ -136,31 +149,12 @@ def sections(table: Table) -> tuple[list[Section], list[str]]:
         where = f"{title}: " if title else ""
         for reason, headers in absent.items():
             left_out.append(f"{MISSING} {where}no {', '.join(headers)}: {reason}")
-    marked = [f"{_superscript(i)} {_shared_note(n)}" for i, n in enumerate(notes.values(), 1)]
-    return found, marked + left_out
+    return found, [f"{_superscript(place)} {note}" for note, place in notes.items()] + left_out
 
 
-def _marked(column: Column, row: Row, notes: dict[str, dict[str, None]]) -> str:
+def _marked(column: Column, row: Row, notes: dict[str, int]) -> str:
     text, note = _text(column, row)
-    if not note:
-        return text
-    notes.setdefault(_alike(note), {})[note] = None
-    return text + _superscript(list(notes).index(_alike(note)) + 1)
-
-
-def _reasons(notes: Iterable[str]) -> str:
-    alike: dict[str, dict[str, None]] = {}
-    for note in notes:
-        alike.setdefault(_alike(note), {})[note] = None
-    return "; or: ".join(map(_shared_note, alike.values()))
-
-
-def _shared_note(alike: Mapping[str, None]) -> str:
-    return next(iter(alike)) + (" (elsewhere with other numbers)" if len(alike) > 1 else "")
-
-
-def _alike(note: str) -> str:
-    return re.sub(r"\d[\d.,]*", "#", note)
+    return text + _superscript(notes.setdefault(note, len(notes) + 1)) if note else text
 
 
 def _text(column: Column, row: Row) -> tuple[str, str]:
@@ -194,13 +188,91 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A `table` or `longtable` for booktabs, plain ASCII; one tabular per section (analysis/latex.py)."""
+    """A longtable for booktabs (one for each section), plain ASCII, on a landscape page where it is wide.
+
+    What is wider still is set in several tables, each with the columns that say what a line is about.
+    """
     found, notes = sections(table)
-    parts = [
-        Part(s.title, [c.header for c in s.columns], [c.key for c in s.columns], s.lines)
-        for s in found
+    blocks = [block for section in found for block in _blocks(section, LANDSCAPE)]
+    wide = any(_width(block.columns, block.lines) > PORTRAIT for block in blocks)
+    out = [r"\begin{landscape}"] if wide else []
+    out += [r"\begingroup\scriptsize\setlength{\tabcolsep}{3pt}\setlength{\LTcapwidth}{\linewidth}"]
+    for place, block in enumerate(blocks):
+        out += [rf"\noindent\textit{{{tex(block.title)}}}"] if block.title else []
+        of_table = {"caption": tex(table.about), "label": f"tab:{table.name}"}
+        headers = [tex(column.header) for column in block.columns]
+        styled = _styler(headers, [list(map(tex, line)) for line in block.lines]).to_latex(
+            environment="longtable",
+            hrules=True,
+            column_format="".join(map(_alignment, block.columns, zip(*block.lines, strict=True))),
+            **({} if place else of_table),
+        )
+        out.append(styled.rstrip())
+        out += [r"\addtocounter{table}{-1}"] * bool(place)  # of one table there is one number
+    out += [r"{\footnotesize\raggedright", *(f"{tex(note)}\\par" for note in notes), "}"]
+    out += [r"\endgroup", *[r"\end{landscape}"] * wide]
+    return "\n".join(out) + "\n"
+
+
+def _alignment(column: Column, texts: Sequence[str]) -> str:
+    if column.key and max(map(len, texts)) > WRAPPED:
+        return rf">{{\raggedright\arraybackslash}}p{{{WRAPPED / 2}em}}"
+    return "l" if column.key else "r"
+
+
+def _blocks(section: Section, room: int) -> Iterator[Section]:
+    """The columns in order, in as few sections as fit `room` characters, each with all key columns."""
+    keys = [i for i, column in enumerate(section.columns) if column.key]
+    block: list[int] = []
+    for place in (i for i, column in enumerate(section.columns) if not column.key):
+        if block and _width(*_only(section, [*keys, *block, place])) > room:
+            yield Section(section.title, *_only(section, [*keys, *block]))
+            block = []
+        block.append(place)
+    yield Section(section.title, *_only(section, [*keys, *block]))
+
+
+def _only(section: Section, places: Sequence[int]) -> tuple[list[Column], list[list[str]]]:
+    lines = [[line[i] for i in places] for line in section.lines]
+    return [section.columns[i] for i in places], lines
+
+
+def _width(columns: Sequence[Column], lines: Sequence[Sequence[str]]) -> int:
+    """Characters across, with two between columns."""
+    across = 0
+    for column, texts in zip(columns, zip(*lines, strict=True), strict=True):
+        longest = max(map(len, texts))
+        across += 2 + max(min(longest, WRAPPED) if column.key else longest, len(column.header))
+    return across
+
+
+def tex(text: str) -> str:
+    """The text with every special character as LaTeX writes it, in ASCII.
+
+    Raises:
+        ValueError: a character that is not known here: add it to TEX.
+    """
+    found = text.translate(TEX)
+    if not found.isascii():
+        raise ValueError(f"no LaTeX is known for a character of {text!r}; add it to TEX")
+    return found
+
+
+def html(section: Section) -> Markup:
+    """The lines of a section as a `<table>`; the cells that say what a line is about hold a `<span>`."""
+    shown = [
+        [
+            f"<span>{escape(text)}</span>" if column.key else str(escape(text))
+            for column, text in pair
+        ]
+        for pair in (zip(section.columns, line, strict=True) for line in section.lines)
     ]
-    return environment(table.name, table.about, parts, notes)
+    headers = [str(escape(column.header)) for column in section.columns]
+    return Markup(_styler(headers, shown).to_html(exclude_styles=True))
+
+
+def _styler(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Styler:
+    return pd.DataFrame(lines).style.hide(axis="index").format_index(headers.__getitem__, axis=1)
 
 
 def to_csv(table: Table) -> str:

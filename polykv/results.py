@@ -23,7 +23,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from polykv import cellfile
-from polykv.cellfile import COLUMNS, Cell, DamagedCell, read_cells
+from polykv.archive import all_cells
+from polykv.cellfile import COLUMNS, Cell, DamagedCell
 from polykv.errors import PolyKVError
 
 # Where a cell runs, where its result is kept and how progress is shown do not change its numbers.
@@ -240,8 +241,12 @@ def _clear(path: Path) -> None:
 
 
 def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every row of every cell below ROOT as `frame` gives them, and the names of files that cannot be read."""
-    cells, damaged = read_cells(root)
+    """Every row of every cell in ROOT as `frame` gives them, and the names of files that cannot be read.
+
+    Raises:
+        PolyKVError: the rows that were packed there (polykv/archive.py) are damaged.
+    """
+    cells, damaged = all_cells(root)
     return frame(cells), damaged
 
 
