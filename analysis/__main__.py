@@ -1,7 +1,8 @@
 """`python -m analysis`: results -> tables and figures beside the published ones.
 
-`python -m analysis report` puts them on one page (analysis/report.py), `python -m analysis upload` sends
-them to Weights & Biases (analysis/upload.py).
+`python -m analysis report` puts them on one page (analysis/report.py), `python -m analysis upload` sends them to
+Weights & Biases (analysis/upload.py), `python -m analysis pack` writes all cells into two files for git
+(polykv/archive.py).
 Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an error of use.
 """
 
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import answers, published, render
+from analysis import answers, published, render, report, upload
 from analysis.catalog import FIRST, modules, names_of, pieces
 from analysis.load import Results, drawing, load
 from analysis.style import Picture, save
+from polykv import archive
 from polykv.errors import PolyKVError
 from polykv.progress import track
 
@@ -52,8 +54,30 @@ def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
     return 1 if damaged else 0
 
 
-# report and upload join here as they are converted.
-COMMANDS: dict[str, Callable[[list[str]], tuple[str, ...]]] = {}
+def _pack(argv: list[str]) -> tuple[str, ...]:
+    """Pack a folder's cells; the damaged ones."""
+    folder = _folder(argv, "pack", "All cells of a results folder in two files, for git.")
+    n_cells, damaged = archive.pack(folder)
+    print(f"{n_cells} cells: {folder / archive.ROWS}, {folder / archive.CELLS}")
+    return damaged
+
+
+def _upload(argv: list[str]) -> tuple[str, ...]:
+    print(upload.upload(_folder(argv, "upload", "Send figures and tables to Weights & Biases.")))
+    return ()
+
+
+def _folder(argv: list[str], command: str, description: str) -> Path:
+    parser = argparse.ArgumentParser(f"python -m analysis {command}", description=description)
+    parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
+    return parser.parse_args(argv).results
+
+
+COMMANDS: dict[str, Callable[[list[str]], tuple[str, ...]]] = {
+    "report": report.main,
+    "upload": _upload,
+    "pack": _pack,
+}
 
 
 def _render(argv: list[str]) -> tuple[str, ...]:
