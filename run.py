@@ -44,7 +44,8 @@ def report(ended: sweep.Ended) -> int:
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    code = 0 if ended.empty else show(ended.results_dir, ended.study, ended.cells)
+    shown = (ended.results_dir, ended.study, ended.cells, ended.preset)
+    code = 0 if ended.empty else show(*shown)
     if line := unsynced(ended.results_dir):
         print(line)
     for line in ended.complaints():

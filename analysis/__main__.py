@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     return _exit_code(partial(command, argv[1:]) if command else partial(_render, argv))
 
 
-def show(root: str, study: str, cells: Sequence[str]) -> int:
+def show(root: str, study: str, cells: Sequence[str], preset: str = "") -> int:
     """What run.py ends with: `after_sweep`, its errors and warnings as lines; the exit code."""
-    return _exit_code(partial(after_sweep, Path(root), study, cells))
+    return _exit_code(partial(after_sweep, Path(root), study, cells, preset))
 
 
 def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
@@ -106,8 +106,8 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     return results.damaged
 
 
-def after_sweep(root: Path, study: str, cells: Sequence[str]) -> tuple[str, ...]:
-    """Write what the study is shown in, and print the table of these cells first; the damaged cells.
+def after_sweep(root: Path, study: str, cells: Sequence[str], preset: str = "") -> tuple[str, ...]:
+    """Write what the study is shown in, and print the table of these cells; the damaged cells.
 
     Raises:
         PolyKVError: not one of the cells can be read.
@@ -118,7 +118,7 @@ def after_sweep(root: Path, study: str, cells: Sequence[str]) -> tuple[str, ...]
         _write(found, root, names, [*WRITERS, *PICTURES])
     asked = found.rows[(found.rows["study"] == study) & found.rows["cell"].isin(cells)]
     if len(asked):
-        _print(asked, [_first_table(study, asked)])
+        _print(asked, [_first_table(study, preset, asked)])
         _say_published(asked, root)
     _say_where(root)
     return found.damaged
@@ -137,10 +137,15 @@ def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
                 print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
 
 
-def _first_table(study: str, rows: pd.DataFrame) -> str:
-    """The study's own table; where its rows do not fill that one, the next of its module that they do."""
-    own = [study, *getattr(modules().get(study), "TABLES", ())]
-    return next((n for n in own if n in pieces("TABLES") and pieces("TABLES")[n](rows)), study)
+def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
+    """The table named as the preset, where it is of this study alone, or the study's own; the first that rows fill.
+
+    Where they do not fill these, the next of the study's module that they do.
+    """
+    tables, own = pieces("TABLES"), getattr(modules().get(study), "TABLES", ())
+    presets = [preset] if preset in tables and tables[preset].studies == (study,) else []
+    names = [name for name in (*presets, study, *own) if name in tables]
+    return next((name for name in names if tables[name](rows)), study)
 
 
 def _say_published(rows: pd.DataFrame, root: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 
 import pandas as pd
 
@@ -10,9 +9,9 @@ from analysis.load import SETTING as SET
 from analysis.load import swept
 from analysis.points import MEASURES, RECIPES, tidied
 from analysis.render import Column, Table, compact, describe, fixed, keys
-from analysis.statistics import BASELINE, UNMEASURED, Value, samples_of
+from analysis.statistics import BASELINE, FEW, UNMEASURED, Pairs, Value, pairs_of, samples_of
 from analysis.style import Marks, Picture, colours, picture, sheet, styled
-from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
+from polykv.evaluation.statistics import PairedRatio
 
 # What a line is about; what never varies is said once, in the caption.
 SWEPT = (
@@ -29,9 +28,7 @@ SWEPT = (
 SETTING = [name for name in SWEPT if name not in ("n_agents", "reader")]
 HEADERS = {"context_tokens": "context", "n_agents": "agents"}
 MB = 1e3  # of a GB
-ALPHA = 0.05
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
-FEW = 3  # documents below which no pair is tested
 
 SCALED = {"stored": MB, "resident": MB}
 COLUMNS = (
@@ -147,47 +144,33 @@ def separations(rows: pd.DataFrame) -> list[str]:
     found = tidied(rows)
     about = [*SETTING, *swept(found)]
     scored = samples_of(found, "kl", [*about, "recipe"])
-    scored = scored[scored.gt(0)]
     lines = []
     settings = list(scored.groupby(about, dropna=False, sort=False))
+    apart = [name for name in about if scored.index.get_level_values(name).nunique() > 1]
     for key, part in settings:
-        where = ""
-        if len(settings) > 1:
-            named = dict(zip(about, key, strict=True))
-            more = [
-                f"{name.removeprefix(SET)}={named[name]}" for name in about if name.startswith(SET)
-            ]
-            where = (
-                ", ".join([named["document"], f"{named['context_tokens']} tokens", *more]) + ": "
-            )
-        wide = part.droplevel(about).unstack("recipe").dropna()
-        if wide.shape[1] > 1:
-            lines.append(where + _separated(wide))
+        named = dict(zip(about, key, strict=True))
+        where = ", ".join(f"{name.removeprefix(SET)}={named[name]}" for name in apart)
+        where += ": " if where else ""
+        pairs = pairs_of(part.droplevel(about).swaplevel())
+        if len(pairs.names) > 1:
+            lines.append(where + _separated(pairs))
     return lines
 
 
-def _separated(wide: pd.DataFrame) -> str:
-    """`wide`: mean KL of each document (row) under each recipe (column)."""
-    n = len(wide)
+def _separated(found: Pairs) -> str:
+    n = found.documents
     if n < FEW:
         return (
             f"{n} document{'s' if n > 1 else ''}: too few to compare recipes pair by pair; a longer text, or "
             "n_documents=8 or more, would"
         )
-    names = sorted(wide.columns, key=lambda name: wide[name].mean())
-    pairs = list(combinations(names, 2))
-    level = ALPHA / len(pairs)  # of Holm's first step
-    tested = {pair: paired_ratio(wide[pair[1]], wide[pair[0]], level) for pair in pairs}
-    adjusted = holm([found.p for found in tested.values()])
-    tied = [pair for pair, p in zip(pairs, adjusted, strict=True) if p >= ALPHA]
-    how = (
-        f"paired t on log KL of {n} documents, Holm over {len(pairs)} pair{'s' * (len(pairs) > 1)}"
-    )
-    order = "KL from least to most: " + " < ".join(names)
-    if not tied:
+    order = "KL from least to most: " + " < ".join(found.names)
+    pairs = f"{len(found.p)} pair{'s' * (len(found.p) > 1)}"
+    how = f"paired t on log KL of {n} documents, Holm over {pairs}"
+    if not found.ties:
         return f"{order}; every pair differs ({how})"
     return f"{order}; not told apart ({how}): " + "; ".join(
-        _tie(*pair, tested[pair]) for pair in tied
+        _tie(*pair, found.ratios[pair]) for pair in found.ties
     )
 
 

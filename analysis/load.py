@@ -25,7 +25,7 @@ LINE = (
 # Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
 TOLD = (
     *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
-    "device", "recipe", "policy", "relay", "hardware", "scorer",
+    "device", "policy", "relay", "hardware", "scorer",
 )  # fmt: skip
 # Of these groups a label tells all but what is listed.
 UNTOLD = {
@@ -117,15 +117,18 @@ def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFra
     """The rows with a column `set.NAME` (text) for every setting in which cells of one line differ.
 
     Without it a sweep over a setting that has no column (max_new_tokens=16,32) would end in one line, of the cell that
-    ran last. Cells that differ in nothing are the same measured anew: there the newest counts.
+    ran last. Cells that differ in nothing are the same measured anew: there the newest counts. What is in a recipe
+    counts on lines that name one: two recipes may have one name that an experiment gives (k8v4).
     """
     places = pd.Series([*zip(rows["study"], rows["cell"], strict=True)], rows.index)
     settings = {place: _settings(cell.config) for place, cell in cells.items()}
     line = [name for name in LINE if name in rows]
     together = rows.assign(_place=places).groupby(line, dropna=False)["_place"].agg(frozenset)
     differing = set()
-    for group in {group for group in together if len(group) > 1}:
-        keys = dict.fromkeys(key for place in group for key in settings[place])
+    named = together.index.get_level_values("recipe") != ""
+    for group, is_named in {(g, n) for g, n in zip(together, named, strict=True) if len(g) > 1}:
+        keys = {key for place in group for key in settings[place]}
+        keys = {key for key in keys if is_named or not key.startswith("recipe.")}
         differing |= {
             key for key in keys if len({settings[place].get(key, "") for place in group}) > 1
         }

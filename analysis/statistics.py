@@ -6,15 +6,26 @@ Every interval and test of the project is computed here from rows; polykv/evalua
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
-from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval, skewed_interval, wilson
+from polykv.evaluation.statistics import (
+    MIN_DOCUMENTS,
+    PairedRatio,
+    document_interval,
+    holm,
+    paired_ratio,
+    skewed_interval,
+    wilson,
+)
 
 BASELINE = "full"
 LARGEST_EXPONENT = 700  # e**700 is 1e304, a hundredfold of which still is a float
 DOCUMENTS, BLOCKS = "documents", "blocks of tokens"
+ALPHA = 0.05
+FEW = 3  # documents below which no pair is tested
 
 
 @dataclass(frozen=True)
@@ -105,14 +116,23 @@ def median(rows: pd.DataFrame) -> Value:
 
 
 def single(rows: pd.DataFrame) -> Value:
-    """The last value, of what has no samples: arithmetic, bytes, statistics of all tokens."""
+    """The last value of what has no samples (arithmetic, bytes, statistics of all tokens); of cells their mean."""
     if rows.empty:
         return UNMEASURED
-    last = rows.iloc[-1]
-    n = None if pd.isna(last["n"]) else int(last["n"])
-    if pd.isna(last["value"]):
-        return Value(None, note=last["note"])
-    return Value(float(last["value"]), note=last["note"], n=n)
+    last = rows.groupby("cell", sort=False).tail(1)
+    if last["value"].isna().any():
+        return Value(None, note=last.loc[last["value"].isna(), "note"].iloc[0])
+    n = int(last["n"].sum()) if last["n"].notna().all() else None
+    return Value(float(last["value"].mean()), note=last["note"].iloc[-1], n=n)
+
+
+def largest(rows: pd.DataFrame) -> Value:
+    """The largest of the samples."""
+    if rows.empty:
+        return UNMEASURED
+    if rows["value"].isna().any():
+        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
+    return Value(float(rows["value"].max()), n=len(rows))
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ class Measure:
 
     Attributes:
         where: the columns that the rows of `metric` must have; where it names no statistic, rows have none.
-        reduce: `mean`, `mean_of_answers`, `rate`, `median` or `single`, from those rows.
+        reduce: `mean`, `mean_of_answers`, `rate`, `median`, `largest` or `single`, from those rows.
         form: what is shown of it, such as `percent`.
     """
 
@@ -130,17 +150,17 @@ class Measure:
     reduce: Callable[[pd.DataFrame], Value] = single
     form: Callable[[float], float] | None = None
 
-    def of(self, rows: pd.DataFrame) -> Value:
-        """The figure, from the rows of one cell or of cells of one line, of which the newest counts."""
+    def of(self, rows: pd.DataFrame, over: Sequence[str] = ()) -> Value:
+        """The figure, from the rows of one cell or of cells of one line, of which the newest counts.
+
+        Cells that differ in the columns `over` are taken together: `["seed"]` gives a mean over the documents of all
+        seeds.
+        """
         mine = rows[rows["metric"] == self.metric]
         for column, wanted in ({"statistic": ""} | dict(self.where)).items():
             if column in mine:
                 mine = mine[mine[column] == wanted]
-        if len(mine) and mine["cell"].nunique() > 1:
-            mine = mine[
-                mine["cell"] == mine.sort_values("created_at", kind="stable")["cell"].iloc[-1]
-            ]
-        found = self.reduce(mine)
+        found = self.reduce(newest(mine, over))
         if self.form is None or found.value is None:
             return found
         shown = found.map(self.form)
@@ -214,6 +234,66 @@ def rescaled(f1: Value, floor: Value) -> Value:
 def _plain_mean(rows: pd.DataFrame) -> Value:
     found = mean_of_answers(rows)
     return found if found.value is None else Value(found.value, n=found.n)
+
+
+def newest(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of the cell measured last, for each value of the columns `by`."""
+    if rows["cell"].nunique() < 2:
+        return rows
+    ordered = rows.sort_values("created_at", kind="stable")
+    groups = [ordered[name] for name in by] or [pd.Series(0, ordered.index)]
+    last = ordered["cell"].groupby(groups, dropna=False).transform("last")
+    return rows[rows["cell"] == last.reindex(rows.index)]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A positive quantity of the same documents under several recipes, compared pair by pair.
+
+    Attributes:
+        documents: how many all recipes have; below FEW no pair is tested.
+        names: the recipes, least mean first.
+        ratios: (less, more) -> by what factor, with the smallest that would have shown at Holm's first step.
+        p: (less, more) -> p of the paired t test on logarithms, Holm's correction over all pairs.
+    """
+
+    documents: int
+    names: Sequence[str]
+    ratios: Mapping[tuple[str, str], PairedRatio] = field(default_factory=dict)
+    p: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def ties(self) -> list[tuple[str, str]]:
+        """The pairs that the documents do not tell apart."""
+        return [pair for pair, p in self.p.items() if p >= ALPHA]
+
+    def below(self, name: str) -> list[str]:
+        """The recipes that are significantly below this one."""
+        return [less for (less, more), p in self.p.items() if more == name and p < ALPHA]
+
+    def above(self, name: str) -> list[str]:
+        """The recipes that are significantly above this one."""
+        return [more for (less, more), p in self.p.items() if less == name and p < ALPHA]
+
+
+def pairs_of(values: pd.Series) -> Pairs:
+    """Recipes compared pair by pair.
+
+    Args:
+        values: by document and, in the last level, recipe. Documents that a recipe lacks are left out, and those
+            whose value has no logarithm.
+    """
+    wide = values[values > 0].unstack().dropna()
+    names = sorted(wide.columns, key=lambda name: wide[name].mean())
+    pairs = list(combinations(names, 2))
+    if len(wide) < FEW or not pairs:
+        return Pairs(len(wide), names)
+    ratios = {
+        (less, more): paired_ratio(wide[more], wide[less], ALPHA / len(pairs))
+        for less, more in pairs
+    }
+    p = holm([found.p for found in ratios.values()])
+    return Pairs(len(wide), names, ratios, dict(zip(ratios, p, strict=True)))
 
 
 def samples_of(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.Series:

@@ -2,8 +2,12 @@
 
 The question that users have, in one table: stored bits, perplexity delta and KL divergence with intervals over
 documents, memory while all agents decode (`resident`) and, on request (`answers`), what the agents say.
+
+Presets of conf/experiment ask more of it: `together` scores all agents in one batch, `outside` reads a cache that
+transformers itself quantizes, in place of a recipe's.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from hydra.utils import get_class
@@ -14,21 +18,41 @@ from experiments import settings
 from experiments.session import Session
 from experiments.study import Study
 from polykv import loading
+from polykv.config import did_you_mean
 from polykv.errors import PolyKVError
-from polykv.evaluation import answers, bertscore, concurrency, memory, process
+from polykv.evaluation import (
+    answers,
+    bertscore,
+    concurrency,
+    continuation,
+    memory,
+    outside,
+    process,
+)
+from polykv.evaluation.continuation import Comparison, score_rest
+from polykv.models import load_config
+from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS}
+# key_bits, value_bits: of a recipe that kv_asymmetry composes.
+COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS, "key_bits": int, "value_bits": int}
 
 
 def settle(cfg: DictConfig) -> DictConfig:
     """`scorer=auto` becomes the scorer that is there, and the seed also draws the rotations."""
     settled = settings.settle(cfg)
     settled.scorer.name = bertscore.resolve(cfg.scorer.name)
+    settled.together = bool(cfg.get("together"))
     Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
     for part in (settled.recipe.key, settled.recipe.value):
         _seed(part, settled.seed)
+    if cfg.get("outside"):
+        references = settled.pop("references")
+        if cfg.outside not in references:
+            guess = did_you_mean(cfg.outside, list(references))
+            raise PolyKVError(f"no outside reference named {cfg.outside!r}{guess}")
+        settled.outside = references[cfg.outside]
     return settled
 
 
@@ -49,20 +73,65 @@ def check(cfg: DictConfig, session: Session) -> None:
             f"answers={cfg.answers!r}; it takes the number of documents whose agents are asked, or 0"
         )
     settings.check_quality(cfg, session)
+    if cfg.get("outside"):
+        settings.check_injects(cfg)
+        for name in ("answers", "resident", "together"):
+            if cfg.get(name):
+                raise PolyKVError(f"{name}={cfg[name]} is of recipes, not of outside references")
+        outside.new_cache(load_config(cfg.model), settings.plain(cfg.outside))
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
     """All rows of the cell, from the model's real cache."""
+    about = {name: cfg[name] for name in ("key_bits", "value_bits") if name in cfg}
+    document = session.documents(cfg)[0]
+    about |= {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    about |= {"quantization": loading.quantized(cfg.model)}
+    rows = settings.new_rows(cfg, COLUMNS, **about)
+    if cfg.get("outside"):
+        write.add_scores(rows, _outside(rows, cfg, session))
+        return rows
     readings = session.readings(cfg)
-    document, pool = readings[0].document, readings[0].pool
-    own = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
-    own |= {"quantization": loading.quantized(cfg.model)}
-    rows = settings.new_rows(cfg, COLUMNS, **own)
-    write.add_ratio(rows, pool)
-    write.add_memory(rows, cfg, pool)
-    write.add_readings(rows, readings)
+    write.add_ratio(rows, readings[0].pool)
+    write.add_memory(rows, cfg, readings[0].pool)
+    write.add_readings(rows, readings, _together(rows, cfg, session) if cfg.together else None)
     write.add_answers(rows, cfg, session)
     return rows
+
+
+def _together(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
+    """All agents score the rest of the document in one batch, each padded differently: the last one's reading.
+
+    A sum, a mask or a position that went by the batch would show against a reader that is alone: `agent_spread` is the
+    largest difference of any agent's log-probability to that reader's.
+    """
+    comparisons = []
+    pairs = zip(session.readings(cfg), session.full_readings(cfg), strict=True)
+    for sample, (reading, full) in enumerate(track(list(pairs), "scoring in one batch")):
+        alone_TV, together_NTV = reading.log_probs_TV, reading.score_together(cfg.n_agents)
+        apart_NTV = (together_NTV - alone_TV).abs()
+        # What a model masks is infinite for all.
+        apart = float(apart_NTV.masked_fill_(together_NTV == alone_TV, 0).max())
+        rest_BT = reading.document.rest_BT
+        comparisons.append(continuation.compare(full.log_probs_TV, together_NTV[-1], rest_BT))
+        why = continuation.why_not_finite(comparisons[-1:])
+        rows.add("agent_spread", apart, "nats", why=why, sample=sample)
+    return comparisons
+
+
+def _outside(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
+    """The documents read from transformers' own QuantizedCache, and the ratio that it stores."""
+    options, comparisons = settings.plain(cfg.outside), []
+    for full in track(session.full_readings(cfg), "scoring"):
+        cache, rest_BT = outside.quantized(full.model, full.pool, options), full.document.rest_BT
+        if not comparisons:
+            stored = 2 * full.pool.n_values / outside.stored_bytes(cache)
+            ratios = {"nominal": 16 / options.get("nbits", 8), "stored": stored}
+            for accounting, ratio in ratios.items():
+                rows.add("compression_ratio", ratio, "x", accounting=accounting)
+        log_probs_TV = score_rest(full.model, cache, rest_BT)
+        comparisons.append(continuation.compare(full.log_probs_TV, log_probs_TV, rest_BT))
+    return comparisons
 
 
 STUDY = Study(
@@ -73,7 +142,8 @@ STUDY = Study(
     check=check,
     settle=settle,
     made_by=(*settings.SCORES, answers, bertscore, memory, concurrency),
-    settings=(*settings.POOL, "n_agents", "max_new_tokens", "answers", "scorer", "resident"),
+    settings=(*settings.POOL, "n_agents", "max_new_tokens", "answers", "scorer", "resident", "together",
+              "outside"),
     columns=COLUMNS,
     answers=("ratio", "memory", "quality"),
-)
+)  # fmt: skip

@@ -73,9 +73,16 @@ def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool 
     rows.add("kv_memory", peak, "GB", why=why, accounting="resident", **about)
 
 
-def add_readings(rows: Rows, readings: Sequence[Reading]) -> None:
-    """Scores of a recipe's readings against the uncompressed cache read the same way, and the reader's floor."""
-    add_scores(rows, [one.comparison for one in track(readings, "scoring")])
+def add_readings(
+    rows: Rows, readings: Sequence[Reading], comparisons: Sequence[Comparison] | None = None
+) -> None:
+    """Scores of a recipe's readings against the uncompressed cache read the same way, and the reader's floor.
+
+    `comparisons` are the scores, where they are not those of a reader alone.
+    """
+    if comparisons is None:
+        comparisons = [one.comparison for one in track(readings, "scoring")]
+    add_scores(rows, comparisons)
     if readings[0].reader != "inject":
         add_reader_floor(rows, [one.reader_floor for one in readings])
 

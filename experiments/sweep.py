@@ -46,7 +46,7 @@ class Outcome:
 @dataclass
 class Ended:
     """The sweep that this process planned, for run.py: `cells` are all of `study` that it asked for, done before or
-    now.
+    now, and `preset` the YAML of conf/experiment that it was asked for by.
 
     `died` says why its launcher gave up, if it did; `queued` that its jobs are a cluster's, and go on without
     this process.
@@ -55,6 +55,7 @@ class Ended:
     results_dir: str
     study: str
     cells: tuple[str, ...]
+    preset: str = ""
     queued: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     died: str = ""

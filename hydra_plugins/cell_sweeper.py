@@ -98,7 +98,8 @@ class CellSweeper(Sweeper):
         [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         asked, cells = self._plan(jobs)
         place = (self.config.results_dir, self.config.study)
-        sweep.ended = sweep.Ended(*place, tuple(asked), queued=self.elsewhere)
+        preset = self.config.hydra.runtime.choices.experiment
+        sweep.ended = sweep.Ended(*place, tuple(asked), preset, queued=self.elsewhere)
         if cells:
             self._launch(cells)
 
