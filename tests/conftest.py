@@ -90,12 +90,21 @@ def checkpoint(tmp_path_factory, llama, tokenizer) -> Path:
 
 
 def checked_cell(*overrides):
-    """(module, settled config) of one cell of an experiment, which refuses as a run does."""
+    """(study, settled config) of one cell, which refuses as a run does."""
+    from experiments.session import of_process
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", list(overrides))
-    module, settled, _ = sweep.prepare(cfg)
-    module.check(settled)
-    return module, settled
+        cell = sweep.prepare(compose("config", list(overrides)))
+    cell.study.check(cell.settled, of_process())
+    return cell.study, cell.settled
+
+
+def rows_of(*overrides):
+    """The rows of one cell."""
+    from experiments.session import of_process
+
+    study, settled = checked_cell(*overrides)
+    return study.run(settled, of_process())
 
 
 def wide_model(**geometry):

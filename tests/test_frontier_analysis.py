@@ -1,154 +1,119 @@
-"""The frontier's reductions, tables, figures and findings on synthetic rows: all numbers are made up."""
+"""Ranks, pairs, fronts, trends and their tables and figures on synthetic samples: all numbers are made up."""
 
-import json
 import math
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
-from analysis.frontier import compared, of_experiment, trend
-from analysis.frontier_figures import FRONTIER_FIGURES
-from analysis.frontier_tables import FRONTIER_TABLES
 
-from analysis import findings
+from analysis import frontier, frontier_figures
 from analysis.__main__ import main
+from analysis.frontier import compared, measured, scores, trend
 from analysis.load import load
-from polykv.results import COLUMNS
+from analysis.statistics import pairs_of, samples_of
+from experiments.compare import STUDY
+from polykv.evaluation.statistics import document_interval
+from polykv.results import Rows, Store
 
 # recipe: (stored bits, mean KL); `twin` differs from `cheap` by noise only.
 TRUTH = {"cheap": (3.0, 1e-2), "twin": (3.0, 1e-2), "good": (4.0, 1e-3), "poor": (5.0, 5e-3),
          "polykv": (5.6, 4e-3)}  # fmt: skip
+TOKENS = 50  # of a document
 
 
-def row(experiment, recipe, metric, value, **more):
-    shared = {
-        "experiment": experiment, "cell": f"{experiment}-{recipe}-{more.get('seed', 0)}",
-        "model": "reference", "weights": "reference", "document": "generated", "n_agents": 1,
-        "context_tokens": 512, "recipe": recipe, "metric": metric, "value": value, "seed": 0,
-        "device": "cpu", "dtype": "float32", "commit": "abc", "n": 100, "reader": "inject",
-        "created_at": "2026-01-02T03:04:05+00:00",
-    }  # fmt: skip
-    return {**dict.fromkeys(COLUMNS), **shared, **more}
+def store(root, recipe, kl, delta=None, bits=4.0, spread=None, config=None, tag="", **about):
+    """One cell: KL and difference of log-probabilities of each document."""
+    place = {"context_tokens": 512, "n_agents": 1, "seed": 0, "reader": "inject"} | about
+    rows = Rows(STUDY.columns, model="m", weights="reference", document="d", recipe=recipe, dtype="float32",
+                device="cpu", **place)  # fmt: skip
+    for accounting, of in (("stored", bits), ("nominal", bits - 0.1)):
+        rows.add("compression_ratio", 16 / of, "x", accounting=accounting)
+    delta = np.zeros(len(kl)) if delta is None else delta
+    for metric, values in (("kl", kl), ("nll_delta", delta), ("same_top1", 0.9 + 0 * kl)):
+        for sample, value in enumerate(values):
+            rows.add(metric, float(value), "nats", sample=sample, n=TOKENS)
+    for sample, value in enumerate(spread or ()):
+        rows.add("agent_spread", float(value), "nats", sample=sample)
+    n = TOKENS * len(kl)
+    rows.add("nll_delta", 0.3, "nats", statistic="sd", n=n)
+    for statistic in frontier.KL:
+        rows.add("kl", float(9 * kl.mean()), "nats", statistic=statistic, n=n)
+    for statistic in frontier.DELTA_P:
+        rows.add("delta_p", 0.01, "probability", statistic=statistic, n=n)
+    for sample in range(len(kl)):
+        rows.add("delta_p", 0.001, "probability", sample=sample, n=TOKENS)
+    cell = "-".join([recipe, tag, *(f"{value}" for value in place.values())])
+    settings = {"recipe": {"name": recipe}, "n_documents": len(kl)} | (config or {})
+    Store(root).write(STUDY.declaration(), cell, settings, rows)
 
 
-def frontier_rows(n_documents=20):
-    rng, rows = np.random.default_rng(0), []
-    difficulty = rng.lognormal(0, 0.5, n_documents)
-    for recipe, (bits, mean) in TRUTH.items():
-        kl = mean * difficulty * rng.lognormal(0, 0.1, n_documents)
-        spread = {"ci_low": kl.mean() * 0.9, "ci_high": kl.mean() * 1.1}
-        rows += [
-            row("recipe_frontier", recipe, "bits", bits, protocol="stored"),
-            row("recipe_frontier", recipe, "bits", bits - 0.1, protocol="nominal"),
-            row("recipe_frontier", recipe, "kl_mean", kl.mean(), **spread),
-            row("recipe_frontier", recipe, "kl_p99", 9 * kl.mean()),
-            row("recipe_frontier", recipe, "perplexity_delta", 100 * mean, ci_low=0, ci_high=200 * mean),
-        ]  # fmt: skip
-        rows += [
-            row("recipe_frontier", recipe, "document_kl_mean", value, protocol=f"document {i}")
-            for i, value in enumerate(kl)
-        ]
-    rows.append(row("recipe_frontier", "full", "kl_mean", 0.0))
-    return rows
+def frontier_cells(root, n_documents=20, seeds=(0,)):
+    rng = np.random.default_rng(0)
+    for seed in seeds:
+        difficulty = rng.lognormal(0, 0.5, n_documents)
+        for recipe, (bits, mean) in TRUTH.items():
+            kl = mean * difficulty * rng.lognormal(0, 0.1, n_documents)
+            store(root, recipe, kl, kl / 3 - mean / 9, bits, seed=seed)
+        store(root, "full", np.zeros(n_documents), bits=32.0, seed=seed)
 
 
-def asymmetry_rows():
+def all_cells(root):
+    frontier_cells(root)
     for key, value in product((8, 3), (8, 3)):
-        kl = 0.1 / key**2 + 1 / value**2
-        recipe = f"k{key}v{value}"
-        yield row("kv_asymmetry", recipe, "kl_mean", kl)
-        yield row("kv_asymmetry", recipe, "bits", (key + value) / 2 + 0.25, protocol="stored")
-        for i in range(10):
-            yield row(
-                "kv_asymmetry", recipe, "document_kl_mean", kl + i / 1e3, protocol=f"document {i}"
-            )
-
-
-def layer_rows():
-    for recipe, layer in product(("polykv", "good"), range(3)):
-        place = {"protocol": f"layer {layer}"}
-        yield row("layer_sensitivity", recipe, "layer_kl_mean", 0.1 / (layer + 1), ci_low=0.02,
-                  ci_high=0.2, **place)  # fmt: skip
-        for kind in ("key", "value", "logits", "output"):
-            yield row("layer_sensitivity", recipe, f"error_{kind}", 0.03, **place)
-            for head in range(2):
-                where = {"protocol": f"layer {layer} head {head}"}
-                yield row("layer_sensitivity", recipe, f"error_{kind}", 0.02 + head / 50, **where)
-        for kind in ("key", "value"):
-            yield row("layer_sensitivity", recipe, f"gaussian_error_{kind}", 0.02, **place)
-            yield row("layer_sensitivity", recipe, f"dc_share_{kind}", 0.1, **place)
-            yield row("layer_sensitivity", recipe, f"peak_to_rms_{kind}", 3.0, **place)
-
-
-def context_rows(slope):
-    for context in (128, 256, 512):
-        level = 2 + slope * math.log2(context / 128)
-        place = {"context_tokens": context}
-        yield row("context_scaling", "polykv", "perplexity_delta", level, ci_low=level - 1,
-                  ci_high=level + 1, **place)  # fmt: skip
-        for i in range(10):
-            value = level + (i - 4.5) / 100
-            yield row("context_scaling", "polykv", "document_perplexity_delta", value,
-                      protocol=f"document {i}", **place)  # fmt: skip
-
-
-def agent_rows(numbers=(1, 15), spread=0.0):
-    for n in numbers:
-        place = {"n_agents": n, "cell": f"agents-{n}"}
-        yield row(
-            "agent_scaling", "polykv", "perplexity_delta", 1.0, ci_low=0.5, ci_high=1.5, **place
+        kl = 0.1 / key**2 + 1 / value**2 + np.arange(10) / 1e3
+        store(
+            root,
+            f"k{key}v{value}",
+            kl,
+            bits=(key + value) / 2 + 0.25,
+            key_bits=key,
+            value_bits=value,
         )
-        yield row("agent_scaling", "polykv", "agent_spread", spread, **place)
-
-
-def search_rows():
-    for recipe in ("search_per_layer", "search_uniform"):
-        note = {"note": "layer_bits=[[4, 4]]", "budget_bits": 4.25}
-        yield row("recipe_search", recipe, "kl_mean", 0.1, **note)
-        yield row("recipe_search", recipe, "bits", 4.2, protocol="stored", **note)
-
-
-def write(root, rows):
-    for number, mine in enumerate(rows):
-        file = root / "cells" / mine["experiment"] / f"{number}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"config": {}, "provenance": {}, "rows": [mine]}))
+    for context in (128, 256, 512):
+        delta = 0.02 - 0.005 * math.log2(context / 128) + np.arange(10) / 1e4
+        store(root, "q4_0", np.full(10, 0.01), delta, context_tokens=context)
+    for n in (1, 15):
+        store(root, "polykv", np.full(8, 0.01), spread=[0.0] * 7 + [1e-5 * n], n_agents=n, reader="cascade",
+              config={"together": True})  # fmt: skip
     return root
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    rows = [*frontier_rows(), *asymmetry_rows(), *layer_rows(), *context_rows(-0.5), *agent_rows(),
-            *search_rows()]  # fmt: skip
-    return write(tmp_path_factory.mktemp("frontier"), rows)
+    return all_cells(tmp_path_factory.mktemp("frontier"))
 
 
-def test_every_table_figure_and_the_findings_are_written(root, capsys):
-    assert main(["--results", str(root)]) == 0
-    for name, kind in product(FRONTIER_TABLES, ("md", "tex", "csv")):
+def test_every_table_and_figure_is_written(root):
+    names = [*frontier.TABLES, *frontier_figures.FIGURES]
+    assert main(["--results", str(root), "--only", ",".join(dict.fromkeys(names))]) == 0
+    for name, kind in product(frontier.TABLES, ("md", "tex", "csv")):
         assert (root / "tables" / f"{name}.{kind}").stat().st_size > 200
-    for name, kind in product(FRONTIER_FIGURES, ("png", "pdf")):
+    for name, kind in product(frontier_figures.FIGURES, ("png", "pdf")):
         assert (root / "figures" / f"{name}.{kind}").stat().st_size > 2000
-    assert (root / "tables" / "findings.md").is_file()
-    # The papers' own tables are not made of these rows.
-    assert not (root / "tables" / "compare.md").exists()
 
 
-def test_ranks_show_a_tie_as_a_tie_and_a_difference_as_one(root):
-    (found,) = compared(of_experiment(load(root).rows, "recipe_frontier"))
-    assert found.n_documents == 20
+def test_only_recipes_read_alone_are_compared(root):
+    (found,) = compared(load(root).rows)
+    assert {s.recipe for s in found.standings} == {*TRUTH, "q4_0"}
+
+
+def test_ranks_show_a_tie_as_a_tie_and_a_difference_as_one(tmp_path):
+    frontier_cells(tmp_path)
+    (found,) = compared(load(tmp_path).rows)
+    assert found.pairs.documents == 20
     by_name = {s.recipe: s for s in found.standings}
     assert "full" not in by_name
     assert by_name["good"].rank == "1"
     assert by_name["cheap"].rank == by_name["twin"].rank == "4-5"
-    assert set(by_name["poor"].better) == {"good", "polykv"} or by_name["poor"].rank == "2-3"
-    assert [s["kl_mean"].value for s in found.standings] == sorted(
-        s["kl_mean"].value for s in found.standings
-    )
+    assert found.pairs.ties == [("twin", "cheap")] or found.pairs.ties == [("cheap", "twin")]
+    kl = [s["kl_mean"].value for s in found.standings]
+    assert kl == sorted(kl)
 
 
-def test_pareto_front_and_who_is_better_at_no_more_bits(root):
-    (found,) = compared(of_experiment(load(root).rows, "recipe_frontier"))
+def test_pareto_front_and_who_is_better_at_no_more_bits(tmp_path):
+    frontier_cells(tmp_path)
+    (found,) = compared(load(tmp_path).rows)
     by_name = {s.recipe: s for s in found.standings}
     assert by_name["good"].on_front and not by_name["poor"].on_front
     assert by_name["cheap"].on_front != by_name["twin"].on_front  # of the same bits, the lower mean
@@ -156,10 +121,66 @@ def test_pareto_front_and_who_is_better_at_no_more_bits(root):
     assert by_name["cheap"].dominated_by == by_name["twin"].dominated_by == ()
 
 
+def test_documents_of_all_seeds_are_one_sample(tmp_path):
+    frontier_cells(tmp_path, n_documents=5, seeds=(0, 1))
+    rows = load(tmp_path).rows
+    (found,) = compared(rows)
+    assert found.pairs.documents == 10
+    mine = rows[(rows["recipe"] == "poor") & (rows["metric"] == "kl") & rows["sample"].notna()]
+    kl = measured(rows[rows["recipe"] == "poor"], "kl_mean")
+    assert kl.value == pytest.approx(mine["value"].mean())
+    each = [np.array([value]) for value in mine["value"]]
+    assert (kl.low, kl.high) == pytest.approx(document_interval(each, (0, np.inf)))
+
+
+def test_a_cell_measured_again_counts_once(tmp_path):
+    kl = np.full(9, 0.01) + np.arange(9) / 1e4
+    for n_agents in (1, 3):  # which change no score
+        store(tmp_path, "q4_0", kl, n_agents=n_agents)
+        store(tmp_path, "q8_0", kl / 9, n_agents=n_agents)
+    (found,) = compared(load(tmp_path).rows)
+    assert found.pairs.documents == 9 and found.standings[0]["kl_mean"].n == 9 * TOKENS
+
+
 def test_few_documents_are_not_tested(tmp_path):
-    rows = load(write(tmp_path, frontier_rows(n_documents=5))).rows
-    (found,) = compared(of_experiment(rows, "recipe_frontier"))
-    assert {s.rank for s in found.standings} == {"not tested"} and not found.p_values
+    frontier_cells(tmp_path, n_documents=2)
+    (found,) = compared(load(tmp_path).rows)
+    assert {s.rank for s in found.standings} == {"not tested"} and not found.pairs.p
+    assert frontier.recipe_pairs(load(tmp_path).rows) is None
+
+
+def test_two_recipes_that_an_experiment_gave_one_name_are_told_apart(tmp_path):
+    for codec, name in product(("Uniform", "TurboQuant"), ("k8v8", "k8v3")):
+        recipe = {"name": name, "key": {"_target_": codec}}
+        store(tmp_path, name, np.full(8, 0.01), config={"recipe": recipe}, tag=codec, key_bits=8)
+    found = [heading for heading, _ in frontier.by_setting(scores(load(tmp_path).rows))]
+    assert len(found) == 2 and "TurboQuant" in found[0] and "Uniform" in found[1]
+
+
+def test_the_perplexity_ratio_is_that_of_llama_cpps_tool(tmp_path):
+    """Its error: var(a) + var(b) - 2 cov(a, b) over n, of the tokens' paired log-probabilities."""
+    rng = np.random.default_rng(0)
+    rows = Rows(STUDY.columns, model="m", recipe="r", seed=0)
+    base = [rng.normal(3, 1, (8, TOKENS)) for _ in range(2)]
+    other = [b + rng.normal(0.02, 0.05, b.shape) for b in base]
+    for seed, (a, b) in enumerate(zip(other, base, strict=True)):
+        rows = Rows(STUDY.columns, model="m", recipe="r", seed=seed)
+        for sample, delta in enumerate(a - b):
+            rows.add("nll_delta", float(delta.mean()), "nats", sample=sample, n=TOKENS)
+        rows.add("nll_delta", float((a - b).std(ddof=1)), "nats", statistic="sd", n=a.size)
+        Store(tmp_path).write(STUDY.declaration(), f"{seed}", {}, rows)
+    a, b = (np.concatenate([x.ravel() for x in side]) for side in (other, base))
+    n = len(a)
+    error = math.sqrt((a.var(ddof=1) + b.var(ddof=1) - 2 * np.cov(a, b)[0, 1]) / n)
+    found = measured(load(tmp_path).rows, "perplexity_ratio")
+    ends = [math.exp((a - b).mean() + sign * 1.959964 * error) for sign in (0, -1, 1)]
+    assert [found.value, found.low, found.high] == pytest.approx(ends)
+
+
+def test_pairs_leave_out_documents_that_a_recipe_lacks():
+    index = pd.MultiIndex.from_product([range(5), ["a", "b"]])
+    found = pairs_of(pd.Series([1.0, 2.0] * 4 + [1.0, math.nan], index) * (1 + np.arange(10) / 99))
+    assert found.documents == 4 and list(found.p) == [("a", "b")]
 
 
 def test_trend_is_the_slope_per_doubling():
@@ -179,7 +200,7 @@ def test_trend_is_the_least_squares_slope_of_documents_however_many_a_context_ha
     flat = trend(contexts, np.log2(contexts))  # no spread at all
     assert flat.low == flat.high == pytest.approx(1)
     lone = trend([128, 256, 512, 512], [1, 2, 3, 4])
-    assert lone.value is not None and lone.low is None and "one document only" in lone.note
+    assert lone.value is not None and lone.low is None
 
 
 @pytest.mark.parametrize("n_documents", [8, 16])
@@ -193,37 +214,21 @@ def test_trends_interval_is_wrong_one_time_in_twenty_though_short_contexts_sprea
         assert 0.015 < wrong / trials < 0.035  # 2.5 %, four standard errors each way
 
 
-@pytest.mark.parametrize(
-    ("slope", "verdict"),
-    [(-0.5, "reproduced"), (0.0, "cannot be told here"), (0.5, "not reproduced")],
-)
-def test_findings_judge_the_context_claim_by_its_interval(tmp_path, slope, verdict):
-    rows = load(write(tmp_path, list(context_rows(slope)))).rows
-    text = " ".join(findings.text(rows).split())
-    assert f"**{verdict}**: the perplexity delta shrinks as the context grows (on reference" in text
-    assert "quality does not depend on how many agents" not in text  # which was not measured
-    assert "claims were not measured here" in text
+def test_the_slope_is_that_of_the_documents_of_one_setting(root):
+    rows = load(root).rows
+    line = next(r for r in frontier.context_scaling(rows).rows if r["context"] == "per doubling")
+    assert line["recipe"] == "q4_0" and line["perplexity_delta"].value == pytest.approx(
+        -0.5, rel=0.05
+    )
+    assert line["perplexity_delta"].high < 0
 
 
-@pytest.mark.parametrize(
-    ("numbers", "spread", "verdict"),
-    [
-        ((1, 15), 1e-5, "reproduced"),
-        ((1, 15), 3.0, "not reproduced"),
-        ((5,), 1e-5, "cannot be told here"),
-    ],
-)
-def test_findings_judge_the_agents_by_every_one_of_them(tmp_path, numbers, spread, verdict):
-    rows = load(write(tmp_path, list(agent_rows(numbers, spread)))).rows
-    text = " ".join(findings.text(rows).split())
-    assert f"**{verdict}**: quality does not depend on how many agents" in text
+def test_agents_are_judged_by_the_one_furthest_from_a_single_reader(root):
+    lines = frontier.agent_scaling(load(root).rows).rows
+    assert [line["agents"] for line in lines] == [1, 15]
+    assert lines[1]["agent_spread"].value == pytest.approx(15e-5)
 
 
-def test_findings_say_what_was_measured_and_what_was_not(root):
-    text = " ".join(findings.text(load(root).rows).split())
-    assert "**reproduced**: quality does not depend on how many agents" in text
-    # These rows make values matter more, so 8-bit keys and 3-bit values lose.
-    assert "**not reproduced**: keys deserve more bits than values" in text
-    assert "perplexity +0.57 % on llama-3-8b-instruct" not in text  # which was not measured
-    assert "polykv hurts layer 0 most: compressed alone it costs 0.1 nats, 55% of" in text
-    assert "19.798 GB" not in text and "claims were not measured here" in text
+def test_samples_are_those_of_the_documents(root):
+    mine = samples_of(scores(load(root).rows), "kl", ["recipe"])
+    assert len(mine["good"]) == 20

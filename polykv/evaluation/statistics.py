@@ -83,34 +83,6 @@ def spread_warning(low: float | None, high: float | None) -> str:
     return f"warning: quartiles spread more than {WIDE:g}x, the machine was busy; measure again"
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Mean plus and minus z standard errors, values taken as independent.
-
-    None for fewer than two, or values that are not finite.
-
-    Of paired log-probability differences it is what llama.cpp's perplexity tool states for the
-    logarithm of a perplexity ratio: its variance is var(a) + var(b) - 2 cov(a, b), over n.
-    """
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    reach = stats.norm.ppf((1 + level) / 2) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - reach), float(values.mean() + reach)
-
-
-def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test, exact for few pairs; 1 where all pairs are equal.
-
-    Raises:
-        ValueError: no pairs, or a value that is not finite: leave incomplete pairs out.
-    """
-    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    if not len(differences) or not np.isfinite(differences).all():
-        raise ValueError("a test needs one pair or more, and finite ones; leave out the others")
-    if not differences.any():
-        return 1.0
-    return float(stats.wilcoxon(differences).pvalue)
-
-
 @dataclass(frozen=True)
 class PairedRatio:
     """By what factor one positive quantity exceeds another over the same documents.
