@@ -229,17 +229,6 @@ def colours(recipes: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def reaches(values: Sequence[Value]) -> list[list[float]]:
-    """Intervals as matplotlib takes them: distances below and above; 0 where there is none."""
-    lows = [v.value if v.low is None else v.low for v in values]
-    highs = [v.value if v.high is None else v.high for v in values]
-    pairs = list(zip(values, lows, highs, strict=True))
-    return [
-        [max(0.0, v.value - x) for v, x, _ in pairs],
-        [max(0.0, x - v.value) for v, _, x in pairs],
-    ]
-
-
 def policy_colour(policy: str) -> str:
     return POLICIES.get(policy, BLACK)
 
