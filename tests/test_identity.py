@@ -24,7 +24,8 @@ def prepared(*overrides):
     """(settled config, identity) of one cell."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["device=cpu", *overrides])
-    return sweep.prepare(cfg)[1:]
+    cell = sweep.prepare(cfg)
+    return cell.settled, cell.identity
 
 
 def identity(*overrides):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,18 +18,26 @@ import pytest
 from hydra import compose, initialize_config_dir
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import BrokenProcessPool
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
-from experiments import polykv_ratio, processes, progress, sweep, tracking
-from hydra_plugins.cell_sweeper import Cell, Job, deal
+from experiments import polykv_memory, processes, progress, session, sweep, tracking
+from hydra_plugins.cell_sweeper import Job, Plan, deal
 from polykv.config import CONF, REPO
 from polykv.errors import PolyKVError
 from polykv.progress import track
-from polykv.results import Store, load_rows
+from polykv.results import Rows, Store, load_rows
 
 # 24 cells of about 0.05 s each: long enough to kill a worker within them.
 CELLS = ["experiment=polykv_ratio", "model=smollm2-1.7b", "model.geometry.num_hidden_layers=8",
          "recipe=full,fp16,polykv,q4_0,q8_0,turboquant_2bit", "context=40,60,80,100"]  # fmt: skip
+DECLARED = {
+    "name": "e",
+    "title": "E",
+    "question": "E?",
+    "answers": [],
+    "settings": [],
+    "columns": {},
+}
 FEW = ["experiment=polykv_ratio", "model=smollm2-135m", "recipe=full,fp16,polykv", "context=100"]
 
 
@@ -42,7 +51,7 @@ def launch(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for name, value in (("PYTHONPATH", ""), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, os.environ.get(name, value))
-    monkeypatch.setattr(sweep, "unwritable", "")
+    monkeypatch.setattr(session.of_process(), "storage_failed", "")
     import run
 
     def launched(results: Path, *overrides: str) -> sweep.Ended:
@@ -148,27 +157,27 @@ def test_a_worker_killed_while_it_sends_its_result_is_noticed(monkeypatch):
 
 
 def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatch, tmp_path):
-    measure = polykv_ratio.run
+    study = polykv_memory.STUDY
 
-    def run(cfg):
+    def run(cfg, session):
         if cfg.recipe.name == "fp16":
             raise ZeroDivisionError("out of\nnumbers")
-        return measure(cfg)
+        return study.run(cfg, session)
 
-    monkeypatch.setattr(polykv_ratio, "run", run)
+    monkeypatch.setattr(polykv_memory, "STUDY", replace(study, run=run))
     ended = launch(tmp_path, *FEW)
     assert statuses(ended) == ["done", "done", "failed"]
     said, code = report()
     failed = next(o for o in ended.outcomes if o.status == "failed")
     assert code == 1 and f"cell {failed.cell} failed: ZeroDivisionError: out of numbers" in said
-    log = sweep.failure_path(str(tmp_path), "polykv_ratio", failed.cell)
+    log = sweep.failure_path(str(tmp_path), "polykv_memory", failed.cell)
     assert str(log.parent) in said
     text = log.read_text()
     assert "Traceback" in text and "raise ZeroDivisionError" in text and "context: 100" in text
-    found = sweep.outcome_on_disk(str(tmp_path), "polykv_ratio", failed.cell)
+    found = sweep.outcome_on_disk(str(tmp_path), "polykv_memory", failed.cell)
     assert found == failed  # what the sweep falls back on where a worker cannot say it
 
-    monkeypatch.setattr(polykv_ratio, "run", measure)
+    monkeypatch.setattr(polykv_memory, "STUDY", study)
     ended = launch(tmp_path, *FEW)
     assert [outcome.cell for outcome in ended.outcomes] == [failed.cell]
     assert statuses(ended) == ["done"] and not log.exists()
@@ -178,8 +187,8 @@ def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatc
 def test_a_cell_that_another_process_measures_is_left_to_it(launch, report, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random"])
-    cell = sweep.prepare(cfg)[2]
-    with Store(tmp_path).claim("polykv_ratio", cell) as mine:
+    cell = sweep.prepare(cfg).identity
+    with Store(tmp_path).claim("polykv_memory", cell) as mine:
         assert mine
         ended = launch(tmp_path, *FEW)
     assert sweep.Outcome(cell, "held") in ended.outcomes
@@ -206,7 +215,7 @@ def test_a_device_that_is_not_here_is_refused_before_work(launch, tmp_path):
 
 @pytest.mark.parametrize("n_jobs", [1, 2, 3, 7, 24, 100])
 def test_cells_are_dealt_in_runs_of_neighbours(n_jobs):
-    cells = [Cell([], str(number)) for number in range(24)]
+    cells = [Plan([], OmegaConf.create(), str(number)) for number in range(24)]
     shares = deal(cells, n_jobs)
     assert [cell for share in shares for cell in share] == cells
     lengths = {len(share) for share in shares}
@@ -219,8 +228,8 @@ def test_a_cell_that_settles_otherwise_where_it_runs_is_refused():
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random"])
-    job = Job([], task, None, None, planned_on="login")
-    outcome = job._run(Cell([], "0" * 12), cfg)
+    job = Job([], task, planned_on="login")
+    outcome = job._run(Plan([], cfg, "0" * 12))
     assert outcome.status == "failed" and outcome.cell == "0" * 12
     assert "planned on login" in outcome.reason and "device" in outcome.reason
 
@@ -235,7 +244,7 @@ def test_where_results_are_logged_and_how_they_are_launched_is_no_identity():
         ]
         with open_dict(plain):  # as it was before there were loggers and launchers
             del plain["logger"]
-    cells = {sweep.prepare(cfg)[2] for cfg in (plain, *others)}
+    cells = {sweep.prepare(cfg).identity for cfg in (plain, *others)}
     assert len(cells) == 1
 
 
@@ -245,18 +254,19 @@ def test_a_finished_cell_is_logged_and_a_logger_that_fails_costs_nothing(monkeyp
                                  f"results_dir={tmp_path}"])  # fmt: skip
     seen = []
     monkeypatch.setattr(tracking, "record", lambda *told: seen.append(told))
-    done = sweep.run_cell(cfg)
+    done = sweep.run_cell(sweep.prepare(cfg))
     assert done.status == "done"
-    ((told, cell, rows, provenance),) = seen
-    assert cell == done.cell and told.recipe.name == "fp16"
+    ((told, written),) = seen
+    assert written.name == done.cell and told.recipe.name == "fp16"
     stored = load_rows(tmp_path)[0]
-    assert len(rows) == len(stored) and provenance["created_at"] == stored.created_at[0]
+    assert len(written.rows["value"]) == len(stored)
+    assert written.provenance["created_at"] == stored.created_at[0]
 
     with open_dict(cfg):
         cfg.logger = {"_target_": "nowhere.Nothing"}
         cfg.context = 101
     monkeypatch.undo()
-    assert sweep.run_cell(cfg).status == "done"
+    assert sweep.run_cell(sweep.prepare(cfg)).status == "done"
     assert len(files(tmp_path)) == 2
 
 
@@ -267,8 +277,8 @@ def test_progress_counts_what_the_folder_holds(tmp_path):
     stale.write_text("before")
     out = io.StringIO()
     with progress.Reporter(out), progress.shown(str(tmp_path), "e", set(cells)):
-        Store(tmp_path).write("e", cells[0], {}, [])
-        Store(tmp_path).write("e", "f" * 12, {}, [])  # of another sweep
+        Store(tmp_path).write(DECLARED, cells[0], {}, Rows())
+        Store(tmp_path).write(DECLARED, "f" * 12, {}, Rows())  # of another sweep
         sweep.failure_path(str(tmp_path), "e", cells[1]).write_text("now")
     assert "2 of 3 cells finished" in out.getvalue()
 

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from transformers import AutoModelForCausalLM
 
-from experiments import polykv_quality, sweep
+from experiments import compare, sweep
+from experiments.session import Session
 from polykv import config, loading, models
 from polykv.config import CONF
 from polykv.errors import PolyKVError
@@ -125,7 +126,7 @@ def test_the_dtype_of_a_row_tells_quantized_weights():
 
 def cell_of(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return sweep.prepare(compose("config", ["experiment=polykv_ratio", *overrides]))[2]
+        return sweep.prepare(compose("config", ["experiment=polykv_ratio", *overrides])).identity
 
 
 def test_settings_are_identity_and_defaults_are_not():
@@ -140,7 +141,7 @@ def test_settings_are_identity_and_defaults_are_not():
     with open_dict(before):  # as it was before these settings existed
         for name in loading.DEFAULTS:
             before.model.pop(name, None)
-    assert sweep.prepare(before)[2] == cells[0]
+    assert sweep.prepare(before).identity == cells[0]
 
 
 def test_a_model_of_several_devices_is_refused_where_one_is_measured(checkpoint):
@@ -150,7 +151,7 @@ def test_a_model_of_several_devices_is_refused_where_one_is_measured(checkpoint)
     for name in ("polykv_memory", "concurrency", "handoff_ttft"):
         with pytest.raises(PolyKVError, match=f"over devices, and {name} "):
             checked_cell(f"experiment={name}", *model, "weights=local")
-    with pytest.raises(PolyKVError, match="over devices, and polykv_quality with reader=cascade"):
+    with pytest.raises(PolyKVError, match="over devices, and compare with reader=cascade"):
         checked_cell("experiment=polykv_quality", *model, "reader=cascade")
 
 
@@ -183,13 +184,13 @@ def test_accelerate_places_a_model_that_answers_the_same(checkpoint, tokenizer, 
 
 
 def test_a_local_models_cell_says_the_dtype_of_its_weights(checkpoint, monkeypatch):
-    module, cfg = checked_cell(
+    study, cfg = checked_cell(
         "experiment=polykv_quality", "model=local", f"model.path={checkpoint}", "document=file",
         f"document.path={checkpoint}/text.txt", "context=100", "n_agents=1", "max_new_tokens=2",
         "model.device_map=auto", "scorer=minilm",
     )  # fmt: skip
-    assert module is polykv_quality
-    assert {row["dtype"] for row in module.run(cfg)} == {"float32"}
+    assert study is compare.STUDY
+    assert {row["dtype"] for row in study.run(cfg, Session())} == {"float32"}
 
 
 @pytest.mark.parametrize("name", config.available("model"))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -170,19 +171,20 @@ def test_a_results_folder_that_is_a_file_is_refused(checkpoint, tmp_path):
 def test_a_disk_that_fills_up_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch):
     from hydra import compose, initialize_config_dir
 
-    from experiments import polykv_ratio, sweep
+    from experiments import polykv_memory, session, sweep
     from polykv import results
 
-    monkeypatch.setattr(sweep, "unwritable", "")
+    monkeypatch.setattr(session.of_process(), "storage_failed", "")
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
         cells = [
             compose("config", ["experiment=polykv_ratio", "model=smollm2-135m", f"recipe={recipe}",
                                "context=100", f"results_dir={tmp_path}"])
             for recipe in ("full", "fp16", "polykv")
         ]  # fmt: skip
-    runs = []
-    measure = polykv_ratio.run
-    monkeypatch.setattr(polykv_ratio, "run", lambda cfg: runs.append(cfg) or measure(cfg))
+    runs, study = [], polykv_memory.STUDY
+    counted = replace(study, run=lambda cfg, own: runs.append(cfg) or study.run(cfg, own))
+    monkeypatch.setattr(polykv_memory, "STUDY", counted)
+    cells = [sweep.prepare(cell) for cell in cells]
     assert sweep.run_cell(cells[0]).status == "done"
 
     def no_space(handle):
