@@ -3,7 +3,7 @@
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -260,14 +260,13 @@ def tex(text: str) -> str:
 
 def html(section: Section) -> Markup:
     """The lines of a section as a `<table>`; the cells that say what a line is about hold a `<span>`."""
-    shown = [
-        [
-            f"<span>{escape(text)}</span>" if column.key else str(escape(text))
-            for column, text in pair
-        ]
-        for pair in (zip(section.columns, line, strict=True) for line in section.lines)
-    ]
-    headers = [str(escape(column.header)) for column in section.columns]
+
+    def written(texts: Iterable[str]) -> list[str]:
+        pairs = zip(section.columns, map(escape, texts), strict=True)
+        return [f"<span>{text}</span>" if column.key else str(text) for column, text in pairs]
+
+    headers = written(column.header for column in section.columns)
+    shown = [written(line) for line in section.lines]
     return Markup(_styler(headers, shown).to_html(exclude_styles=True))
 
 

@@ -154,7 +154,7 @@ def sections(results: Results) -> list[Section]:
         if studies == catalog.EVERY:
             continue
         declared = results.studies.get(name, {})
-        title, *_ = (catalog.modules()[name].__doc__ or name).splitlines()
+        title = (catalog.modules()[name].__doc__ or name).split(":")[0].splitlines()[0]
         made = {
             kind: list(_made(kind, name, results.rows)) for kind in ("TABLES", "FIGURES", "TEXTS")
         }

@@ -1,5 +1,5 @@
-"""`make docs`: the API by pdoc, and a page for the README, the examples, the families of models and every experiment,
-into site/.
+"""`make docs`: the API by pdoc, and a page for the README, the examples, the families of models and every study, into
+site/.
 
 `python docs/build.py [FOLDER]`; what the folder held is replaced.
 """
@@ -14,6 +14,7 @@ import pdoc
 from pdoc.render_helpers import to_html
 
 import polykv
+from experiments.study import studies
 
 # Training and the Triton kernels are read in their source.
 LEFT_OUT = ("!polykv.reference", r"!polykv\.kernels\.triton.*")
@@ -23,12 +24,11 @@ def main(site: Path) -> None:
     """Write the whole site."""
     shutil.rmtree(site, ignore_errors=True)
     write_api(site)
-    for path in pages.committed("figures/*.png"):
-        place = site / "figures" / path.parts[-3]
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-    rows = pages.committed_rows()
-    texts = {f"experiments/{name}": pages.experiment(name, rows) for name in pages.NAMES}
+    folders = pages.committed()
+    texts = {
+        f"studies/{name}": pages.study(study, folders, site / "figures")
+        for name, study in studies().items()
+    }
     texts |= {"index": pages.overview(), "examples": pages.examples(), "families": pages.families()}
     template = pdoc.render.env.get_template("page.html.jinja2")
     for page, text in texts.items():
@@ -42,7 +42,7 @@ def main(site: Path) -> None:
 def write_api(site: Path) -> None:
     """A page for every module of polykv."""
     pdoc.render.configure(docformat="google", template_directory=pages.REPO / "docs" / "templates")
-    pdoc.render.env.globals["experiment_names"] = pages.NAMES
+    pdoc.render.env.globals["study_names"] = sorted(studies())
     for name in polykv.__all__:  # pdoc documents what is there, not what would be loaded
         setattr(polykv, name, getattr(polykv, name))
     modules = [module.name for module in pkgutil.iter_modules(polykv.__path__, "polykv.")]

@@ -1,31 +1,29 @@
-"""The pages beside the API, as Markdown: the README, the examples, the families of models, and every experiment.
+"""The pages beside the API, as Markdown: the README, the examples, the families of models, and every study.
 
-Nothing is written a second time: an experiment's page is put together from its YAML, its module's docstring, and
-the committed rows, figures and tables.
+Nothing is written a second time: a study's page is put together from its declaration, its module's docstring, the YAML
+of its presets, and what the analysis makes of the committed rows.
 """
 
 import ast
 import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from analysis.captions import caption
 from jinja2 import Environment, FileSystemLoader
 from omegaconf import OmegaConf
 
+from analysis import render
+from analysis.catalog import pieces
+from analysis.load import Results, load
+from analysis.style import Picture, save
+from experiments.study import Study
+from polykv.archive import ROWS
+
 REPO = Path(__file__).resolve().parents[1]
 CONF, RESULTS = REPO / "conf" / "experiment", REPO / "results"
-NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
-# Figures of an experiment that do not have its name.
-FIGURES = {
-    "handoff_accuracy": ("handoff_hops",),
-    "polykv_memory": ("memory_agents",),
-    "polykv_quality": ("perplexity_context", "bertscore_agents"),
-    "compare": ("compare", "memory_agents", "bertscore_agents"),
-    "recipe_frontier": ("recipe_frontier", "recipe_ranking"),
-}
 
 templates = Environment(
     loader=FileSystemLoader(REPO / "docs" / "templates"), trim_blocks=True, lstrip_blocks=True
@@ -33,7 +31,7 @@ templates = Environment(
 
 
 def overview() -> str:
-    """The README: its figures come along, its other links into the repository become plain text."""
+    """The README: its figures of committed results are those of the site, other links become plain text."""
     text = (REPO / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\(results/([\w-]+)/figures/", r"](figures/\1/", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!http|#)[^)]+\)", r"\1", text)
@@ -57,30 +55,43 @@ def families() -> str:
     return templates.get_template("families.md.jinja2").render(**listed, version=version)
 
 
-def experiment(name: str, rows: pd.DataFrame) -> str:
-    """Question, command, what was run and how long it took, figures, table, settings.
+def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str:
+    """Question, published tables answered, presets with their commands, columns, and what is committed of it.
 
-    `rows` are `committed_rows()`.
+    `folders` are `committed()`. Figures are drawn into the folder `figures`.
     """
-    yaml = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
-    config = OmegaConf.create(yaml)
-    module = config.get("study") or config.defaults[0]
-    figures = {
-        f"{path.parts[-3]}/{path.name}": caption(figure, rows[rows["folder"] == path.parts[-3]])
-        for figure in FIGURES.get(name, (name,))
-        for path in committed(f"figures/{figure}.png")
+    name = declared.name
+    presets = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted(CONF.glob("*.yaml"), key=lambda path: path.stem != name)
+        if OmegaConf.load(path).get("study") == name
     }
-    tables = committed(f"tables/{name}.md")
-    return templates.get_template("experiment.md.jinja2").render(
-        name=name,
-        module=module,
-        docstring=docstring(REPO / "experiments" / f"{module}.py"),
-        command=command(yaml),
-        runs=runs(rows[rows["experiment"] == name]),
-        figures=figures,
-        tables=[path.read_text(encoding="utf-8") for path in tables],
-        yaml=yaml,
+    return templates.get_template("study.md.jinja2").render(
+        study=declared,
+        docstring=docstring(REPO / "experiments" / f"{name}.py"),
+        presets={preset: (command(yaml), yaml) for preset, yaml in presets.items()},
+        columns={column: kind.__name__ for column, kind in declared.columns.items()},
+        shown=[
+            _shown(name, folder, results, figures / folder)
+            for folder, results in folders.items()
+            if name in results.studies
+        ],
     )
+
+
+def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str, Any]:
+    """What a committed folder holds of a study: how it was run, its figures with captions, its tables."""
+    rows = results.rows[results.rows["study"] == name]
+    found: dict[str, Any] = {"folder": folder, "runs": runs(rows), "figures": {}, "tables": []}
+    for piece in pieces("FIGURES").values():
+        if name in piece.studies and isinstance(drawn := piece(rows), Picture):
+            figures.mkdir(parents=True, exist_ok=True)
+            save(drawn.canvas, figures / piece.name, ["png"])
+            found["figures"][piece.name] = drawn.caption
+    for piece in pieces("TABLES").values():
+        if name in piece.studies and (table := piece(rows)) and render.measured(table).rows:
+            found["tables"].append(render.markdown(render.measured(table)))
+    return found
 
 
 def command(yaml: str) -> str:
@@ -93,32 +104,24 @@ def docstring(path: Path) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
-def committed(pattern: str) -> list[Path]:
-    """The files of this pattern in every results folder but the one of this machine's own runs."""
-    return sorted(set(RESULTS.glob(f"*/{pattern}")) - set(RESULTS.glob(f"local/{pattern}")))
-
-
-def committed_rows() -> pd.DataFrame:
-    """The rows of every committed results folder, which `folder` names."""
-    return pd.concat(
-        [
-            pd.read_csv(path, low_memory=False).assign(folder=path.parent.name)
-            for path in committed("rows.csv")
-        ],
-        ignore_index=True,
-    )
+def committed() -> dict[str, Results]:
+    """The packed results in the repository, by their folder's name."""
+    folders = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
+    return {folder.name: load(folder) for folder in folders if folder.name != "local"}
 
 
 def runs(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of an experiment's rows, one entry for each folder and commit: cells, device, time."""
+    """Of a study's rows, one entry for each commit: cells, device, time."""
     found = []
-    for (folder, commit), run in rows.groupby(["folder", "commit"], sort=False):
+    for commit, run in rows.groupby("commit", sort=False):
         ended = pd.to_datetime(run["created_at"])
         minutes, seconds = divmod(int((ended.max() - ended.min()).total_seconds()), 60)
-        entry = {"folder": folder, "commit": commit, "cells": run["cell"].nunique()}
-        entry |= {
-            "device": ", ".join(run["device"].dropna().unique()),
-            "time": f"{minutes} min {seconds} s",
-        }
-        found.append(entry)
+        found.append(
+            {
+                "commit": commit,
+                "cells": run["cell"].nunique(),
+                "device": ", ".join(run["device"].unique()),
+                "time": f"{minutes} min {seconds} s",
+            }
+        )
     return found

@@ -1,8 +1,7 @@
 """Model card, result page and figures, written from the log and the evaluation: no typed numbers.
 
 `python -m reference_model.report` after `train` and `evaluate`. Reads `log.jsonl` of the run and
-`evaluation.json` and `training.json` beside the weights; the page also shows what
-`python -m analysis --results results/reference_model` made of experiment=recipe_separation.
+`evaluation.json` and `training.json` beside the weights.
 """
 
 import argparse
@@ -164,12 +163,6 @@ evidence about how large models do: its perplexities, accuracies and error rates
 *on this model* only. Beyond its usable context its answers are unreliable even with an undamaged cache.
 """
 
-SEPARATION = """## Recipes separate on it
-
-{table}
-![KL divergence and problems lost against stored bits](reference_model/figures/recipe_separation.png)
-"""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -208,8 +201,7 @@ def main() -> None:
     (args.weights / "README.md").write_text(CARD.format(curves=curves, **fields), encoding="utf-8")
     page = CARD.split("---\n", 2)[2].partition("## What it must not")[0]
     shown = "\n\n".join(f"![{name}](reference_model/{name}.png)" for name in plots)
-    separation = (figures / "tables" / "recipe_separation.md").read_text(encoding="utf-8")
-    page = page.format(curves=shown, **fields) + SEPARATION.format(table=separation)
+    page = page.format(curves=shown, **fields)
     (args.results / "reference_model.md").write_text(page, encoding="utf-8")
 
 
