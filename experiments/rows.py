@@ -126,9 +126,9 @@ def add_scores(
         return
     why, n = continuation.why_not_finite(comparisons), sum(len(c.kl) for c in comparisons)
     for (metric, statistic), value in continuation.pooled_statistics(comparisons).items():
-        rows.add(
-            metric, value, continuation.UNITS[metric], why=why, statistic=statistic, n=n, **about
-        )
+        if metric in metrics:
+            unit = continuation.UNITS[metric]
+            rows.add(metric, value, unit, why=why, statistic=statistic, n=n, **about)
 
 
 def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: Any) -> None:

@@ -16,16 +16,15 @@ from transformers import PreTrainedModel
 
 from polykv.attention.cascade import attend_in_place
 from polykv.errors import PolyKVError
-from polykv.evaluation.continuation import Comparison, add_costs, compare, score_rest
+from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.evaluation.ttft import seal
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import load_recipe
-from polykv.results import Rows
 
-METRICS = {"kl_mean": "nats", "perplexity_delta": "percent"}
-PROTOCOL = "continuation after the card"
+# By policy (None: the uncompressed cache) and reader.
+Scored = dict[tuple[str | None, str], Comparison]
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def score_cards(
     readers: Sequence[str],
     budget_bits: float,
     backend: str = "auto",
-) -> dict[tuple[str | None, str], Comparison]:
+) -> Scored:
     """By (policy, reader), the last `n_scored` tokens of one text read from a card against the uncompressed cache.
 
     By (None, reader), what a reader other than `inject` costs by itself: the uncompressed cache read by both.
@@ -78,12 +77,3 @@ def score_cards(
             other_TV = score(reader, card)
             found[policy.name, reader] = compare(full_TV[reader], other_TV, scored_BT)
     return found
-
-
-def add_rows(rows: Rows, comparisons: list[Comparison], **columns: Any) -> None:
-    """Mean KL divergence and perplexity delta over all documents, each with its interval.
-
-    Raises:
-        PolyKVError: not one token was scored.
-    """
-    add_costs(rows, comparisons, PROTOCOL, **columns)

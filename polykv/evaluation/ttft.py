@@ -185,9 +185,3 @@ def _timing(clocks: Sequence[Clock]) -> Timing:
     stages = {name: np.array([clock.laps[name] for clock in clocks]) for name in names}
     totals = np.array([clock.laps["total"] for clock in clocks])
     return Timing(totals, stages, clocks[0].mean_bits)
-
-
-def quartiles(times: np.ndarray) -> tuple[float, float, float]:
-    """(25 %, median, 75 %) of one or more times; of a single one, three times that."""
-    low, mid, high = np.percentile(times, (25, 50, 75))
-    return float(low), float(mid), float(high)
