@@ -25,7 +25,7 @@ LINE = (
 # Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
 TOLD = (
     *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
-    "device", "policy", "relay", "hardware", "scorer",
+    "device", "policy", "transports", "readers", "relay", "hardware", "scorer",
 )  # fmt: skip
 # Of these groups a label tells all but what is listed.
 UNTOLD = {
@@ -125,10 +125,13 @@ def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFra
     line = [name for name in LINE if name in rows]
     together = rows.assign(_place=places).groupby(line, dropna=False)["_place"].agg(frozenset)
     differing = set()
-    named = together.index.get_level_values("recipe") != ""
-    for group, is_named in {(g, n) for g, n in zip(together, named, strict=True) if len(g) > 1}:
+    index = together.index
+    named = zip(
+        together, index.get_level_values("recipe"), index.get_level_values("policy"), strict=True
+    )
+    for group, recipe, policy in {line for line in named if len(line[0]) > 1}:
         keys = {key for place in group for key in settings[place]}
-        keys = {key for key in keys if is_named or not key.startswith("recipe.")}
+        keys = {key for key in keys if _concerns(key, recipe, policy)}
         differing |= {
             key for key in keys if len({settings[place].get(key, "") for place in group}) > 1
         }
@@ -137,6 +140,14 @@ def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFra
         for key in sorted(differing)
     }
     return rows.assign(**added)
+
+
+def _concerns(setting: str, recipe: str, policy: str) -> bool:
+    """Whether a line depends on the setting: on one of a recipe where it names one, of policies on its own only."""
+    group, _, rest = setting.partition(".")
+    if group == "policies":
+        return rest.startswith(f"{policy}.")
+    return group != "recipe" or recipe != ""
 
 
 def swept(rows: pd.DataFrame) -> list[str]:

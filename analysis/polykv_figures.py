@@ -16,7 +16,9 @@ from analysis.render import describe
 from analysis.statistics import BASELINE, Value
 from analysis.style import (
     COLUMN,
+    OPEN,
     PAGE,
+    READ_IN_PLACE,
     READERS,
     Marks,
     Picture,
@@ -43,10 +45,8 @@ ACCOUNTINGS = {
     "stored": "stored (bytes kept)",
     "resident": "resident (measured)",
 }
-OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}
 IN_PLACE = "cascade"
 SUFFIX = f", {READERS[IN_PLACE][0]}"
-READ_IN_PLACE = {"linestyle": "--", "markerfacecolor": "white"}
 DASHED = f"the pool is read {READERS[IN_PLACE][0]} (white markers), not copied by each agent"
 PER_GB = {"GB": 1.0, "MB": 1e3}
 WIDE = 50.0  # percent; deltas beyond it need an axis that shows small ones too

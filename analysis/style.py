@@ -78,6 +78,9 @@ READERS = {
     "cascade": ("in place", BLUE),
 }
 MARKERS = "osD^vPX*<>"
+# Of what was published; of what is read in place.
+OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}
+READ_IN_PLACE = {"linestyle": "--", "markerfacecolor": "white"}
 CONTRAST = 4.5  # to white, WCAG's least for text
 SPARE = (ORANGE, SKY, GREEN, PINK, BLUE, VERMILION, GREY, BLACK)
 
