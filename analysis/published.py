@@ -142,28 +142,17 @@ def load(paper: str) -> tuple[Figure, ...]:
 
 
 def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
+    source = row["source"]
+    counts = ("document_tokens", "prefilled_tokens", "n_agents")
     return Figure(
-        paper=row["paper"],
+        **{name: row[name] for name in ("paper", "model", "document", "policy", "metric", "unit")},
+        **{name: int(row[name]) if row[name] else None for name in counts},
         table=row["figure_or_table"],
-        model=row["model"],
-        document=row["document"],
-        document_tokens=_count(row["document_tokens"]),
-        prefilled_tokens=_count(row["prefilled_tokens"]),
-        n_agents=_count(row["n_agents"]),
-        policy=row["policy"],
         at=row["hop_or_context"],
-        metric=row["metric"],
-        value=Value(
-            float(row["value"]), note=row["source"] if "secondary digest" in row["source"] else ""
-        ),
-        unit=row["unit"],
-        source=row["source"],
+        value=Value(float(row["value"]), note=source if "secondary digest" in source else ""),
+        source=source,
         label_tokens=label_tokens,
     )
-
-
-def _count(text: str) -> int | None:
-    return int(text) if text else None
 
 
 def same_model(published: str, measured: str) -> bool:

@@ -6,11 +6,19 @@ from itertools import product
 import matplotlib.pyplot as plt
 import pytest
 from analysis_rows import BYTES, RATIO, cell, compare_cell, paper_memory, quickstart, run, write
+from conftest import checked_cell
 from figure_checks import assert_readable, names_in
 
 from analysis import catalog, published
 from analysis.load import load
 from analysis.style import FEWEST
+from experiments.polykv_memory import STUDY
+from experiments.session import of_process
+from polykv.config import load_group
+from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
+from polykv.models import load_config
+from polykv.results import Store
 
 GB_FIGURES = [f for f in published.load("polykv") if f.metric == "kv_memory"]
 FIGURES = ("memory_agents", "perplexity_context", "bertscore_agents")
@@ -31,6 +39,46 @@ def figure(tmp_path, name, cells):
     """The figure of these cells (a Picture, or why there is none), and their rows."""
     rows = load(write(tmp_path, cells)).rows
     return catalog.pieces("FIGURES")[name](rows), rows
+
+
+def measured(root, *overrides):
+    """One cell of the study as a sweep measures and writes it; the rows of the folder."""
+    study, settled = checked_cell("model=reference", "device=cpu", *overrides)
+    rows = study.run(settled, of_process())
+    Store(root).write(study.declaration(), study.identity(settled), {}, rows)
+    return load(root).rows
+
+
+def test_the_study_counts_what_the_geometry_says(tmp_path):
+    rows = measured(
+        tmp_path, "experiment=polykv_memory", "context=128", "n_agents=3", "resident=false"
+    )
+    assert set(rows["synthetic"]) == {True}
+    by = rows.set_index(["metric", "accounting"])["value"]
+    assert by["compression_ratio", "nominal"] == pytest.approx(32 / 11)
+    geometry = Geometry.of(load_config(load_group("model", "reference")))
+    fp32 = 4 * geometry.values_per_token * int(rows["n_tokens"].iloc[0]) / 1e9
+    assert by["kv_memory", "paper"] == pytest.approx(fp32 / (32 / 11))
+    assert by["kv_memory", "stored"] == pytest.approx(fp32 / 2 / by["compression_ratio", "stored"])
+    assert ("kv_memory", "resident") not in by
+
+
+def test_the_preset_of_ratios_counts_no_memory_and_a_swept_codec_gives_a_line_each(tmp_path):
+    for bits in (3, 4, 2):
+        rows = measured(
+            tmp_path, "experiment=polykv_ratio", "context=64", f"recipe.value.bits={bits}"
+        )
+    assert set(rows["metric"]) == {"compression_ratio"}
+    assert {line["recipe"]: round(line["nominal_ratio_low"].value, 3) for line in table("polykv_ratio", rows).rows} == {
+        "polykv": 2.909, "polykv+value.bits=2": 3.2, "polykv+value.bits=4": 2.667}  # fmt: skip
+
+
+def test_a_length_is_needed_and_a_document_is_not():
+    with pytest.raises(PolyKVError, match="context"):
+        checked_cell("experiment=polykv_memory", "context=null")
+    one, other = (checked_cell("experiment=polykv_ratio", "model=reference", f"document={name}")[1]
+                  for name in ("generated", "moon_landing"))  # fmt: skip
+    assert STUDY.identity(one) == STUDY.identity(other)
 
 
 def test_published_gb_are_met_to_three_decimals_under_paper_accounting(rows):
