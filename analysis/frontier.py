@@ -215,7 +215,7 @@ def over_agents(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     return [(setting, *own) for setting, part in found for own in part.groupby("recipe")]
 
 
-_QUALITY = (
+QUALITY_COLUMNS = (
     Column("stored_bits", "stored bits", fixed(3)),
     Column("nominal_bits", "nominal bits", fixed(2)),
     Column("kl_mean", "KL mean [95 %]", significant, interval=True),
@@ -223,7 +223,7 @@ _QUALITY = (
     Column("perplexity_ratio", "ppl ratio [95 %]", fixed(4), interval=True),
     Column("same_top1", "top-1", fixed(4)),
 )
-_BITS, _KL = _QUALITY[0], _QUALITY[2]
+_BITS, _KL = QUALITY_COLUMNS[0], QUALITY_COLUMNS[2]
 _DELTA = Column("perplexity_delta", "Δppl % [95 %]", fixed(3, "+"), interval=True)
 
 
@@ -248,14 +248,14 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
     lines = [
         {"section": found.heading, "recipe": s.recipe, "rank": s.rank}
         | {"front": "yes" if s.on_front else "no", "dominated": _some(s.dominated_by)}
-        | {column.name: s[column.name] for column in _QUALITY}
+        | {column.name: s[column.name] for column in QUALITY_COLUMNS}
         for found in compared(rows)
         for s in found.standings
     ]
     columns = [
         *keys("recipe"),
         Column("rank", "rank"),
-        *_QUALITY,
+        *QUALITY_COLUMNS,
         Column("front", "Pareto front"),
         Column("dominated", "significantly better at no more bits"),
     ]
@@ -318,12 +318,12 @@ def kv_asymmetry(rows: pd.DataFrame) -> Table | None:
     found = scores(rows)
     found = found[composed(found)]
     lines = [
-        {"section": setting, "recipe": recipe} | _values(part, _QUALITY)
+        {"section": setting, "recipe": recipe} | _values(part, QUALITY_COLUMNS)
         for setting, mine in by_setting(found)
         for recipe, part in mine.groupby("recipe")
     ]
     lines.sort(key=lambda line: (line["section"], line["stored_bits"].value or 0))
-    columns = [Column("recipe", "key and value bits", key=True), *_QUALITY]
+    columns = [Column("recipe", "key and value bits", key=True), *QUALITY_COLUMNS]
     return _table(
         "kv_asymmetry",
         "One recipe at key bits x value bits, by stored bits.",

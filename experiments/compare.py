@@ -40,19 +40,25 @@ COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS, "key_bits": int, "val
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`scorer=auto` becomes the scorer that is there, and the seed also draws the rotations."""
-    settled = settings.settle(cfg)
+    """`scorer=auto` becomes the scorer that is there, and an outside reference its options."""
+    settled = seeded(cfg)
     settled.scorer.name = bertscore.resolve(cfg.scorer.name)
     settled.together = bool(cfg.get("together"))
-    Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
-    for part in (settled.recipe.key, settled.recipe.value):
-        _seed(part, settled.seed)
     if cfg.get("outside"):
         references = settled.pop("references")
         if cfg.outside not in references:
             guess = did_you_mean(cfg.outside, list(references))
             raise PolyKVError(f"no outside reference named {cfg.outside!r}{guess}")
         settled.outside = references[cfg.outside]
+    return settled
+
+
+def seeded(cfg: DictConfig) -> DictConfig:
+    """The settled config; the seed also draws the rotations."""
+    settled = settings.settle(cfg)
+    Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
+    for part in (settled.recipe.key, settled.recipe.value):
+        _seed(part, settled.seed)
     return settled
 
 

@@ -1,16 +1,24 @@
 """Errors of layers and heads against what can be worked out, and experiment=layer_sensitivity on a tiny model."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, tiny_model
+from conftest import ARCHITECTURES, TEXT, checked_cell, rows_of, tiny_model
 
+from analysis import layer_sensitivity
+from analysis.load import load
+from experiments.layer_sensitivity import STUDY
 from polykv.codecs.identity import Identity
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
+from polykv.errors import PolyKVError
 from polykv.evaluation import layers
 from polykv.evaluation.continuation import score_rest
+from polykv.evaluation.statistics import document_interval
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import Recipe, load_recipe
+from polykv.results import Rows, Store
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +96,72 @@ def test_diagnostics_of_known_tensors():
     outlier = noise.clone()
     outlier[:, 0, :, 5] *= 1000
     assert layers.diagnostics(outlier)["peak_to_rms"] == pytest.approx(8, rel=0.01)  # sqrt(64)
+
+
+# The study, and what the analysis makes of its rows
+
+
+def local(checkpoint, *overrides):
+    return ["experiment=layer_sensitivity", "model=local", f"model.path={checkpoint}", "document=file",
+            f"document.path={checkpoint}/text.txt", "context=60", "n_documents=8", *overrides]  # fmt: skip
+
+
+def test_the_study_names_layers_heads_and_parts(checkpoint):
+    rows = pd.DataFrame(rows_of(*local(checkpoint, "recipe=turboquant_2bit")))
+    errors = rows[rows["metric"] == "error"]
+    counts = errors.groupby("part")[["layer", "head", "sample"]].nunique()
+    assert set(counts.index) == set(layers.KINDS) and (counts.to_numpy() == [4, 2, 8]).all()
+    kl = rows[(rows["metric"] == "kl") & rows["sample"].notna()]
+    assert (kl["value"] > 0).all() and len(kl) == 4 * 8
+    theory = rows[rows["metric"] == "gaussian_error"]
+    assert len(theory) == 4 * 2 and (theory["value"] == theory["value"].iloc[0]).all()
+
+
+def test_only_private_caches_are_looked_into(checkpoint):
+    with pytest.raises(PolyKVError, match="cascade"):
+        checked_cell(*local(checkpoint, "reader=cascade"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Made-up errors and divergences of two recipes: (rows, errors by document, layer and head, KL by document)."""
+    root, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(0)
+    errors, kl = rng.uniform(0.01, 0.1, (2, 9, 3, 2)), rng.lognormal(-4, 1, (2, 9, 3))
+    for recipe, of_heads, of_layers in zip(("polykv", "good"), errors, kl, strict=True):
+        rows = Rows(STUDY.columns, model="m", weights="random", document="d", context_tokens=9, recipe=recipe,
+                    reader="inject", dtype="float32", device="cpu", seed=0)  # fmt: skip
+        for (sample, layer, head), value in np.ndenumerate(of_heads):
+            for part in layers.KINDS:
+                place = {"sample": sample, "layer": layer, "head": head, "part": part}
+                rows.add("error", value, "relative", **place)
+        for (sample, layer), value in np.ndenumerate(of_layers):
+            rows.add("kl", value, "nats", sample=sample, layer=layer, n=20)
+        for layer in range(3):
+            for part in ("key", "value"):
+                for metric in ("gaussian_error", "dc_share", "peak_to_rms"):
+                    rows.add(metric, 0.02 + layer, "ratio", layer=layer, part=part)
+        Store(root).write(STUDY.declaration(), recipe, {"recipe": {"name": recipe}}, rows)
+    return load(root).rows, errors[0], kl[0]
+
+
+def test_a_layer_is_the_mean_of_its_heads_and_documents(made):
+    rows, errors, kl = made
+    lines = layer_sensitivity.table(rows).rows
+    assert len(lines) == 2 * 3
+    line = next(x for x in lines if (x["recipe"], x["layer"]) == ("polykv", 1))
+    assert line["error_output"].value == pytest.approx(errors[:, 1].mean())
+    assert line["gaussian_error_key"].value == pytest.approx(1.02)
+    found = line["layer_kl"]
+    ends = document_interval([np.array([x]) for x in kl[:, 1]], (0, np.inf))
+    assert found.value == pytest.approx(kl[:, 1].mean())
+    assert (found.low, found.high) == pytest.approx(ends)
+
+
+def test_the_figure_has_every_head_and_errors_over_theory(made):
+    rows, errors, _ = made
+    canvas = layer_sensitivity.figure(rows).canvas
+    output, key = canvas.axes[1], canvas.axes[2]
+    dots = [line for line in output.lines if line.get_marker() == "."]
+    assert sorted(len(line.get_ydata()) for line in dots) == [6, 6]
+    over = next(c for c in key.containers if c.get_label() == "polykv")[0].get_ydata()
+    assert list(over) == pytest.approx(list(errors.mean(axis=(0, 2)) / (0.02 + np.arange(3))))

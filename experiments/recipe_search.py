@@ -1,35 +1,35 @@
 """Which bits for each layer's keys and values are best under a budget of stored bits? Optuna searches.
 
-Answers no published row. The study is an SQLite file beside the results, so a killed search goes on where it
-stood. What it finds is measured again on documents that the search never saw, beside the best table that gives
-every layer the same bits.
+The search is an SQLite file beside the results, so a killed one goes on where it stood. What it finds is measured
+again on documents that the search never saw, beside the best table that gives every layer the same bits.
 """
 
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from experiments.common import document_rows
-from experiments.recipe_frontier import MADE_BY, settle
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import common, recipe_frontier
+from experiments import compare, settings
+from experiments import rows as write
+from experiments.session import Session
+from experiments.study import Study
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
-from polykv.results import cell_id
+from polykv.results import Rows
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["MADE_BY", "check", "run", "settle"]
-
+# layer_bits: the table, for people.
+COLUMNS = {**write.BYTES, **write.SCORES, "layer_bits": str}
 Table = list[list[int]]  # [key bits, value bits] of each layer
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, session: Session) -> None:
     """Refuse bad input, a budget below the smallest width, and a missing Optuna."""
-    recipe_frontier.check(cfg)
+    settings.check_quality(cfg, session)
     if find_spec("optuna") is None:
         raise PolyKVError("experiment=recipe_search needs optuna; pip install '.[search]'")
     if not isinstance(cfg.n_trials, int) or cfg.n_trials < 1:
@@ -43,53 +43,48 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def run(cfg: DictConfig) -> list[dict[str, Any]]:
+def run(cfg: DictConfig, session: Session) -> Rows:
     """Quality of the best table and of the best uniform one, on documents that the search did not see."""
-    study = _study(cfg)
-    _search(cfg, study)
-    trials = [t for t in study.trials if t.value is not None and t.user_attrs["over"] <= 0]
+    search = open_search(cfg, session)
+    go_on(cfg, session, search)
+    trials = [t for t in search.trials if t.value is not None and t.user_attrs["over"] <= 0]
     if not trials:
         raise PolyKVError(
             f"no table of the {cfg.n_trials} tried keeps within budget_bits={cfg.budget_bits}; raise it"
         )
-    found = min(trials, key=lambda t: t.value).user_attrs["table"]
     same = [t for t in trials if len(set(map(tuple, t.user_attrs["table"]))) == 1]
-    rows = []
-    for name, table in (("search_per_layer", found), ("search_uniform", _best(same))):
-        rows += _measure(cfg, name, table)
+    rows = _measure(cfg, session, "search_per_layer", _best(trials))
+    rows.extend(_measure(cfg, session, "search_uniform", _best(same)))
     return rows
 
 
-def _study(cfg: DictConfig) -> "optuna.Study":
+def open_search(cfg: DictConfig, session: Session) -> "optuna.Study":
+    """The search of this cell, new or as it stands."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(cfg.results_dir) / "search"
     folder.mkdir(parents=True, exist_ok=True)
-    name = cell_id(OmegaConf.to_container(cfg))
-    study = optuna.create_study(
+    name = STUDY.identity(cfg)
+    search = optuna.create_study(
         storage=f"sqlite:///{folder / name}.db",
         study_name=name,
         load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=cfg.seed, multivariate=True),
     )
-    if not study.trials:  # the tables that a search has to beat come first
-        n_layers = common.full_readings(cfg)[0].pool.n_layers
+    if not search.trials:  # the tables that a search has to beat come first
+        n_layers = session.full_readings(cfg)[0].pool.n_layers
         for bits in product(cfg.widths, cfg.widths):
-            study.enqueue_trial(
-                {
-                    f"{kind}{layer}": b
-                    for layer in range(n_layers)
-                    for kind, b in zip("kv", bits, strict=True)
-                }
-            )
-    return study
+            pairs = [*zip("kv", bits, strict=True)]
+            search.enqueue_trial({f"{kind}{n}": b for n in range(n_layers) for kind, b in pairs})
+    return search
 
 
-def _search(cfg: DictConfig, study: "optuna.Study") -> None:
+def go_on(cfg: DictConfig, session: Session, search: "optuna.Study") -> None:
+    """Try tables until there are `n_trials`."""
     import optuna
 
-    full = common.full_readings(cfg)
+    full = session.full_readings(cfg)
     n_layers = full[0].pool.n_layers
 
     def objective(trial: "optuna.Trial") -> float:
@@ -106,23 +101,39 @@ def _search(cfg: DictConfig, study: "optuna.Study") -> None:
         kl = [reading.under(recipe, cfg.backend).comparison.kl.mean() for reading in full]
         return float(sum(kl) / len(kl))
 
-    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    study.optimize(objective, n_trials=max(0, cfg.n_trials - len(done)))
+    done = [t for t in search.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    search.optimize(objective, n_trials=max(0, cfg.n_trials - len(done)))
 
 
 def _best(trials: list["optuna.trial.FrozenTrial"]) -> Table | None:
     return min(trials, key=lambda t: t.value).user_attrs["table"] if trials else None
 
 
-def _measure(cfg: DictConfig, name: str, table: Table | None) -> list[dict[str, Any]]:
+def _measure(cfg: DictConfig, session: Session, name: str, table: Table | None) -> Rows:
     recipe = OmegaConf.merge(cfg.recipe, {"name": name, "layer_bits": table})
     fresh = OmegaConf.merge(cfg, {"seed": cfg.seed + 1, "recipe": recipe})
-    rows = document_rows(fresh, recipe=name, budget_bits=cfg.budget_bits)
+    document = session.documents(fresh)[0]
+    about = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    about |= {"recipe": name, "budget_bits": float(cfg.budget_bits)}
+    about |= {"layer_bits": f"{[list(bits) for bits in table]}"} if table else {}
+    rows = settings.new_rows(fresh, COLUMNS, **about)
     if table is None:
-        rows.add("kl_mean", None, "nats", note="no table of equal bits was tried within the budget")
+        rows.add("kl", None, "nats", why="no table of equal bits was tried within the budget")
         return rows
-    note = f"layer_bits={[list(bits) for bits in table]}"
-    recipe_frontier.add_rows(rows, common.readings(fresh))
-    for row in rows:
-        row["note"] = note
+    readings = session.readings(fresh)
+    write.add_ratio(rows, readings[0].pool)
+    write.add_readings(rows, readings)
     return rows
+
+
+STUDY = Study(
+    name="recipe_search",
+    title="Bits for each layer",
+    question="Which bits for each layer's keys and values are best under a budget of stored bits?",
+    run=run,
+    check=check,
+    settle=compare.seeded,
+    made_by=settings.SCORES,
+    settings=(*settings.POOL, "budget_bits", "n_trials", "widths"),
+    columns=COLUMNS,
+)

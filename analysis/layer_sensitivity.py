@@ -1,0 +1,149 @@
+"""Where the damage is: errors by layer and head beside theory, and each layer's own damage."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.frontier import about, by_setting
+from analysis.render import Column, Table, fixed, keys, significant
+from analysis.statistics import QUALITY, Measure, Value, mean_of_answers
+from analysis.style import (
+    Marks,
+    Picture,
+    colours,
+    legend,
+    number_ticks,
+    picture,
+    reaches,
+    sheet,
+    styled,
+)
+
+PARTS = ("key", "value", "logits", "output")
+SIDES = ("key", "value")
+
+
+def _mean(rows: pd.DataFrame) -> Value:
+    """The mean over documents and heads, without an interval."""
+    found = mean_of_answers(rows)
+    return Value(found.value, note="" if found.value is not None else found.note)
+
+
+MEASURES = {
+    "layer_kl": QUALITY["kl_mean"],
+    **{f"error_{part}": Measure("error", {"part": part}, _mean) for part in PARTS},
+    **{
+        f"{name}_{part}": Measure(name, {"part": part})
+        for name in ("gaussian_error", "dc_share", "peak_to_rms")
+        for part in SIDES
+    },
+}
+
+
+def table(rows: pd.DataFrame) -> Table | None:
+    """Errors by layer beside the theory, and each layer's own damage."""
+    columns = [
+        Column("layer_kl", "KL, this layer alone [95 %]", significant, interval=True),
+        *(Column(f"error_{part}", f"{part} error", significant) for part in PARTS),
+        *(Column(f"gaussian_error_{part}", f"{part}, Gaussian", significant) for part in SIDES),
+        *(Column(f"dc_share_{part}", f"{part} DC share", fixed(3)) for part in SIDES),
+        *(Column(f"peak_to_rms_{part}", f"{part} peak channel", fixed(2)) for part in SIDES),
+    ]
+    lines = [
+        {"section": setting, "recipe": recipe, "layer": int(layer)}
+        | {column.name: measured(part, column.name) for column in columns}
+        for setting, mine in by_setting(rows)
+        for (recipe, layer), part in mine.groupby(["recipe", "layer"])
+    ]
+    caption = (
+        "Relative squared errors of each layer (mean of its heads and documents), beside the same codec's error on "
+        "Gaussian data. DC share: energy in each vector's mean, which an unsigned Hadamard transform gathers in one "
+        "coordinate (1 / head_dim for white noise). Peak channel: its root mean square over the head's (1 for white "
+        f"noise). {about(rows)}"
+    )
+    return Table("layer_sensitivity", caption, [*keys("recipe", "layer"), *columns], lines)
+
+
+def measured(rows: pd.DataFrame, name: str) -> Value:
+    """A figure of one recipe and layer, over the documents of all its seeds."""
+    return MEASURES[name].of(rows, ["seed"])
+
+
+@styled
+def figure(rows: pd.DataFrame) -> Picture:
+    """Which layers a recipe hurts, and how far its errors are from those on Gaussian data."""
+    found = list(by_setting(rows))
+    canvas, panels = sheet([text for setting, _ in found for text in (setting, "")], 2, 1.9)
+    for place, (_, mine) in enumerate(found):
+        (damage, output), (key, value) = panels[2 * place : 2 * place + 2]
+        _by_layer(damage, mine, lambda part: measured(part, "layer_kl"), "KL, nats")
+        damage.set_title("this layer alone compressed")
+        _by_layer(
+            output, mine, lambda part: measured(part, "error_output"), "relative squared error"
+        )
+        _add_heads(output, mine)
+        output.set_title("attention output; dots: single heads")
+        for ax, side in ((key, "key"), (value, "value")):
+            _by_layer(
+                ax, mine, partial(_over_theory, side=side), "times the Gaussian error", log=False
+            )
+            ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+            ax.set_title(f"{side} error over that on Gaussian data")
+    return picture(
+        legend(canvas),
+        "Where compression hurts: KL divergence when one layer alone is compressed, the error of its attention output, "
+        "and its keys' and values' errors over the same codec's on Gaussian data",
+        about(rows),
+        Marks(dots="single heads", more="1: as theory promises; above it this cache is harder."),
+    )
+
+
+def _over_theory(part: pd.DataFrame, side: str) -> Value:
+    error, theory = (measured(part, f"{name}_{side}") for name in ("error", "gaussian_error"))
+    if error.value is None or not theory.value:
+        return error if error.value is None else Value(None, note=theory.note)
+    return error.map(lambda value: value / theory.value)
+
+
+def _by_layer(
+    ax: Axes, rows: pd.DataFrame, of: Callable[[pd.DataFrame], Value], label: str, log: bool = True
+) -> None:
+    """One line per recipe over the layers, with intervals where there are any."""
+    for recipe, (shift, tint) in _looks(rows).items():
+        each = rows[rows["recipe"] == recipe].groupby("layer")
+        found = {int(layer) + shift: of(part) for layer, part in each}
+        found = {at: value for at, value in found.items() if value.value is not None}
+        values = list(found.values())
+        spread = reaches(values) if any(value.low is not None for value in values) else None
+        ax.errorbar(
+            list(found), [value.value for value in values], yerr=spread, fmt="o-", elinewidth=0.8, markersize=3,
+            linewidth=1, color=tint, label=recipe,
+        )  # fmt: skip
+    if log:
+        ax.set_yscale("log")
+    n_layers = int(rows["layer"].max()) + 1
+    number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
+    ax.set_xlabel("layer")
+    ax.set_ylabel(label)
+
+
+def _add_heads(ax: Axes, rows: pd.DataFrame) -> None:
+    """The output error of each head, mean of the documents."""
+    output = rows[(rows["metric"] == "error") & (rows["part"] == "output")]
+    for recipe, (shift, tint) in _looks(rows).items():
+        own = output[output["recipe"] == recipe].groupby(["layer", "head"])["value"].mean()
+        layer = own.index.get_level_values("layer").to_numpy(float)
+        ax.plot(layer + shift, own, ".", markersize=2.5, color=tint)
+
+
+def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str]]:
+    """How far to the side each recipe's marks are, and its colour."""
+    recipes = sorted(set(rows["recipe"]))
+    tints, middle = colours(recipes), (len(recipes) - 1) / 2
+    return {name: (0.05 * (place - middle), tints[name]) for place, name in enumerate(recipes)}
+
+
+TABLES = {"layer_sensitivity": table}
+FIGURES = {"layer_sensitivity": figure}

@@ -1,0 +1,93 @@
+"""Where is the damage? Errors of each layer and head, and the divergence when one layer alone is compressed."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from experiments import compare, settings
+from experiments import rows as write
+from experiments.session import Session
+from experiments.study import Study
+from polykv.evaluation import continuation, layers
+from polykv.evaluation.continuation import score_rest
+from polykv.evaluation.readings import Reading
+from polykv.progress import track
+from polykv.recipe import Recipe, load_recipe
+from polykv.results import Rows
+
+# A row of a whole layer has no head. part: key, value, logits or output.
+COLUMNS = {**write.SCORES, "layer": int, "head": int, "part": str}
+ZEROS = "the exact values are all zero, which nothing is relative to"
+
+
+def check(cfg: DictConfig, session: Session) -> None:
+    """Refuse bad input."""
+    settings.check_quality(cfg, session)
+    settings.check_injects(cfg)
+
+
+def run(cfg: DictConfig, session: Session) -> Rows:
+    """error, gaussian_error, dc_share, peak_to_rms and kl of each layer."""
+    document = session.documents(cfg)[0]
+    about = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    rows = settings.new_rows(cfg, COLUMNS, **about)
+    full, readings = session.full_readings(cfg), session.readings(cfg)
+    recipe = Recipe.from_config(cfg.recipe)
+    _add_errors(rows, full, readings)
+    _add_theory(rows, recipe, full[0])
+    _add_damage(rows, recipe, full)
+    return rows
+
+
+def _add_errors(rows: Rows, full: Sequence[Reading], readings: Sequence[Reading]) -> None:
+    """Of each document, layer and head, the relative squared error of each part."""
+    for sample, (exact, read) in enumerate(zip(full, readings, strict=True)):
+        queries = layers.queries_of(exact.model, exact.pool, exact.document.rest_BT)
+        for layer, of_layer in enumerate(queries):
+            pair = (one.pool.decode_layer(layer) for one in (exact, read))
+            for part, by_head in layers.head_errors(of_layer, *pair).items():
+                for head, value in enumerate(by_head.tolist()):
+                    place = {"sample": sample, "layer": layer, "head": head, "part": part}
+                    rows.add("error", value, "relative", why=ZEROS, **place)
+
+
+def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
+    """What the codecs' errors are on Gaussian data, and why the first document's cache is not Gaussian."""
+    pool = full.pool
+    for layer in range(pool.n_layers):
+        codecs = recipe.codecs(layer, pool.n_layers)
+        sides = zip(("key", "value"), pool.decode_layer(layer), codecs, strict=True)
+        for part, x_BHTD, codec in sides:
+            place = {"layer": layer, "part": part}
+            expected = layers.gaussian_error(codec, pool.head_dim)
+            rows.add("gaussian_error", expected, "relative", **place)
+            for name, value in layers.diagnostics(x_BHTD).items():
+                rows.add(name, value, "ratio", why=ZEROS, **place)
+
+
+def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
+    """The divergence when one layer alone is compressed."""
+    exact = load_recipe("full")
+    for layer in track(range(full[0].pool.n_layers), "compressing one layer alone"):
+        found = []
+        for reading in full:
+            pool, rest_BT = (
+                layers.only_layer(reading.pool, recipe, exact, layer),
+                reading.document.rest_BT,
+            )
+            log_probs_TV = score_rest(reading.model, pool.inject(), rest_BT)
+            found.append(continuation.compare(reading.log_probs_TV, log_probs_TV, rest_BT))
+        write.add_scores(rows, found, ("kl",), layer=layer)
+
+
+STUDY = Study(
+    name="layer_sensitivity",
+    title="Where the damage is",
+    question="Which layers and heads does a recipe hurt, and is its error what theory promises?",
+    run=run,
+    check=check,
+    settle=compare.seeded,
+    made_by=(*settings.SCORES, layers),
+    settings=settings.POOL,
+    columns=COLUMNS,
+)
