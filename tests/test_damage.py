@@ -177,9 +177,6 @@ CASES = {
         ("experiment=recipe_search", *SCORED[:-1], "n_trials=1", "widths=[8]", "budget_bits=9"),
         recipes,
     ),
-    "recipe_separation": Case(
-        ("experiment=recipe_separation", "context=256", "n_documents=8", "recipe=fp16"), recipes
-    ),
     "agent_scaling": Case(("experiment=agent_scaling", *SCORED, "n_agents=3"), batches),
     "layer_sensitivity of values": Case(
         ("experiment=layer_sensitivity", *SCORED), recipes, HELD | ABOUT_KEYS
