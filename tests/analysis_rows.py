@@ -55,13 +55,20 @@ def add_bytes(rows, model, context, n_agents, recipe, reader="inject", resident=
 
 
 def add_quality(
-    rows, delta, n_agents, f1=None, floor=0.55, scorer="minilm", n_documents=MIN_DOCUMENTS
+    rows,
+    delta,
+    n_agents,
+    f1=None,
+    floor=0.55,
+    scorer="minilm",
+    n_documents=MIN_DOCUMENTS,
+    spread=0.5,
 ):
     """Scores of documents whose perplexity delta is `delta` percent on average, with a spread, and answers."""
     nats, n = math.log1p(delta / 100), n_documents
     for sample in range(n):
         about = {"sample": sample, "n": TOKENS}
-        part = nats * (1 + 0.5 * (sample - (n - 1) / 2) / n)
+        part = nats * (1 + spread * (sample - (n - 1) / 2) / n)
         rows.add("nll", math.log(9) + part, "nats", **about)
         rows.add("nll_full", math.log(9), "nats", **about)
         rows.add("nll_delta", part, "nats", **about)
@@ -78,7 +85,7 @@ def add_quality(
 
 def compare_cell(
     context, n_agents, recipe, model="reference", weights="reference", document="generated", name="", delta=None,
-    f1=None, scorer="minilm", n_documents=MIN_DOCUMENTS, reader="inject", resident=None, **more
+    f1=None, scorer="minilm", n_documents=MIN_DOCUMENTS, reader="inject", resident=None, spread=0.5, **more
 ):  # fmt: skip
     """A cell of study compare: bytes, scores and answers."""
     name = name or f"{model}-{document}-{context}-{n_agents}-{recipe}-{reader}"
@@ -87,7 +94,7 @@ def compare_cell(
     add_bytes(made[3], model, context, n_agents, recipe, reader, resident)
     if delta is None:
         delta = 0 if recipe == "full" else 400 / context * RATIO.get(recipe, RATIO["polykv"])[0]
-    add_quality(made[3], delta, n_agents, f1, scorer=scorer, n_documents=n_documents)
+    add_quality(made[3], delta, n_agents, f1, scorer=scorer, n_documents=n_documents, spread=spread)
     return made
 
 
