@@ -298,7 +298,7 @@ def test_tensors_that_do_not_fit_the_architecture_are_refused(
     }[wrong]
     refused(
         write(tmp_path / "model.gguf", llama, tokenizer, tensors=tensors),
-        "blk\\.1\\.|up_proj|ffn_more",
+        "up_proj|57,376",
     )
     assert not [path for path in cache.glob("*/*") if path.is_dir()]
 
