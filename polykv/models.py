@@ -308,9 +308,10 @@ def _place(cfg: DictConfig) -> Path | str:
         what = "file" if cfg.trained_weights == "gguf" else "folder"
         raise PolyKVError(f"model={cfg.name} needs a {what}; add model.path=/path/to/the/model")
     if cfg.trained_weights == "local":
-        checkpoint.check_adapter(cfg.path)
-    if cfg.trained_weights == "local" and not (Path(cfg.path) / "config.json").is_file():
-        raise PolyKVError(
-            f"no model in {cfg.path}: it holds no config.json; give a folder made by save_pretrained"
-        )
+        if Path(cfg.path).is_dir():  # any other name is a hub id to transformers
+            checkpoint.check_adapter(cfg.path)
+        if not (Path(cfg.path) / "config.json").is_file():
+            raise PolyKVError(
+                f"no model in {cfg.path}: it holds no config.json; give a folder made by save_pretrained"
+            )
     return cfg.path

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polykv import gguf, shipped, windows
 from polykv.errors import PolyKVError
+from reference_model.tokenizer import build_tokenizer
 
 LENGTHS = (40, 5, 60, 10, 45, 50)
 ARTICLES = [
