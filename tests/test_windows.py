@@ -5,7 +5,6 @@ import torch
 from gguf_files import write as write_gguf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from polykv.reference.tokenizer import build_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
