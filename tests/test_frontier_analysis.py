@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import frontier, frontier_figures
+from analysis import catalog, frontier, frontier_figures
 from analysis.__main__ import main
 from analysis.frontier import compared, measured, scores, trend
 from analysis.load import load
+from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.statistics import pairs_of, samples_of
 from experiments.compare import STUDY
 from polykv.evaluation.statistics import document_interval
@@ -232,3 +233,42 @@ def test_agents_are_judged_by_the_one_furthest_from_a_single_reader(root):
 def test_samples_are_those_of_the_documents(root):
     mine = samples_of(scores(load(root).rows), "kl", ["recipe"])
     assert len(mine["good"]) == 20
+
+
+def judged(root, said):
+    """The verdicts of the claims that say this."""
+    return [claim.verdict for claim in catalog.claims(load(root).rows) if said in claim.claim]
+
+
+@pytest.mark.parametrize(
+    ("slope", "verdict"), [(-0.5, REPRODUCED), (0.0, INCONCLUSIVE), (0.5, NOT_REPRODUCED)]
+)
+def test_the_context_claim_is_judged_by_its_slopes_interval(tmp_path, slope, verdict):
+    for context in (128, 256, 512):
+        level = 2 + slope * math.log2(context / 128)
+        delta = np.log1p((level + (np.arange(10) - 4.5) / 100) / 100)
+        store(tmp_path, "polykv", np.full(10, 0.01), delta, context_tokens=context)
+    assert judged(tmp_path, "shrinks") == [verdict]
+    assert judged(tmp_path, "how many agents") == [NOT_MEASURED]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "spread", "verdict"),
+    [((1, 15), 1e-5, REPRODUCED), ((1, 15), 3.0, NOT_REPRODUCED), ((5,), 1e-5, INCONCLUSIVE)],
+)
+def test_the_claim_on_agents_is_judged_by_every_one_of_them(tmp_path, numbers, spread, verdict):
+    for n in numbers:
+        store(tmp_path, "polykv", np.full(8, 0.01), spread=[0.0, spread], n_agents=n)
+    assert judged(tmp_path, "how many agents") == [verdict]
+
+
+def test_keys_and_values_are_judged_on_the_same_documents(root):
+    # These rows make values matter more, so 8-bit keys and 3-bit values lose.
+    assert judged(root, "keys deserve more bits") == [NOT_REPRODUCED]
+
+
+def test_findings_name_the_front_and_what_is_better_at_no_more_bits(tmp_path):
+    frontier_cells(tmp_path)
+    ((_, lines),) = catalog.findings(load(tmp_path).rows).items()
+    text = " ".join(lines)
+    assert "good (4.00 bits" in text and "polykv, at 5.60 bits" in text and "poor" not in text

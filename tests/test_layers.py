@@ -165,3 +165,11 @@ def test_the_figure_has_every_head_and_errors_over_theory(made):
     assert sorted(len(line.get_ydata()) for line in dots) == [6, 6]
     over = next(c for c in key.containers if c.get_label() == "polykv")[0].get_ydata()
     assert list(over) == pytest.approx(list(errors.mean(axis=(0, 2)) / (0.02 + np.arange(3))))
+
+
+def test_findings_name_the_layer_that_costs_most(made):
+    rows, _, kl = made
+    ((_, lines),) = layer_sensitivity.findings(rows).items()
+    damage = kl.mean(axis=0)
+    said = next(line for line in lines if line.startswith("polykv"))
+    assert f"layer {damage.argmax()} " in said and f"{damage.max() / damage.sum():.0%}" in said
