@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 from scipy.stats import norm
 from transformers import DynamicCache
 
-from experiments import common
+from experiments.session import of_process
 
 LEVELS = 8  # of a 3-bit quantizer
 
@@ -45,7 +45,7 @@ def test_the_kl_of_polykv_is_that_of_twenty_lines_of_plain_transformers():
         "experiment=compare", "document=wikitext2", "context=256", "n_documents=2", "recipe=polykv",
         "n_agents=1", "device=cpu",
     )  # fmt: skip
-    readings = common.readings(cfg)
+    readings = of_process().readings(cfg)
     model, centres = readings[0].model, torch.tensor(lloyd_max(LEVELS), dtype=torch.float32)
     for reading in readings:
         prefix, rest = reading.document.prefix_BT, reading.document.rest_BT

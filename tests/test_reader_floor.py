@@ -5,19 +5,19 @@ In bfloat16 the two attentions round differently by as much as a recipe of 8 bit
 
 import pytest
 import torch
-from conftest import TEXT, checked_cell, tiny_model
+from conftest import TEXT, checked_cell, rows_of, tiny_model
 
-from experiments import common
+from experiments.rows import SCORES, add_readings
+from experiments.session import Session
 from polykv import load_recipe
 from polykv.documents import Document
-from polykv.evaluation import readings
 from polykv.evaluation.card_quality import score_cards
 from polykv.evaluation.readings import Reading
 from polykv.handoff.policy import load_policy
 from polykv.pool import SharedKVPool, prefill
 from polykv.results import Rows
 
-FLOORS = {"reader_floor_kl_mean", "reader_floor_perplexity_delta"}
+FLOORS = {"reader_floor_kl", "reader_floor_nll_delta"}
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +36,38 @@ def injected(rounded, tokenizer):
     return Reading(rounded, document, pool)
 
 
-def rows_of(reading):
-    rows = Rows()
-    readings.add_rows(rows, [reading])
-    return {row["metric"]: row for row in rows}
+def means(rows):
+    """Metric -> the rows of whole documents."""
+    found = {}
+    for row in rows:
+        if row.get("block") is None and row.get("statistic") is None:
+            found.setdefault(row["metric"], []).append(row)
+    return found
+
+
+def scored(reading):
+    rows = Rows(SCORES)
+    add_readings(rows, [reading])
+    return means(rows)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("study", ["polykv_quality", "recipe_frontier", "agent_scaling"])
 def test_the_uncompressed_cache_costs_nothing_in_place_and_the_floor_is_said(study, backend):
-    module, cfg = checked_cell(
+    rows = rows_of(
         f"experiment={study}", "model=reference", "document=generated", "context=128", "n_documents=2",
         "++answers=0", "n_agents=1", "model.dtype=bfloat16", "recipe=full", "reader=cascade",
         f"backend={backend}", "device=cpu",
     )  # fmt: skip
-    found = {row["metric"]: row for row in module.run(cfg)}
+    found = means(rows)
     # agent_scaling scores with a mask of its own, which may round otherwise.
     least = 0 if study != "agent_scaling" else 1e-6
-    assert found["kl_mean"]["value"] <= least and abs(found["perplexity_delta"]["value"]) <= least
-    assert found["reader_floor_kl_mean"]["value"] > 1e-6  # of two attentions in bfloat16
-    assert found["reader_floor_kl_mean"]["reader"] == "cascade"
-    assert found["reader_floor_perplexity_delta"]["ci_low"] is not None
+    for row in (*found["kl"], *found["nll_delta"]):
+        assert abs(row["value"]) <= least
+    for row in found["reader_floor_kl"]:
+        assert row["value"] > 1e-6 and row["reader"] == "cascade"  # of two attentions in bfloat16
+    floors = [row for row in rows if row["metric"] == "reader_floor_nll_delta"]
+    assert any(row.get("block") is not None for row in floors)  # what its interval rests on
 
 
 def test_a_recipes_delta_is_that_to_the_baseline_of_its_own_reader(injected):
@@ -70,9 +81,12 @@ def test_a_recipes_delta_is_that_to_the_baseline_of_its_own_reader(injected):
         assert (found[reader].comparison.nll_full == nll.numpy()).all()
     apart = abs(found["inject"].comparison.nll_full - found["cascade"].comparison.nll_full)
     assert apart.max() > 0
-    rows = rows_of(found["cascade"])
-    assert rows["reader_floor_kl_mean"]["value"] == in_place.reader_floor.kl.mean() > 0
-    assert not FLOORS & rows_of(found["inject"]).keys()
+    (floor,) = scored(found["cascade"])["reader_floor_kl"]
+    assert (
+        floor["value"] == pytest.approx(in_place.reader_floor.kl.astype(float).mean())
+        and floor["value"] > 0
+    )
+    assert not FLOORS & scored(found["inject"]).keys()
 
 
 def test_answers_are_held_to_answers_by_the_same_reader(monkeypatch):
@@ -87,8 +101,9 @@ def test_answers_are_held_to_answers_by_the_same_reader(monkeypatch):
         return ask(self, model, tokenizer, queries, max_new_tokens, reader)
 
     monkeypatch.setattr(SharedKVPool, "ask", told)
-    common.answers(cfg, 1)
-    common.answers(cfg, 1, load_recipe("full"))
+    session = Session()
+    session.answers(cfg, 1)
+    session.answers(cfg, 1, load_recipe("full"))
     assert read == [(name, "cascade", cfg.backend) for name in ("fp16", "full")]
 
 

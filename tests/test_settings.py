@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from test_docs import typed_commands
 
-from experiments import settings
+from experiments import declared
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
@@ -16,7 +16,7 @@ def composed(*overrides):
 
 
 def check(*overrides):
-    settings.check(composed(*overrides))
+    declared.check(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def check(*overrides):
         # What another study reads.
         (["experiment=polykv_quality", "+relay=gsm8k"], "relay", "handoff_accuracy"),
         (["experiment=polykv_quality", "+policy=topology"], "policy", "handoff_accuracy"),
-        (["experiment=recipe_frontier", "+answers=1"], "answers", "polykv_quality"),
+        (["experiment=layer_sensitivity", "+answers=1"], "answers", "polykv_quality"),
         (["+budget_bits=3"], "budget_bits", "handoff_ttft"),
         (["experiment=handoff_ttft", "+card.keyfile=/a"], "card.keyfile", "'card.key_file'"),
         (["experiment=capacity", "+hardware.memory=3"], "hardware.memory", "'hardware.memory_gb'"),
