@@ -5,13 +5,13 @@ import matplotlib.pyplot as plt
 import pytest
 from analysis.captions import caption
 from analysis.colours import family, looks
-from analysis.frontier_figures import FRONTIER_FIGURES
 from analysis.handoff_figures import HANDOFF_FIGURES
 from analysis_rows import handoff_rows, write
 from figure_checks import assert_readable, names_in
 from test_frontier_analysis import asymmetry_rows, frontier_rows, layer_rows
 
 from analysis import registry
+from analysis.frontier_figures import FRONTIER_FIGURES
 from analysis.load import load
 
 
