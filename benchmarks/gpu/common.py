@@ -150,9 +150,7 @@ class Bench:
     def rows(self, *experiments: str, device: str | None = None) -> pd.DataFrame:
         """Everything measured so far by these experiments on this device, or on what they call it."""
         rows, _ = load_rows(self.store.root)
-        return rows[
-            rows["experiment"].isin(experiments) & (rows["device"] == (device or self._name))
-        ]
+        return rows[rows["study"].isin(experiments) & (rows["device"] == (device or self._name))]
 
 
 def _device_time(work: Callable[[], object]) -> float:

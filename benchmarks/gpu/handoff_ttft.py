@@ -6,9 +6,9 @@
 
 First it checks that cards sealed on the device hold the bits that torch gives them, decode to the same from their
 file, and are read in place as they are injected. Then the cells of
-`experiment=handoff_ttft` and `handoff_stages`: re-prefill, and cards (fp16, uniform 4 bits, adaptive 4 bits) in
-memory and through a file, injected and read in place, in turn. `python -m analysis --results results/gpu` renders the
-tables beside the published figures. The break-even context is where a card's median time meets re-prefill's, on a
+`experiment=handoff_ttft`: re-prefill, and cards (fp16, uniform 4 bits, adaptive 4 bits) in memory and through a file,
+injected and read in place, in turn. `python -m analysis --results results/gpu` renders the tables beside the
+published figures. The break-even context is where a card's median time meets re-prefill's, on a
 straight line between measured contexts in log-log.
 """
 
@@ -21,13 +21,14 @@ import torch
 from common import REPO, Bench, device_state, parser
 from hydra import compose, initialize_config_dir
 
+from analysis.handoff_ttft import timed
 from experiments import sweep
+from experiments.session import of_process
 from polykv import config, models
 from polykv.attention.cascade import attend_in_place
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import load_policy
 from polykv.pool import prefill
-from polykv.results import Rows, cell_id
 
 MODEL = "llama-3.1-8b"
 # Tokens that the published contexts really had, then the round ones.
@@ -40,7 +41,6 @@ TINY = {
     "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1000,
 }  # fmt: skip
-BREAK_EVEN = "gpu_break_even"
 IN_PLACE_TOLERANCE = 2e-2  # of logits, relative; the arithmetic around attention is in 16 bits
 
 
@@ -62,26 +62,23 @@ def main() -> None:
 
 
 def cells(bench: Bench, arguments: argparse.Namespace) -> list[sweep.Outcome]:
-    """Run what is not done; both experiments of a setting one after the other."""
+    """Run what is not done."""
     outcomes = []
     contexts = arguments.contexts or (TINY_CONTEXTS if bench.tiny else CONTEXTS)
     common = [
-        f"model={MODEL}", "weights=random", f"device={bench.device.type}", f"results_dir={arguments.out}",
-        f"repeats={TINY_REPEATS if bench.tiny else REPEATS}",
+        "experiment=handoff_ttft", f"model={MODEL}", "weights=random", f"device={bench.device.type}",
+        f"results_dir={arguments.out}", f"repeats={TINY_REPEATS if bench.tiny else REPEATS}",
         *(f"model.geometry.{name}={size}" for name, size in TINY.items() if bench.tiny),
     ]  # fmt: skip
     with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "conf")):
         for context in contexts:
             apart = context >= (TINY_CONTEXTS[-1] if bench.tiny else APART_FROM)
             for transports in arguments.transports if apart else (",".join(arguments.transports),):
-                for experiment in ("handoff_ttft", "handoff_stages"):
-                    own = [
-                        f"experiment={experiment}",
-                        f"context={context}",
-                        f"transports=[{transports}]",
-                    ]
-                    outcomes.append(sweep.run_cell(compose("config", [*own, *common])))
-                    bench.say(f"{experiment} {context} tokens, {transports}: {outcomes[-1].status}")
+                own = [f"context={context}", f"transports=[{transports}]"]
+                cell = sweep.prepare(compose("config", [*common, *own]))
+                cell.study.check(cell.settled, of_process())
+                outcomes.append(sweep.run_cell(cell))
+                bench.say(f"{context} tokens, {transports}: {outcomes[-1].status}")
     return outcomes
 
 
@@ -125,23 +122,20 @@ def check_cards(bench: Bench) -> str:
 
 
 def report(bench: Bench) -> None:
-    """Median times by route; and the break-even contexts, which are rows of their own, worked out anew each time."""
-    found = bench.rows("handoff_ttft", device=bench.device.type)
-    found = found[(found["metric"] == "ttft") & (found["model"].str.startswith(MODEL))]
-    found = found.assign(route=found["policy"] + ", " + found["protocol"])
-    medians = found.pivot_table(
-        index="context_tokens", columns="route", values="value"
-    ).sort_index()
+    """Median times by route, and from which context on each is faster than re-prefill."""
+    found = timed(bench.rows("handoff_ttft", device=bench.device.type))
+    found = found[(found["stage"] == "total") & (found["metric"] == "time")]
+    found = found[found["model"].str.startswith(MODEL)]
+    found = found.assign(route=found["policy"] + ", " + found["route"])
+    medians = found.pivot_table("value", "context_tokens", "route", aggfunc="median").sort_index()
     bench.show("gpu_ttft", "Time to first token, median ms", medians.reset_index())
-    rows = Rows(model=MODEL, weights="random", dtype="bfloat16", device=found["device"].iloc[0])
-    for route in medians.columns.drop("reprefill, text"):
-        context, note = break_even(medians[["reprefill, text", route]].dropna())
-        policy, protocol = route.split(", ", 1)
-        rows.add("break_even", context, "tokens", policy=policy, protocol=protocol, note=note)
-    identity = {"experiment": BREAK_EVEN, "model": MODEL, "device": rows[0]["device"]}
-    bench.store.write(BREAK_EVEN, cell_id(identity), identity, rows)
-    columns = ["policy", "protocol", "value", "note"]
-    bench.show("gpu_break_even", "Break-even context, tokens", pd.DataFrame(rows)[columns])
+    text = "reprefill, text"
+    even = [
+        (route, *break_even(medians[[text, route]].dropna()))
+        for route in medians.columns.drop(text)
+    ]
+    shown = pd.DataFrame(even, columns=["route", "tokens", "how it was found"])
+    bench.show("gpu_break_even", "Break-even context, tokens", shown)
 
 
 def break_even(medians: pd.DataFrame) -> tuple[float | None, str]:
