@@ -1,9 +1,7 @@
 """The analysis's figures: nothing empty, cut off, overlapping or too small; the same bytes for the same rows."""
 
-
 import matplotlib.pyplot as plt
 import pytest
-from analysis.captions import caption
 from analysis.colours import family, looks
 from analysis.handoff_figures import HANDOFF_FIGURES
 from analysis_rows import handoff_rows, write
@@ -50,37 +48,6 @@ def test_the_fp16_relay_stands_beside_what_is_held_to_it(tmp_path):
     plt.close(canvas)
 
 
-def test_one_context_has_bars_of_the_routes_and_no_empty_transport(tmp_path):
-    rows = [r for r in handoff_rows() if r["context_tokens"] == 1024]
-    canvas, rows = drawn(tmp_path, "handoff_ttft", rows)
-    (panel,) = canvas.axes
-    assert [bar.get_width() for bar in panel.patches] == pytest.approx([92.16, 10.24, 30.72])
-    names = [label.get_text() for label in panel.get_yticklabels()]
-    assert names == ["reprefill", "fp16", "topology"] and panel.get_xlim()[0] == 0
-    said = caption("handoff_ttft", rows)
-    assert "Log" not in said and "Error bars: quartiles." in said and "file" not in said
-    assert_readable(canvas)
-
-
-@pytest.mark.parametrize("average", ["means", "medians"])
-def test_stages_are_named_as_what_they_are_with_the_quartiles_of_the_total(tmp_path, average):
-    rows = [r for r in handoff_rows() if r["experiment"] == "handoff_stages"]
-    rows = [
-        {**r, "note": f"{average[:-1]}; interval: quartiles"}
-        for r in rows
-        if r["policy"] == "topology"
-    ]
-    canvas, rows = drawn(tmp_path, "handoff_stages", rows)
-    for ax, tokens in zip(canvas.axes, (1024, 8192), strict=True):
-        total = 3.0 * tokens / 100
-        parts = [bar.get_width() for bar in ax.patches]
-        assert parts == pytest.approx([share * total for share in (0.1, 0.1, 0.1, 0.7)])
-        assert list(ax.lines[0].get_xdata()) == pytest.approx([0.9 * total, 1.1 * total])
-        assert ax.get_xlabel() == f"ms, {average}"
-    assert f"{average} of the stages" in caption("handoff_stages", rows, canvas)
-    plt.close(canvas)
-
-
 def test_the_frontier_names_every_recipe_once_and_apart(tmp_path):
     canvas, rows = drawn(tmp_path, "recipe_frontier", frontier_rows())
     shown = rows[(rows["metric"] == "kl_mean") & (rows["value"] > 0)]["recipe"]
@@ -89,5 +56,3 @@ def test_the_frontier_names_every_recipe_once_and_apart(tmp_path):
     found = looks(["turboquant_2bit", "turboquant_3bit", "uniform", "uniform_rotated", "q4_0"])
     assert len(set(found.values())) == 5
     assert found["uniform"][0] == found["uniform_rotated"][0] == family("uniform")[1]
-
-

@@ -43,7 +43,7 @@ def run(out, script, *options):
 def rows_of(out, experiment):
     rows, damaged = load_rows(out)
     assert not damaged
-    return rows[rows["experiment"] == experiment]
+    return rows[rows["study"] == experiment]
 
 
 def test_codec_kernels(tmp_path):
@@ -91,8 +91,9 @@ def test_handoff_ttft(tmp_path):
     rows = rows_of(tmp_path, "handoff_ttft")
     assert set(rows["policy"]) == {"reprefill", "fp16", "uniform", "topology"}
     assert set(rows["context_tokens"]) == {128, 256}
-    # Three policies, two transports, two readers.
-    assert len(rows_of(tmp_path, "gpu_break_even")) == 12
+    # Three policies, two transports, two readers: a line each below the table's head.
+    shown = (tmp_path / "tables" / "gpu_break_even.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in shown) == 2 + 12
     assert len((tmp_path / "device_states.jsonl").read_text().splitlines()) == 1
 
 
