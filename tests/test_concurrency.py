@@ -3,17 +3,21 @@
 import os
 import platform
 import resource
+from itertools import product
 
 import pandas as pd
 import pytest
 import torch
-from analysis.concurrency import concurrency, draw_concurrency
-from conftest import checked_cell, tiny_model, wide_model
+from conftest import checked_cell, rows_of, tiny_model, wide_model
 from omegaconf import OmegaConf
 
 import polykv.config
-from analysis import colours
+from analysis.concurrency import figure, table
+from analysis.load import load
 from analysis.render import markdown
+from analysis.style import READERS as NAMES
+from experiments.concurrency import STUDY
+from experiments.session import Session
 from polykv.errors import PolyKVError
 from polykv.evaluation import memory
 from polykv.evaluation.concurrency import (
@@ -33,7 +37,7 @@ from polykv.geometry import Geometry
 from polykv.handoff.policy import load_policy
 from polykv.models import load_weights
 from polykv.pool import SharedKVPool
-from polykv.results import COLUMNS
+from polykv.results import Store
 
 N_TOKENS = 100
 N_STEPS = 5
@@ -123,13 +127,9 @@ def test_resident_prefix_memory_does_not_grow_with_the_agents():
     recipe = polykv.config.load_group("recipe", "polykv")
     n_tokens, n_steps = 3072, 2
     per_token = Geometry.even(2, 8, 64).values_per_token * 4
-    found = {
-        (reader, n): resident_bytes(
-            model, recipe, reader, n_tokens, n, "cpu", "torch", n_steps=n_steps
-        )
-        for reader in ("private", "cascade")
-        for n in (1, 15)
-    }
+    kinds = product(("private", "cascade"), (1, 15))
+    how = ("cpu", "torch", n_steps)
+    found = {(who, n): resident_bytes(model, recipe, who, n_tokens, n, *how) for who, n in kinds}
     copies = 14 * n_tokens * per_token
     suffixes = 14 * (QUERY_TOKENS + n_steps) * per_token
     private, cascade = (found[reader, 15] - found[reader, 1] for reader in ("private", "cascade"))
@@ -162,11 +162,8 @@ def test_a_measurement_that_fails_in_its_process_says_so():
         in_fresh_process(end, OmegaConf.create({"code": 3}))
 
 
-N_BLOCKS, BLOCK_BYTES, PAGE = (
-    5,
-    48 * 2**20,
-    os.sysconf("SC_PAGESIZE"),
-)  # above what glibc learns to keep
+PAGE = os.sysconf("SC_PAGESIZE")
+N_BLOCKS, BLOCK_BYTES = 5, 48 * 2**20  # above what glibc learns to keep
 
 
 def faults_of_blocks():
@@ -222,97 +219,94 @@ def cell(*overrides):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    found = []
-    for n_agents in (1, 4):
-        module, settled = cell(*SMALL, f"n_agents={n_agents}")
-        found += module.run(settled)
-    return pd.DataFrame(found, columns=COLUMNS).assign(
-        experiment="concurrency", cell="0", created_at="2026", commit="0"
-    )
+def rows(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    for n in (1, 4):
+        made = rows_of("experiment=concurrency", "device=cpu", *SMALL, f"n_agents={n}")
+        Store(root).write(STUDY.declaration(), f"{n}", {}, made)
+    return load(root).rows
 
 
-def of(rows, metric, reader, n_agents, protocol=None):
-    mine = rows[(rows["metric"] == metric) & (rows["reader"] == reader)]
-    mine = mine[mine["n_agents"] == n_agents]
-    mine = mine if protocol is None else mine[mine["protocol"] == protocol]
-    (found,) = mine.to_dict("records")
-    return found
+def of(rows, metric, reader, n_agents, **columns):
+    for name, wanted in {
+        "metric": metric,
+        "reader": reader,
+        "n_agents": n_agents,
+        **columns,
+    }.items():
+        rows = rows[rows[name] == wanted]
+    return rows["value"]
 
 
-def test_rows_say_what_was_kept_and_how_long_a_step_took(rows):
-    assert set(rows.loc[rows["metric"] == "step_time", "protocol"]) == {"1 CPU thread"}
-    assert rows.loc[rows["metric"] == "step_time", "note"].str.contains("freed memory").all()
-    assert set(rows["backend"]) == {"torch"} and rows["note"].str.len().gt(0).all()
-    assert rows["value"].gt(0).all()
+def test_rows_say_what_was_kept_and_how_long_each_step_took(rows):
+    assert set(rows["n_threads"]) == {1} and set(rows["n_tokens"]) == {160 - QUERY_TOKENS - 5}
+    assert set(rows["backend"]) == {"torch"} and rows["value"].gt(0).all()
+    assert not rows["synthetic"].any()
     cache = (160 - QUERY_TOKENS - 5) * Geometry.even(4, 2, 64).values_per_token * 4
-    for n_agents in (1, 4):
-        pool = of(rows, "kv_memory", "cascade", n_agents, "stored")["value"]
-        assert pool == of(rows, "kv_memory", "cascade", 1, "stored")["value"]
-        for reader, expected in (
-            ("private", n_agents * cache),
-            ("inject", n_agents * cache + 1e9 * pool),
-        ):
-            kept = of(rows, "kv_memory", reader, n_agents, "stored")["value"]
+    (pool,) = set(
+        rows.loc[(rows["reader"] == "cascade") & (rows["accounting"] == "stored"), "value"]
+    )
+    for n in (1, 4):
+        for reader, expected in (("private", n * cache), ("inject", n * cache + 1e9 * pool)):
+            (kept,) = of(rows, "kv_memory", reader, n, accounting="stored")
             assert 1e9 * kept == pytest.approx(expected)
         for reader in READERS:
-            step, speed = (of(rows, m, reader, n_agents) for m in ("step_time", "throughput"))
-            assert step["n"] == speed["n"] == 2 * (5 - 2)
-            assert step["ci_low"] <= step["value"] <= step["ci_high"]
-            assert speed["value"] == pytest.approx(1e3 * n_agents / step["value"])
-            assert speed["ci_low"] <= speed["value"] <= speed["ci_high"]
-            whole, share = (
-                of(rows, m, reader, n_agents, "resident")["value"]
-                for m in ("kv_memory", "kv_memory_per_agent")
-            )
-            assert 1e3 * whole == pytest.approx(n_agents * share)
+            assert len(of(rows, "step_time", reader, n)) == 2 * (5 - 2)
+            assert len(of(rows, "kv_memory", reader, n, accounting="resident")) == 1
 
 
 def test_a_reader_that_does_not_fit_has_its_reason_and_the_others_are_measured(monkeypatch):
-    module, settled = cell(*SMALL, "n_agents=60", "readers=[private,cascade]")
+    study, settled = cell(*SMALL, "n_agents=60", "readers=[private,cascade]")
     # Room for the weights and a few copies, not for sixty.
     monkeypatch.setattr(
         memory.psutil, "virtual_memory", lambda: OmegaConf.create({"available": 50e6})
     )
-    found = pd.DataFrame(module.run(settled), columns=COLUMNS)
+    found = pd.DataFrame(study.run(settled, Session()))
     private, cascade = (found[found["reader"] == reader] for reader in ("private", "cascade"))
-    assert len(private) == len(cascade) == 6
-    assert private["value"].isna().all() and private["note"].str.contains("60 agents").all()
-    assert cascade["value"].gt(0).all()
+    assert len(private) == 3 and private["value"].isna().all()
+    assert private["note"].str.contains("60 agents").all()
+    assert len(cascade) == 2 + 2 * (5 - 2) and cascade["value"].gt(0).all()
 
 
 def test_table_and_figure(rows):
-    table = concurrency(rows)
-    assert [(line["agents"], line["reader"]) for line in table.rows] == [
-        (n, name) for n in ("1", "4") for name, _ in colours.READERS.values()
-    ]
-    private, inject, cascade = table.rows[3:]
-    assert cascade["smaller"].value == pytest.approx(
-        private["resident"].value / cascade["resident"].value
-    )
+    lines = table(rows).rows
+    names = [name for name, _ in NAMES.values()]
+    assert [(line["agents"], line["reader"]) for line in lines] == [*product("14", names)]
+    private, inject, cascade = lines[3:]
+    times = of(rows, "step_time", "private", 4)
+    assert private["step"].value == times.median() and private["step"].n == 6
+    assert private["throughput"].value == pytest.approx(4e3 / times.median())
+    assert private["throughput"].low == pytest.approx(4e3 / times.quantile(0.75))
+    (resident,) = of(rows, "kv_memory", "private", 4, accounting="resident")
+    assert private["resident"].value == pytest.approx(1e3 * resident)
+    assert private["per_agent"].value == pytest.approx(1e3 * resident / 4)
+    ratio = private["resident"].value / cascade["resident"].value
+    assert cascade["smaller"].value == pytest.approx(ratio)
     assert inject["faster"].value == pytest.approx(private["step"].value / inject["step"].value)
-    assert "Published" not in table.caption
-    canvas = draw_concurrency(rows)
-    assert [len(ax.lines) > 0 for ax in canvas.axes] == [True, True]
+    assert "Published" not in table(rows).caption
+    assert all(ax.lines for ax in figure(rows).canvas.axes)
     other = rows[rows["reader"] == "cascade"].assign(backend="cpu")
-    both = draw_concurrency(pd.concat([rows, other])).legends[0].get_texts()
-    assert {text.get_text() for text in both} == {
-        "unshared caches",
-        "dequantize, as published",
-        "in place, cpu",
-        "in place, torch",
-    }
+    both = figure(pd.concat([rows, other], ignore_index=True)).canvas.legends[0].get_texts()
+    expected = {*names[:2], f"{names[2]}, cpu", f"{names[2]}, torch"}
+    assert {text.get_text() for text in both} == expected
     lost = rows.assign(value=rows["value"].where(rows["reader"] != "private"))
-    assert "nan" not in markdown(concurrency(lost)).lower() and draw_concurrency(lost).axes
-    nothing = rows.iloc[:0]
-    assert concurrency(nothing) is None and draw_concurrency(nothing) is None
+    lost["note"] = "does not fit"
+    assert "nan" not in markdown(table(lost)).lower() and figure(lost).canvas.axes
+
+
+def test_cells_that_differ_in_a_setting_are_lines_of_their_own(rows):
+    more = rows.assign(cell=rows["cell"] + "b", **{"set.max_new_tokens": "9"})
+    fewer = rows.assign(**{"set.max_new_tokens": "5"})
+    both = pd.concat([fewer, more], ignore_index=True)
+    assert len(table(both).rows) == 2 * len(table(rows).rows)
+    assert len(figure(both).canvas.axes) == 2 * len(figure(rows).canvas.axes)
 
 
 def test_published_gigabytes_are_named_only_beside_the_same_pool(rows):
-    there = rows.assign(model="llama-3-8b", context_tokens=5055.0, n_agents=15.0)
-    assert "19.798 GB" in concurrency(there).caption and "0.454 GB" in concurrency(there).caption
-    for other in ({"context_tokens": 4096.0}, {"n_agents": 7.0}, {"model": "smollm2-135m"}):
-        assert "Published" not in concurrency(there.assign(**other)).caption
+    there = rows.assign(model="llama-3-8b", context_tokens=5055, n_agents=15)
+    assert "19.798 GB" in table(there).caption and "0.454 GB" in table(there).caption
+    for other in ({"context_tokens": 4096}, {"n_agents": 7}, {"model": "smollm2-135m"}):
+        assert "Published" not in table(there.assign(**other)).caption
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 """What does sharing save when N agents decode at the same time, under every reader?
 
-Answers no published row: the rows `memory` are arithmetic, and their reader rebuilds a full-precision copy for
-each agent. Here memory is measured, beside the time of a decode step. The readers of a cell are timed in turn.
+Answers no published row: the published memory is arithmetic, and its reader rebuilds a full-precision copy for each
+agent. Here memory is measured, and so is every decode step. The readers of a cell are timed in turn.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import common
+from experiments import settings
+from experiments.session import Session
+from experiments.study import Study
+from polykv import loading
 from polykv.attention import cascade
 from polykv.errors import PolyKVError
 from polykv.evaluation import concurrency as decoding
@@ -25,37 +27,33 @@ from polykv.evaluation.concurrency import (
 )
 from polykv.evaluation.memory import GB, check_fits, resident_bytes
 from polykv.evaluation.process import KEPT
-from polykv.evaluation.statistics import spread_warning
-from polykv.evaluation.ttft import quartiles
 from polykv.progress import phase
 from polykv.results import Rows
 
-__all__ = ["MADE_BY", "check", "run", "settle"]
-
-MADE_BY = (cascade, memory, decoding)
-
-MB = 1e6
-RUNS = "as transformers runs it: DynamicCache and sdpa, one padded batch"
-HOW = {
-    "private": RUNS,
-    "inject": RUNS,
-    "cascade": "attention to the pool in place, one padded batch",
+# accounting: stored (the tensors kept of the prefix) or resident (peak above the loaded model); n_tokens: of the
+# prefix; synthetic: it is Gaussian, not prefilled; n_threads: CPU threads of the timed steps.
+COLUMNS = {
+    "accounting": str,
+    "n_tokens": int,
+    "synthetic": bool,
+    "n_threads": int,
+    "quantization": str,
 }
 
 
 def settle(cfg: DictConfig) -> DictConfig:
     """As everywhere; backend=auto is the fastest one here, which `cascade` uses."""
-    return common.settle(OmegaConf.merge(cfg, {"reader": "cascade"}))
+    return settings.settle(OmegaConf.merge(cfg, {"reader": "cascade"}))
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, session: Session) -> None:
     """Refuse bad input; random weights are fine, memory and time do not depend on them.
 
     Raises:
         PolyKVError: one clear line.
     """
     process.start_early(memory.__name__)
-    common.check_common(cfg)
+    settings.check_common(cfg)
     for reader in cfg.readers:
         if reader not in READERS:
             raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
@@ -78,7 +76,7 @@ def check(cfg: DictConfig) -> None:
         raise PolyKVError(
             f"context={cfg.context} has no prefix beside the agents' own {own} tokens; raise it"
         )
-    common.check_hub(cfg, "use weights=random, which needs the same, or model=reference")
+    settings.check_hub(cfg, "use weights=random, which needs the same, or model=reference")
 
 
 def prefix_tokens(cfg: DictConfig) -> int:
@@ -86,13 +84,26 @@ def prefix_tokens(cfg: DictConfig) -> int:
     return cfg.context - QUERY_TOKENS - cfg.max_new_tokens
 
 
-def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Memory and time of every reader; one that does not fit has its reason in its rows."""
-    rows = common.new_rows(cfg, document="random tokens" if _prefilled(cfg) else "synthetic cache")
+def run(cfg: DictConfig, session: Session) -> Rows:
+    """Memory of every reader in GB, and its decode steps in ms; one that does not fit has its reason in its rows."""
+    n_tokens = prefix_tokens(cfg)
+    about = {"n_tokens": n_tokens, "synthetic": not is_prefilled(cfg.model, n_tokens)}
+    about |= {"quantization": loading.quantized(cfg.model), "document": None}
+    rows = settings.new_rows(cfg, COLUMNS, **about)
     for reader, (resident, steps) in _measured(cfg).items():
-        about = {"reader": reader, "backend": cfg.backend if reader == "cascade" else "torch"}
-        _add_memory(rows, cfg, resident, steps, about)
-        _add_time(rows, cfg, steps, about)
+        of = {"reader": reader, "backend": cfg.backend if reader == "cascade" else "torch"}
+        timed = isinstance(steps, Steps)
+        if timed:
+            of["n_threads"] = steps.n_threads
+        kept = steps.kept_bytes if timed else steps
+        for accounting, found in (("stored", kept), ("resident", resident)):
+            value, why = (None, found) if isinstance(found, str) else (found / GB, "")
+            rows.add("kv_memory", value, "GB", why=why, accounting=accounting, **of)
+        if not timed:
+            rows.add("step_time", None, "ms", why=steps, **of)
+            continue
+        for sample, milliseconds in enumerate(steps.milliseconds):
+            rows.add("step_time", milliseconds, "ms", sample=sample, n=1, note=KEPT, **of)
     return rows
 
 
@@ -139,46 +150,25 @@ def _steps(cfg: DictConfig, readers: list[str]) -> dict[str, Steps]:
     )
 
 
-def _prefilled(cfg: DictConfig) -> bool:
-    return is_prefilled(cfg.model, prefix_tokens(cfg))
-
-
-def _add_memory(
-    rows: Rows, cfg: DictConfig, resident: int | str, steps: Steps | str, about: dict[str, str]
-) -> None:
-    """kv_memory, and one agent's share of it: `stored` are the tensors of the prefix, `resident` is a peak."""
-    prefix = f"a shared prefix of {prefix_tokens(cfg)} tokens"
-    threads = "" if isinstance(steps, str) else f"; {_threads(steps)}"
-    kept = steps if isinstance(steps, str) else steps.kept_bytes
-    for protocol, found, note in (
-        ("stored", kept, f"sum of the tensors kept of {prefix}"),
-        (
-            "resident",
-            resident,
-            f"peak above the loaded model with {prefix}; {HOW[about['reader']]}",
-        ),
-    ):
-        missing = isinstance(found, str)
-        said = about | {"protocol": protocol, "note": found if missing else note + threads}
-        rows.add("kv_memory", None if missing else found / GB, "GB", **said)
-        share = None if missing else found / cfg.n_agents / MB
-        rows.add("kv_memory_per_agent", share, "MB", **said)
-
-
-def _add_time(rows: Rows, cfg: DictConfig, steps: Steps | str, about: dict[str, str]) -> None:
-    """Milliseconds of a step, which gives every agent a token, and tokens per second of all together."""
-    if isinstance(steps, str):
-        rows.add("step_time", None, "ms", **about, note=steps)
-        rows.add("throughput", None, "tokens/s", **about, note=steps)
-        return
-    low, mid, high = quartiles(np.array(steps.milliseconds))
-    about = about | {"protocol": _threads(steps), "n": len(steps.milliseconds)}
-    told = ("median over steps, interval: quartiles", HOW[about["reader"]], KEPT)
-    about["note"] = "; ".join(filter(None, (*told, spread_warning(low, high))))
-    rows.add("step_time", mid, "ms", ci=(low, high), **about)
-    slow, median, fast = (1e3 * cfg.n_agents / ms for ms in (high, mid, low))
-    rows.add("throughput", median, "tokens/s", ci=(slow, fast), **about)
-
-
-def _threads(steps: Steps) -> str:
-    return f"{steps.n_threads} CPU thread{'s' if steps.n_threads > 1 else ''}"
+STUDY = Study(
+    name="concurrency",
+    title="Agents that decode together",
+    question="What does sharing one prefix save, in memory and in the time of a step, while all agents decode?",
+    run=run,
+    check=check,
+    settle=settle,
+    made_by=(cascade, memory, decoding),
+    settings=(
+        "model",
+        "weights",
+        "context",
+        "n_agents",
+        "recipe",
+        "readers",
+        "max_new_tokens",
+        "repeats",
+        "backend",
+        "device",
+    ),  # fmt: skip
+    columns=COLUMNS,
+)

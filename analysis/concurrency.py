@@ -1,0 +1,234 @@
+"""Table and figure of `concurrency`: memory and speed of N agents that decode together, by reader."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis import published
+from analysis.handoff import RUN, named, run_text, settings_columns
+from analysis.load import swept
+from analysis.points import over_seeds
+from analysis.published import SAME_LENGTH
+from analysis.render import Column, Row, Table, describe, fixed, keys
+from analysis.statistics import BYTES, Measure, Value, median
+from analysis.style import (
+    READERS,
+    SKY,
+    Marks,
+    Picture,
+    legend,
+    number_ticks,
+    picture,
+    plain_log,
+    reaches,
+    sheet,
+    styled,
+)
+
+STEP = Measure("step_time", reduce=median)
+MB_PER_GB, MS_PER_S = 1e3, 1e3
+
+
+class Who(NamedTuple):
+    """Who reads the prefix, and what computes it."""
+
+    reader: str
+    backend: str
+
+
+Lines = dict[Who, dict[int, dict[str, Value]]]  # by number of agents, by measure
+
+
+def table(rows: pd.DataFrame) -> Table:
+    """Memory, time of a step and throughput, by number of agents and reader."""
+    lines = []
+    for title, mine in _runs(rows):
+        for key, of_agents in mine.groupby(["n_agents", *swept(mine)], dropna=False):
+            found = {who: measures(part) for who, part in _by_reader(of_agents)}
+            private = next((m for who, m in found.items() if who.reader == "private"), {})
+            line = {"section": title, "agents": str(key[0])}
+            line |= dict(zip(swept(mine), key[1:], strict=True))
+            for who, measured in found.items():
+                about = line | {"reader": READERS[who.reader][0], "backend": who.backend}
+                lines.append(about | measured | _against(private, measured))
+    columns = [
+        *keys("agents", "reader"),
+        *settings_columns(rows),
+        Column("resident", "resident, MB", fixed(1)),
+        Column("smaller", "× less", fixed(1)),
+        Column("step", "ms per step [quartiles]", fixed(1), interval=True),
+        Column("faster", "× faster", fixed(2)),
+        Column("throughput", "tokens/s [quartiles]", _speed, interval=True),
+        Column("stored", "prefix stored, MB", fixed(2)),
+        Column("per_agent", "resident per agent, MB", fixed(2)),
+        Column("backend", "backend"),
+    ]
+    explained = (
+        "Unshared caches and dequantize: a full-precision copy each, in one padded batch, as transformers runs it: "
+        "sdpa, and a DynamicCache, which copies a layer to append to it. In place: all attend to the compressed pool. "
+        "Resident: measured peak above the loaded model, in a fresh process; stored: bytes of the tensors kept of the "
+        "prefix; a step gives every agent a token"
+    )
+    caption = f"Agents that decode together after one prefix. {_published(rows)}{_describe(rows)}"
+    return Table("concurrency", caption, columns, lines, explained)
+
+
+@styled
+def figure(rows: pd.DataFrame) -> Picture:
+    """Memory and throughput against the number of agents, log-log; one line of panels per run."""
+    found = []
+    for title, mine in _runs(rows):
+        names = swept(mine)
+        for key, part in mine.groupby(names, dropna=False) if names else [((), mine)]:
+            said = (
+                f"{name.removeprefix('set.')}={one}" for name, one in zip(names, key, strict=True)
+            )
+            found.append(("; ".join([title, *said]), part))
+    headings = [title.replace("; ", "\n") for title, _ in found]
+    canvas, panels = sheet(headings, 2, 1.9)
+    for (resident, speed), (_, mine) in zip(panels, found, strict=True):
+        lines = {
+            who: {int(n): measures(of) for n, of in part.groupby("n_agents")}
+            for who, part in _by_reader(mine)
+        }
+        for who, by_agents in lines.items():
+            if spots := _spots(by_agents, "stored"):
+                resident.plot(
+                    [n for n, _ in spots], [v.value for _, v in spots], "--", **_look(who)
+                )
+        _panel(resident, lines, "resident", "KV memory, MB")
+        _panel(speed, lines, "throughput", "tokens/s, all agents")
+        resident.set_title("resident; dashed: stored of the prefix")
+    return picture(
+        legend(canvas),
+        "Memory and throughput of N agents that decode together after one prefix, by reader; resident is the measured "
+        "peak above the loaded model",
+        _describe(rows),
+        Marks(bars="quartiles of decode steps", dashed="bytes stored of the prefix"),
+    )
+
+
+def measures(rows: pd.DataFrame) -> dict[str, Value]:
+    """What one reader and number of agents take: memory in MB, a step in ms, and tokens per second of all agents."""
+    n_agents = int(rows["n_agents"].iloc[0])
+    found = {
+        name: over_seeds(rows, BYTES[name].of).map(lambda gb: MB_PER_GB * gb)
+        for name in ("stored", "resident")
+    }
+    step = over_seeds(rows, STEP.of)
+    return found | {
+        "per_agent": found["resident"].map(lambda mb: mb / n_agents),
+        "step": step,
+        "throughput": step.map(lambda ms: MS_PER_S * n_agents / ms),
+    }
+
+
+def _speed(number: float, row: Row) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
+    """One line of `measure` a reader, with its intervals where it has them."""
+    for who, by_agents in lines.items():
+        if spots := _spots(by_agents, measure):
+            at, found = zip(*spots, strict=True)
+            means, name = [v.value for v in found], _name(who, lines)
+            ax.errorbar(at, means, yerr=reaches(found), fmt="o-", label=name, **_look(who))
+    ax.set_xscale("log")
+    plain_log(ax)
+    ax.margins(x=0.06, y=0.1)
+    number_ticks(ax, set().union(*lines.values()))
+    ax.set_xlabel("agents")
+    ax.set_ylabel(label)
+
+
+def _spots(by_agents: dict[int, dict[str, Value]], measure: str) -> list[tuple[int, Value]]:
+    """Number of agents and value, of those that have one."""
+    found = ((n, measured[measure]) for n, measured in by_agents.items())
+    return [(n, value) for n, value in found if value.value is not None]
+
+
+def _look(who: Who) -> dict[str, object]:
+    """Unshared and dequantized caches nearly coincide: the later line is thinner, so that both show."""
+    tint = SKY if who == Who("cascade", "torch") else READERS[who.reader][1]
+    thin = 0.7 if who.reader == "inject" else 1.0
+    return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
+
+
+def _name(who: Who, lines: Lines) -> str:
+    """The reader, with its backend where several were run."""
+    alone = sum(other.reader == who.reader for other in lines) == 1
+    name = READERS[who.reader][0]
+    return name if alone else f"{name}, {who.backend}"
+
+
+def _runs(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of what is compared with each other, and its title."""
+    rows = with_threads(rows)
+    about = [*RUN, "synthetic", "context_tokens", "recipe", "n_threads"]
+    for key, part in rows.groupby(about, dropna=False):
+        run = named(about, key)
+        title = f"{run_text(run)}, {run['context_tokens']:,} tokens ({prefix_text(run['synthetic'])}), {run['recipe']}"
+        yield f"{title}; {threads_text(run['n_threads'])}", part
+
+
+def with_threads(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, those of a cell that were not timed under the number of threads of those that were."""
+    return rows.assign(n_threads=rows.groupby("cell")["n_threads"].transform("max"))
+
+
+def prefix_text(synthetic: bool) -> str:
+    """What the shared prefix is."""
+    return "synthetic cache" if synthetic else "random tokens"
+
+
+def threads_text(n_threads: int | None) -> str:
+    """How many threads the steps were timed with."""
+    return "not timed" if n_threads is None else f"{n_threads} CPU thread{'s' * (n_threads > 1)}"
+
+
+def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
+    found = rows.groupby(["reader", "backend"])
+    for key in sorted(found.groups, key=lambda key: ([*READERS].index(key[0]), key[1])):
+        yield Who(*key), found.get_group(key)
+
+
+def _against(private: dict[str, Value], measured: dict[str, Value]) -> Row:
+    """How many times less memory, and faster, than unshared caches in the same cell."""
+    line = {}
+    for name, measure in (("smaller", "resident"), ("faster", "step")):
+        base, own = private.get(measure, Value(None)), measured[measure]
+        known = base.value is not None and own.value
+        why = "unshared caches or this reader were not measured"
+        line[name] = Value(base.value / own.value) if known else Value(None, note=why)
+    return line
+
+
+def _describe(rows: pd.DataFrame) -> str:
+    """What was measured, with the number of steps timed of a reader as n."""
+    steps = rows[rows["metric"] == "step_time"]
+    n = steps.groupby(["cell", "reader", "backend"])["sample"].transform("count").astype("Int64")
+    return describe(rows.assign(n=n))
+
+
+def _published(rows: pd.DataFrame) -> str:
+    """The published gigabytes of a pool that these rows measure too: same model, agents and length."""
+    measured = rows[["model", "n_agents", "context_tokens"]].drop_duplicates()
+    texts = [
+        f"{f.value.value:.3f} GB ({f.policy}, {f.n_agents} agents, {f.prefilled_tokens:,} tokens)"
+        for f in published.load("polykv")
+        if f.metric == "kv_memory"
+        and any(
+            published.same_model(f.model, model)
+            and n_agents == f.n_agents
+            and abs(tokens / f.prefilled_tokens - 1) <= SAME_LENGTH
+            for model, n_agents, tokens in measured.itertuples(index=False)
+        )
+    ]
+    return f"Published, computed at fp32: {', '.join(texts)}. " if texts else ""
+
+
+TABLES = {"concurrency": table}
+FIGURES = {"concurrency": figure}
