@@ -25,7 +25,8 @@ LINE = (
 # Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
 TOLD = (
     *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
-    "device", "policy", "transports", "readers", "relay", "hardware", "scorer",
+    "device", "policy", "transports", "readers", "relay", "hardware", "scorer", "suffix_tokens", "measured",
+    "measured_digest",
 )  # fmt: skip
 # Of these groups a label tells all but what is listed.
 UNTOLD = {

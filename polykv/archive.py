@@ -56,15 +56,18 @@ def pack(root: Path) -> tuple[int, tuple[str, ...]]:
     return len(cells), tuple(damaged)
 
 
-def all_cells(root: str | Path) -> tuple[list[Cell], list[str]]:
+def all_cells(root: str | Path, study: str = "") -> tuple[list[Cell], list[str]]:
     """The cells of a folder, and the names of damaged files; of a cell that is packed too its own file counts.
+
+    `study`: of this one only.
 
     Raises:
         PolyKVError: the packed rows are not what was packed.
     """
-    cells, damaged = read_cells(root)
+    cells, damaged = read_cells(root, study or "*")
     own = {_place(cell) for cell in cells}
-    return [*cells, *(cell for cell in unpack(Path(root)) if _place(cell) not in own)], damaged
+    packed = [cell for cell in unpack(Path(root)) if study in ("", cell.study["name"])]
+    return [*cells, *(cell for cell in packed if _place(cell) not in own)], damaged
 
 
 def unpack(root: Path) -> Sequence[Cell]:

@@ -137,10 +137,10 @@ def parse(content: Any) -> Cell:
         raise DamagedCell(f"{type(error).__name__}: {error}") from error
 
 
-def read_cells(root: str | Path) -> tuple[list[Cell], list[str]]:
-    """Every whole cell below ROOT, in a stable order, and the names of the files that are damaged."""
+def read_cells(root: str | Path, study: str = "*") -> tuple[list[Cell], list[str]]:
+    """Every whole cell of the study (`*`: of all) below ROOT, in a stable order, and the names of damaged files."""
     cells, damaged = [], []
-    for path in sorted(Path(root).glob("cells/*/*.json")):
+    for path in sorted(Path(root).glob(f"cells/{study}/*.json")):
         try:
             cells.append(read(path))
         except FileNotFoundError:

@@ -240,13 +240,13 @@ def _clear(path: Path) -> None:
         raise _unwritable(path.parent, error) from error
 
 
-def load_rows(root: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every row of every cell in ROOT as `frame` gives them, and the names of files that cannot be read.
+def load_rows(root: str | Path, study: str = "") -> tuple[pd.DataFrame, list[str]]:
+    """Every row of every cell in ROOT (of one study) as `frame` gives them, and the names of files that cannot be read.
 
     Raises:
         PolyKVError: the rows that were packed there (polykv/archive.py) are damaged.
     """
-    cells, damaged = all_cells(root)
+    cells, damaged = all_cells(root, study)
     return frame(cells), damaged
 
 

@@ -1,29 +1,34 @@
 """Capacity on paper: formulas against hand-made numbers, against real tensors, and against measured rows."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from analysis.capacity import capacity
-from analysis.capacity_figure import draw_capacity
 from conftest import TEXT, checked_cell, tiny_model
+from conftest import rows_of as made_by
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import polykv
+from analysis.capacity import figure, table
 from analysis.load import load
 from analysis.render import latex, markdown, plain, to_csv
-from polykv.config import REPO, available, load_group
+from experiments import capacity as study
+from experiments import concurrency
+from polykv.archive import pack
+from polykv.cellfile import COLUMNS
+from polykv.config import available, load_group
 from polykv.errors import PolyKVError
 from polykv.evaluation.capacity import Architecture, Crowd, paying, pool_bytes
 from polykv.evaluation.concurrency import QUERY_TOKENS, READERS, caches_of, kept_bytes
 from polykv.evaluation.hardware import Hardware, Replica
 from polykv.geometry import Geometry
 from polykv.recipe import load_recipe
-from polykv.results import COLUMNS, Store
+from polykv.results import Rows, Store
 
 GEOMETRY = Geometry.even(n_layers=4, n_kv_heads=2, head_dim=64)  # 1,024 values, 2,048 bytes a token
 MODEL = Architecture(
@@ -45,14 +50,19 @@ def cell(*overrides):
 
 
 def rows_of(*overrides):
-    module, settled = cell(*overrides)
-    return pd.DataFrame(module.run(settled), columns=COLUMNS)
+    return pd.DataFrame(
+        made_by("experiment=capacity", *overrides), columns=[*COLUMNS, *study.COLUMNS]
+    )
 
 
 def of(rows, metric, **columns):
     for name, wanted in ({"metric": metric} | columns).items():
         rows = rows[rows[name] == wanted]
-    (found,) = rows.to_dict("records")
+    return rows
+
+
+def only(rows, metric, **columns):
+    (found,) = of(rows, metric, **columns).to_dict("records")
     return found
 
 
@@ -104,13 +114,14 @@ def test_prefix_bytes_are_those_of_the_caches_that_agents_hold(llama, tokenizer,
 
 
 def test_the_same_bytes_as_polykv_ratio():
-    from experiments import polykv_ratio
-
     overrides = ("model=smollm2-135m", "weights=random", "context=200", "recipe=polykv")
-    module, settled = checked_cell("experiment=polykv_ratio", *overrides)
-    pool = polykv_ratio.pool_of(settled)
-    model = Architecture.of(settled.model)
-    assert pool_bytes(load_recipe("polykv"), model, pool.n_tokens) == pool.stored_bytes
+    found = pd.DataFrame(made_by("experiment=polykv_ratio", *overrides))
+    stored = only(found, "compression_ratio", accounting="stored")
+    model, n_tokens = Architecture.of(load_group("model", "smollm2-135m")), int(stored["n_tokens"])
+    fp16 = 2 * n_tokens * model.geometry.values_per_token
+    assert pool_bytes(load_recipe("polykv"), model, n_tokens) == pytest.approx(
+        fp16 / stored["value"]
+    )
 
 
 def test_memory_by_hand():
@@ -234,7 +245,7 @@ def test_every_device_has_its_figures_and_their_sources(name):
     rows = rows_of(f"hardware={name}", *SMALL)
     sheet = load_group("hardware", name)
     assert sheet.name == name
-    inputs = rows[rows["protocol"] == "input: hardware"].set_index("metric")
+    inputs = rows[rows["assumed"] == "hardware"].set_index("metric")
     assert set(sheet.sources) == {"memory_gb", "usable", "bandwidth_gb_s", "tflops"}
     for metric in sheet.sources:
         assert inputs.loc[metric, "note"] == sheet.sources[metric]
@@ -243,7 +254,7 @@ def test_every_device_has_its_figures_and_their_sources(name):
     # A data sheet in TB/s or MB instead of GB/s and GB would be far outside.
     assert 4 < hardware.memory_gb < 1000 and 20 < hardware.bandwidth_gb_s < 20_000
     assert all(0.1 < tflops < 10_000 for tflops in hardware.tflops.values())
-    assert of(rows, "max_agents", reader="cascade")["value"] > 100
+    assert only(rows, "max_agents", reader="cascade")["value"] > 100
 
 
 def test_a_model_is_split_over_the_devices_that_share_its_heads():
@@ -264,56 +275,56 @@ def rows():
     return rows_of(*SMALL, "hardware=laptop", "recipe=polykv")
 
 
-def test_every_row_says_that_it_is_computed(rows):
-    assert rows["protocol"].str.match("computed: |input: ").all()
-    assert rows["note"].str.len().gt(0).all()
+def test_rows_agree_with_the_formulas_and_say_what_is_computed(rows):
+    assert set(rows["source"]) == {"input", "computed"}
     missing = rows[rows["value"].isna()]
     assert missing["note"].str.match("never|does not fit").all()
-
-
-def test_rows_agree_with_each_other(rows):
+    _, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
+    crowd = crowd_of(settled, 1024 - 64)
     for reader in READERS:
-        most = of(rows, "max_agents", reader=reader)["value"]
+        most = only(rows, "max_agents", reader=reader)["value"]
+        assert most == crowd.max_agents(reader)
         for n_agents in (1, 4, 10, most):
-            step, speed = (
-                of(rows, metric, reader=reader, n_agents=n_agents)
-                for metric in ("step_time", "throughput")
-            )
-            assert speed["value"] == pytest.approx(1e3 * n_agents / step["value"])
-            assert (step["unit"], speed["unit"]) == ("ms", "tokens/s")
-        share = of(rows, "weights_share", reader=reader, n_agents=1)
-        assert share["unit"] == "%" and 0 < share["value"] <= 100
+            parts = of(rows, "step_time", reader=reader, n_agents=n_agents)
+            step = crowd.step(reader, int(n_agents))
+            assert parts["value"].sum() == pytest.approx(1e3 * step.seconds)
+            assert set(parts["part"]) == {"linear", "prefix", "suffix"}
     for metric in ("time_pays_agents", "memory_pays_agents", "time_pays_tokens"):
-        assert np.isnan(of(rows, metric, reader="inject")["value"])
-        assert of(rows, metric, reader="cascade")["value"] >= 1
+        assert np.isnan(only(rows, metric, reader="inject")["value"])
+        assert only(rows, metric, reader="cascade")["value"] >= 1
+
+
+def crowd_of(settled, n_prefix):
+    model, hardware = Architecture.of(settled.model), Hardware.from_config(settled.hardware)
+    fractions = (settled.bandwidth_fraction, settled.flops_fraction)
+    replica = hardware.replica(model.geometry.shape[0], model.dtype, *fractions)
+    return Crowd.of(model, replica, load_recipe("polykv"), n_prefix, 64)
 
 
 def test_documents_shorter_than_the_least_do_not_pay(rows):
-    least = int(of(rows, "time_pays_tokens", reader="cascade")["value"])
-    module, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
-    model = Architecture.of(settled.model)
-    replica, recipe = module._replica(settled, model), load_recipe("polykv")
+    least = int(only(rows, "time_pays_tokens", reader="cascade")["value"])
+    _, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
     assert least > 1
     for n_prefix, pays in ((least - 1, False), (least, True), (2 * least, True)):
-        crowd = Crowd.of(model, replica, recipe, n_prefix, 64)
+        crowd = crowd_of(settled, n_prefix)
         private, shared = (crowd.step(reader, 10).seconds for reader in ("private", "cascade"))
         assert (private >= 1.1 * shared) == pays
 
 
 def test_a_model_that_does_not_fit_has_rows_that_say_so():
     found = rows_of(*SMALL, "model=llama-3.1-8b", "hardware.memory_gb=16")
-    most = of(found, "max_agents", reader="cascade")
-    assert most["value"] == 0 and "weights alone need 16.1 GB of 14.4 GB" in most["note"]
-    speed = found[found["metric"].isin(("step_time", "throughput"))]
-    assert speed["value"].isna().all() and speed["note"].str.contains("weights alone").all()
-    assert of(found, "memory_gb")["note"] == "set by an override"
-    assert "data sheet" in of(found, "bandwidth_gb_s")["note"]
+    most = only(found, "max_agents", reader="cascade")
+    assert most["value"] == 0 and "16.1 GB of 14.4 GB" in most["note"]
+    speed = of(found, "step_time")
+    assert speed["value"].isna().all() and speed["note"].str.contains("16.1 GB").all()
+    assert "override" in only(found, "memory_gb")["note"]
+    assert "data sheet" in only(found, "bandwidth_gb_s")["note"]
 
 
 def test_a_local_model_needs_its_config_only(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     found = rows_of("model=local", f"model.path={tmp_path}", "context=256", "suffix_tokens=[16]")
-    assert of(found, "max_agents", reader="cascade")["value"] > 1000
+    assert only(found, "max_agents", reader="cascade")["value"] > 1000
 
 
 @pytest.mark.parametrize(
@@ -347,113 +358,99 @@ def test_refusals(override, said):
 
 
 # What `concurrency` would have measured, had it needed exactly so many bytes more than the formulas say.
-def measured(extra_bytes, stored_off=0, commit="abc"):
+def measured(extra_bytes, stored_off=0):
     model = Architecture.of(load_group("model", "reference"))
     n_prefix, n_suffix = 1000, QUERY_TOKENS + 16
     crowd = Crowd.of(model, REPLICA, load_recipe("polykv"), n_prefix, n_suffix)
-    found = []
-    for n_agents in (1, 4):
-        for reader in READERS:
-            about = {"model": "reference", "weights": "reference", "document": "random tokens"}
-            about |= {"context_tokens": n_prefix + n_suffix, "n_agents": n_agents, "seed": 0}
-            about |= {"recipe": "polykv", "reader": reader, "device": "cpu", "dtype": "float32"}
-            note = f"with a shared prefix of {n_prefix} tokens; 1 CPU thread"
-            resident = crowd.cache_bytes(reader, n_agents) + extra_bytes
-            stored = crowd.prefix_bytes(reader, n_agents) + stored_off
-            read = sum(crowd.read_bytes(reader, n_agents))
-            for metric, value, protocol, said in (
-                ("kv_memory", stored / 1e9, "stored", note),
-                ("kv_memory", resident / 1e9, "resident", note),
-                ("step_time", read / 1e9 / 5 * 1e3, "1 CPU thread", "median"),  # as if at 5 GB/s
-            ):
-                row = dict.fromkeys(COLUMNS) | about
-                row |= {"metric": metric, "value": value, "protocol": protocol, "note": said}
-                found.append(row | {"unit": "GB", "backend": "torch", "commit": commit})
-    return found
+    about = {"model": "reference", "weights": "reference", "recipe": "polykv", "device": "cpu"}
+    about |= {"dtype": "float32", "backend": "torch", "seed": 0, "quantization": ""}
+    about |= {"context_tokens": n_prefix + n_suffix, "n_tokens": n_prefix}
+    rows = Rows(concurrency.COLUMNS, synthetic=False, n_threads=1, **about)
+    for n_agents, reader in product((1, 4), READERS):
+        of = {"n_agents": n_agents, "reader": reader}
+        resident = crowd.cache_bytes(reader, n_agents) + extra_bytes
+        stored = crowd.prefix_bytes(reader, n_agents) + stored_off
+        rows.add("kv_memory", stored / 1e9, "GB", accounting="stored", **of)
+        rows.add("kv_memory", resident / 1e9, "GB", accounting="resident", **of)
+        read = sum(crowd.read_bytes(reader, n_agents))
+        for sample, speed in enumerate((4, 5, 10)):  # GB/s
+            rows.add("step_time", read / 1e9 / speed * 1e3, "ms", sample=sample, **of)
+    return rows
 
 
-def checked(folder, *overrides):
-    return rows_of(*SMALL, f"measured={folder}", "model.dtype=float32", *overrides)
+def write(root, **made):
+    Store(root).write(concurrency.STUDY.declaration(), f"{made}", {}, measured(**made))
+    return root
 
 
-@pytest.fixture
-def folder(tmp_path):
-    def write(**made):
-        Store(tmp_path).write("concurrency", f"{made}", {}, measured(**made))
-        return tmp_path
-
-    return write
+def lines_of(folder, root, *overrides):
+    """The table's lines of what was measured, beside what is computed for it."""
+    overrides = (*SMALL, f"measured={folder}", "model.dtype=float32", *overrides)
+    made = made_by("experiment=capacity", *overrides)
+    Store(root).write(study.STUDY.declaration(), "capacity", {}, made)
+    shown = table(load(root).rows)
+    return [line for line in shown.rows if "resident_error" in line]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_measured_rows_stand_beside_computed_ones(folder, dtype):
-    where = folder(extra_bytes=3_000_000)
-    found = checked(where, f"model.dtype={dtype}")
-    errors = found[found["metric"] == "kv_memory_error"]
-    assert len(errors) == 2 * 2 * 3 and errors["note"].str.contains("within").all()
-    assert (errors.loc[errors["protocol"] == "computed: stored", "value"] == 0).all()
-    assert (errors.loc[errors["protocol"] == "computed: resident", "value"] < 0).all()
-    implied = found.loc[found["metric"] == "implied_bandwidth", "value"]
-    assert len(implied) == 6 and implied.to_numpy() == pytest.approx(5.0)
-    quoted = found[found["protocol"].str.startswith("measured: ", na=False)]
-    assert quoted["note"].str.startswith("quoted, measured at commit").all()
-    assert set(quoted["device"]) == {"cpu"} and set(quoted["dtype"]) == {"float32"}
+def test_measured_rows_stand_beside_computed_ones(tmp_path, dtype):
+    lines = lines_of(
+        write(tmp_path / "a", extra_bytes=3_000_000), tmp_path / "b", f"model.dtype={dtype}"
+    )
+    assert [(line["agents"], line["reader"]) for line in lines] == [*product("14", READERS)]
+    for line in lines:
+        assert line["within"] == "yes" and line["resident_error"].value < 0
+        assert line["stored_measured"].value == pytest.approx(line["stored_computed"].value)
+        assert line["implied"].value == pytest.approx(5.0)  # of the median step
+        less = line["resident_measured"].value - line["resident_computed"].value
+        assert less == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
-    ("made", "protocol"),
+    "made",
     [
-        ({"extra_bytes": 30_000_000}, "computed: resident"),
-        ({"extra_bytes": -1000}, "computed: resident"),  # less than the formula says is held
-        ({"extra_bytes": 0, "stored_off": 1}, "computed: stored"),  # one byte
+        {"extra_bytes": 30_000_000},
+        {"extra_bytes": -1000},  # less than the formula says is held
+        {"extra_bytes": 0, "stored_off": 1},  # one byte
     ],
 )
-def test_what_the_formulas_miss_is_said(folder, made, protocol):
-    found = checked(folder(**made))
-    errors = found[found["metric"] == "kv_memory_error"].set_index("protocol")["note"]
-    assert errors[protocol].str.contains("BEYOND").all()
-    assert errors.drop(protocol).str.contains("within").all()
+def test_what_the_formulas_miss_is_said(tmp_path, made):
+    lines = lines_of(write(tmp_path / "a", **made), tmp_path / "b")
+    assert len(lines) == 6 and {line["within"] for line in lines} == {"NO"}
 
 
-@pytest.mark.parametrize("model", ["reference", "qwen2.5-0.5b"])
-def test_what_was_really_measured_is_within_the_tolerance(model):
-    where = f"measured={REPO / 'results' / 'concurrency'}"
-    found = rows_of("context=1024", "suffix_tokens=[64]", "agents=[1]", f"model={model}", where)
-    errors = found[(found["metric"] == "kv_memory_error") & (found["device"] == "cpu")]
-    assert set(errors["protocol"]) == {"computed: stored", "computed: resident"}
-    assert set(errors["reader"]) == set(READERS)
-    assert errors["note"].str.contains("within").all()
+def test_what_is_really_measured_is_within_the_tolerance(tmp_path):
+    small = ("context=1024", "n_agents=3", "device=cpu", "max_new_tokens=4", "repeats=1")
+    made = made_by("experiment=concurrency", *small)
+    Store(tmp_path / "a").write(concurrency.STUDY.declaration(), "a", {}, made)
+    lines = lines_of(tmp_path / "a", tmp_path / "b")
+    assert {line["reader"] for line in lines} == set(READERS)
+    assert {line["within"] for line in lines} == {"yes"}
 
 
-def test_only_rows_of_this_model_and_recipe_are_quoted(folder):
-    where = folder(extra_bytes=0)
+def test_only_rows_of_this_model_and_recipe_are_quoted_and_the_newest_of_a_line(tmp_path):
+    where = write(tmp_path, extra_bytes=0)
     for override in ("recipe=full", "model=smollm2-135m"):
-        found = checked(where, override)
-        assert not found["metric"].isin(("kv_memory", "implied_bandwidth")).any()
+        assert "measured" not in set(rows_of(*SMALL, f"measured={where}", override)["source"])
+    once = of(rows_of(*SMALL, f"measured={where}"), "kv_memory", source="measured")
+    for copy in ("1", "2"):
+        Store(where).write(concurrency.STUDY.declaration(), copy, {}, measured(1000))
+    again = of(rows_of(*SMALL, f"measured={where}"), "kv_memory", source="measured")
+    assert len(again) == len(once) and (again["value"] >= once["value"]).all()
 
 
-def test_committed_rows_are_read_from_their_table(folder, tmp_path_factory):
-    where, other = folder(extra_bytes=0), tmp_path_factory.mktemp("committed")
-    load(where).rows.to_csv(other / "rows.csv", index=False)
-    compared = ["metric", "value", "protocol", "reader", "n_agents"]
-    pd.testing.assert_frame_equal(checked(where)[compared], checked(other)[compared])
-
-
-def test_what_was_measured_belongs_to_the_cell(folder, tmp_path_factory):
-    where, empty = folder(extra_bytes=0), tmp_path_factory.mktemp("empty")
-    digests = [
-        cell(*SMALL, f"results_dir={root}")[1].measured_digest for root in (empty, where, where)
-    ]
-    assert digests[0] != digests[1] == digests[2]
-
-
-def test_the_table_that_a_run_leaves_does_not_make_other_cells(drawn, tmp_path):
-    before = cell(*SMALL, f"results_dir={tmp_path}")[1].measured_digest
-    drawn[drawn["experiment"] == "capacity"].to_csv(tmp_path / "rows.csv", index=False)
-    assert cell(*SMALL, f"results_dir={tmp_path}")[1].measured_digest == before
-    (tmp_path / "rows.csv").write_text("")
-    with pytest.raises(PolyKVError, match="cannot read .*rows.csv"):
-        cell(*SMALL, f"results_dir={tmp_path}")
+def test_packed_rows_are_the_same_cell_and_what_was_measured_belongs_to_it(tmp_path):
+    where, packed = write(tmp_path / "a", extra_bytes=0), tmp_path / "packed"
+    pack(where)
+    packed.mkdir()
+    for name in ("rows.csv.gz", "cells.json.gz"):
+        (packed / name).write_bytes((where / name).read_bytes())
+    (tmp_path / "empty").mkdir()
+    cells = [cell(*SMALL, f"results_dir={root}") for root in (tmp_path / "empty", where, packed)]
+    empty, *same = [made.identity(settled) for made, settled in cells]
+    assert empty != same[0] == same[1]
+    cells = [cell(*SMALL, f"measured={root}") for root in (where, packed)]
+    assert {made.identity(settled) for made, settled in cells} == {same[0]}
 
 
 def test_nothing_of_this_machine_belongs_to_the_cell():
@@ -467,68 +464,50 @@ def test_nothing_of_this_machine_belongs_to_the_cell():
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Rows as the analysis gets them: two devices, two recipes, and measured ones."""
-    root = tmp_path_factory.mktemp("drawn")
-    Store(root).write("concurrency", "0", {}, measured(extra_bytes=1_000_000))
-    for hardware in ("h200", "laptop"):
-        for recipe in ("full", "polykv"):
-            overrides = ("context=2048", "suffix_tokens=[64,512]", f"results_dir={root}")
-            module, settled = cell(
-                "model=reference", *overrides, f"hardware={hardware}", f"recipe={recipe}"
-            )
-            Store(root).write("capacity", f"{hardware}-{recipe}", {}, module.run(settled))
-    return load(root).rows
+    root = write(tmp_path_factory.mktemp("drawn"), extra_bytes=1_000_000)
+    common = ("model=reference", "context=2048", "suffix_tokens=[64,512]", f"results_dir={root}")
+    for hardware, recipe in product(("h200", "laptop"), ("full", "polykv")):
+        made, settled = cell(*common, f"hardware={hardware}", f"recipe={recipe}")
+        found = made_by("experiment=capacity", *common, f"hardware={hardware}", f"recipe={recipe}")
+        Store(root).write(
+            made.declaration(), made.identity(settled), OmegaConf.to_container(settled), found
+        )
+    rows = load(root).rows
+    return rows[rows["study"] == "capacity"]
 
 
 def test_table(drawn):
-    table = capacity(drawn)
-    lines = pd.DataFrame([line for line in table.rows if "max_agents" in line])
-    assert len(lines) == 2 * 2 * (
-        1 + 2 * 2
-    )  # own tokens, devices, private once and two readers by recipe
+    shown = table(drawn)
+    lines = pd.DataFrame([line for line in shown.rows if "max_agents" in line])
+    # own tokens, devices, private once and two readers by recipe
+    assert len(lines) == 2 * 2 * (1 + 2 * 2)
     assert list(dict.fromkeys(lines["hardware"])) == ["h200", "laptop"]
-    polykv_cascade = lines[(lines["reader"] == "cascade") & (lines["recipe"] == "polykv")].iloc[0]
+    cascade = lines[(lines["reader"] == "cascade") & (lines["recipe"] == "polykv")].iloc[0]
     private = lines[lines["reader"] == "private"].iloc[0]
-    assert polykv_cascade["faster"].value == pytest.approx(
-        polykv_cascade["throughput_most"].value / private["throughput_most"].value
-    )
-    assert private["faster"].value == 1 and "compared" in private["time_pays_agents"].note
-    checks = [line for line in table.rows if "resident_error" in line]
-    assert [(line["agents"], line["reader"]) for line in checks] == [
-        (n, reader) for n in ("1", "4") for reader in READERS
-    ]
-    assert {line["within"] for line in checks} == {"yes"}
-    inputs = [line for line in table.rows if "figure" in line]
+    ratio = cascade["throughput_most"].value / private["throughput_most"].value
+    assert cascade["faster"].value == pytest.approx(ratio) and private["faster"].value == 1
+    assert cascade["throughput"].value == pytest.approx(1e4 / cascade["step_time"].value)
+    assert 0 < cascade["weights_share"].value <= 100
+    assert private["time_pays_agents"].value is None
+    inputs = [line for line in shown.rows if "figure" in line]
     assert sum(line["hardware"] == "any" for line in inputs) == 3
     assert all(line["source"] for line in inputs)
-    assert table.caption.startswith("Computed, not measured")
-    for text in (markdown(table), latex(table), to_csv(table), plain(table, 100)):
+    for text in (markdown(shown), latex(shown), to_csv(shown), plain(shown, 100)):
         assert "nan" not in text.lower()
-    assert latex(table).isascii()
-
-
-def test_what_is_beyond_is_marked(drawn):
-    beyond = drawn.assign(note=drawn["note"].str.replace("within", "BEYOND"))
-    lines = [line for line in capacity(beyond).rows if "resident_error" in line]
-    assert {line["within"] for line in lines} == {"NO"}
+    assert latex(shown).isascii()
 
 
 def test_figure(drawn):
-    canvas = draw_capacity(drawn)
-    panels = [ax for ax in canvas.axes if ax.lines]
+    panels = [ax for ax in figure(drawn).canvas.axes if ax.lines]
     assert [ax.get_title(loc="left") for ax in panels] == ["h200", "laptop"]
     for ax in panels:
         ends = [line for line in ax.lines if line.get_marker() == "x"]
         # private, inject polykv, and two recipes under cascade with the fewest and the most own tokens
         assert len(ends) == 6 and len(ax.lines) == 12
-        most = drawn[
-            (drawn["device"] == ax.get_title(loc="left")) & (drawn["metric"] == "max_agents")
-        ]
+        most = of(drawn, "max_agents", device=ax.get_title(loc="left"))
         assert {line.get_xdata()[0] for line in ends} <= set(most["value"])
-    lost = drawn.assign(value=drawn["value"].where(drawn["device"] != "laptop"))
-    texts = [text.get_text() for ax in draw_capacity(lost).axes for text in ax.texts]
+    lost = drawn.assign(
+        value=drawn["value"].where(drawn["device"] != "laptop"), note="does not fit"
+    )
+    texts = [text.get_text() for ax in figure(lost).canvas.axes for text in ax.texts]
     assert texts == ["not one agent fits"]
-
-
-def test_nothing_without_rows(drawn):
-    nothing = drawn[drawn["experiment"] != "capacity"]
-    assert capacity(nothing) is None and draw_capacity(nothing) is None

@@ -1,19 +1,24 @@
 """Table of `capacity`: what fits, how fast it decodes, where sharing pays. Computed, and said so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
-from analysis.capacity_figure import draw_capacity
-from analysis.capacity_reduce import ANY, EXPERIMENT, READERS, devices, newest, rank
-from analysis.handoff_reduce import value
-from analysis.reduce import Value
-from matplotlib.figure import Figure as Canvas
 
-from analysis.render import Column, Row, Table, fixed, keys, significant
+from analysis.capacity_figure import ANY, READERS, devices, figure, newest, rank, steps
+from analysis.concurrency import prefix_text, threads_text, with_threads
+from analysis.handoff import RUN, named, run_text, settings_columns
+from analysis.load import swept
+from analysis.render import Column, Row, Table, fixed, keys, listed, significant
+from analysis.statistics import Value, median, single
 
-SETTING = ["model", "dtype", "context_tokens", "own"]
+__all__ = ["FIGURES", "TABLES"]
+
+SETTING = ["model", "dtype", "context_tokens", "suffix_tokens"]
 MB_PER_GB = 1e3
+BYTES_PER_GB = 1e9
+MS_PER_S = 1e3
 PAYS = ("time_pays_agents", "memory_pays_agents", "time_pays_tokens")
+SPEEDS = ("step_time", "throughput", "weights_share")
 INPUTS = {
     "nodes": "nodes",
     "devices": "devices of a node",
@@ -36,19 +41,18 @@ ASSUMED = (
 )
 CHECKED = (
     "Measured beside computed: stored bytes have to agree; resident ones may exceed the formula by what is allowed. "
-    "GB/s: what the formula says that a step reads, over the measured step; far below the machine's own, bandwidth was "
-    "not what bound it. "
+    "GB/s: what the formula says that a step reads, over the median measured step; far below the machine's own, "
+    "bandwidth was not what bound it. "
 )
 
 
-def capacity(rows: pd.DataFrame) -> Table | None:
+def table(rows: pd.DataFrame) -> Table:
     """What fits and how fast it is; what was measured beside what is computed for it; the inputs."""
     rows = newest(rows)
-    if rows.empty:
-        return None
     lines = [*_capacity_lines(rows), *_measured_lines(rows), *_input_lines(rows)]
     columns = [
         *keys("hardware", "input", "source", "agents", "recipe", "reader", "backend"),
+        *settings_columns(rows),
         Column("max_agents", "agents that fit", _whole),
         Column("throughput_most", "tokens/s, all that fit", _whole),
         Column("faster", "× private's", fixed(1)),
@@ -69,7 +73,7 @@ def capacity(rows: pd.DataFrame) -> Table | None:
         Column("implied", "GB/s", significant),
         Column("figure", "figure", lambda number, row: f"{number:,g}"),
     ]
-    return Table(EXPERIMENT, _caption(rows), columns, lines)
+    return Table("capacity", _caption(rows), columns, lines)
 
 
 def _whole(number: float, row: Row) -> str:
@@ -78,45 +82,53 @@ def _whole(number: float, row: Row) -> str:
 
 def _capacity_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """A line a device, reader and recipe; a section for each setting and number of agents of a document."""
+    speeds, apart = steps(rows), swept(rows)
+    about = [*SETTING, *apart]
     counted = rows[rows["metric"] == "max_documents"]
-    for key, n_of in counted.groupby(SETTING)["n_agents"]:
-        part = rows[(rows[SETTING] == list(key)).all(axis=1)]
-        model, dtype, context, own = key
-        for n_agents in sorted(set(n_of)):
+    places = devices(rows)
+    for key, of_setting in counted.groupby(about, dropna=False):
+        place = named(about, key)
+        mine, fast = (_where(frame, place) for frame in (rows, speeds))
+        for n_agents in sorted(set(of_setting["n_agents"])):
             title = (
-                f"{model}, {dtype}: {context:,.0f} tokens, {own:,.0f} of them an agent's own; documents, steps and "
-                f"shared tokens for {n_agents:.0f} agents"
+                f"{place['model']}, {place['dtype']}: {place['context_tokens']:,} tokens, "
+                f"{place['suffix_tokens']:,} of them an agent's own; documents, steps and shared tokens for "
+                f"{n_agents} agents"
             )
-            for device in devices(rows):
-                kinds = part[part["device"] == device].groupby(["reader", "recipe"])
+            line = {"section": title} | {name: place[name] for name in apart}
+            for device in (name for name in places if name in set(of_setting["device"])):
+                kinds = mine[mine["device"] == device].groupby(["reader", "recipe"])
                 private = None
                 for kind in sorted(kinds.groups, key=rank):
-                    line = _capacity_line(kinds.get_group(kind), n_agents)
-                    private = private or line["throughput_most"]
-                    line["faster"] = _ratio(line["throughput_most"], private)
-                    reader, recipe = kind
-                    named = {"hardware": device, "recipe": recipe, "reader": reader}
-                    yield {"section": title} | named | line
+                    of = dict(zip(("reader", "recipe"), kind, strict=True)) | {"device": device}
+                    found = _capacity_line(kinds.get_group(kind), _where(fast, of), n_agents)
+                    private = private or found["throughput_most"]
+                    found["faster"] = _ratio(found["throughput_most"], private)
+                    yield line | {"hardware": of.pop("device")} | of | found
 
 
-def _capacity_line(rows: pd.DataFrame, n_agents: float) -> Row:
+def _where(frame: pd.DataFrame, columns: Row) -> pd.DataFrame:
+    """The rows that have these values."""
+    for name, wanted in columns.items():
+        frame = frame[frame[name].isna() if wanted is None else frame[name] == wanted]
+    return frame
+
+
+def _capacity_line(rows: pd.DataFrame, speeds: pd.DataFrame, n_agents: int) -> Row:
     """Steps and documents are of `n_agents`; footnotes stand only where there is nothing."""
 
-    def at(metric: str, n: float | None = None) -> Value:
-        found = rows[rows["metric"] == metric]
-        found = found if n is None else found[found["n_agents"] == n]
-        number = value(found)
-        reason = number.note.partition(":")[0] if number.note.startswith("never") else number.note
-        none_fit = found["note"].iloc[-1] if number.value == 0 else reason
-        return Value(number.value, note="" if number.value else none_fit)
+    def at(metric: str, n: int | None = None) -> Value:
+        return single(_where(rows, {"metric": metric} | ({} if n is None else {"n_agents": n})))
+
+    def speed(name: str, n: float) -> Value:
+        (found,) = speeds[speeds["n_agents"] == n].to_dict("records")
+        return Value(None, note=found["note"]) if found["note"] else Value(found[name])
 
     most = at("max_agents")
-    fastest = at("throughput", most.value) if most.value else Value(None, note=most.note)
+    fastest = speed("throughput", most.value) if most.value else Value(None, note=most.note)
     line = {"max_agents": most, "throughput_most": fastest}
-    line |= {
-        name: at(name, n_agents)
-        for name in ("max_documents", "step_time", "throughput", "weights_share")
-    }
+    line["max_documents"] = at("max_documents", n_agents)
+    line |= {name: speed(name, n_agents) for name in SPEEDS}
     if (rows["reader"] == "private").all():
         compared = Value(None, note="private caches are what sharing is compared with")
         return line | dict.fromkeys(PAYS, compared)
@@ -133,43 +145,58 @@ def _ratio(own: Value, private: Value) -> Value:
 
 def _measured_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """What `concurrency` measured, and what the formulas give for it."""
-    metrics = ("kv_memory", "kv_memory_error", "kv_memory_allowed", "implied_bandwidth")
-    keys = ["model", "weights", "device", "dtype", "document", "context_tokens", "recipe"]
-    for key, part in rows[rows["metric"].isin(metrics)].groupby(keys):
-        model, weights, device, dtype, document, context, recipe = key
+    if "synthetic" not in rows:
+        return
+    rows = with_threads(rows[rows["synthetic"].notna()])
+    about = [*RUN, "synthetic", "context_tokens", "recipe", "n_threads"]
+    for key, part in rows.groupby(about, dropna=False):
+        run = named(about, key)
         title = (
-            f"Measured beside computed: {model} ({weights} weights), {device}, {dtype}, {context:,.0f} tokens "
-            f"({document}), {recipe}"
+            f"Measured beside computed: {run_text(run)}, {run['context_tokens']:,} tokens "
+            f"({prefix_text(run['synthetic'])}), {run['recipe']}; {threads_text(run['n_threads'])}"
         )
         agents = part.groupby(["n_agents", "reader", "backend"])
         for who in sorted(agents.groups, key=lambda who: (who[0], READERS.index(who[1]), who[2])):
             n_agents, reader, backend = who
-            line = {"section": title, "agents": f"{n_agents:.0f}", "reader": reader}
+            line = {"section": title, "agents": str(n_agents), "reader": reader}
             yield line | {"backend": backend} | _measured_line(agents.get_group(who))
 
 
 def _measured_line(rows: pd.DataFrame) -> Row:
-    def one(metric: str, protocol: str, scale: float = 1) -> Value:
-        found = rows[(rows["metric"] == metric) & (rows["protocol"] == protocol)]
-        number = value(found.assign(value=found["value"] * scale))
-        return Value(number.value, note="" if number.value is not None else number.note)
-
+    """Bytes in MB, whether each accounting is within what is allowed, and the bandwidth that a step would have had."""
+    found: dict[tuple[str, str], Value] = {}
+    agrees = []
+    for accounting in ("stored", "resident"):
+        of = {"accounting": accounting}
+        for kind in ("measured", "computed"):
+            how = of | {"metric": "kv_memory", "source": kind}
+            found[accounting, kind] = Value(single(_where(rows, how)).value, note="not measured")
+        found[accounting, "allowed"] = single(_where(rows, of | {"metric": "kv_memory_allowed"}))
+        sizes = [found[accounting, kind].value for kind in ("measured", "computed", "allowed")]
+        if None not in sizes:
+            measured, computed, allowed = (round(BYTES_PER_GB * size) for size in sizes)
+            agrees.append(0 <= measured - computed <= allowed)
     line: dict[str, Value | str] = {
-        f"{name}_{kind}": one("kv_memory", f"{kind}: {name}", MB_PER_GB)
-        for name in ("stored", "resident")
-        for kind in ("measured", "computed")
-    }
-    line["resident_error"] = one("kv_memory_error", "computed: resident")
-    line["resident_allowed"] = one("kv_memory_allowed", "computed: resident", MB_PER_GB)
-    line["implied"] = one("implied_bandwidth", "computed: from the measured step")
-    said = rows.loc[rows["metric"] == "kv_memory_error", "note"]
-    return line | {"within": "NO" if said.str.contains("BEYOND").any() else "yes"}
+        f"{accounting}_{kind}": Value(value.value, note="" if value.value is not None else value.note)
+        .map(lambda gb: MB_PER_GB * gb)
+        for (accounting, kind), value in found.items()
+    }  # fmt: skip
+    measured, computed = (found["resident", kind].value for kind in ("measured", "computed"))
+    known = measured is not None and computed is not None
+    off = 100 * (computed - measured) / measured if known else None
+    line["resident_error"] = Value(off, note="" if known else "not measured")
+    step = median(_where(rows, {"metric": "step_time", "source": "measured"}))
+    read = single(_where(rows, {"metric": "step_read"}))
+    timed = step.value is not None and read.value is not None
+    speed = read.value / (step.value / MS_PER_S) if timed else None
+    line["implied"] = Value(speed, note="" if timed else "not timed")
+    return line | {"within": "yes" if all(agrees) else "NO"}
 
 
 def _input_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """Each figure that goes in, with its source; what was assumed for all devices once."""
-    inputs = rows[rows["protocol"].str.startswith("input: ")]
-    ours = inputs["protocol"] == "input: assumption"
+    inputs = rows[rows["source"] == "input"]
+    ours = inputs["assumed"] == "assumption"
     inputs = inputs.assign(device=inputs["device"].mask(ours, ANY))
     inputs = inputs.assign(dtype=inputs["dtype"].where(inputs["metric"] == "tflops", ""))
     for device in (ANY, *devices(rows)):
@@ -183,7 +210,6 @@ def _input_lines(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def _caption(rows: pd.DataFrame) -> str:
-    commits = " and ".join(sorted(set(rows["commit"]) - {""})) or "not stated"
     days = sorted({text[:10] for text in rows["created_at"] if text})
     sizes = rows[rows["metric"].isin(("weights", "agent_cache"))].groupby(["model", "dtype"])
     said = []
@@ -191,7 +217,7 @@ def _caption(rows: pd.DataFrame) -> str:
         last = part.drop_duplicates(["metric", "context_tokens"], keep="last")
         weights = last.loc[last["metric"] == "weights", "value"].iloc[-1]
         caches = last[last["metric"] == "agent_cache"].sort_values("context_tokens")
-        texts = (f"{r.value:.3g} GB at {r.context_tokens:,.0f} tokens" for r in caches.itertuples())
+        texts = (f"{r.value:.3g} GB at {r.context_tokens:,} tokens" for r in caches.itertuples())
         said.append(
             f"{model} in {dtype}: {weights:.4g} GB of weights, a full cache of {', '.join(texts)}"
         )
@@ -200,11 +226,10 @@ def _caption(rows: pd.DataFrame) -> str:
         "decode step, which gives every agent a token, by data sheet. Private: a full cache each; inject: those and "
         "the pool; cascade: one pool that all attend to, under its recipe (full: not compressed). Sharing pays where "
         "it takes so many times less than private caches as the inputs say, whether so many fit or not. "
-        f"{'; '.join(said)}. {ASSUMED} "
-        f"{CHECKED if (rows['metric'] == 'kv_memory_error').any() else ''}"
-        f"Commit {commits}; {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}."
+        f"{'; '.join(said)}. {ASSUMED} {CHECKED if (rows['source'] == 'measured').any() else ''}"
+        f"Commit {listed(rows['commit'])}; {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}."
     )
 
 
-CAPACITY_TABLES: dict[str, Callable[[pd.DataFrame], Table | None]] = {EXPERIMENT: capacity}
-CAPACITY_FIGURES: dict[str, Callable[[pd.DataFrame], Canvas | None]] = {EXPERIMENT: draw_capacity}
+TABLES = {"capacity": table}
+FIGURES = {"capacity": figure}

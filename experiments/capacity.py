@@ -6,31 +6,33 @@ measured of the same model and recipe is quoted beside what the formulas give (c
 """
 
 from bisect import bisect_left
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import capacity_measured, common
+from experiments import capacity_measured, settings
+from experiments.session import Session
+from experiments.study import Study
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import capacity as formulas
-from polykv.evaluation.capacity import (
-    Architecture,
-    Crowd,
-    paying,
-)
+from polykv.evaluation.capacity import Architecture, Crowd, paying
 from polykv.evaluation.concurrency import READERS
 from polykv.evaluation.hardware import Hardware, Replica, check_number
 from polykv.evaluation.memory import GB
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-__all__ = ["MADE_BY", "check", "run", "settle"]
-
-MADE_BY = (formulas,)
-
+# source: input, computed, or measured (quoted from study concurrency); assumed: of inputs, hardware or assumption;
+# suffix_tokens: an agent's own; part: of a decode step, which is their sum (formulas.Step).
+COLUMNS = {
+    "source": str,
+    "assumed": str,
+    "suffix_tokens": int,
+    "part": str,
+    **capacity_measured.COLUMNS,
+}
 MOST_AGENTS = 100_000  # up to which sharing is looked at
 # Of the hardware's figures; all but the first two are of one device.
 UNITS = {
@@ -48,6 +50,7 @@ WHY = {
     "gain": "chosen",
 }
 PARTS = ("linear", "prefix", "suffix")
+COMPUTED, INPUT = {"source": "computed"}, {"source": "input"}
 # What sharing may divide: seconds of a step, bytes of a replica.
 COSTS = {
     "time": lambda crowd, reader, agents: crowd.step(reader, agents).seconds,
@@ -60,18 +63,18 @@ COSTS = {
 def settle(cfg: DictConfig) -> DictConfig:
     """As everywhere, less what no figure here depends on; and what was measured belongs to the cell."""
     unused = {"reader": "inject", "backend": "torch", "device": "cpu"}
-    settled = common.settle(OmegaConf.merge(cfg, unused))
+    settled = settings.settle(OmegaConf.merge(cfg, unused))
     settled.measured_digest = capacity_measured.digest(cfg)
     return settled
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, session: Session) -> None:
     """Refuse bad input.
 
     Raises:
         PolyKVError: one clear line.
     """
-    common.check_common(cfg)
+    settings.check_common(cfg)
     if cfg.context is None:
         raise PolyKVError(
             "context=null is the length of a text, and none is read here; set context=32768"
@@ -92,25 +95,21 @@ def check(cfg: DictConfig) -> None:
     ):
         check_number(name, cfg[name], above, most)
     capacity_measured.check(cfg)
-    _replica(cfg, _architecture(cfg))
+    _replica(cfg, _architecture(cfg, session))
 
 
-def run(cfg: DictConfig) -> list[dict[str, Any]]:
+def run(cfg: DictConfig, session: Session) -> Rows:
     """The inputs, what fits and how fast it is for each reader and suffix, and the quoted rows."""
-    rows = common.new_rows(
-        cfg,
-        document="any of this length",
-        device=common.label(cfg, "hardware"),
-        backend=None,
-        n_agents=None,
-    )
-    model = _architecture(cfg)
+    about = {"device": settings.label(cfg, "hardware")}
+    about |= dict.fromkeys(("document", "backend", "n_agents"))
+    rows = settings.new_rows(cfg, COLUMNS, **about)
+    model = _architecture(cfg, session)
     replica, recipe = _replica(cfg, model), Recipe.from_config(cfg.recipe)
     _add_inputs(rows, cfg, model)
     for n_suffix in cfg.suffix_tokens:
         crowd = Crowd.of(model, replica, recipe, cfg.context - n_suffix, n_suffix)
         for reader in cfg.readers:
-            about = {"reader": reader, "protocol": f"computed: {n_suffix} own tokens"}
+            about = COMPUTED | {"reader": reader, "suffix_tokens": n_suffix}
             _add_capacity(rows, cfg, crowd, about)
             _add_speed(rows, cfg, crowd, about)
             if reader != "private":
@@ -120,13 +119,10 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _architecture(cfg: DictConfig) -> Architecture:
-    return _built(common.as_key(cfg.model))
-
-
-@lru_cache(maxsize=8)  # cells that differ in hardware or recipe share it
-def _built(model: str) -> Architecture:
-    return Architecture.of(common.from_key(model))
+def _architecture(cfg: DictConfig, session: Session) -> Architecture:
+    """The model's, kept for cells that differ in hardware or recipe."""
+    needs = settings.plain(cfg.model)
+    return session.kept("the architecture", needs, lambda: Architecture.of(cfg.model))
 
 
 def _replica(cfg: DictConfig, model: Architecture) -> Replica:
@@ -140,16 +136,12 @@ def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
     for name, unit in UNITS.items():
         figure = cfg.hardware[name]
         figure = figure[cfg.model.dtype] if name == "tflops" else figure
-        rows.add(name, figure, unit, protocol="input: hardware", note=_source(cfg, name))
+        rows.add(name, figure, unit, **INPUT, assumed="hardware", note=_source(cfg, name))
     for name, why in WHY.items():
-        rows.add(name, cfg[name], "", protocol="input: assumption", note=why)
-    what = f"{model.n_parameters:,} parameters of {model.itemsize} bytes, of which a step reads {model.n_multiplied:,}"
-    rows.add(
-        "weights", model.weights_bytes / GB, "GB", protocol="computed: architecture", note=what
-    )
+        rows.add(name, cfg[name], "", **INPUT, assumed="assumption", note=why)
     cache = cfg.context * model.token_bytes
-    note = f"{cfg.context} tokens of {model.token_bytes:,} bytes, full precision"
-    rows.add("agent_cache", cache / GB, "GB", protocol="computed: architecture", note=note)
+    rows.add("weights", model.weights_bytes / GB, "GB", **COMPUTED)
+    rows.add("agent_cache", cache / GB, "GB", **COMPUTED)
 
 
 def _source(cfg: DictConfig, name: str) -> str:
@@ -161,75 +153,60 @@ def _source(cfg: DictConfig, name: str) -> str:
     return str(sheet.get("sources", {}).get(name, f"conf/hardware/{cfg.hardware.name}.yaml"))
 
 
-def _add_capacity(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
-    """max_agents of one document, and max_documents of `n_agents` agents each."""
+def _add_capacity(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+    """max_agents of one document, and max_documents of `n_agents` agents each; 0 has its reason."""
     reader, n = about["reader"], cfg.n_agents
     agents, documents = crowd.max_agents(reader), crowd.max_documents(reader, n)
-    rows.add("max_agents", agents, "agents", **about, note=_room(crowd, reader, agents, 1))
-    note = _room(crowd, reader, documents, n)
-    rows.add("max_documents", documents, "documents", **about, n_agents=n, note=note)
+    none_fits = None if agents else _too_much(crowd, reader, 1)
+    rows.add("max_agents", agents, "agents", **about, note=none_fits)
+    none_fits = None if documents else _too_much(crowd, reader, n)
+    rows.add("max_documents", documents, "documents", **about, n_agents=n, note=none_fits)
 
 
-def _room(crowd: Crowd, reader: str, found: int, n_agents: int) -> str:
-    need, replica = crowd.cache_bytes(reader, n_agents), crowd.replica
-    if not found:
-        return _too_much(crowd, need, n_agents)
-    return (
-        f"computed: {crowd.room / GB:.2f} GB beside the weights, {n_agents} agent(s) of a document take "
-        f"{need / GB:.3f} GB; {replica.count} replica(s) of {replica.split} device(s)"
-    )
-
-
-def _too_much(crowd: Crowd, need: int, n_agents: int) -> str:
-    """Why it does not fit: the weights alone, or the caches beside them."""
+def _too_much(crowd: Crowd, reader: str, n_agents: int) -> str:
+    """Why that many do not fit on a replica: the weights alone, or the caches beside them."""
+    weights, need = crowd.model.weights_bytes / GB, crowd.cache_bytes(reader, n_agents) / GB
     usable = (
         f"of {crowd.replica.usable_bytes / GB:.1f} GB usable on {crowd.replica.split} device(s)"
     )
     if crowd.room <= 0:
-        return f"does not fit: weights alone need {crowd.model.weights_bytes / GB:.1f} GB {usable}"
-    return (
-        f"does not fit: {n_agents} agent(s) need {need / GB:.2f} GB beside "
-        f"{crowd.model.weights_bytes / GB:.1f} GB of weights, {usable}"
-    )
+        return f"does not fit: weights alone need {weights:.1f} GB {usable}"
+    return f"does not fit: {n_agents} agent(s) need {need:.2f} GB beside {weights:.1f} GB of weights, {usable}"
 
 
-def _add_speed(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
-    """step_time, throughput and weights_share at the agents asked for, and at all that fit."""
+def _add_speed(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+    """step_time by part at the agents asked for, and at all that fit."""
     reader = about["reader"]
     most = crowd.max_agents(reader)
     for n_agents in sorted({*cfg.agents, cfg.n_agents, most} - {0}):
-        said = about | {"n_agents": n_agents}
         if n_agents > most:
-            here = crowd.on_replica(n_agents)
-            note = _too_much(crowd, crowd.cache_bytes(reader, here), here)
-            found = dict.fromkeys(("step_time", "throughput", "weights_share"))
-        else:
-            step = crowd.step(reader, n_agents)
-            parts = (f"{part} {1e3 * getattr(step, part):.3g}" for part in PARTS)
-            note = f"computed, ms: {', '.join(parts)}"
-            found = {
-                "step_time": float(1e3 * step.seconds),
-                "throughput": float(n_agents / step.seconds),
-                "weights_share": float(100 * step.linear / step.seconds),
-            }
-        for (metric, value), unit in zip(found.items(), ("ms", "tokens/s", "%"), strict=True):
-            rows.add(metric, value, unit, **said, note=note)
+            why = _too_much(crowd, reader, crowd.on_replica(n_agents))
+            rows.add("step_time", None, "ms", why=why, **about, n_agents=n_agents)
+            continue
+        step = crowd.step(reader, n_agents)
+        for part in PARTS:
+            seconds = float(getattr(step, part))
+            rows.add("step_time", 1e3 * seconds, "ms", part=part, **about, n_agents=n_agents)
 
 
-def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, str]) -> None:
-    """From how many agents on sharing divides the time of a step, and the memory with weights, by `gain`."""
+def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+    """From how many agents on sharing divides the time of a step, and the memory with weights, by `gain`.
+
+    And until how many, where it stops; and by what it divides them at best.
+    """
     agents = np.arange(1, MOST_AGENTS + 1)
     for what, cost in COSTS.items():
         private, shared = (cost(crowd, reader, agents) for reader in ("private", about["reader"]))
         first, last = paying(cfg.gain, private, shared)
-        best = f"at best {1 / float((shared / private).min()):.4g} times less {what} than private"
-        end = f", until {last:,}" if last else ""
-        note = f"computed: {best}{end}" if first else f"never up to {MOST_AGENTS:,} agents: {best}"
-        rows.add(f"{what}_pays_agents", first, "agents", **about, note=note)
+        never = f"never up to {MOST_AGENTS:,} agents"
+        rows.add(f"{what}_pays_agents", first, "agents", why=never, **about)
+        if last:
+            rows.add(f"{what}_pays_until", last, "agents", **about)
+        rows.add(f"{what}_gain_most", float((private / shared).max()), "x", **about)
 
 
 def _add_least_shared(
-    rows: Rows, cfg: DictConfig, crowd: Crowd, recipe: Recipe, about: dict[str, str]
+    rows: Rows, cfg: DictConfig, crowd: Crowd, recipe: Recipe, about: dict[str, Any]
 ) -> None:
     """The fewest shared tokens at which a step of `n_agents` takes `gain` times less; the gain grows with them."""
 
@@ -243,6 +220,33 @@ def _add_least_shared(
     lengths = range(1, crowd.n_prefix + 1)
     place = bisect_left(lengths, True, key=pays)
     found = lengths[place] if place < len(lengths) else None
-    note = f"{cfg.n_agents} agents gain time by sharing documents from this length on"
-    note = f"computed: {note}" if found else f"never up to {crowd.n_prefix:,} tokens"
-    rows.add("time_pays_tokens", found, "tokens", **about, n_agents=cfg.n_agents, note=note)
+    never = f"never up to {crowd.n_prefix:,} tokens"
+    rows.add("time_pays_tokens", found, "tokens", why=never, **about, n_agents=cfg.n_agents)
+
+
+STUDY = Study(
+    name="capacity",
+    title="Capacity on paper",
+    question="How many agents and documents does a device hold, how fast do they decode, and where does sharing pay?",
+    run=run,
+    check=check,
+    settle=settle,
+    made_by=(formulas,),
+    settings=(
+        "model",
+        "weights",
+        "hardware",
+        "context",
+        "suffix_tokens",
+        "recipe",
+        "readers",
+        "agents",
+        "n_agents",
+        "bandwidth_fraction",
+        "flops_fraction",
+        "gain",
+        "measured_digest",
+    ),  # fmt: skip
+    columns=COLUMNS,
+    depends_on=("concurrency",),
+)

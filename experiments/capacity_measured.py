@@ -1,0 +1,104 @@
+"""What study `concurrency` measured, beside what the formulas of `capacity` give for the same agents."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from experiments import settings
+from polykv.errors import PolyKVError
+from polykv.evaluation.capacity import TOLERANCE, WORKSPACE, Architecture, Crowd
+from polykv.evaluation.hardware import Replica
+from polykv.evaluation.memory import GB
+from polykv.recipe import Recipe
+from polykv.results import Rows, load_rows
+
+STUDY = "concurrency"
+# Of its rows, as experiments/concurrency.py has them.
+COLUMNS = {"accounting": str, "n_tokens": int, "synthetic": bool, "n_threads": int}
+# What tells its lines apart; of cells that agree in all of it the newest is quoted.
+LINE = [
+    "weights", "device", "dtype", "context_tokens", "n_tokens", "synthetic", "n_agents", "reader", "backend", "seed",
+]  # fmt: skip
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a folder to quote from that holds nothing to quote.
+
+    Raises:
+        PolyKVError: names the folder.
+    """
+    if cfg.measured is not None and _measured(cfg).empty:
+        raise PolyKVError(
+            f"measured={cfg.measured} holds no rows of experiment={STUDY}; give a results folder "
+            "that does, or leave it out"
+        )
+
+
+def digest(cfg: DictConfig) -> str:
+    """What the rows to quote say, shortened: it belongs to a cell's identity."""
+    return hashlib.sha256(_measured(cfg).to_csv(index=False).encode()).hexdigest()[:12]
+
+
+def add_rows(rows: Rows, cfg: DictConfig, model: Architecture, replica: Replica) -> None:
+    """kv_memory of this model and recipe as measured and as computed, and what may be between them.
+
+    Of the time, the measured steps and the bytes that each reads by the formulas (`step_read`). Models whose weights
+    are quantized are not what is computed here.
+    """
+    found = _measured(cfg)
+    if found.empty:
+        return
+    for group in ("model", "recipe"):
+        found = found[found[group] == settings.label(cfg, group)]
+    found = found[(found["quantization"] == "") & found["value"].notna()]
+    found = found.sort_values(["created_at", "cell"], kind="stable")
+    recipe = Recipe.from_config(cfg.recipe)
+    for _, part in found.groupby(LINE, dropna=False, sort=False):
+        newest = part[part["cell"] == part["cell"].iloc[-1]]
+        one = newest.iloc[0]
+        as_measured = replace(model, dtype=one["dtype"])
+        n_prefix, n_suffix = int(one["n_tokens"]), int(one["context_tokens"] - one["n_tokens"])
+        crowd = Crowd.of(as_measured, replica, recipe, n_prefix, n_suffix)
+        for row in newest.to_dict("records"):
+            quote = _about(row) | {"source": "measured"}
+            quote["note"] = f"measured at commit {row['commit']} on {row['created_at']}"
+            if row["metric"] == "kv_memory":
+                rows.add("kv_memory", row["value"], "GB", **quote)
+                _add_computed(rows, row, crowd)
+            elif row["metric"] == "step_time":
+                rows.add("step_time", row["value"], "ms", sample=int(row["sample"]), n=1, **quote)
+        if (newest["metric"] == "step_time").any():
+            read = sum(crowd.read_bytes(one["reader"], int(one["n_agents"])))
+            about = _about(one.to_dict()) | {"accounting": None, "source": "computed"}
+            rows.add("step_read", read / GB, "GB", **about)
+
+
+def _add_computed(rows: Rows, row: dict[str, Any], crowd: Crowd) -> None:
+    """Bytes by the formula, and by how much more may be measured: stored ones have to agree."""
+    stored = row["accounting"] == "stored"
+    compute = crowd.prefix_bytes if stored else crowd.cache_bytes
+    allowed = 0 if stored else round(TOLERANCE * round(row["value"] * GB)) + WORKSPACE
+    about = _about(row) | {"source": "computed"}
+    rows.add("kv_memory", compute(row["reader"], int(row["n_agents"])) / GB, "GB", **about)
+    rows.add("kv_memory_allowed", allowed / GB, "GB", **about)
+
+
+def _about(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a quoted row, as plain values."""
+    about = {name: row[name] for name in ("weights", "device", "dtype", "reader", "backend")}
+    about |= {"accounting": row["accounting"] or None, "synthetic": bool(row["synthetic"])}
+    whole = ("n_agents", "context_tokens", "n_tokens", "n_threads", "seed")
+    return about | {name: None if pd.isna(row[name]) else int(row[name]) for name in whole}
+
+
+def _measured(cfg: DictConfig) -> pd.DataFrame:
+    """The rows of `concurrency` in the folder given, else in this sweep's own, in an order of their own.
+
+    Raises:
+        PolyKVError: the folder's packed rows are damaged.
+    """
+    rows, _ = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, STUDY)
+    return rows.sort_values("cell", kind="stable") if len(rows) else rows
