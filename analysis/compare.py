@@ -23,6 +23,7 @@ SWEPT = (
     "context_tokens",
     "n_agents",
     "reader",
+    "backend",
     "seed",
 )
 SETTING = [name for name in SWEPT if name not in ("n_agents", "reader")]
@@ -197,6 +198,7 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
             panels.append((dict(zip(about, key, strict=True)), spots))
     if not panels:
         return "no recipe with both stored bits and a KL divergence above 0"
+    several = len({setting["backend"] for setting, _ in panels}) > 1
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     tints = colours(names)
     canvas, rows_of_axes = sheet(
@@ -209,7 +211,8 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
         for name, (bits, kl) in spots.items():
             reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
             ax.errorbar(bits, kl.value, yerr=reach, fmt="o", color=tints[name], label=name)
-        ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens")
+        on = f", {setting['backend']}" if several else ""
+        ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens{on}")
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")
         ax.set_ylabel("mean KL, nats per token")

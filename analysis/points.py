@@ -93,7 +93,6 @@ def points(rows: pd.DataFrame) -> list[Point]:
     if rows.empty:
         return []
     found, apart = tidied(rows), swept(rows)
-    found = found.assign(backend=found["backend"].where(found["reader"] != UNSHARED, ""))
     for name in OF_CELL:
         found[name] = _of_cell(found, name) if name in found else ""
     points_ = []
@@ -139,11 +138,13 @@ def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> V
 def tidied(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows in the order of their making, those of one cell under one dtype and one reader.
 
-    The reader whose floor a baseline's cell measured is kept in column `floor_of`.
+    The reader whose floor a baseline's cell measured is kept in column `floor_of`; no backend reads unshared caches.
     """
     found = cell_dtype(rows)
     read = _of_cell(found, "reader")
-    found = found.assign(floor_of=read, reader=read.where(found["recipe"] != BASELINE, UNSHARED))
+    shared = found["recipe"] != BASELINE
+    found = found.assign(floor_of=read, reader=read.where(shared, UNSHARED))
+    found = found.assign(backend=found["backend"].where(shared, ""))
     return found.sort_values(["created_at", "cell"], kind="stable")
 
 

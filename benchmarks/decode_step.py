@@ -127,10 +127,9 @@ def main() -> None:
     names = ("threads", "heads", "group", "dim", "suffix")
     report = Report(
         "decode_step",
-        {name: getattr(arguments, name) for name in names} | {"load": load},
+        {name: getattr(arguments, name) for name in names} | {"load": load, "timed": "in turn"},
         context_tokens=arguments.tokens,
         n_agents=arguments.agents,
-        protocol="interleaved",
     )
     for dtype in arguments.dtypes:
         compare(arguments, dtype, report)

@@ -28,10 +28,10 @@ def main() -> None:
     load = os.getloadavg()[0]
     report = Report(
         "encode",
-        {name: getattr(arguments, name) for name in ("threads", "heads", "dim")} | {"load": load},
+        {name: getattr(arguments, name) for name in ("threads", "heads", "dim")}
+        | {"load": load, "timed": "in turn, each in its process"},
         context_tokens=arguments.tokens,
         dtype=arguments.dtype,
-        protocol="interleaved processes",
     )
     found = {name: start(name, arguments) for name in arguments.systems}
     workers = {name: worker for name, worker in found.items() if isinstance(worker, Worker)}

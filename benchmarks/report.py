@@ -21,7 +21,7 @@ class Report:
         origin = provenance()
         stamp = {key: origin[key] for key in ("commit", "created_at")}
         self.name = name
-        self._rows = Rows(experiment=f"benchmark_{name}", device="cpu", **stamp, **shared)
+        self._rows = Rows(study=f"benchmark_{name}", device="cpu", **stamp, **shared)
         self._extra = {**extra, "machine": processor(), "torch": torch.__version__}
         self._extras: list[dict[str, Any]] = []
 

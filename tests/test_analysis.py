@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analysis_rows import RATIO, paper_memory, quickstart, run, write
+from analysis_rows import RATIO, compare_cell, paper_memory, quickstart, run, write
 
 from analysis import catalog
 from analysis.__main__ import PICTURES, WRITERS, show
@@ -112,3 +112,17 @@ def test_analysis_never_imports_torch():
     code = "import sys, analysis.__main__; sys.exit('torch' in sys.modules)"
     place = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=place, check=False).returncode == 0
+
+
+def test_backends_of_one_sweep_are_lines_of_their_own(tmp_path):
+    cells = [
+        compare_cell(256, 1, recipe, name=f"{recipe}-{backend}", backend=backend, delta=delta)
+        for recipe in ("full", "polykv")
+        for backend, delta in (("torch", 1.0), ("cpu", 2.0))
+    ]
+    rows = load(write(tmp_path, cells)).rows
+    lines = catalog.pieces("TABLES")["compare"](rows).rows
+    assert [(line["recipe"], line["backend"]) for line in lines] == [
+        ("full", ""), ("polykv", "cpu"), ("polykv", "torch"),
+    ]  # fmt: skip
+    assert lines[1]["perplexity_delta"].value > 1.5 * lines[2]["perplexity_delta"].value

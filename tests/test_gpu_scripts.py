@@ -76,7 +76,9 @@ def test_attention_kernels(tmp_path):
 def test_concurrency(tmp_path):
     run(tmp_path, "concurrency")
     rows = rows_of(tmp_path, "concurrency")
-    stored = rows[rows["protocol"] == "stored"].set_index(["model", "reader", "n_agents"])["value"]
+    stored = rows[rows["accounting"] == "stored"].set_index(["model", "reader", "n_agents"])[
+        "value"
+    ]
     for model in concurrency.MODELS:
         assert stored[model, "private", 3] == pytest.approx(3 * stored[model, "private", 1])
         assert stored[model, "cascade", 3] == stored[model, "cascade", 1]

@@ -20,7 +20,7 @@ if "--tiny" in sys.argv:
 import numpy as np
 import torch
 from checks import decode_error, fresh, wrong_codes
-from common import Bench, add_time, captured, copies, parser
+from common import Bench, add_times, captured, copies, parser
 
 from polykv import kernels
 from polykv.codecs.base import Codec, Packed
@@ -101,16 +101,14 @@ def compare(
     taken = {case: all_of / len(given) for case, all_of in bench.milliseconds(cases).items()}
     metric = direction.removesuffix("_rotated")
     note = f"{n_bytes} bytes; inputs by turns: {len(given)}"
-    seconds = add_time(rows, f"{metric}_time", taken["graph"], protocol="graph", note=note) / 1e3
-    add_time(rows, f"{metric}_time", taken["call"], protocol="call", note=note)
-    add_time(rows, f"{metric}_time", taken["torch"], protocol="call", backend="torch", note=note)
+    seconds = add_times(rows, f"{metric}_time", taken["graph"], timed="graph", note=note) / 1e3
+    add_times(rows, f"{metric}_time", taken["call"], timed="call", note=note)
+    add_times(rows, f"{metric}_time", taken["torch"], timed="call", backend="torch", note=note)
     limit = 2 * copied[0].nbytes / GIGA / float(np.median(taken["copy"]) / 1e3)
     moved = n_bytes / GIGA / seconds
     rows.add("copy_bandwidth", limit, "GB/s", note=f"a copy of the values, timed beside {metric}")
-    rows.add(f"{metric}_bandwidth", moved, "GB/s", protocol="graph", note=note)
-    rows.add(
-        f"{metric}_share", 100 * moved / limit, "percent", protocol="graph", note="of the copy"
-    )
+    rows.add(f"{metric}_bandwidth", moved, "GB/s", timed="graph", note=note)
+    rows.add(f"{metric}_share", 100 * moved / limit, "percent", timed="graph", note="of the copy")
 
 
 def report(bench: Bench) -> None:
@@ -121,7 +119,9 @@ def report(bench: Bench) -> None:
     table = found.drop(times.index).pivot_table(index=keys, columns="metric", values="value")
     title = "Encode and decode beside a device copy: GB/s, percent of the copy"
     bench.show("gpu_codecs", title, table.reset_index())
-    table = times.pivot_table(index=keys, columns=["metric", "protocol"], values="value")
+    table = times.pivot_table(
+        index=keys, columns=["metric", "timed"], values="value", aggfunc="median"
+    )
     table.columns = [" ".join(column) for column in table.columns]
     bench.show(
         "gpu_codecs_time", "Milliseconds for one layer's keys or values", table.reset_index()

@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from math import ceil
 from pathlib import Path
@@ -26,6 +26,9 @@ TINY_HEADS = {"llama-3-8b": (4, 1, 128), "smollm2-1.7b": (2, 2, 64)}
 OUT = REPO / "results" / "gpu"
 REPEATS, WARMUP = 25, 5
 TINY_REPEATS, TINY_WARMUP = 2, 0
+# What rows have beside cellfile.COLUMNS. accounting: paper, stored, resident; timed: graph (a CUDA graph: device time
+# alone), call (with Python around it) or step (a decode step in one process, queries of one length).
+COLUMNS = {"accounting": str, "n_tokens": int, "synthetic": bool, "n_threads": int, "timed": str}
 STATE = "pstate,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,memory.used"
 
 
@@ -114,11 +117,16 @@ class Bench:
             if not mine or self.store.done(experiment, cell):
                 self.say(f"{what}: {'done before' if mine else 'another process is at it'}")
                 return
-            rows = Rows(device=self._name, **shared)
+            rows = Rows(COLUMNS, device=self._name, **shared)
             before = device_state(self.device)
             measure(rows)
             state = {"before": before, "after": device_state(self.device)}
-            self.store.write(experiment, cell, identity | {"state": state}, rows)
+            study = {"name": experiment, "title": experiment, "question": "", "answers": []}
+            study |= {
+                "settings": [],
+                "columns": {name: of.__name__ for name, of in COLUMNS.items()},
+            }
+            self.store.write(study, cell, identity | {"state": state}, rows)
         self.say(f"{what}: {len(rows)} rows")
 
     def milliseconds(
@@ -190,8 +198,8 @@ def copies(device: torch.device, n_bytes: int) -> int:
     return max(2, ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / n_bytes))
 
 
-def add_time(rows: Rows, metric: str, taken: np.ndarray, **columns: Any) -> float:
-    """Median and quartiles in milliseconds; the median."""
-    low, mid, high = np.percentile(taken, (25, 50, 75)).tolist()
-    rows.add(metric, mid, "ms", ci=(low, high), n=len(taken), **columns)
-    return mid
+def add_times(rows: Rows, metric: str, taken: Sequence[float], **columns: Any) -> float:
+    """A row for each repeat, in milliseconds; the median."""
+    for sample, milliseconds in enumerate(taken):
+        rows.add(metric, float(milliseconds), "ms", sample=sample, n=1, **columns)
+    return float(np.median(taken))

@@ -19,7 +19,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from common import Bench, add_time, parser
+from common import Bench, add_times, parser
 from transformers import Cache, PreTrainedModel
 
 from analysis import published
@@ -43,7 +43,6 @@ from polykv.recipe import load_recipe
 from polykv.results import Rows
 
 EXPERIMENT = "concurrency"
-PROTOCOL = "queries of one length, one process"
 MODELS = ("llama-3-8b", "smollm2-1.7b")
 PREFIXES = (1285, 5035, 8192, 32768)
 AGENTS = (1, 3, 5, 10, 15, 30)
@@ -138,21 +137,16 @@ def measure(crowd: Crowd, n_tokens: int, n_agents: int, rows: Rows) -> None:
         ratio = None if reader == "private" else crowd.recipe.nominal_ratio(crowd.model.dtype)
         if reader != "inject":  # the publication has no other reader of its pool, and counts none
             arithmetic = paper_bytes(crowd.geometry, n_tokens, n_agents, ratio) / GB
-            note = "as published: arithmetic at fp32"
-            rows.add("kv_memory", arithmetic, "GB", protocol="paper", note=note, **columns)
+            rows.add("kv_memory", arithmetic, "GB", accounting="paper", **columns)
         found = attempt(partial(crowd.measured, reader, n_tokens, n_agents))
         if isinstance(found, str):
-            rows.add("kv_memory", None, "GB", protocol="resident", note=found, **columns)
-            rows.add("step_time", None, "ms", note=found, **columns)
+            rows.add("kv_memory", None, "GB", why=found, accounting="resident", **columns)
+            rows.add("step_time", None, "ms", why=found, **columns)
             continue
         times, peak, kept = found
-        note = f"peak above the weights while all decode, {WARMUP + STEPS} tokens of their own each"
-        rows.add("kv_memory", peak / GB, "GB", protocol="resident", note=note, **columns)
-        rows.add("kv_memory_per_agent", peak / n_agents / 1e6, "MB", protocol="resident", **columns)
-        rows.add("kv_memory", kept / GB, "GB", protocol="stored", **columns)
-        middle = add_time(rows, "step_time", times, protocol=PROTOCOL, **columns)
-        speed = 1e3 * n_agents / middle
-        rows.add("throughput", speed, "tokens/s", protocol=PROTOCOL, n=len(times), **columns)
+        rows.add("kv_memory", peak / GB, "GB", accounting="resident", **columns)
+        rows.add("kv_memory", kept / GB, "GB", accounting="stored", **columns)
+        add_times(rows, "step_time", times, timed="step", **columns)
 
 
 def largest(crowd: Crowd, n_tokens: int, most: int, rows: Rows) -> None:
@@ -186,13 +180,13 @@ def main() -> None:
         shared = {
             "model": name,
             "weights": "random",
-            "document": "synthetic cache",
+            "synthetic": True,
             "recipe": "polykv",
         }
         shared |= {"dtype": "bfloat16"}
         identity = {"model": name, "steps": STEPS, "backend": crowd.backend}
         for n_tokens, n_agents in product(prefixes, agents):
-            about = {"context_tokens": n_tokens, "n_agents": n_agents}
+            about = {"context_tokens": n_tokens, "n_agents": n_agents, "n_tokens": n_tokens}
             work = partial(measure, crowd, n_tokens, n_agents)
             bench.cell(EXPERIMENT, identity | about, work, **shared, **about)
         most = 4 if bench.tiny else MOST_AGENTS
@@ -209,12 +203,12 @@ def report(bench: Bench) -> None:
     found = bench.rows(EXPERIMENT, "gpu_largest")
     keys = ["model", "context_tokens", "n_agents", "reader"]
     memory = found[found["metric"] == "kv_memory"].pivot_table(
-        index=keys, columns="protocol", values="value"
+        index=keys, columns="accounting", values="value"
     )
-    times = found[found["metric"].isin(("step_time", "throughput"))]
-    table = memory.join(
-        times.pivot_table(index=keys, columns="metric", values="value"), how="outer"
-    )
+    step = found[found["metric"] == "step_time"].groupby(keys)["value"].median().rename("step_time")
+    table = memory.join(step, how="outer")
+    agents = table.index.get_level_values("n_agents").astype(float)
+    table["throughput"] = 1e3 * agents / table["step_time"]
     title = "Memory in GB (resident: measured), ms of a step, tokens per second"
     bench.show("gpu_concurrency", title, table.reset_index())
     said = {
