@@ -37,6 +37,7 @@ from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 Key = TypeVar("Key", bound=Hashable)
 Panel = Callable[[Axes, Sequence[Point], Sequence[Figure], Sequence[str]], Axes]
+STUDY = ("polykv_memory", "compare")
 HEIGHT = 1.75  # inches of a panel
 ACROSS = 2
 TITLE = 52  # characters of a title above one of two panels

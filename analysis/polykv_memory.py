@@ -9,13 +9,10 @@ import pandas as pd
 from analysis import published
 from analysis.points import TRAINED, Point, having, points
 from analysis.polykv_claims import claims
-from analysis.polykv_figures import FIGURES
 from analysis.published import NOT_HERE, Figure
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
 from analysis.statistics import BASELINE, Value
 from polykv.config import load_group
-
-__all__ = ["CLAIMS", "FIGURES", "STUDY", "TABLES", "TEXTS"]
 
 STUDY = ("polykv_memory", "compare")
 NOT_PUBLISHED = Value(None, note="no published figure for this model, context and number of agents")

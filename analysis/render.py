@@ -16,6 +16,7 @@ from analysis.statistics import Value
 MISSING = "–"
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 PORTRAIT, LANDSCAPE = 105, 155  # characters of 7 points across a page with margins of an inch
+FEW = 3  # reasons of a column without any value that its footnote lists
 WRAPPED = 26  # characters; a longer key breaks its lines in LaTeX
 TEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -139,9 +140,9 @@ def sections(table: Table) -> tuple[list[Section], list[str]]:
                 continue  # it belongs to another section
             texts = [_text(column, row) for row in rows]
             if {text for text, _ in texts} == {MISSING}:
-                reason, *others = dict.fromkeys(note for _, note in texts)
-                more = f" (and {len(others)} other reasons, which the CSV has)" if others else ""
-                absent.setdefault(reason + more, []).append(column.header)
+                reasons = list(dict.fromkeys(note for _, note in texts))
+                more = f"; or {len(reasons) - FEW} others, which the CSV has" * (len(reasons) > FEW)
+                absent.setdefault("; or: ".join(reasons[:FEW]) + more, []).append(column.header)
             else:
                 columns.append(column)
         lines = [[_marked(column, row, notes) for column in columns] for row in rows]

@@ -147,34 +147,36 @@ def page(results: Results) -> str:
 
 
 def sections(results: Results) -> list[Section]:
-    """What was run, module by module: what several studies have in common comes last."""
-    found = []
+    """What was run: a section for each study, then one for each set of studies that modules show together."""
+    by_studies: dict[tuple[str, ...], list[str]] = {}
     for name in catalog.modules():
-        studies = catalog.studies_of(name)
-        if studies == catalog.EVERY:
-            continue
-        declared = results.studies.get(name, {})
-        title = (catalog.modules()[name].__doc__ or name).split(":")[0].splitlines()[0]
-        made = {
-            kind: list(_made(kind, name, results.rows)) for kind in ("TABLES", "FIGURES", "TEXTS")
-        }
+        if (studies := catalog.studies_of(name)) != catalog.EVERY:
+            by_studies.setdefault(studies, []).append(name)
+    found = []
+    for studies, modules in sorted(by_studies.items(), key=lambda item: len(item[0]) > 1):
+        first = min(modules, key=lambda name: name not in studies)
+        rows = results.rows
+        title = (catalog.modules()[first].__doc__ or first).split(":")[0].splitlines()[0]
+        declared = results.studies.get(studies[0], {}) if len(studies) == 1 else {}
+        tables = map(render.measured, _made("TABLES", modules, rows).values())
+        drawn = _made("FIGURES", modules, rows).items()
         section = Section(
-            name,
+            first,
             declared.get("title", title.rstrip(".")),
             declared.get("question", ""),
-            [shown(table) for _, t in made["TABLES"] if (table := render.measured(t)).rows],
-            [image(n, drawn) for n, drawn in made["FIGURES"] if isinstance(drawn, Picture)],
-            [_written(text) for _, text in made["TEXTS"]],
+            [shown(table) for table in tables if table.rows],
+            [image(name, made) for name, made in drawn if isinstance(made, Picture)],
+            [_written(text) for text in _made("TEXTS", modules, rows).values()],
         )
         if section.tables or section.images or section.texts:
             found.append(section)
-    return sorted(found, key=lambda section: len(catalog.studies_of(section.name)) > 1)
+    return found
 
 
-def _made(kind: str, module: str, rows: pd.DataFrame) -> Iterable[tuple[str, Any]]:
-    for name in getattr(catalog.modules()[module], kind, {}):
-        if (made := catalog.pieces(kind)[name](rows)) is not None:
-            yield name, made
+def _made(kind: str, modules: Sequence[str], rows: pd.DataFrame) -> dict[str, Any]:
+    names = [name for own in modules for name in getattr(catalog.modules()[own], kind, {})]
+    made = {name: catalog.pieces(kind)[name](rows) for name in names}
+    return {name: piece for name, piece in made.items() if piece is not None}
 
 
 def shown(table: Table) -> Shown:

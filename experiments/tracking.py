@@ -90,7 +90,8 @@ class WandbLogger:
             name=cell,
             config=config | {"provenance": provenance},
         ) as run:
-            run.log({"rows": wandb.Table(dataframe=rows)})
+            plain = rows.astype(object).where(rows.notna(), None)  # JSON knows no pandas.NA
+            run.log({"rows": wandb.Table(dataframe=plain)})
             run.summary.update(summary(rows))
 
 

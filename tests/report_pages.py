@@ -1,13 +1,12 @@
-"""Results folders for the report page, and a reader of it. All numbers are made up."""
+"""A reader of the report page, and results folders for it. All numbers are made up."""
 
+import base64
 from html.parser import HTMLParser
-from urllib.parse import unquote
 from xml.etree import ElementTree
 
-from analysis_rows import quickstart
+from analysis_rows import compare_cell, quickstart
 
 from analysis.__main__ import main
-from polykv.cellfile import compose, write_atomically
 
 HOSTILE = (
     '<script>alert(1)</script>"><img src=x onerror=alert(1)> ![i](https://evil.example/i.png) '
@@ -15,36 +14,20 @@ HOSTILE = (
 )
 
 
-def write(root, rows, config=None):
-    """Whole cells as polykv.results.Store writes them, but of a commit and a time that stay the same."""
-    by_cell = {}
-    for row in rows:
-        by_cell.setdefault((row["experiment"], row["cell"]), []).append(row)
-    for (experiment, cell), mine in by_cell.items():
-        settled = {"recipe": {"name": mine[0]["recipe"]}, "seed": 0, "results_dir": str(root)}
-        provenance = {"commit": mine[0]["commit"], "created_at": mine[0]["created_at"]}
-        provenance |= {"machine": "Linux x86_64, 2 cores", "python": "3.11.7"}
-        provenance |= {"versions": {"torch": "2.13.0", "bert-score": None}}
-        path = root / "cells" / experiment / f"{cell}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            path, compose(experiment, cell, settled | (config or {}), provenance, mine)
-        )
-    return root
-
-
 def small():
     return quickstart((512,), (3, 15), ("full", "polykv"))
 
 
 def unsafe():
-    """The small rows, with hostile text wherever a row or a config holds text."""
-    rows = small()
-    for row in rows:
-        row |= {"model": f"m {HOSTILE}", "document": f"d {HOSTILE}", "commit": f"c {HOSTILE}"}
-        if row["metric"] == "bertscore_floor":
-            row |= {"value": None, "note": f"reason {HOSTILE}"}
-    return rows
+    """Cells with hostile text wherever a row or a config holds text."""
+    about = {"model": f"m {HOSTILE}", "document": f"d {HOSTILE}"}
+    made = [compare_cell(512, 3, recipe, name=recipe) for recipe in ("full", "polykv")]
+    for one in made:
+        for row in one[3]:
+            row.update(about)
+    made[1][2].update({"model": {"path": HOSTILE, HOSTILE: 1}})
+    made[1][3].add("kl", None, "nats", why=f"reason {HOSTILE}", statistic="p99")
+    return made
 
 
 class Page(HTMLParser):
@@ -74,9 +57,9 @@ class Page(HTMLParser):
 
 def drawings(page):
     """The figures, parsed."""
-    start = "data:image/svg+xml,"
+    start = "data:image/svg+xml;base64,"
     uris = [uri for uri in page.all("src") if uri.startswith(start)]
-    return [ElementTree.fromstring(unquote(uri.removeprefix(start))) for uri in uris]
+    return [ElementTree.fromstring(base64.b64decode(uri.removeprefix(start))) for uri in uris]
 
 
 def report(*folders, out):

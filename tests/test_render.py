@@ -4,7 +4,7 @@ import re
 
 import pytest
 from analysis_rows import paper_memory, quickstart, run, write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import catalog, render
@@ -63,3 +63,45 @@ def test_plain_text_fits_the_width_and_names_what_it_leaves_out(tables):
         assert shown == [column.header for column in table.columns][: len(shown)]
         assert all(column.header in text for column in table.columns)
     assert len(shown) == len(table.columns)
+
+
+SPECIAL = "5 % of a_b & c#d $1 {x} ~ ^ \\ | <y> 3×4 Δppl ±2 10⁻³ x¹² 1–2 a—b ≥1 ≤2 µs → ½ · −1 …"
+
+
+@given(st.text(st.sampled_from(SPECIAL + "abc[]"), max_size=30))
+def test_any_known_text_becomes_ascii_without_a_bare_special_character(text):
+    written = render.tex(text)
+    assert written.isascii() and not re.search(r"(?<!\\)[%#&_]", written)
+
+
+def test_an_unknown_character_is_refused_by_name():
+    with pytest.raises(ValueError, match="漢"):
+        render.tex("漢")
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=30),
+    st.integers(1, 3),
+)
+@settings(max_examples=20, deadline=None)
+def test_latex_loses_no_column_of_a_wide_table_and_repeats_its_keys(given_columns, n_lines):
+    made = [
+        render.Column(f"c{i}", f"h{i}", key=key and i < 4)
+        for i, (_, key) in enumerate(given_columns)
+    ]
+    line = {c.name: "x" * width for c, (width, _) in zip(made, given_columns, strict=True)}
+    text = render.latex(render.Table("t", "caption", made, [line] * n_lines))
+    tables = re.findall(r"\\begin{longtable}.*?\\endfirsthead", text, re.DOTALL)
+    heads = [re.findall(r"\bh\d+\b", table) for table in tables]
+    assert {head for mine in heads for head in mine} == {column.header for column in made}
+    keys = [column.header for column in made if column.key]
+    assert all(mine[: len(keys)] == keys for mine in heads)
+    assert text.count(r"\label{") == 1
+
+
+def test_html_is_escaped_and_marks_what_a_line_is_about():
+    columns = [render.Column("a", "<a>", key=True), render.Column("b", "b & c", render.fixed(1))]
+    found, _ = render.sections(render.Table("t", "c", columns, [{"a": "<i>{0}", "b": 1.0}]))
+    text = render.html(found[0])
+    assert "<span>&lt;i&gt;{0}</span>" in text and "b &amp; c" in text and "<i>" not in text
+    assert text.count("<span>") == 2 and "style" not in text

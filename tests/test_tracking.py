@@ -13,14 +13,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from analysis import upload
 from experiments import sweep, tracking
 from polykv import wandb_run
+from polykv.cellfile import COLUMNS, Cell
 from polykv.config import CONF, REPO
 from polykv.errors import PolyKVError
-from polykv.results import COLUMNS, Rows, Store, provenance
+from polykv.results import Rows, Store, frame, provenance
 
+OWN = {"accounting": str}
+STUDY = {"name": "compare", "title": "t", "question": "q?", "answers": [], "settings": [],
+         "columns": {"accounting": "str"}}  # fmt: skip
 BLOCK = 32768  # of the log that wandb writes offline: LevelDB's format
 
 
@@ -30,15 +35,20 @@ def config(folder, *overrides):
 
 
 def rows(n_agents=3):
-    made = Rows(model="reference", n_agents=n_agents)
-    made.add("kv_memory", 0.1 + 0.2, "GB", ci=(0.25, 0.35), reader="inject", n=8)
-    made.add("kv_memory", 0.125, "GB", reader="cascade", n=8)
-    made.add("bertscore_f1", None, "F1", note="no scorer, no score")
+    made = Rows(OWN, model="reference", n_agents=n_agents)
+    for sample, value in enumerate((0.1 + 0.2, 0.5)):
+        made.add("kl", value, "nats", reader="inject", sample=sample, n=8)
+    made.add("kl", 0.125, "nats", reader="cascade", sample=0, n=8)
+    made.add("bertscore_f1", None, "f1", why="no scorer, no score")
     return made
 
 
+def finished(cell, made=None, config=None):
+    return Cell(STUDY, cell, config or {}, provenance(), (made or rows()).by_column())
+
+
 def record(cfg, cell):
-    tracking.record(cfg, cell, rows(), provenance())
+    tracking.record(cfg, finished(cell, config=OmegaConf.to_container(cfg, resolve=True)))
 
 
 def forked(target, *arguments):
@@ -57,11 +67,11 @@ def test_csv_holds_every_row_as_it_was_given(tmp_path, capsys):
     record(cfg, "c0")
     record(cfg, "c1")
     read = pd.read_csv(tmp_path / "log.csv", float_precision="round_trip")
-    assert list(read.columns) == list(COLUMNS)
-    assert read["cell"].tolist() == ["c0"] * 3 + ["c1"] * 3
-    assert read["value"].tolist()[:2] == [0.1 + 0.2, 0.125]
-    assert read["note"].tolist()[2] == "no scorer, no score"
-    assert set(read["experiment"]) == {"compare"} and read["commit"].notna().all()
+    assert list(read.columns) == [*COLUMNS, *OWN]
+    assert read["cell"].tolist() == ["c0"] * 4 + ["c1"] * 4
+    assert read["value"].tolist()[:3] == [0.1 + 0.2, 0.5, 0.125]
+    assert read["note"].tolist()[3] == "no scorer, no score"
+    assert set(read["study"]) == {"compare"} and read["commit"].notna().all()
     assert pd.read_csv(tmp_path / "log.csv", dtype=str)["n"].tolist()[:2] == ["8", "8"]
     assert not capsys.readouterr().err
 
@@ -77,7 +87,7 @@ def test_csv_takes_several_processes_at_once(tmp_path):
     for worker in workers:
         worker.join(60)
     cells = pd.read_csv(tmp_path / "log.csv")["cell"].value_counts()
-    assert len(cells) == 32 and set(cells) == {3}
+    assert len(cells) == 32 and set(cells) == {4}
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -92,9 +102,9 @@ def test_a_killed_csv_writer_leaves_whole_cells_only(tmp_path, monkeypatch, mome
     process = forked(die)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert pd.read_csv(tmp_path / "log.csv")["cell"].tolist() == ["before"] * 3
+    assert pd.read_csv(tmp_path / "log.csv")["cell"].tolist() == ["before"] * 4
     record(cfg, "after")  # its lock died with it
-    assert pd.read_csv(tmp_path / "log.csv")["cell"].tolist() == ["before"] * 3 + ["after"] * 3
+    assert pd.read_csv(tmp_path / "log.csv")["cell"].tolist() == ["before"] * 4 + ["after"] * 4
 
 
 def test_csv_of_other_columns_is_left_alone(tmp_path, capsys):
@@ -113,9 +123,9 @@ def test_a_logger_that_fails_costs_no_cell(tmp_path, capsys):
         "logger=csv",
         f"logger.path={tmp_path}",
     )
-    outcome = sweep.run_cell(cfg)
+    outcome = sweep.run_cell(sweep.prepare(cfg))
     assert outcome.status == "done"
-    assert Store(tmp_path).done("polykv_ratio", outcome.cell)
+    assert Store(tmp_path).done("polykv_memory", outcome.cell)
     warning = capsys.readouterr().err
     assert f"warning: cell {outcome.cell} is kept, but was not logged" in warning
     assert warning.count("\n") == 1
@@ -192,13 +202,14 @@ def test_wandb_without_a_key_keeps_the_run_offline(wandb_home, capsys):
         for entry in record.summary.update
         if entry.key
     }
-    assert summary["kv_memory/reader=inject"] == 0.1 + 0.2
-    assert summary["kv_memory/reader=cascade"] == 0.125
+    assert summary["kl/reader=inject"] == pytest.approx(0.4)
+    assert summary["kl/reader=cascade"] == 0.125
     assert summary["bertscore_f1"] is None
     (table,) = run.glob("files/media/table/rows*.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == list(COLUMNS)
-    assert [row[COLUMNS.index("value")] for row in table["data"]] == [0.1 + 0.2, 0.125, None]
+    assert table["columns"] == [*COLUMNS, *OWN]
+    place = table["columns"].index("value")
+    assert [row[place] for row in table["data"]] == [0.1 + 0.2, 0.5, 0.125, None]
 
     said = wandb_run.unsynced(wandb_home)
     assert "offline: 1;" in said
@@ -213,13 +224,15 @@ def test_wandb_with_a_key_but_no_server_goes_on_offline(wandb_home):
     code = """if True:
         from omegaconf import OmegaConf
         from polykv import wandb_run
+        from polykv.cellfile import Cell
         from experiments import tracking
         wandb_run.SECONDS_TO_WAIT = 2
         logger = OmegaConf.load("conf/logger/wandb.yaml")
-        cfg = {"experiment_name": "compare", "results_dir": RESULTS, "logger": logger}
+        cfg = OmegaConf.create({"study": "compare", "results_dir": RESULTS, "logger": logger})
+        study = {"name": "compare", "columns": {}}
+        origin = {"commit": "unknown", "created_at": "today"}
         for cell in ("first", "second"):
-            origin = {"commit": "unknown", "created_at": "today"}
-            tracking.record(OmegaConf.create(cfg), cell, [], origin)
+            tracking.record(cfg, Cell(study, cell, {}, origin, {"metric": ["kl"], "value": [1.0]}))
             print(cell)
     """.replace("RESULTS", repr(str(wandb_home)))
     run = subprocess.run(
@@ -243,16 +256,18 @@ def test_wandb_obeys_its_own_switch(wandb_home, monkeypatch):
     assert not list(wandb_home.glob("wandb/*run-*"))
 
 
-def test_what_tells_a_metrics_values_apart_names_them():
-    frame = pd.DataFrame(rows() + rows(n_agents=15), columns=list(COLUMNS))
-    assert set(tracking.summary(frame)) == {
-        "kv_memory/n_agents=3/reader=inject",
-        "kv_memory/n_agents=3/reader=cascade",
-        "kv_memory/n_agents=15/reader=inject",
-        "kv_memory/n_agents=15/reader=cascade",
+def test_what_tells_a_metrics_values_apart_names_them_and_samples_are_averaged():
+    cells = [finished("a"), finished("a", rows(n_agents=15))]
+    found = tracking.summary(frame(cells))
+    assert set(found) == {
+        "kl/n_agents=3/reader=inject",
+        "kl/n_agents=3/reader=cascade",
+        "kl/n_agents=15/reader=inject",
+        "kl/n_agents=15/reader=cascade",
         "bertscore_f1/n_agents=3",
         "bertscore_f1/n_agents=15",
     }
+    assert found["kl/n_agents=3/reader=inject"] == pytest.approx(0.4)
 
 
 def test_figures_and_tables_are_uploaded_as_one_run(wandb_home):
