@@ -22,11 +22,11 @@ def unsafe():
     """Cells with hostile text wherever a row or a config holds text."""
     about = {"model": f"m {HOSTILE}", "document": f"d {HOSTILE}"}
     made = [compare_cell(512, 3, recipe, name=recipe) for recipe in ("full", "polykv")]
+    made[1][3].add("kl", None, "nats", why=f"reason {HOSTILE}", statistic="p99")
     for one in made:
         for row in one[3]:
             row.update(about)
     made[1][2].update({"model": {"path": HOSTILE, HOSTILE: 1}})
-    made[1][3].add("kl", None, "nats", why=f"reason {HOSTILE}", statistic="p99")
     return made
 
 
