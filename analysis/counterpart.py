@@ -11,10 +11,11 @@ from functools import partial
 import pandas as pd
 
 from analysis import published
+from analysis.handoff import with_budget
 from analysis.points import UNSHARED, Point, having, over_seeds, points
 from analysis.published import NOT_HERE, SAME_LENGTH, Figure
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
-from analysis.statistics import BASELINE, Measure, Value, median, rate
+from analysis.statistics import BASELINE, Measure, Value, median, percentage, rate
 
 STUDY = ("polykv_memory", "compare", "handoff_accuracy", "handoff_ttft")
 EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", published.NOT_MEASURED
@@ -42,11 +43,8 @@ TRANSPORT = {
     "q4_reload": "file",
 }  # the others are read as handed over in memory
 IN_PLACE = "cascade"  # the reader that no published time is of
-ACCURACY = Measure(
-    "answer_right", {"extraction": "strict"}, reduce=rate, form=lambda share: 100 * share
-)
+ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
 RUN_OF = ["model", "weights", "device", "dtype"]
-SAME_BITS = 1e-9  # budgets nearer than this are the same
 TIMES = ("ttft", "stages")  # these are divided, all else is subtracted
 DIGITS = {
     "kv_memory": memory,
@@ -339,12 +337,6 @@ def _median_of_sums(rows: pd.DataFrame) -> Value:
 def _of(rows: pd.DataFrame, studies: Sequence[str], metric: str = "") -> pd.DataFrame:
     mine = rows[rows["study"].isin(studies)]
     return mine[mine["metric"] == metric] if metric else mine
-
-
-def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
-    """Which rows have this budget; None: those without any."""
-    budgets = rows["budget_bits"]
-    return budgets.isna() if bits is None else (budgets - bits).abs() < SAME_BITS
 
 
 def _of_model(

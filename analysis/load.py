@@ -25,8 +25,8 @@ LINE = (
 # Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
 TOLD = (
     *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
-    "device", "policy", "transports", "readers", "relay", "hardware", "scorer", "suffix_tokens", "measured",
-    "measured_digest",
+    "device", "policy", "baselines", "transports", "readers", "relay", "hardware", "scorer", "versions",
+    "suffix_tokens", "measured", "measured_digest",
 )  # fmt: skip
 # Of these groups a label tells all but what is listed.
 UNTOLD = {
@@ -122,8 +122,12 @@ def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFra
     counts on lines that name one: two recipes may have one name that an experiment gives (k8v4).
     """
     places = pd.Series([*zip(rows["study"], rows["cell"], strict=True)], rows.index)
-    settings = {place: _settings(cell.config) for place, cell in cells.items()}
-    line = [name for name in LINE if name in rows]
+    settings, told = {}, set()
+    for place, cell in cells.items():
+        found = _settings(cell.config)
+        told |= {name for name in found if name in cell.columns}  # a column tells it: n_hops
+        settings[place] = {key: value for key, value in found.items() if key not in cell.columns}
+    line = [name for name in (*LINE, *sorted(told)) if name in rows]
     together = rows.assign(_place=places).groupby(line, dropna=False)["_place"].agg(frozenset)
     differing = set()
     index = together.index

@@ -95,6 +95,19 @@ def mean_of_answers(
     return Value(value, *(document_interval(samples, bounds) or (None, None)), n=n, over=over)
 
 
+def mean_of_samples(
+    rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Value:
+    """The mean over samples (problems), each of which counts the same, with its interval."""
+    if rows.empty:
+        return UNMEASURED
+    if rows["value"].isna().any():
+        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
+    values = rows["value"].to_numpy(float)
+    interval = skewed_interval(values, bounds) or (None, None)
+    return Value(float(values.mean()), *interval, n=len(values), over="problems")
+
+
 def rate(rows: pd.DataFrame) -> Value:
     """The share of samples that are 1, with Wilson's interval."""
     if rows.empty:
@@ -174,6 +187,16 @@ class Measure:
 def within(low: float, high: float) -> Callable[[pd.DataFrame], Value]:
     """`mean` of what cannot leave these bounds."""
     return lambda rows: mean(rows, (low, high))
+
+
+def samples_within(low: float, high: float) -> Callable[[pd.DataFrame], Value]:
+    """`mean_of_samples` of what cannot leave these bounds."""
+    return lambda rows: mean_of_samples(rows, (low, high))
+
+
+def percentage(share: float) -> float:
+    """A share in percent."""
+    return 100 * share
 
 
 def percent(difference: float) -> float:

@@ -64,8 +64,8 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     rows = new_rows(cfg, session, COLUMNS)
     about = {
         "policy": settings.label(cfg, "policy"),
-        "importance": "+".join(policy.importance),
-        "demand": "+".join(policy.demand),
+        "importance": " + ".join(policy.importance),
+        "demand": " + ".join(policy.demand),
         "alpha": float(policy.alpha),
         "inverse": policy.inverse,
         "tiers": "/".join(map(str, policy.tiers)),

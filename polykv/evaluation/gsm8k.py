@@ -3,7 +3,8 @@
 The problems are the test split's in one drawn order; the package brings the first 300 of it, the hub the rest.
 
 Strict takes the first number that stands after `####`, as the data set writes it, last_mark the last such number;
-flexible takes the last number of the answer. Right answers and replies are read by the same parser (polykv/evaluation/numerals.py).
+flexible takes the last number of the answer. Right answers and replies are read by the same parser
+(polykv/evaluation/numerals.py).
 """
 
 import json

@@ -1,0 +1,353 @@
+"""QKVShare's answers: accuracy by handoffs, policies in pairs, and whether its two claims on accuracy hold."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from statistics import NormalDist
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis import published
+from analysis.handoff import (
+    RELAY,
+    RUN,
+    bits_text,
+    counted,
+    hops_text,
+    less,
+    named,
+    ordered,
+    run_text,
+    settings_columns,
+    spots_of,
+    with_budget,
+)
+from analysis.load import swept
+from analysis.points import over_seeds
+from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
+from analysis.render import Column, Row, Table, describe, fixed, keys
+from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, samples_within
+from analysis.style import (
+    Marks,
+    Picture,
+    legend,
+    number_ticks,
+    picture,
+    policy_colour,
+    reaches,
+    sheet,
+    styled,
+)
+from polykv.evaluation.statistics import holm, mcnemar
+
+EXACT = "fp16"  # the policy that the others are compared with
+CARD = "topology"  # the policy of a QKVShare card
+LOSS = (
+    5.0  # points of accuracy: to hold is to rule out a greater loss. Our choice, none is published.
+)
+ALPHA = 0.05
+DODGE = 0.09  # handoffs between policies at one place of x, so that bars do not hide each other
+KL = Measure("kl", reduce=samples_within(0, math.inf))
+STRICT = Measure("answer_right", {"extraction": "strict"}, rate, percentage)
+MEASURES = {
+    "strict": STRICT,
+    "flexible": Measure("answer_right", {"extraction": "flexible"}, rate, percentage),
+    "kl": KL,
+    "working": Measure("depth_working", reduce=mean_of_samples),
+    "passing": Measure("depth_passing", reduce=mean_of_samples),
+    "same_top1": Measure("same_top1", reduce=samples_within(0, 1)),
+    "bits": Measure("mean_bits", reduce=mean_of_samples),
+    "file_bits": Measure("file_bits", reduce=mean_of_samples),
+}
+COLUMNS = (
+    Column("published", "published %", fixed(2)),
+    Column("strict", "strict % [95 %]", fixed(1), interval=True),
+    Column("flexible", "flexible % [95 %]", fixed(1), interval=True),
+    Column("kl", "KL to fp16 [95 %]", fixed(5), interval=True),
+    Column("working", "depth, working [95 %]", fixed(5, "+"), interval=True),
+    Column("passing", "depth, passing [95 %]", fixed(5, "+"), interval=True),
+    Column("same_top1", "same top-1", fixed(4)),
+    Column("bits", "bits stored", fixed(3)),
+    Column("file_bits", "bits of the file", fixed(3)),
+)
+
+
+def with_depth(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows in order, and what n_hops handoffs cost above the last one alone: `depth_working`, `depth_passing`."""
+    once = rows[rows["metric"] == "kl_once"]
+    deep = {"depth_working": "kl", "depth_passing": "kl_passing"}
+    added = [less(rows[rows["metric"] == own], once, metric) for metric, own in deep.items()]
+    return ordered(pd.concat([rows, *(part for part in added if len(part))]))
+
+
+def table(rows: pd.DataFrame) -> Table:
+    """Accuracy after a relay, published and measured, with KL to the fp16 relay and the bits stored."""
+    found = with_depth(rows)
+    lines = [_published(found, said) for said in published.load("qkvshare") if _is_accuracy(said)]
+    about = [*RUN, *RELAY, *swept(found)]
+    for key, mine in found.groupby(about, dropna=False, sort=False):
+        line = named(about, key)
+        line["section"] = f"measured on {run_text(line)}"
+        line["published"] = Value(None, note="not published for this model and problems")
+        lines.append(_keys(line) | _figures(mine))
+    columns = [
+        *keys("problems", "hops", "policy", "budget", "reseal"),
+        *settings_columns(found),
+        *COLUMNS,
+    ]
+    legend = (
+        "strict: the number after ####; flexible: the last number; both with Wilson interval. KL: to the fp16 relay, "
+        "on the last agent's answer, teacher-forced. Depth: that KL less the one where only the last of the handoffs "
+        "takes place; working: the agents between wrote their turns on caches that were handed to them; passing: they "
+        "only passed the card on. Bits: mean stored bits per value of the last card: of its tensors with scales, maps "
+        "and token ids, and of its file with the header of fixed size. The paper's hops are taken as handoffs. A "
+        "budget is nominal, as its Q4 and Q8 are: payload bits, without metadata"
+    )
+    caption = f"Answers after a relay. {describe(counted(found))}"
+    return Table("handoff_accuracy", caption, columns, lines, legend)
+
+
+def _is_accuracy(said: published.Figure) -> bool:
+    return said.metric == "gsm8k_accuracy"
+
+
+def _published(found: pd.DataFrame, said: published.Figure) -> Row:
+    policy, bits = said.controller
+    mine = found[(found["document"] == "gsm8k") & (found["policy"] == policy)]
+    mine = mine[mine["model"].map(partial(published.same_model, said.model)).astype(bool)]
+    mine = mine[(mine["n_hops"] == int(said.at)) & with_budget(mine, bits)]
+    reseal = mine["reseal"].iloc[0] if len(mine) else "not stated"
+    line = {"document": "gsm8k", "policy": policy, "n_hops": int(said.at), "budget_bits": bits}
+    line |= {"section": f"published on {said.model}", "published": said.value, "reseal": reseal}
+    absent = f"{published.NOT_HERE}{said.model} on gsm8k"
+    return _keys(line) | _figures(mine[mine["reseal"] == reseal], absent)
+
+
+def _keys(line: Row) -> Row:
+    texts = {"problems": line["document"], "hops": int(line["n_hops"])}
+    return line | texts | {"budget": bits_text(line["budget_bits"])}
+
+
+def _figures(mine: pd.DataFrame, absent: str = "") -> Row:
+    if mine.empty:
+        return dict.fromkeys(MEASURES, Value(None, note=absent))
+    return {name: over_seeds(mine, measure.of) for name, measure in MEASURES.items()}
+
+
+def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each relay, policy, seed and extraction: `right` by problem, of its newest cell, and their number `n`."""
+    found = rows[rows["metric"] == "answer_right"].sort_values("sample", kind="stable")
+    about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
+    lists = found.groupby([*about, "created_at", "cell"], dropna=False)["value"].agg(
+        lambda values: [*(values == 1)]
+    )
+    lists = lists.rename("right").reset_index()
+    lists = ordered(lists.assign(n=lists["right"].map(len)))
+    return lists.drop_duplicates([*about, "n"], keep="last")
+
+
+def pairs(rows: pd.DataFrame) -> Table | None:
+    """McNemar's exact test for every pair of policies at equal budget, handoffs and resealing."""
+    found = verdicts(rows)
+    found = found[found["extraction"].isin(("strict", "flexible"))]
+    same = [*RUN, "document", "n_hops", "budget_bits", "reseal", *swept(found)]
+    lines = []
+    for key, group in found.groupby([*same, "extraction", "seed", "n"], dropna=False, sort=False):
+        line = named([*same, "how", "seed", "n"], key)
+        line["section"] = f"{run_text(line)}, {line['document']}"
+        for one, other in combinations(group.to_dict("records"), 2):
+            only_one, only_other, p = mcnemar(one["right"], other["right"])
+            tested = {"only_one": only_one, "only_other": only_other, "p": Value(p)}
+            lines.append(_keys(line) | {"one": one["policy"], "other": other["policy"]} | tested)
+    columns = [
+        *keys("hops", "budget", "reseal", "how", "one", "other"),
+        *settings_columns(found),
+        Column("n", "problems"),
+        Column("only_one", "right by one only"),
+        Column("only_other", "right by other only"),
+        Column("p", "p, exact", fixed(4)),
+    ]
+    caption = (
+        "Policies in pairs: McNemar's exact test on the same problems, every pair at equal nominal bits, hops and "
+        f"resealing; not corrected for the number of pairs ({len(lines)}). {describe(counted(rows))}"
+    )
+    return Table("handoff_pairs", caption, columns, lines)
+
+
+@styled
+def figure(rows: pd.DataFrame) -> Picture | str:
+    """KL to the fp16 relay and strict accuracy against handoffs; a line of panels for each budget and resealing.
+
+    The fp16 relay's own accuracy stands in each panel: what the others lose is lost from there.
+    """
+    place = [*RUN, "document"]
+    about = [*place, "budget_bits", "reseal", *swept(rows)]
+    found = ordered(rows)
+    exact = found[found["policy"] == EXACT]
+    found = found[found["budget_bits"].notna()]
+    if found.empty:
+        return "no policy with a budget was run"
+    groups = list(found.groupby(about, dropna=False, sort=False))
+    canvas, panels = sheet([_heading(named(about, key)) for key, _ in groups], 2, 1.75)
+    for (left, right), (_, mine) in zip(panels, groups, strict=True):
+        if _by_hop(left, mine, KL) > 0:
+            left.set_yscale("log")
+        left.set_ylabel("KL to fp16 relay, nats")
+        same = (exact[place] == mine[place].iloc[0]).all(axis=1)
+        _by_hop(right, pd.concat([exact[same], mine]), STRICT)
+        right.set_ylabel("accuracy (strict), %")
+        right.set_ylim(top=103)
+    return picture(
+        legend(canvas),
+        "KL divergence to the fp16 relay, and accuracy (strict), by handoffs and policy",
+        describe(counted(found)),
+        Marks(
+            dashed="the fp16 relay itself",
+            more="The accuracy axis does not start at 0. Tests of pairs: table handoff_pairs; published accuracies: "
+            "table published_qkvshare.",
+        ),
+    )
+
+
+def _heading(run: Row) -> str:
+    budget = f"{run['budget_bits']:g} bits, {run['reseal']}"
+    return f"{run['model']} ({run['weights']} weights), {run['document']}; {budget}"
+
+
+def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
+    """A line with intervals for each policy, dashed for the exact one; the least value."""
+    least, found = np.inf, spots_of(mine, "n_hops", measure)
+    for place, (policy, spots) in enumerate(found.items()):
+        shift = DODGE * (place - (len(found) - 1) / 2)
+        values = [v for _, v in spots]
+        ax.errorbar(
+            [n + shift for n, _ in spots], [v.value for v in values], yerr=reaches(values), fmt="o",
+            linestyle="--" if policy == EXACT else "-", elinewidth=0.8, markersize=3,
+            color=policy_colour(policy), label=policy, zorder=3 if policy == EXACT else 2,
+        )  # fmt: skip
+        least = min(least, *(v.value for v in values))
+    number_ticks(ax, set(mine["n_hops"]))
+    ax.set_xlim(int(mine["n_hops"].min()) - 0.5, int(mine["n_hops"].max()) + 0.5)
+    ax.set_xlabel("handoffs")
+    return least
+
+
+Answers = tuple[str, list[bool], list[bool]]  # setting, verdicts of the card and of the other
+Judge = Callable[[pd.DataFrame], tuple[str, str]]  # the answers of one run -> verdict and sentence
+UNDECIDED = "; more problems (n_problems=) would tell"
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    """One for each claim and each run (weights, problems, device) that has answers, else the command that would."""
+    said = [f for f in published.load("qkvshare") if _is_accuracy(f) and f.controller[0] == CARD]
+    hops, model = sorted({int(f.at) for f in said}), said[0].model.removesuffix("-instruct")
+    answers = verdicts(rows) if len(rows) else rows
+    if len(answers):
+        answers = answers[answers["extraction"] == "strict"]
+        answers = answers[answers["n_hops"].between(hops[0], hops[-1])]
+    found = []
+    for claim, judge in (
+        (f"accuracy holds over {hops[0]} to {hops[-1]} hops", _holds),
+        ("topology-aware cards answer better than uniform ones", _better),
+    ):
+        claim += ", as a secondary digest of the paper has it"
+        if answers.empty:
+            run = f"Not measured; run experiment=handoff_accuracy model={model} relay=gsm8k."
+            found.append(Claim("qkvshare", "accuracy", NOT_MEASURED, claim, run))
+            continue
+        for key, mine in answers.groupby([*RUN, "document"]):
+            run = named([*RUN, "document"], key)
+            where = [f"{run['weights']} weights of {run['model']}", run["document"], run["device"]]
+            on = ", ".join(filter(None, [*where, run["dtype"]]))
+            found.append(Claim("qkvshare", "accuracy", *_judged(f"{claim} (on {on})", judge(mine))))
+    return found
+
+
+def _judged(claim: str, found: tuple[str, str]) -> tuple[str, str, str]:
+    verdict, said = found
+    return verdict, claim, said
+
+
+def _holds(mine: pd.DataFrame) -> tuple[str, str]:
+    """Against handing over fp16, on the same problems: depth costs both, the difference is the card's."""
+    found = _against(mine, EXACT)
+    if not found:
+        return NOT_MEASURED, "No card was run beside fp16; run experiment=handoff_accuracy."
+    apart = {what: difference(card, other) for what, card, other in found}
+    worst = min(apart, key=lambda what: apart[what][1])
+    got, low, high = apart[worst]
+    lost = [sure for sure in _significant(found) if sure < 0]
+    said = (
+        f"Against fp16 on {_span(found)}: at worst {got:+.1f} points [{low:+.1f}, {high:+.1f}] ({worst}); {len(lost)} "
+        f"of {len(found)} comparisons are a significant loss (McNemar, Holm)"
+    )
+    if lost:
+        return NOT_REPRODUCED, f"{said}."
+    if low > -LOSS:
+        ruled_out = f"a loss of more than {LOSS:g} points is ruled out in each (95 %)"
+        return REPRODUCED, f"{said}, and {ruled_out}."
+    return INCONCLUSIVE, f"{said}, but a loss of {LOSS:g} points is not ruled out{UNDECIDED}."
+
+
+def _better(mine: pd.DataFrame) -> tuple[str, str]:
+    found = _against(mine, "uniform")
+    if not found:
+        return NOT_MEASURED, "No topology-aware card was run beside a uniform one of equal bits."
+    sure = _significant(found)
+    wins, losses = sum(apart > 0 for apart in sure), sum(apart < 0 for apart in sure)
+    said = (
+        f"On {_span(found)}: significantly better in {wins} and worse in {losses} of {len(found)} comparisons "
+        "(McNemar, Holm)"
+    )
+    if bool(wins) == bool(losses):
+        return INCONCLUSIVE, f"{said}{UNDECIDED}."
+    return (REPRODUCED if wins else NOT_REPRODUCED), f"{said}."
+
+
+def _against(mine: pd.DataFrame, other: str) -> list[Answers]:
+    """The card's answers and another policy's to the same problems, for each setting that both were run in."""
+    theirs, alike = mine[mine["policy"] == other], [*swept(mine), "n_hops", "seed", "n"]
+    found = []
+    for card in mine[mine["policy"] == CARD].to_dict("records"):
+        same = theirs[(theirs[alike] == pd.Series(card)[alike]).all(axis=1)]
+        if same["budget_bits"].notna().any():  # fp16 has neither a budget nor a way of resealing
+            same = same[with_budget(same, card["budget_bits"]) & (same["reseal"] == card["reseal"])]
+        if len(same):
+            budget = bits_text(card["budget_bits"])
+            what = f"{hops_text(card['n_hops'])}, {budget}, {card['reseal']}"
+            found.append((what, card["right"], same["right"].iloc[-1]))
+    return found
+
+
+def _significant(found: Sequence[Answers]) -> list[int]:
+    """By how many answers the card is ahead, where McNemar's test says so after Holm over all of `found`."""
+    p = holm([mcnemar(card, other)[2] for _, card, other in found])
+    return [
+        sum(card) - sum(other) for p, (_, card, other) in zip(p, found, strict=True) if p < ALPHA
+    ]
+
+
+def difference(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+    """Points of accuracy that `one` has more, with Agresti and Min's 95 % interval (2005) for pairs.
+
+    Half a problem is added to each cell, so that no difference at all among n still has a width.
+    """
+    only_one, only_other, _ = mcnemar(one, other)
+    n = len(one) + 2
+    centre = (only_one - only_other) / n
+    spread = math.sqrt((only_one + only_other + 1) - n * centre**2) / n
+    reach = NormalDist().inv_cdf(0.975) * spread
+    exact = 100 * (only_one - only_other) / len(one)
+    return exact, 100 * (centre - reach), 100 * (centre + reach)
+
+
+def _span(found: Sequence[Answers]) -> str:
+    return f"the same {len(found[0][1])} problems, in {len(found)} settings"
+
+
+TABLES = {"handoff_accuracy": table, "handoff_pairs": pairs}
+FIGURES = {"handoff_hops": figure}
+CLAIMS = claims
