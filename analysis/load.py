@@ -22,7 +22,8 @@ LINE = (
     "study", "model", "weights", "dtype", "device", "document", "context_tokens", "n_agents", "recipe", "policy",
     "budget_bits", "reader", "backend", "metric", "seed",
 )  # fmt: skip
-# Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are.
+# Settings that a column of LINE tells, as names with their overrides (polykv/naming.py) or as they are; and the
+# versions of code: of cells that differ in nothing else, the newest counts.
 TOLD = (
     *NOT_IDENTITY, "study", "labels", "weights", "context", "n_agents", "budget_bits", "seed", "reader", "backend",
     "device", "policy", "baselines", "transports", "readers", "relay", "hardware", "scorer", "versions",

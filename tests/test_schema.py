@@ -138,7 +138,10 @@ def test_settings_that_differ_on_one_line_are_columns_and_others_are_not(tmp_pat
     for tokens, seed in ((16, 0), (32, 0), (32, 1)):
         made = Rows(model="m", recipe="r", seed=seed)
         made.add("kl", 1.0, "nats")
+        # A cell measured again by newer code is the same line: versions of code are no setting.
+        versions = {"evaluation.continuation": tokens}
         config = {"max_new_tokens": tokens, "seed": seed, "results_dir": f"{tokens}"}
+        config["versions"] = versions
         Store(tmp_path).write(DECLARED, f"{tokens}-{seed}", config, made)
     rows = load.load(tmp_path).rows
     assert load.swept(rows) == ["set.max_new_tokens"]

@@ -66,16 +66,6 @@ def blocks(sample: np.ndarray) -> list[np.ndarray]:
     return np.array_split(sample, max(1, len(sample) // length))
 
 
-def interval_name(samples: list[np.ndarray], unit: str = "documents") -> str:
-    """What `document_interval` is, for the row's protocol or note; `unit` is what each sample is of."""
-    return interval_over(unit if len(samples) >= MIN_DOCUMENTS else "blocks of tokens")
-
-
-def interval_over(units: str) -> str:
-    """What the interval is called whose sample `units` are."""
-    return f"interval: skewness-corrected t over {units}"
-
-
 def spread_warning(low: float | None, high: float | None) -> str:
     """What to say of a timing with these quartiles; nothing where it can be trusted."""
     if low is None or high is None or high <= WIDE * low:
