@@ -4,14 +4,14 @@ A metric that stays where it was does not read the cache. Each case runs one cel
 is held to account is every metric that the study's own rows name, so that a new one has its test at once.
 """
 
-import importlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import checked_cell
@@ -19,10 +19,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments import common, handoff_accuracy
+from experiments.session import Session
 from polykv import config
 from polykv.config import CONF
 from polykv.evaluation import outside, readings
+from polykv.evaluation.statistics import MIN_DOCUMENTS, skewed_interval
 from polykv.handoff.card import CacheCard
 from polykv.models import load_weights
 from polykv.pool import SharedKVPool, prefill
@@ -31,32 +32,19 @@ from polykv.reference.documents import generate_document
 from polykv.results import Rows
 
 # Studies of bytes and time, which no content changes.
-NO_QUALITY = {"capacity", "concurrency", "handoff_stages", "polykv_memory", "polykv_ratio"}
+NO_QUALITY = {"capacity", "concurrency", "polykv_memory"}
 # What rows say beside quality: bytes, time, theory, what the uncompressed cache is like, what unrelated answers score,
-# how many answers are empty or of more than one mark, and how many wrong answers became right by chance.
+# which answers are empty or of more than one mark.
 NOT_QUALITY = {
-    "bits",
-    "mean_bits",
-    "file_bits",
-    "compression_ratio",
-    "ttft",
-    "ttft_speedup",
-    "gaussian_error_key",
-    "gaussian_error_value",
-    "dc_share_key",
-    "dc_share_value",
-    "peak_to_rms_key",
-    "peak_to_rms_value",
-    "bertscore_floor",
-    "empty_answers",
-    "empty_pairs",
-    "empty_references",
-    "several_marks",
-    "answers_won",
-}
-# The baseline and what is measured without a recipe: damage to one must leave them as they are.
-HELD = frozenset({"perplexity_full", "reader_floor_kl_mean", "reader_floor_perplexity_delta"})
-LEAST = 0.1  # by which a metric without an interval has to move, of the larger of the two values
+    "mean_bits", "file_bits", "compression_ratio", "kv_memory", "time", "gaussian_error", "dc_share", "peak_to_rms",
+    "bertscore_floor", "empty_answer", "empty_reference", "several_marks",
+}  # fmt: skip
+# The baseline and what is measured without a recipe: damage to a recipe must leave them as they are.
+HELD = frozenset({"nll_full", "reader_floor_kl", "reader_floor_nll_delta"})
+LEAST = 0.1  # by which a metric has to move, of the larger of the two means
+LOGARITHMS = {"nll", "nll_full"}  # of perplexities: here it is the perplexity that has to move
+# A row's place among the others of its metric; what it is one of many of, its samples, is not part of it.
+SAMPLES = ("sample", "block", "agent", "head")
 
 Layer = tuple[Tensor, Tensor]
 Damage = Callable[[pytest.MonkeyPatch], None]
@@ -139,57 +127,42 @@ def reading_in_place(patch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One cell, the damage to it, and the metrics of quality that this damage must leave as they are."""
+    """One cell, the damage to it, and the metrics (and parts) that this damage must leave as they are."""
 
     overrides: tuple[str, ...]
     damage: Damage
     held: frozenset[str] = HELD
 
-    @property
-    def study(self) -> str:
-        return self.overrides[0].removeprefix("experiment=")
-
 
 SCORED = ("model=reference", "document=generated", "context=192", "n_documents=3", "recipe=fp16")
-ANSWERED = ("answers=3", "max_new_tokens=12", "scorer=minilm")
+ANSWERED = ("answers=3", "max_new_tokens=12", "scorer=minilm", "n_agents=3")
 RELAYED = ("relay.n_facts=8", "relay.max_new_tokens=24", "n_problems=8", "budget_bits=8")
-ABOUT_KEYS = frozenset({"error_key", "error_logits"})
-ABOUT_VALUES = frozenset({"error_value"})
-OWN = frozenset({"perplexity", "exact_match", "contains"})  # of the recipe, whatever it is held to
+IN_PLACE = ("experiment=polykv_quality", *SCORED, *ANSWERED, "reader=cascade")
+RELAY = ("experiment=handoff_accuracy", *RELAYED, "policy=uniform", "n_hops=2", "reseal=requantize")
+OWN = frozenset({"nll", "exact_match", "contains"})  # of the recipe, whatever it is held to
 CASES = {
-    "compare": Case(("experiment=compare", *SCORED, *ANSWERED), recipes),
-    "polykv_quality in place": Case(
-        ("experiment=polykv_quality", *SCORED, *ANSWERED, "n_agents=3", "reader=cascade"), recipes
+    "compare": Case(("experiment=compare", *SCORED, *ANSWERED, "resident=false"), recipes),
+    "compare in place": Case(IN_PLACE, recipes),
+    "compare, the baseline in place": Case(IN_PLACE, reading_in_place, OWN),
+    "compare, agents together": Case(
+        ("experiment=agent_scaling", *SCORED, "n_agents=3"), batches, HELD
     ),
-    "polykv_quality, the baseline in place": Case(
-        (
-            "experiment=polykv_quality",
-            *SCORED,
-            *ANSWERED,
-            "n_agents=3",
-            "reader=cascade",
-        ),
-        reading_in_place,
-        OWN,
+    "compare, an outside reference": Case(
+        ("experiment=outside_references", *SCORED[:-1], "outside=fp8"), outsiders
     ),
-    "recipe_frontier": Case(("experiment=recipe_frontier", *SCORED), recipes),
     "recipe_search": Case(
         ("experiment=recipe_search", *SCORED[:-1], "n_trials=1", "widths=[8]", "budget_bits=9"),
         recipes,
     ),
-    "agent_scaling": Case(("experiment=agent_scaling", *SCORED, "n_agents=3"), batches),
     "layer_sensitivity of values": Case(
-        ("experiment=layer_sensitivity", *SCORED), recipes, HELD | ABOUT_KEYS
+        ("experiment=layer_sensitivity", *SCORED), recipes, HELD | {"error key", "error logits"}
     ),
     "layer_sensitivity of keys": Case(
-        ("experiment=layer_sensitivity", *SCORED), partial(recipes, keys=True), HELD | ABOUT_VALUES
+        ("experiment=layer_sensitivity", *SCORED), partial(recipes, keys=True), HELD | {"error value"}
     ),
-    "outside_references": Case(
-        ("experiment=outside_references", *SCORED[:-1], "outside=fp8"), outsiders
-    ),
-    "handoff_accuracy": Case(
-        ("experiment=handoff_accuracy", *RELAYED, "policy=uniform", "n_hops=2", "reseal=requantize"),
-        partial(cards, policy="uniform", resealed=True),
+    "handoff_accuracy": Case(RELAY, partial(cards, policy="uniform")),
+    "handoff_accuracy, cards after the first": Case(
+        RELAY, partial(cards, policy="uniform", resealed=True), HELD | {"kl_once"}
     ),
     "controller_ablation": Case(
         ("experiment=controller_ablation", *RELAYED, "n_hops=1"), partial(cards, policy="ablated")
@@ -204,61 +177,68 @@ CASES = {
 
 def run(case: Case, folder: Path) -> Rows:
     """The rows of the case's cell, nothing of which was kept from another run."""
-    module, settled = checked_cell(*case.overrides, "device=cpu", f"results_dir={folder}")
-    for holder in (common, handoff_accuracy, module):
-        for kept in vars(holder).values():
-            if hasattr(kept, "cache_clear"):
-                kept.cache_clear()
-    return module.run(settled)
+    study, settled = checked_cell(*case.overrides, "device=cpu", f"results_dir={folder}")
+    return study.run(settled, Session())
 
 
-def by_place(rows: Rows) -> dict[tuple, dict]:
-    """Each row by its metric and what it is about."""
-    about = ("metric", "protocol", "sample", "recipe", "policy", "reader")
-    found = {tuple(row[name] for name in about): row for row in rows}
-    assert len(found) == len(rows)
-    return found
+def named(row: dict) -> str:
+    """The metric, and the part of attention that it is of."""
+    return " ".join(filter(None, (row["metric"], row.get("part"))))
 
 
-def apart(one: dict, other: dict) -> bool:
-    """Whether the two intervals share no point; without intervals, whether the values are far from each other."""
-    if one["value"] is None or other["value"] is None:
+def by_place(rows: Rows) -> dict[tuple, dict[tuple, float | None]]:
+    """What rows are about -> sample -> value, in blocks of tokens where the rows have them."""
+    about = ("baseline", "statistic", "recipe", "policy", "reader", "extraction", "layer")
+    whole, blocks = defaultdict(dict), defaultdict(dict)
+    for row in rows:
+        place = (named(row), *(row.get(name) for name in about))
+        kept = whole if row.get("block") is None else blocks
+        sample = tuple(row.get(name) for name in SAMPLES)
+        if named(row).split()[0] not in NOT_QUALITY:
+            assert sample not in kept[place], (place, sample)
+            kept[place][sample] = row["value"]
+    return whole | blocks
+
+
+def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | None]) -> bool:
+    """Whether the mean moved by much, and, where there are samples enough, by more than their differences spread."""
+    pairs = [(one[at], other[at]) for at in one if None not in (one[at], other[at])]
+    if not pairs:
         return False
-    values = (one["value"], other["value"])
-    ends = [
-        (row["value"], row["value"]) if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
-        for row in (one, other)
-    ]
-    disjoint = ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]
-    return disjoint and abs(values[0] - values[1]) > LEAST * max(map(abs, values))
+    before, after = np.array(pairs).T
+    interval = skewed_interval(after - before) if len(pairs) >= MIN_DOCUMENTS else None
+    means = np.array([before.mean(), after.mean()])
+    if name in LOGARITHMS:
+        means = np.exp(means)
+    far = abs(means[1] - means[0]) > LEAST * abs(means).max()
+    return bool(far and (interval is None or not interval[0] <= 0 <= interval[1]))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_metric_sees_another_documents_values(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.polykv_memory.add_rows", lambda *_: None)  # bytes, not quality
+def test_every_metric_sees_another_documents_values(name, tmp_path):
     case = CASES[name]
     right = by_place(run(case, tmp_path / "right"))
     with pytest.MonkeyPatch.context() as patch:
         case.damage(patch)
         wrong = by_place(run(case, tmp_path / "wrong"))
     assert right.keys() == wrong.keys()
-    blind = {
-        place[0] for place in right
-        if place[0] not in NOT_QUALITY | case.held and not apart(right[place], wrong[place])
-    }  # fmt: skip
+    # What is compared with a damaged policy is not damaged.
+    held = {place for place in right if place[0] in case.held or place[1]}
+    assert right.keys() - held
+    seen = {place for place in right if apart(place[0], right[place], wrong[place])}
+    blind = right.keys() - held - seen
     assert not blind
-    for place in right:
-        if place[0] in case.held:
-            assert wrong[place]["value"] == right[place]["value"], place
+    assert {place: wrong[place] for place in held} == {place: right[place] for place in held}
+
+
+def kind(*overrides: str) -> tuple[str, bool, bool]:
+    """The study, and what makes it take another way through the cache."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", list(overrides))
+    return cfg.study, bool(cfg.get("together")), "outside" in cfg
 
 
 @pytest.mark.parametrize("name", config.available("experiment"))
 def test_every_study_of_quality_has_a_case(name):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        study = compose("config", [f"experiment={name}"]).experiment_name
-    runs = {module_of(case.study).run for case in CASES.values()}
-    assert study in NO_QUALITY or module_of(study).run in runs
-
-
-def module_of(study: str) -> ModuleType:
-    return importlib.import_module(f"experiments.{study}")
+    own = kind(f"experiment={name}")
+    assert own[0] in NO_QUALITY or own in {kind(*case.overrides) for case in CASES.values()}
