@@ -15,7 +15,7 @@ from polykv.evaluation.memory import GB
 from polykv.recipe import Recipe
 from polykv.results import Rows, load_rows
 
-STUDY = "concurrency"
+QUOTED = "concurrency"
 # Of its rows, as experiments/concurrency.py has them.
 COLUMNS = {"accounting": str, "n_tokens": int, "synthetic": bool, "n_threads": int}
 # What tells its lines apart; of cells that agree in all of it the newest is quoted.
@@ -32,7 +32,7 @@ def check(cfg: DictConfig) -> None:
     """
     if cfg.measured is not None and _measured(cfg).empty:
         raise PolyKVError(
-            f"measured={cfg.measured} holds no rows of experiment={STUDY}; give a results folder "
+            f"measured={cfg.measured} holds no rows of experiment={QUOTED}; give a results folder "
             "that does, or leave it out"
         )
 
@@ -100,5 +100,5 @@ def _measured(cfg: DictConfig) -> pd.DataFrame:
     Raises:
         PolyKVError: the folder's packed rows are damaged.
     """
-    rows, _ = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, STUDY)
+    rows, _ = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, QUOTED)
     return rows.sort_values("cell", kind="stable") if len(rows) else rows
