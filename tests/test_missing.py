@@ -114,13 +114,14 @@ def test_accuracy_of_no_problems_and_of_empty_answers():
 
 def test_bertscore_of_answers_without_words():
     texts = ["", " ", "\u200b", "\ufeff", "\u202e"]  # nothing that a tokenizer keeps
-    assert (bertscore.f1(texts, texts[::-1], bertscore.MINILM) == 1).all()
+    assert np.isnan(bertscore.f1(texts, texts[::-1], bertscore.MINILM)).all()
     assert (bertscore.f1(texts, ["a cat"] * 5, bertscore.MINILM) == 0).all()
 
     def scored(answers, references):
         return rows_of(bertscore.add_rows, answers, references, bertscore.MINILM)
 
-    assert scored([["", ""]], [["", ""]])["bertscore_f1"]["value"] == 1
+    nothing = scored([["", ""]], [["", ""]])
+    assert nothing["bertscore_f1"]["value"] is None and nothing["empty_pairs"]["value"] == 2
     for nobody in ([], [[]]):
         assert scored(nobody, nobody)["bertscore_f1"]["note"] == "no agent was asked"
     assert "above the floor" in scored([["a", "a"]], [["a", "a "]])["bertscore_rescaled"]["note"]
