@@ -166,7 +166,8 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
         model = model if "device_map" in options else model.to(place)
         _warn_of_branch(cfg, model)
     tokenizer = load_tokenizer(cfg)
-    checkpoint.check_rows(model, tokenizer, cfg.name)
+    if cfg.weights != "random":  # for which no text means anything
+        checkpoint.check_rows(model, tokenizer, cfg.name)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -5,7 +5,9 @@ import torch
 
 from robustness import stage
 
-SMALL_LLAMA = b'{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2}'
+SMALL_LLAMA = (
+    b'{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}'
+)
 WORDS = b"some text " * 200
 CONFIG, TEXT, RECIPE = "config.json", "text.txt", "recipe/mine.yaml"
 QUALITY = "experiment=polykv_quality recipe=full n_agents=2"
