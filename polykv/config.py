@@ -7,8 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from polykv.errors import PolyKVError
 
-REPO = Path(__file__).resolve().parent.parent
-CONF = REPO / "conf"
+PACKAGE = Path(__file__).resolve().parent
+REPO = PACKAGE.parent
+# A wheel carries conf/ inside the package (pyproject.toml); in a checkout it lies beside it.
+CONF = next(path for path in (REPO / "conf", PACKAGE / "conf") if (path / "recipe").is_dir())
 
 
 def available(group: str) -> list[str]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import yaml
-from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from polykv import chat, hub, shipped, textfile, windows
+from polykv import chat, hub, shipped, targets, textfile, windows
 from polykv.errors import PolyKVError
 from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
@@ -102,7 +101,7 @@ def load_documents(cfg: DictConfig, tokenizer: Any) -> list[Document]:
         PolyKVError: missing file, too short a text, fewer questions than agents, no hub, or no chat template that
             could be shared.
     """
-    return get_method(cfg.document._target_)(cfg, tokenizer)
+    return targets.find(cfg.document._target_)(cfg, tokenizer)
 
 
 def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:

@@ -1,15 +1,13 @@
 """Recipe: the codec pair for keys and values, and which tokens and layers stay exact."""
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from polykv import config, kernels
+from polykv import config, kernels, targets
 from polykv.codecs.base import Codec, not_finite
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
@@ -69,20 +67,21 @@ class Recipe:
                 hint = config.did_you_mean(name, known)
                 raise PolyKVError(f"a recipe has no setting {name!r}{hint}")
         try:
+            given: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             return cls(
-                name=cfg.name,
-                key=instantiate(cfg.key),
-                value=instantiate(cfg.value),
-                exempt=Exempt(**cfg.get("exempt", {})),
-                layer_bits=tuple(tuple(bits) for bits in cfg.get("layer_bits") or ()),
+                name=given["name"],
+                key=_codec(given.get("key")),
+                value=_codec(given.get("value")),
+                exempt=Exempt(**given.get("exempt", {})),
+                layer_bits=tuple(tuple(bits) for bits in given.get("layer_bits") or ()),
             )
-        except (InstantiationException, OmegaConfBaseException, TypeError) as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, PolyKVError):
-                raise cause from error
+        except PolyKVError:
+            raise
+        except Exception as error:  # a user's codec may raise anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PolyKVError(
-                f"recipe {cfg.name!r} cannot be built: {str(cause).splitlines()[0]}; "
-                f"mend conf/recipe/{cfg.name}.yaml or the override"
+                f"recipe {cfg.get('name')!r} cannot be built: {reason}; "
+                f"mend conf/recipe/{cfg.get('name')}.yaml or the override"
             ) from error
 
     @property
@@ -146,6 +145,20 @@ class Recipe:
         recent = max(sinks, n_tokens - self.exempt.recent)
         runs = [(0, sinks, True), (sinks, recent, False), (recent, n_tokens, True)]
         return [run for run in runs if run[0] < run[1]]
+
+
+def _codec(given: Any) -> Codec:
+    """The codec of a YAML's mapping: the class that `_target_` names, built from the other keys.
+
+    A mapping among these is the codec inside it (Rotated has one).
+    """
+    if not isinstance(given, dict) or "_target_" not in given:
+        raise PolyKVError(f"a recipe's key and value take a codec with a _target_, not {given!r}")
+    found = targets.find(given["_target_"])
+    if not (isinstance(found, type) and issubclass(found, Codec)):
+        raise PolyKVError(f"_target_: {given['_target_']} is no codec (polykv.codecs.base.Codec)")
+    options = {name: option for name, option in given.items() if name != "_target_"}
+    return found(**{k: _codec(v) if isinstance(v, dict) else v for k, v in options.items()})
 
 
 def with_bits(codec: Codec, bits: int) -> Codec:

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hydra.utils import get_object
-
-from polykv import digests, gguf
+from polykv import digests, gguf, targets
+from polykv.errors import PolyKVError
 from polykv.results import NOT_IDENTITY
 
 PACKAGE = __name__.partition(".")[0]
@@ -56,8 +55,8 @@ def _targets(node: Any) -> Iterator[str]:
 def _of_target(target: str) -> dict[str, int | str]:
     """Of a class or function: versions of ours, with those that it inherits; a digest of a user's own source."""
     try:
-        made = get_object(target)
-    except Exception:  # whoever builds it refuses it in its own words
+        made = targets.find(target)
+    except PolyKVError:  # whoever builds it refuses it in its own words
         return {}
     found: dict[str, int | str] = {}
     for part in getattr(made, "__mro__", (made,)):

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from polykv import targets
 from polykv.evaluation import gsm8k
 from polykv.reference.problems import Operands, draw_relay
 from polykv.reference.text import join_words
@@ -30,7 +30,7 @@ def load_tasks(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> lis
     Raises:
         PolyKVError: the data cannot be had, or there are too few problems.
     """
-    return get_method(cfg._target_)(cfg, n_problems, n_turns, seed)
+    return targets.find(cfg._target_)(cfg, n_problems, n_turns, seed)
 
 
 def reference(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list[Task]:
