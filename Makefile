@@ -62,9 +62,10 @@ audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
 	$(BIN)/python tests/audit.py
 
-lint: $(INSTALLED)  ## ruff: lint and format check
+lint: $(INSTALLED)  ## ruff: lint and format check; mypy: types of the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(INSTALLED)  ## ruff: mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -65,7 +65,7 @@ def compose(
     Raises:
         ValueError: a number that is not finite.
     """
-    content = {"experiment": experiment, "cell": cell}
+    content: dict[str, Any] = {"experiment": experiment, "cell": cell}
     content |= {"config": config, "provenance": provenance, "rows": rows}
     content |= {"answers": answers} if answers else {}
     return json.dumps(content | {"digest": digest(content)}, indent=1, allow_nan=False)

@@ -8,6 +8,7 @@ the score rescaled above it: (F1 - floor) / (1 - floor).
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bert_score import BERTScorer
@@ -97,7 +98,7 @@ def add_rows(
     _add_empty(rows, answers, references, scorer, protocol)
     per_document = [_scored(a, r, scorer) for a, r in zip(answers, references, strict=True)]
     scores = np.concatenate([np.array([]), *per_document])
-    common = {"n": len(scores), "protocol": protocol}
+    common: dict[str, Any] = {"n": len(scores), "protocol": protocol}
     if not len(scores):
         note = "all answers are empty, on both sides" if any(answers) else "no agent was asked"
         for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
@@ -129,8 +130,9 @@ def add_rows(
         note = "mismatched answers score 1 too, so nothing can stand above the floor"
         rows.add("bertscore_rescaled", None, "f1", note=note, **common)
         return
-    rescale = [(value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ()))]
-    rows.add("bertscore_rescaled", rescale[0], "f1", ci=tuple(rescale[1:]) or None, **how, **common)
+    mean, *ends = ((value - floor) / (1 - floor) for value in (scores.mean(), *(ci or ())))
+    rescaled = (ends[0], ends[1]) if ends else None
+    rows.add("bertscore_rescaled", mean, "f1", ci=rescaled, **how, **common)
 
 
 def _scored(candidates: list[str], references: list[str], scorer: str) -> np.ndarray:

@@ -6,6 +6,7 @@ not scored. Every statistic is paired with the same pass over the uncompressed c
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def add_rows(rows: Rows, comparisons: list[Comparison]) -> None:
     differences = [c.nll - c.nll_full for c in comparisons]
     n = _n_scored(differences)
     protocol = f"paper; {interval_name(differences)}"
-    common = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
+    common: dict[str, Any] = {"why": why_not_finite(comparisons), "n": n, "protocol": protocol}
     for name in ("nll_full", "nll"):
         mean = np.concatenate([getattr(c, name) for c in comparisons]).mean()
         missing.add(rows, name.replace("nll", "perplexity"), _exp(mean), "ppl", **common)
@@ -122,7 +123,7 @@ def add_costs(
     differences, kl = [c.nll - c.nll_full for c in comparisons], [c.kl for c in comparisons]
     n = _n_scored(differences)
     told = {"n": n, "protocol": f"{protocol}; {interval_name(kl)}", **columns}
-    common = {"why": why_not_finite(comparisons), **told}
+    common: dict[str, Any] = {"why": why_not_finite(comparisons), **told}
     _add_mean(rows, f"{prefix}kl_mean", "nats", kl, (0, math.inf), common)
     _add_delta(rows, f"{prefix}perplexity_delta", differences, common)
 
@@ -181,7 +182,7 @@ def _add_percentiles(
     metric: str,
     unit: str,
     samples: list[np.ndarray],
-    percentiles: dict[str, float],
+    percentiles: Mapping[str, float],
     common: dict[str, Any],
 ) -> None:
     every = np.concatenate(samples)
@@ -202,7 +203,7 @@ def _add_delta_p(rows: Rows, comparisons: list[Comparison], common: dict[str, An
 def add_document_rows(rows: Rows, comparisons: list[Comparison]) -> None:
     """Each document's mean KL and perplexity delta, for paired tests between recipes."""
     for index, c in enumerate(comparisons):
-        common = {"why": why_not_finite([c]), "n": len(c.kl), "sample": index}
+        common: dict[str, Any] = {"why": why_not_finite([c]), "n": len(c.kl), "sample": index}
         common["protocol"] = f"document {index}"
         delta = _percent((c.nll - c.nll_full).mean())
         missing.add(rows, "document_kl_mean", float(c.kl.mean()), "nats", **common)
