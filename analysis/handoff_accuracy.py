@@ -138,7 +138,7 @@ def _figures(mine: pd.DataFrame, absent: str = "") -> Row:
 
 
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row for each relay, policy, seed and extraction: `right` by problem, of its newest cell, and their number `n`."""
+    """A row for each relay, policy, seed and extraction: `right` by problem, of its newest cell; `n`: how many."""
     found = rows[rows["metric"] == "answer_right"].sort_values("sample", kind="stable")
     about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
     lists = found.groupby([*about, "created_at", "cell"], dropna=False)["value"].agg(

@@ -8,6 +8,7 @@ it says so at all, it warns.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ def report_as_refusal() -> Iterator[None]:
         logger.removeFilter(is_wanted)
 
 
-def check_adapter(place: str, **revision: str) -> None:
+def check_adapter(place: str | Path, **revision: str) -> None:
     """Refuse a folder or hub id that holds an adapter, alone or beside its base model.
 
     Raises:

@@ -48,7 +48,8 @@ class _Reader(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
         count = int(self._get(orig_offs + 4, np.uint64)[0])
-        end, data = orig_offs + 12, memoryview(self.data)
+        buffer: Any = self.data
+        end, data = orig_offs + 12, memoryview(buffer)
         if kind != gguf.GGUFValueType.STRING:
             end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
         else:

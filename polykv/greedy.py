@@ -47,7 +47,8 @@ def greedy(
     if padded:
         check_padding(model.config)
     stops = torch.tensor(end_tokens(model, tokenizer), device=model.device)
-    written, ended_B = [], torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    written: list[Tensor] = []
+    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
         logits_B1V = model(

@@ -55,7 +55,7 @@ def label(group: str, chosen: DictConfig) -> str:
     bare = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
     base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, bare)
     mine, theirs = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
-    told = []
+    told: list[str] = []
     for name in sorted(mine.keys() | theirs.keys()):
         ours, before = mine.get(name, UNSET), theirs.get(name, UNSET)
         if ours == before or name in UNTOLD.get(group, ()):

@@ -62,7 +62,7 @@ class Recipe:
             PolyKVError: a key is missing or unknown, or a codec does not take the options that the YAML gives it.
         """
         known = [field.name for field in fields(cls)]
-        for name in cfg:
+        for name in map(str, cfg):
             if name not in known:
                 hint = config.did_you_mean(name, known)
                 raise PolyKVError(f"a recipe has no setting {name!r}{hint}")
@@ -134,7 +134,8 @@ class Recipe:
                     # Of all tokens: the codec counts those of its run.
                     said = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
                     raise PolyKVError(f"{side}: {said}") from error
-            segments.append(Segment(*pair, *packed))
+            keys, values = packed
+            segments.append(Segment(*pair, keys, values))
         return segments
 
     def _runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:
@@ -161,7 +162,7 @@ def _codec(given: Any) -> Codec:
     return found(**{k: _codec(v) if isinstance(v, dict) else v for k, v in options.items()})
 
 
-def with_bits(codec: Codec, bits: int) -> Codec:
+def with_bits(codec: Any, bits: int) -> Codec:
     """The same codec, or the one inside it, at another width.
 
     Raises:

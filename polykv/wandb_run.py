@@ -33,7 +33,7 @@ def open_run(folder: str | Path, **about: Any) -> "Run":
         finish_timeout=SECONDS_TO_WAIT,
     )
 
-    def opened(mode: str) -> "Run":
+    def opened(mode: Any) -> "Run":
         return wandb.init(dir=place, mode=mode, reinit="create_new", settings=quiet, **about)
 
     session = wandb.setup(wandb.Settings(silent=True)).settings

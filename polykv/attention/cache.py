@@ -14,6 +14,9 @@ from polykv.segment import Segment
 class CascadeLayer(DynamicLayer):
     """One layer: the pool's compressed segments, shared, and each agent's own keys and values after them."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, segments: Sequence[Segment], backend: str) -> None:
         super().__init__()
         self.segments = segments
@@ -40,7 +43,7 @@ class CascadeLayer(DynamicLayer):
         super().update(key_states, value_states)
         self.awaits_attention = True
         # An alias, which dies with the call: on the tensor kept, the attribute would be a reference cycle.
-        keys = self.keys.view_as(self.keys)
+        keys: Any = self.keys.view_as(self.keys)
         keys.cascade_layer = self
         return keys, self.values
 

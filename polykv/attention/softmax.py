@@ -4,6 +4,8 @@ M. Milakov & N. Gimelshein, "Online normalizer calculation for softmax" (arXiv 1
 log-sum-exp as in J. Juravsky et al., "Hydragen" (arXiv 2402.05099). All in fp32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ class OnlineSoftmax:
 
     def __init__(self, shape: tuple[int, ...], dim: int, device: torch.device) -> None:
         """`shape` is (..., Q); `dim` is D."""
-        kind = {"dtype": torch.float32, "device": device}
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self._largest = torch.full(shape, -torch.inf, **kind)
         self._sum = torch.zeros(shape, **kind)
         self._weighted = torch.zeros((*shape, dim), **kind)

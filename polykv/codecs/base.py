@@ -107,7 +107,7 @@ class Codec(ABC):
     when it makes other bits or other numbers of the same tensor (tests/outputs.py knows which it makes).
     """
 
-    group: ClassVar[int] = 1
+    group: int = 1
     version: ClassVar[int] = (
         1  # of what all codecs share: chunks, bit packing, rotations, codebooks
     )
@@ -229,7 +229,8 @@ def _checked_shape(x: Tensor) -> Shape:
         )
     if x.dtype not in INPUT_DTYPES:
         raise PolyKVError(f"cannot encode {x.dtype}; cast it to float32, float16 or bfloat16")
-    return tuple(x.shape)
+    batch, heads, n_tokens, dim = x.shape
+    return batch, heads, n_tokens, dim
 
 
 def _spans(shape: Shape, group: int) -> Iterator[tuple[int, int]]:

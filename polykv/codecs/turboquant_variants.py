@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import pi, prod, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,12 +145,13 @@ class TurboQuantOutlier(Codec):
         return vectors + batch * heads * dim * 2
 
     def _statistics(self, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
-        energy = sum(chunk.float().square().sum(dim=2, keepdim=True) for chunk in chunks)
+        energy: Any = sum(chunk.float().square().sum(dim=2, keepdim=True) for chunk in chunks)
         return {"order": energy.argsort(dim=-1, descending=True, stable=True).to(torch.int16)}
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         order = shared["order"].long().expand_as(x_BHTD)
-        start, kept = 0, {}
+        start = 0
+        kept: dict[str, Tensor] = {}
         for name, codec, size in self._parts(x_BHTD.shape[-1]):
             part = codec._quantize(x_BHTD.gather(-1, order[..., start : start + size]), {})
             kept |= {f"{name}_{key}": tensor for key, tensor in part.items()}

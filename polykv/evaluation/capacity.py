@@ -20,7 +20,7 @@ per byte grow with N until the peak binds.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -151,7 +151,9 @@ class Crowd:
 
     def prefix_bytes(self, reader: str, n_agents: Count) -> Count:
         """Bytes kept of the document: the pool, and the agents' full-precision copies."""
-        copies = 0 if reader == "cascade" else n_agents * self.n_prefix * self.model.token_bytes
+        copies: Any = (
+            0 if reader == "cascade" else n_agents * self.n_prefix * self.model.token_bytes
+        )
         return self._shared(reader) + copies
 
     def _shared(self, reader: str) -> int:
@@ -178,7 +180,7 @@ class Crowd:
         """The most agents that any replica gets."""
         return -(-n_agents // self.replica.count)
 
-    def read_bytes(self, reader: str, n_agents: Count) -> tuple[int, Count, Count]:
+    def read_bytes(self, reader: str, n_agents: Count) -> tuple[int, Any, Any]:
         """Bytes that a step of `n_agents` on one replica reads: weights, prefix, suffixes."""
         prefix = self.n_prefix * self.model.token_bytes * n_agents
         return (
@@ -198,7 +200,7 @@ class Crowd:
         parts = zip(self.read_bytes(reader, here), flops, strict=True)
         return Step(*(self._roofline(n_bytes, here * per_agent) for n_bytes, per_agent in parts))
 
-    def _roofline(self, n_bytes: Count, n_flops: Count) -> float | np.ndarray:
+    def _roofline(self, n_bytes: Any, n_flops: Any) -> float | np.ndarray:
         return np.maximum(n_bytes / self.replica.bandwidth, n_flops / self.replica.flops)
 
 

@@ -66,7 +66,7 @@ def score_cards(
             return score_rest(model, received, rest_BT)[-n_scored:]
 
     full_TV = {reader: score(reader, full) for reader in {"inject", *readers}}
-    found = {
+    found: dict[tuple[str | None, str], Comparison] = {
         (None, reader): compare(full_TV["inject"], full_TV[reader], scored_BT)
         for reader in readers
         if reader != "inject"

@@ -80,7 +80,7 @@ def _step_times(
     pool = pool_of(readers, layers, recipe_cfg, backend)
     times: dict[str, list[float]] = {reader: [] for reader in readers}
     kept = {}
-    for reader in readers * repeats:
+    for reader in list(readers) * repeats:
         caches = caches_of(reader, layers, pool, n_agents, together=True)
         kept[reader] = kept_bytes(None if reader == "private" else pool, caches)
         times[reader] += _times(model, caches, n_tokens, n_agents, n_steps)

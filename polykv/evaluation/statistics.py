@@ -121,10 +121,11 @@ def paired_ratio(
     if mean and spread:
         normal = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)
         needed = math.ceil((normal * spread / mean) ** 2) + 1
-    ends = (math.exp(mean + sign * reach) for sign in (-1, 1))
+    low, high = (math.exp(mean + sign * reach) for sign in (-1, 1))
     return PairedRatio(
         math.exp(mean),
-        *ends,
+        low,
+        high,
         float(p),
         math.exp(needs * error),
         needed if needed and needed < MANY else None,

@@ -81,7 +81,7 @@ class About:
         Raises:
             CardError: a field is missing, unknown, or of another type or range.
         """
-        expected = {field.name: field.type for field in fields(cls)}
+        expected = {field.name: str(field.type) for field in fields(cls)}
         if set(given) != set(expected):
             raise CardError("the card's fields are not those of its version; seal it again")
         for name, kind in expected.items():

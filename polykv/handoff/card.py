@@ -175,7 +175,7 @@ class CacheCard:
             raise CardError("the card is from another tokenizer; load the one that sealed it")
         codec, dtype = MixedCodec(about.exact, about.group_size, backend), DTYPES[about.dtype]
         ids_T = tensors.pop("token_ids", None)
-        sides = {"key": {}, "value": {}}
+        sides: dict[str, dict[str, Tensor]] = {"key": {}, "value": {}}
         try:
             verify.check_about(about, model)
             verify.check_ids(ids_T, about.n_tokens, model)
@@ -186,12 +186,12 @@ class CacheCard:
                     raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
                 sides[side][rest] = tensor.to(model.device)
             shape = about.shape
-            pair = [
+            keys, values = (
                 codec.rebuild(part, shape, dtype, side == "key") for side, part in sides.items()
-            ]
+            )
         except PolyKVError as error:
             raise CardError(f"the card contradicts itself: {error}; seal it again") from error
-        card = cls(about, ids_T, *pair, backend, stamp)
+        card = cls(about, ids_T, keys, values, backend, stamp)
         if mean_bits != card.mean_bits:
             raise CardError("the card's mean bits are not those of its tensors; seal it again")
         return card

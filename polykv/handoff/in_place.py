@@ -27,10 +27,11 @@ def segments_by_layer(
         codecs = codec.codec(key_tier), codec.codec(value_tier)
         for index, segments in enumerate(layers):
             span = slice(index * n_kv_heads, (index + 1) * n_kv_heads)
-            sides = (heads_of(packed, span) for packed in (keys, values))
             even = key.channels is not None and key_tier != EXACT
             channels = key.channels.heads(span) if even else None
-            segments.append(Segment(*codecs, *sides, channels))
+            segments.append(
+                Segment(*codecs, heads_of(keys, span), heads_of(values, span), channels)
+            )
     return layers
 
 

@@ -1,6 +1,7 @@
 """A policy says what a card keeps of each token; one YAML of conf/policy each."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -50,13 +51,16 @@ class Policy:
         Raises:
             PolyKVError: settings that it does not have, or unknown signals.
         """
-        settings = OmegaConf.to_container(cfg, resolve=True)
+        settings: Any = OmegaConf.to_container(cfg, resolve=True)
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
                 hint = config.did_you_mean(name, known)
                 raise PolyKVError(f"a policy has no setting {name!r}{hint}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+        }
+        return cls(**given)
 
     @property
     def has_budget(self) -> bool:

@@ -72,8 +72,7 @@ class Handoff:
         if self.card is not None and self.reseal == "append":
             card = self.card.append(*options, seed=self.seed)
         else:
-            made = {"seed": self.seed, "backend": self.backend}
-            card = CacheCard.seal(*options, parent=self.card, **made)
+            card = CacheCard.seal(*options, parent=self.card, seed=self.seed, backend=self.backend)
         content = card.to_bytes(self.key)
         self.card = CacheCard.from_bytes(
             content, self.model, self.tokenizer, self.key, self.backend

@@ -38,7 +38,8 @@ def reference(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list
 
     A relay of more turns begins with the turns of a shorter one.
     """
-    tasks, draw = [], 0
+    tasks: list[Task] = []
+    draw = 0
     while len(tasks) < n_problems:
         rng = random.Random(f"handoff/{seed}/{draw}")
         draw += 1

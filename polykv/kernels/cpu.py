@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ MIN_TOKENS = 512
 
 
 @lru_cache
-def _library() -> ctypes.CDLL | str:
+def _library() -> Any:
     """The compiled functions, or why they cannot be had."""
     try:
         loaded = ctypes.CDLL(str(library()))
@@ -70,7 +71,8 @@ def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
     """
     if x_BHTD.dtype not in DTYPES or x_BHTD.ndim != 4 or 0 in x_BHTD.shape:
         return None
-    shape = tuple(x_BHTD.shape)
+    batch, heads, n_tokens, dim = x_BHTD.shape
+    shape = (batch, heads, n_tokens, dim)
     if not (_takes(codec, shape) and _readable(x_BHTD)):
         return None
     packed = Packed(empty_tensors(codec, shape), shape, x_BHTD.dtype, codec.group)
@@ -129,7 +131,7 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     return out_SHQD.mul_(shares).sum(dim=0), lse_HQ
 
 
-def _takes(codec: Codec, shape: Shape) -> bool:
+def _takes(codec: Any, shape: Shape) -> bool:
     # Not isinstance: a subclass may quantize in another way.
     kind = type(codec)
     if kind in BITS and codec.bits not in BITS[kind]:

@@ -17,8 +17,10 @@ from uuid import uuid4
 from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-FLAGS = (*FLAGS, "-fPIC", "-shared", "-pthread")
+FLAGS = (
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fPIC", "-shared", "-pthread"),
+)
 # Some compilers do not know the machine that they run on.
 ARCHITECTURES = (("-march=native",), ())
 

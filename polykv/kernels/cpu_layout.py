@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,9 +68,10 @@ class Queries(ctypes.Structure):
 def strides(tensor: Tensor) -> tuple[int, int, int]:
     """Bytes along (batch, heads, tokens); 0 where all share one entry."""
     item = tensor.element_size()
-    return tuple(
+    batch, heads, tokens = (
         s * item if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)
     )
+    return batch, heads, tokens
 
 
 def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
     return {"codes": codes, "scale": torch.empty((*shape[:3], scales), dtype=torch.float16)}
 
 
-def described(codec: Codec, packed: Packed) -> ctypes.c_void_p:
+def described(codec: Codec, packed: Packed) -> Any:
     """The struct that csrc reads, by reference; it lives as long as `packed` does for its addresses."""
     codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
     told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))

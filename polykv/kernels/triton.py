@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ def _holds_rotation(device: torch.device) -> bool:
     """Whether shared memory takes the 256 x 256 rotation and the tiles beside it, as Hopper's does."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >= 200 * 1024
 
 
 def _kernels(codec: Codec) -> ModuleType:

@@ -218,7 +218,7 @@ def attend(
     )  # fmt: skip
     out_HQD, lse_HQ = torch.empty_like(parts[0]), torch.empty_like(part_lse[0])
     rotated, matrix, matrix_scale = isinstance(v_codec, TurboQuantMSE), parts, 1.0
-    if rotated:
+    if isinstance(v_codec, TurboQuantMSE):
         matrix = sign_matrix(dim, v_codec.seed if v_codec.signs else None, device)
         matrix_scale = ((dim & -dim) * dim) ** -0.5
     _merge_splits[(triton.cdiv(n_queries, MERGED_ROWS), heads)](

@@ -7,6 +7,8 @@ pass over the values before.
 Imported only where triton is there (see triton.py).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -151,6 +153,6 @@ def decode_rotated(codec: Int8 | Q8_0, packed: Packed) -> Tensor:
     return out_BHTD
 
 
-def scale_shared_by(codec: Int8 | Q8_0) -> str:
+def scale_shared_by(codec: Any) -> str:
     """What one scale of 8-bit codes is for."""
     return "block" if isinstance(codec, Q8_0) else codec.granularity

@@ -97,8 +97,8 @@ def generate_document(
     """
     rng = random.Random(f"document/{split}/{n_tokens}/{seed}")
     n_prefix = int(prefix_fraction * n_tokens)
-    stated, sentences = [], []
-    used = 0
+    stated, used = [], 0
+    sentences: list[str] = []
     for fact in sample_world(rng, n_prefix // 3 + 4, split, difficulty):
         sentence = join_words(fact.statement())
         cost = _count(tokenizer, " " * bool(sentences) + sentence)

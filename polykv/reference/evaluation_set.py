@@ -6,7 +6,7 @@ Each has questions and word problems whose facts stand only in its prefix.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polykv.reference.documents import Document, Question, generate_document
 from polykv.reference.problems import TEMPLATES, Operands, draw_problem
@@ -40,7 +40,7 @@ def sheets(
         fits = [
             template for template in TEMPLATES if operands.draw(rng, TEMPLATES[template].operands)
         ]
-        problems = []
+        problems: list[Any] = []
         for template in rng.sample(fits, len(fits)):
             problem = draw_problem(rng, operands, template)
             if problem and len(problems) < PROBLEMS_PER_DOCUMENT:

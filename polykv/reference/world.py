@@ -115,7 +115,7 @@ def _person_keys(
 ) -> list[tuple[str, str, str]]:
     """Deal `n` keys evenly to the people."""
     hands = [_attributes(rng, items) for _ in people]
-    keys = []
+    keys: list[tuple[str, str, str]] = []
     for turn in range(max(map(len, hands))):
         for person, hand in zip(people, hands, strict=True):
             if len(keys) < n and turn < len(hand):
