@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from analysis.statistics import QUALITY
 from polykv.results import load_rows
 
 FOLDER = Path(__file__).resolve().parent / "own_recipe"
@@ -31,10 +32,11 @@ def main() -> None:
     print("recipe        stored bits   mean KL to the uncompressed cache, nats (95 %)")
     for recipe in RECIPES:
         own = rows[rows["recipe"] == recipe]
-        bits = own[(own["metric"] == "bits") & (own["protocol"] == "stored")].iloc[0]
-        kl = own[own["metric"] == "kl_mean"].iloc[0]
-        interval = f"{kl['value']:.5f} [{kl['ci_low']:.5f}, {kl['ci_high']:.5f}]"
-        print(f"{recipe:14}{bits['value']:>11.3f}   {interval}")
+        ratio = own[(own["metric"] == "compression_ratio") & (own["accounting"] == "stored")]
+        bits = 16 / ratio["value"].iloc[0]
+        kl = QUALITY["kl_mean"].of(own)
+        interval = f"{kl.value:.5f} [{kl.low:.5f}, {kl.high:.5f}]"
+        print(f"{recipe:14}{bits:>11.3f}   {interval}")
 
 
 if __name__ == "__main__":

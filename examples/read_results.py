@@ -1,27 +1,29 @@
 """A claim, tested on a results folder with pandas: keys need more bits than values (PolyKV gives them 8 and 3).
 
-Every results folder that the analysis has seen holds its rows in rows.csv, one observation a line. Here two caches
-of the same size are compared, k bits for keys and v for values against v and k, document by document.
+A results folder gives one table of rows, one observation each. Here two caches of the same size are compared, k bits
+for keys and v for values against v and k, document by document:
+
+    python run.py experiment=kv_asymmetry results_dir=FOLDER && python examples/read_results.py FOLDER
 """
 
 import sys
 from itertools import combinations
 from pathlib import Path
 
-import pandas as pd
 from scipy.stats import wilcoxon
 
-FRONTIER = Path(__file__).resolve().parents[1] / "results" / "frontier"
+from polykv.results import load_rows
+
 PAIRS = list(combinations((8, 4, 3, 2), 2))
 LEVEL = 0.05 / len(PAIRS)  # Bonferroni: as many tests as pairs
 
 
 def main(folder: Path) -> None:
-    rows = pd.read_csv(folder / "rows.csv")
-    rows = rows[(rows["experiment"] == "kv_asymmetry") & (rows["metric"] == "document_kl_mean")]
-    # One line per document: the mean KL divergence to the uncompressed cache's predictions, in nats.
-    document = ["model", "context_tokens", "seed", "protocol"]
-    kl = rows.pivot(index=document, columns="recipe", values="value")
+    rows, _ = load_rows(folder, "compare")
+    # A document's mean over its scored tokens: no block of tokens in it, no statistic of all documents.
+    own = (rows["metric"] == "kl") & rows["sample"].notna() & rows["block"].isna()
+    document = ["model", "context_tokens", "seed", "sample"]
+    kl = rows[own].pivot(index=document, columns="recipe", values="value")
 
     print(f"mean KL, nats, of {len(kl)} documents; Wilcoxon signed-rank test, one-sided")
     shown = 0
@@ -37,4 +39,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else FRONTIER)
+    main(Path(sys.argv[1]))
