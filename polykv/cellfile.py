@@ -129,8 +129,8 @@ def parse(content: Any) -> Cell:
         answers = content.get("answers", [])
         if not all(isinstance(said, dict) for said in answers):
             raise DamagedCell("its answers are no list of objects")
-        about = (content[name] for name in ("study", "cell", "config", "provenance"))
-        return Cell(*about, rows, answers)
+        study, cell = content["study"], content["cell"]
+        return Cell(study, cell, content["config"], content["provenance"], rows, answers)
     except KeyError as error:
         raise DamagedCell(f"it has no {error}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -195,7 +195,7 @@ def check_type(column: str, value: Any, kind: type) -> None:
     elif kind is int:
         fits = type(value) is int and 0 <= value < 1 << 63
     else:
-        fits = type(value) is kind and not (kind is str and _HALVES.search(value))
+        fits = type(value) is kind and not (isinstance(value, str) and _HALVES.search(value))
     if not fits:
         raise ValueError(
             f"{column} cannot be {ascii(value)[:40]}; it is a column of {kind.__name__}"

@@ -5,7 +5,7 @@ compressed, the rest is scored in one forward pass with labels = the same tokens
 not scored. Every statistic is paired with the same pass over the uncompressed cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ UNITS = {
     "delta_p": "probability",
 }
 # Metric -> statistics of all tokens that are not means of documents; as llama.cpp's perplexity tool prints them.
-PERCENTILES = {
+PERCENTILES: Mapping[str, Mapping[str, float]] = {
     "kl": {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100},
     "delta_p": {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99},
 }
