@@ -11,7 +11,6 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scipy import stats
 
 from polykv import config, hub, shipped, textfile
 from polykv.errors import PolyKVError
@@ -23,7 +22,6 @@ from polykv.handoff.relay import Handoff, divergence, force, play
 from polykv.handoff.signals import Topology
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.pool import prefill
-from polykv.results import Rows
 from reference_model.tokenizer import build_tokenizer
 
 TASK = Task(
@@ -289,32 +287,26 @@ def test_no_text_breaks_the_parser_and_gold_is_one_whole_number(text):
     assert numbers and gold == numbers[-1]
 
 
-def test_accuracy_rows_carry_their_verdicts():
-    rows = Rows(experiment="x")
-    gsm8k.add_rows(rows, ["#### 1", "2", "x"], ["1", "2.0", "3"], "append")
-    strict, flexible = (row for row in rows if row["metric"] == "accuracy")
-    assert strict["value"] == pytest.approx(100 / 3) and flexible["value"] == pytest.approx(200 / 3)
-    assert gsm8k.of_note(flexible["note"]) == [True, True, False]
-    assert gsm8k.of_note("nothing") is None
-    # Wilson by hand for 1 of 3: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    z, p, n = stats.norm.ppf(0.975), 1 / 3, 3
-    half = z * ((p * (1 - p) / n) + z * z / (4 * n * n)) ** 0.5
-    bounds = [100 * (p + z * z / (2 * n) + s * half) / (1 + z * z / n) for s in (-1, 1)]
-    assert [strict["ci_low"], strict["ci_high"]] == pytest.approx(bounds)
+def test_verdicts_are_those_of_each_extraction():
+    assert gsm8k.right(["#### 1", "2", "x"], ["1", "2.0", "3"]) == {
+        "strict": [True, False, False],
+        "flexible": [True, True, False],
+        "last_mark": [True, False, False],
+    }
+    assert gsm8k.right([], []) == dict.fromkeys(gsm8k.EXTRACTIONS, [])
 
 
-def test_replies_with_several_marks_and_empty_ones_are_counted():
-    rows = Rows(experiment="x")
+def test_replies_with_several_marks_and_empty_ones():
     replies = ["#### 1 no, #### 2", "#### 3", "", " \n", "#### Step\n#### 5"]
-    gsm8k.add_rows(rows, replies, ["1", "3", "4", 4, "so #### 5"], "append")
-    found = {(row["metric"], row["protocol"].split(";")[0]): row for row in rows}
-    assert found["accuracy", "strict"]["value"] == pytest.approx(60)
-    assert found["accuracy", "flexible"]["value"] == pytest.approx(40)
-    assert found["last_mark_accuracy", "append"]["value"] == pytest.approx(40)
-    for metric in ("several_marks", "empty_answers"):
-        assert (found[metric, "append"]["value"], found[metric, "append"]["n"]) == (2, 5)
+    found = gsm8k.right(replies, ["1", "3", "4", 4, "so #### 5"])
+    assert {how: sum(right) for how, right in found.items()} == {
+        "strict": 3,
+        "flexible": 2,
+        "last_mark": 2,
+    }
+    assert [gsm8k.has_several_marks(reply) for reply in replies] == [1, 0, 0, 0, 1]
     with pytest.raises(PolyKVError, match="eighteen"):
-        gsm8k.add_rows(rows, ["#### 18"], ["eighteen"], "append")
+        gsm8k.right(["#### 18"], ["eighteen"])
 
 
 def test_mcnemar_is_the_exact_binomial_test():

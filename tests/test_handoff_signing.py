@@ -7,10 +7,9 @@ import os
 
 import pytest
 import torch
-from conftest import checked_cell
+from conftest import checked_cell, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from robustness import forge, kinds
 from robustness.promises import KEY, any_model, bounded, check_card, committed, tiny_model
 
@@ -20,7 +19,6 @@ from polykv.handoff.card import CacheCard
 from polykv.handoff.cardfile import CardError
 from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
-from polykv.results import cell_id
 
 SEEDS = committed("card")
 SEED = SEEDS["topology-9"]
@@ -190,17 +188,15 @@ def test_a_key_makes_another_cell_and_its_path_does_not(tmp_path):
         files = [key_file(tmp_path / name) for name in ("a.key", "b.key")]
         cells = [identity(*overrides, f"card.key_file={file}") for file in (*files, "null")]
         assert cells[0] == cells[1] != cells[2], experiment
-        _, settled = checked_cell(*overrides)
-        without = {k: v for k, v in OmegaConf.to_container(settled).items() if k != "card"}
-        assert cell_id(without) == cells[2]  # as before there were keys
+        assert identity(*overrides) == cells[2]
 
 
 def test_a_relay_of_signed_cards_says_the_same_in_longer_files(tmp_path):
     file, found = key_file(tmp_path / "card.key"), []
     for path in ("null", file):
-        module, cfg = checked_cell("experiment=handoff_accuracy", *SMALL, f"card.key_file={path}")
-        rows = module.run(cfg)
-        found.append({(r["metric"], r["protocol"]): r["value"] for r in rows})
+        rows = rows_of("experiment=handoff_accuracy", *SMALL, f"card.key_file={path}")
+        place = ("metric", "sample", "extraction")
+        found.append({tuple(r.get(name) for name in place): r["value"] for r in rows})
         assert not any(str(file) in str(value) for row in rows for value in row.values())
     file_bits = [
         {k: values.pop(k) for k in list(values) if k[0] == "file_bits"} for values in found
@@ -224,4 +220,5 @@ def key_file(place):
 
 
 def identity(*overrides):
-    return cell_id(OmegaConf.to_container(checked_cell(*overrides)[1]))
+    study, settled = checked_cell(*overrides)
+    return study.identity(settled)
