@@ -64,7 +64,7 @@ def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str
     presets = {
         path.stem: path.read_text(encoding="utf-8")
         for path in sorted(CONF.glob("*.yaml"), key=lambda path: path.stem != name)
-        if OmegaConf.load(path).get("study") == name
+        if study_of(path.stem) == name
     }
     return templates.get_template("study.md.jinja2").render(
         study=declared,
@@ -92,6 +92,14 @@ def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str,
         if name in piece.studies and (table := piece(rows)) and render.measured(table).rows:
             found["tables"].append(render.markdown(render.measured(table)))
     return found
+
+
+def study_of(preset: str) -> str:
+    """The study that a YAML of conf/experiment names, itself or through the YAML that it extends."""
+    config = OmegaConf.load(CONF / f"{preset}.yaml")
+    if "study" in config:
+        return config.study
+    return next(study_of(base) for base in config.defaults if isinstance(base, str))
 
 
 def command(yaml: str) -> str:

@@ -1,10 +1,12 @@
 """The documentation: it builds, its links lead somewhere, and what it tells a reader to type works."""
 
-import ast
+import html
+import importlib
 import inspect
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,27 +15,22 @@ from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 import pytest
+from analysis_rows import quickstart, write
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import polykv
+from experiments.study import studies
+from polykv.archive import pack
 from polykv.config import CONF, REPO
 from polykv.pool import prefill
 from polykv.reference.documents import generate_document
 
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-MODULES = sorted({OmegaConf.load(path).get("experiment_name") for path in EXPERIMENTS} - {None})
 README = (REPO / "README.md").read_text(encoding="utf-8")
 SECONDS = 60  # of CPU, for the whole site
-
-
-def committed(pattern):
-    """Files of results folders; results/local is this machine's own, and git ignores it."""
-    return sorted(
-        set(REPO.glob(f"results/*/{pattern}")) - set(REPO.glob(f"results/local/{pattern}"))
-    )
 
 
 def typed_commands():
@@ -111,33 +108,44 @@ def test_no_page_asks_the_network_for_anything(pages):
         )
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_has_a_page(site, path):
-    text = Page(site / "experiments" / f"{path.stem}.html").text
-    plain = " ".join(re.sub(r"<[^>]+>", "", text).split())
-    assert f"experiment={path.stem}" in plain
-    name = OmegaConf.load(path).get("experiment_name")
-    for drawn in committed(f"figures/{path.stem}.png"):
-        assert f"../figures/{drawn.parts[-3]}/{drawn.name}" in text
-    folders = [
-        pd.read_csv(file, low_memory=False).assign(folder=file.parent.name)
-        for file in committed("rows.csv")
-    ]
-    rows = pd.concat(folders)
-    rows = rows[rows["experiment"] == path.stem]
-    assert ("No run of this very sweep is committed." in plain) == rows.empty
-    for _, run in rows.groupby(["folder", "commit"]):
-        ended = pd.to_datetime(run["created_at"])
-        minutes, seconds = divmod(int((ended.max() - ended.min()).total_seconds()), 60)
-        assert f"{minutes} min {seconds} s" in plain
-    assert name == path.stem or "A smaller sweep of" in plain
+def study_of(path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"experiment={path.stem}"]).study
 
 
-def test_every_committed_figure_is_shown(site, pages):
-    figures = {f"{path.parts[-3]}/{path.name}" for path in committed("figures/*.png")}
-    shown = " ".join(page.text for page in pages.values())
-    lost = sorted(name for name in figures if f"figures/{name}" not in shown)
-    assert figures and not lost, f"name them in FIGURES of docs/pages.py: {lost}"
+@pytest.mark.parametrize("name", studies())
+def test_every_study_has_a_page_with_its_question_and_all_its_presets(site, name):
+    text = Page(site / "studies" / f"{name}.html").text
+    plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
+    study = studies()[name]
+    assert study.title in plain and study.question in plain
+    presets = [path.stem for path in EXPERIMENTS if study_of(path) == name]
+    assert name in presets
+    for preset in presets:
+        assert f"experiment={preset}" in plain, preset
+    for said in (*study.columns, *study.answers):
+        assert said in plain, said
+
+
+def test_every_experiment_is_of_a_study():
+    assert {study_of(path) for path in EXPERIMENTS} == set(studies())
+
+
+def test_packed_results_are_drawn_on_their_studys_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "docs")
+    pages = importlib.import_module("pages")
+    folder = write(tmp_path / "results" / "mine", quickstart((512,), (3,)))
+    write(tmp_path / "results" / "local", quickstart((256,), (3,)))
+    for one in ("mine", "local"):
+        pack(tmp_path / "results" / one)
+    shutil.rmtree(folder / "cells")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path / "results")
+    folders = pages.committed()
+    assert list(folders) == ["mine"]
+    text = pages.study(studies()["compare"], folders, tmp_path / "figures")
+    assert "../figures/mine/compare.png" in text and "| polykv_q8_0 |" in text
+    assert (tmp_path / "figures" / "mine" / "compare.png").stat().st_size > 2000
+    assert "results/mine" not in pages.study(studies()["capacity"], folders, tmp_path / "figures")
 
 
 def test_every_family_of_models_is_listed(site):
@@ -157,15 +165,10 @@ def test_every_public_name_is_documented(site):
         assert 'class="docstring"' in section, name
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_an_experiment_says_which_published_rows_it_answers(module):
-    tree = ast.parse((REPO / "experiments" / f"{module}.py").read_text(encoding="utf-8"))
-    text = " ".join((ast.get_docstring(tree) or "").split())
-    published = pd.read_csv(REPO / "analysis" / "published.csv")["figure_or_table"]
-    answered = re.search(r"Answers the published rows ((?:`\w+`(?:, | and )?)+)", text)
-    assert answered or "Answers no published row" in text
-    if answered:
-        assert set(re.findall(r"`(\w+)`", answered[1])) <= set(published)
+def test_a_study_answers_published_tables_only():
+    tables = set(pd.read_csv(REPO / "analysis" / "published.csv")["figure_or_table"])
+    for name, study in studies().items():
+        assert set(study.answers) <= tables, name
 
 
 def test_every_command_in_the_documents_composes():
@@ -184,7 +187,7 @@ def test_every_command_in_the_documents_composes():
             ]
             names = [override.get_key_element() for override in overrides]
             cfg = compose("config", [f"{n}={v}" for n, v in zip(names, first, strict=True)])
-            assert OmegaConf.to_container(cfg, resolve=True)["experiment_name"]
+            assert OmegaConf.to_container(cfg, resolve=True)["study"]
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
