@@ -17,7 +17,7 @@ from analysis.reduce import BASELINE, Point, having
 Key = TypeVar("Key", bound=Hashable)
 HEIGHT = 1.75  # inches of a panel
 ACROSS = 2
-TITLE = 52  # characters of a title above one of two panels
+TITLE = 48  # characters of a title above one of two panels
 ACCOUNTINGS = {
     "paper": "paper accounting (fp32, computed)",
     "stored": "stored (bytes kept)",
