@@ -130,7 +130,7 @@ def add_costs(
 def add_floor(
     rows: Rows, floors: list[Comparison], reader: str, protocol: str, **columns: Any
 ) -> None:
-    """What `reader` costs by itself: the uncompressed cache read by it, against a private copy of the same."""
+    """What `reader` costs by itself: the uncompressed cache read by it, against an unshared copy of the same."""
     note = f"no recipe: the uncompressed cache, reader {reader} against reader inject"
     add_costs(rows, floors, protocol, "reader_floor_", reader=reader, note=note, **columns)
 
