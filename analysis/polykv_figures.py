@@ -40,7 +40,7 @@ Panel = Callable[[Axes, Sequence[Point], Sequence[Figure], Sequence[str]], Axes]
 STUDY = ("polykv_memory", "compare")
 HEIGHT = 1.75  # inches of a panel
 ACROSS = 2
-TITLE = 52  # characters of a title above one of two panels
+TITLE = 48  # characters of a title above one of two panels
 ACCOUNTINGS = {
     "paper": "paper accounting (fp32, computed)",
     "stored": "stored (bytes kept)",

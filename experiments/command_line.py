@@ -43,7 +43,7 @@ def check_paths(overrides: Sequence[Override]) -> None:
         is_one = key == "results_dir" or Path(typed).exists()
         if is_one or any(part.startswith("/") and not Path(part).exists() for part in parts):
             raise PolyKVError(
-                f"{override.input_line} is {len(parts)} settings, parted at its commas; where it is one path, "
+                f"{override.input_line} is {len(parts)} settings, split at its commas; where it is one path, "
                 f"quote it: {quoted(override.input_line)}"
             )
 

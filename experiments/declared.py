@@ -55,7 +55,7 @@ def _unknown(name: str, study: str, known: frozenset[str]) -> PolyKVError:
         said = f"experiment={study} does not read {name}; leave it out"
         return PolyKVError(f"{said}, or use experiment={' or '.join(others)}")
     beside = [one for one in sorted(known) if one.partition(".")[0] == top]
-    near = beside or sorted({one.partition(".")[0] for one in known})
+    near = beside or sorted({one.partition(".")[0] for one in known} - {"study"})
     return PolyKVError(f"experiment={study} has no setting {name}{config.did_you_mean(name, near)}")
 
 

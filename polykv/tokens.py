@@ -37,7 +37,7 @@ def opening(tokenizer: Any) -> list[int]:
     """The ids that a tokenizer puts before a text: BOS, nothing, or what else its post-processor or flags say.
 
     Raises:
-        PolyKVError: they cannot be told from the text's own or from those behind it.
+        PolyKVError: it is ambiguous which tokens of the encoded text they are.
     """
     own = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
@@ -45,6 +45,6 @@ def opening(tokenizer: Any) -> list[int]:
     if len(starts) != 1:
         raise PolyKVError(
             f"the tokenizer reads {PROBE!r} as {own}, and with special tokens as {whole}: which of them open a text "
-            "cannot be told; use a tokenizer with a vocabulary for text"
+            "is ambiguous; use a tokenizer with a vocabulary for text"
         )
     return whole[: starts[0]]

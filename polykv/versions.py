@@ -56,7 +56,7 @@ def _of_target(target: str) -> dict[str, int | str]:
     """Of a class or function: versions of ours, with those that it inherits; a digest of a user's own source."""
     try:
         made = targets.find(target)
-    except PolyKVError:  # whoever builds it refuses it in its own words
+    except PolyKVError:  # refused with a better message where it is instantiated
         return {}
     found: dict[str, int | str] = {}
     for part in getattr(made, "__mro__", (made,)):
