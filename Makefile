@@ -36,7 +36,7 @@ run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instr
 	$(RUN) document=$(if $(filter reference,$(MODEL)),generated,wikitext2) context=$(if $(filter reference,$(MODEL)),512,1953) \
 	  n_documents=8 n_agents=3,5 answers=1 max_new_tokens=24
 	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=5 repeats=2
-	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[cascade]'
+	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[in_place]'
 	$(BIN)/python -m analysis --only findings
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling

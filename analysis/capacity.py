@@ -55,7 +55,7 @@ def table(rows: pd.DataFrame) -> Table:
         *settings_columns(rows),
         Column("max_agents", "agents that fit", _whole),
         Column("throughput_most", "tokens/s, all that fit", _whole),
-        Column("faster", "× private's", fixed(1)),
+        Column("faster", "× unshared's", fixed(1)),
         Column("max_documents", "documents that fit", _whole),
         Column("step_time", "ms per step", fixed(1)),
         Column("throughput", "tokens/s", _whole),
@@ -98,12 +98,12 @@ def _capacity_lines(rows: pd.DataFrame) -> Iterator[Row]:
             line = {"section": title} | {name: place[name] for name in apart}
             for device in (name for name in places if name in set(of_setting["device"])):
                 kinds = mine[mine["device"] == device].groupby(["reader", "recipe"])
-                private = None
+                unshared = None
                 for kind in sorted(kinds.groups, key=rank):
                     of = dict(zip(("reader", "recipe"), kind, strict=True)) | {"device": device}
                     found = _capacity_line(kinds.get_group(kind), _where(fast, of), n_agents)
-                    private = private or found["throughput_most"]
-                    found["faster"] = _ratio(found["throughput_most"], private)
+                    unshared = unshared or found["throughput_most"]
+                    found["faster"] = _ratio(found["throughput_most"], unshared)
                     yield line | {"hardware": of.pop("device")} | of | found
 
 
@@ -129,18 +129,18 @@ def _capacity_line(rows: pd.DataFrame, speeds: pd.DataFrame, n_agents: int) -> R
     line = {"max_agents": most, "throughput_most": fastest}
     line["max_documents"] = at("max_documents", n_agents)
     line |= {name: speed(name, n_agents) for name in SPEEDS}
-    if (rows["reader"] == "private").all():
-        compared = Value(None, note="private caches are what sharing is compared with")
+    if (rows["reader"] == "unshared").all():
+        compared = Value(None, note="unshared caches are what sharing is compared with")
         return line | dict.fromkeys(PAYS, compared)
     return line | {
         name: at(name, n_agents if name == "time_pays_tokens" else None) for name in PAYS
     }
 
 
-def _ratio(own: Value, private: Value) -> Value:
-    if own.value is None or private.value is None:
-        return Value(None, note="here not one agent fits, or not one with a private cache")
-    return Value(own.value / private.value)
+def _ratio(own: Value, unshared: Value) -> Value:
+    if own.value is None or unshared.value is None:
+        return Value(None, note="here not one agent fits, or not one with an unshared cache")
+    return Value(own.value / unshared.value)
 
 
 def _measured_lines(rows: pd.DataFrame) -> Iterator[Row]:
@@ -223,9 +223,9 @@ def _caption(rows: pd.DataFrame) -> str:
         )
     return (
         "Computed, not measured: how many agents of one document fit, how many documents with their agents, and the "
-        "decode step, which gives every agent a token, by data sheet. Private: a full cache each; inject: those and "
-        "the pool; cascade: one pool that all attend to, under its recipe (full: not compressed). Sharing pays where "
-        "it takes so many times less than private caches as the inputs say, whether so many fit or not. "
+        "decode step, which gives every agent a token, by data sheet. unshared: a full cache each; dequantize: those "
+        "and the pool; in_place: one pool that all attend to, under its recipe (full: not compressed). Sharing pays where "
+        "it takes so many times less than unshared caches as the inputs say, whether so many fit or not. "
         f"{'; '.join(said)}. {ASSUMED} {CHECKED if (rows['source'] == 'measured').any() else ''}"
         f"Commit {listed(rows['commit'])}; {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}."
     )

@@ -27,8 +27,8 @@ from analysis.style import (
 )
 from analysis.style import READERS as NAMES
 
-READERS = ("private", "inject", "cascade")
-ANY = "any"  # private caches have no recipe, and our assumptions no device
+READERS = ("unshared", "dequantize", "in_place")
+ANY = "any"  # unshared caches have no recipe, and our assumptions no device
 HELD = ("nodes", "devices", "memory_gb", "usable")  # their product is what devices are ordered by
 SETTING = ["model", "dtype", "context_tokens"]
 # What a row is about, apart from its part or sample: of cells that agree in it the newest counts.
@@ -44,9 +44,9 @@ Kind = tuple[str, str]  # reader and recipe
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest rows of each line; what private caches do is the same under every recipe."""
-    private = (rows["reader"] == "private") & rows["suffix_tokens"].notna()
-    rows = rows.assign(recipe=rows["recipe"].mask(private, ANY))
+    """The newest rows of each line; what unshared caches do is the same under every recipe."""
+    unshared = (rows["reader"] == "unshared") & rows["suffix_tokens"].notna()
+    rows = rows.assign(recipe=rows["recipe"].mask(unshared, ANY))
     rows = rows.sort_values(["created_at", "cell"], kind="stable")
     line = [name for name in (*IDENTITY, *swept(rows)) if name in rows]
     last = rows.groupby(line, dropna=False)["cell"].transform("last")
@@ -165,7 +165,7 @@ def _short(number: float, _: int) -> str:
 
 
 def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
-    """Kind, own tokens and spots of each line, for the fewest own tokens, and for the most under cascade.
+    """Kind, own tokens and spots of each line, for the fewest own tokens, and for the most under in_place.
 
     Without sharing it is the same however many are an agent's own. Not drawn: a pool of full precision that
     everybody copies again.
@@ -175,20 +175,20 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
     groups = found.groupby(["suffix_tokens", "reader", "recipe"])
     for key in sorted(groups.groups, key=lambda key: (key[0], rank(key[1:]))):
         of, reader, recipe = key
-        alike = reader != "cascade" and of != own.min()
-        if not alike and (reader, recipe) != ("inject", BASELINE):
+        alike = reader != "in_place" and of != own.min()
+        if not alike and (reader, recipe) != ("dequantize", BASELINE):
             yield (reader, recipe), of, groups.get_group(key).sort_values("n_agents")
 
 
 def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
-    """Inject lies on private, and often a recipe's cascade on that of the full cache: thin on thick."""
+    """Inject lies on unshared, and often a recipe's in_place on that of the full cache: thin on thick."""
     reader, recipe = kind
-    if reader == "cascade":
-        shared = colours(recipe for reader, recipe in kinds if reader == "cascade")
+    if reader == "in_place":
+        shared = colours(recipe for reader, recipe in kinds if reader == "in_place")
         tint = SKY if recipe == BASELINE else {BLACK: BLUE}.get(shared[recipe], shared[recipe])
     else:
         tint = NAMES[reader][1]
-    thick = reader == "private" or kind == ("cascade", BASELINE)
+    thick = reader == "unshared" or kind == ("in_place", BASELINE)
     return {"color": tint, "linewidth": THICK if thick else THIN}
 
 

@@ -108,7 +108,7 @@ def _reader_floors(found: pd.DataFrame) -> str:
             for name in ("kl", "delta")
         )
         said.append(
-            f"Reader {reader} against inject on the uncompressed cache: KL at most {kl:.2g}, |Δppl| at most "
+            f"Reader {reader} against dequantize on the uncompressed cache: KL at most {kl:.2g}, |Δppl| at most "
             f"{delta:.2g} %, not included in the columns above."
         )
     return " ".join(said)

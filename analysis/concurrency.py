@@ -47,12 +47,12 @@ def table(rows: pd.DataFrame) -> Table:
     for title, mine in _runs(rows):
         for key, of_agents in mine.groupby(["n_agents", *swept(mine)], dropna=False):
             found = {who: measures(part) for who, part in _by_reader(of_agents)}
-            private = next((m for who, m in found.items() if who.reader == "private"), {})
+            unshared = next((m for who, m in found.items() if who.reader == "unshared"), {})
             line = {"section": title, "agents": str(key[0])}
             line |= dict(zip(swept(mine), key[1:], strict=True))
             for who, measured in found.items():
                 about = line | {"reader": READERS[who.reader][0], "backend": who.backend}
-                lines.append(about | measured | _against(private, measured))
+                lines.append(about | measured | _against(unshared, measured))
     columns = [
         *keys("agents", "reader"),
         *settings_columns(rows),
@@ -152,8 +152,8 @@ def _spots(by_agents: dict[int, dict[str, Value]], measure: str) -> list[tuple[i
 
 def _look(who: Who) -> dict[str, object]:
     """Unshared and dequantized caches nearly coincide: the later line is thinner, so that both show."""
-    tint = SKY if who == Who("cascade", "torch") else READERS[who.reader][1]
-    thin = 0.7 if who.reader == "inject" else 1.0
+    tint = SKY if who == Who("in_place", "torch") else READERS[who.reader][1]
+    thin = 0.7 if who.reader == "dequantize" else 1.0
     return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
 
 
@@ -195,11 +195,11 @@ def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
         yield Who(*key), found.get_group(key)
 
 
-def _against(private: dict[str, Value], measured: dict[str, Value]) -> Row:
+def _against(unshared: dict[str, Value], measured: dict[str, Value]) -> Row:
     """How many times less memory, and faster, than unshared caches in the same cell."""
     line = {}
     for name, measure in (("smaller", "resident"), ("faster", "step")):
-        base, own = private.get(measure, Value(None)), measured[measure]
+        base, own = unshared.get(measure, Value(None)), measured[measure]
         known = base.value is not None and own.value
         why = "unshared caches or this reader were not measured"
         line[name] = Value(base.value / own.value) if known else Value(None, note=why)

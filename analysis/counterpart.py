@@ -42,7 +42,7 @@ TRANSPORT = {
     "reprefill": "text",
     "q4_reload": "file",
 }  # the others are read as handed over in memory
-IN_PLACE = "cascade"  # the reader that no published time is of
+IN_PLACE = "in_place"  # the reader that no published time is of
 ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
 RUN_OF = ["model", "weights", "device", "dtype"]
 TIMES = ("ttft", "stages")  # these are divided, all else is subtracted

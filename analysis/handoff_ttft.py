@@ -56,7 +56,7 @@ from analysis.style import (
 from polykv.evaluation.statistics import spread_warning
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
-TEXT, MEMORY, IN_PLACE = "text", "memory", "cascade"
+TEXT, MEMORY, IN_PLACE = "text", "memory", "in_place"
 TRANSPORTS = {MEMORY: "card in memory", "file": "card through a file"}
 SUFFIX = f", {READERS[IN_PLACE][0]}"
 WHISKER = "0.35"

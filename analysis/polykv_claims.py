@@ -94,7 +94,7 @@ def _resident(found: Sequence[Point]) -> list[Claim]:
         for p in (p for p in found if _same_crowd(p, unshared)):
             taken = p["resident"].value
             readers[p.reader] = min(taken, readers.get(p.reader, taken))
-        if "inject" in readers:
+        if "dequantize" in readers:
             on = f"{claim} (on {weights} weights of {model})"
             lines.append(_reader_by_reader(on, unshared, readers))
     why = "Not measured; run experiment=polykv_memory."
@@ -103,15 +103,15 @@ def _resident(found: Sequence[Point]) -> list[Claim]:
 
 def _reader_by_reader(claim: str, unshared: Point, readers: Mapping[str, float]) -> Claim:
     theirs = unshared["resident"].value
-    said = f"an unshared cache each {1e3 * theirs:.3g} MB; one pool, which each rebuilds as published (inject), "
-    said += f"{1e3 * readers['inject']:.3g} MB"
-    if "cascade" in readers:
+    said = f"an unshared cache each {1e3 * theirs:.3g} MB; one pool, which each rebuilds as published (dequantize), "
+    said += f"{1e3 * readers['dequantize']:.3g} MB"
+    if "in_place" in readers:
         said += (
-            f"; one pool that all attend to in place (cascade) {1e3 * readers['cascade']:.3g} MB"
+            f"; one pool that all attend to in place (in_place) {1e3 * readers['in_place']:.3g} MB"
         )
     where = f"{unshared.n_agents} agents decode after {unshared.context_tokens:,} tokens on {unshared.device}, "
     where += unshared.dtype
-    saved = readers["inject"] < NOTICEABLE * theirs
+    saved = readers["dequantize"] < NOTICEABLE * theirs
     verdict = REPRODUCED if saved else NOT_REPRODUCED
     return of_paper("memory", verdict, claim, f"Measured while {where}: {said}.")
 

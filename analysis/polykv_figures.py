@@ -46,7 +46,7 @@ ACCOUNTINGS = {
     "stored": "stored (bytes kept)",
     "resident": "resident (measured)",
 }
-IN_PLACE = "cascade"
+IN_PLACE = "in_place"
 SUFFIX = f", {READERS[IN_PLACE][0]}"
 DASHED = f"the pool is read {READERS[IN_PLACE][0]} (white markers), not copied by each agent"
 PER_GB = {"GB": 1.0, "MB": 1e3}

@@ -73,9 +73,9 @@ POLICIES = {
 }
 # What a figure calls a reader, and its colour.
 READERS = {
-    "private": ("unshared caches", BLACK),
-    "inject": ("dequantize, as published", ORANGE),
-    "cascade": ("in place", BLUE),
+    "unshared": ("unshared caches", BLACK),
+    "dequantize": ("dequantize, as published", ORANGE),
+    "in_place": ("in place", BLUE),
 }
 MARKERS = "osD^vPX*<>"
 # Of what was published; of what is read in place.

@@ -1,9 +1,9 @@
-"""One decode step's attention of many agents: to one compressed prefix in place, or each to a private cache.
+"""One decode step's attention of many agents: to one compressed prefix in place, or each to an unshared cache.
 
     python benchmarks/decode_step.py                (15 agents, 8 kv heads x 128, group 4, 4,096 tokens, one thread)
     python benchmarks/decode_step.py --dtypes bfloat16 --agents 30 --threads 2
 
-One layer; every agent has the prefix and a suffix of its own and asks with one token. The private caches hold the
+One layer; every agent has the prefix and a suffix of its own and asks with one token. The unshared caches hold the
 decoded prefix in full, as polykv-llm's agents do and transformers' DynamicCache does. They are read the fair way,
 grouped queries q.view(1, kv_heads, group, d): SDPA's enable_gqa is slower on a CPU and shown for comparison.
 """
@@ -29,7 +29,7 @@ from polykv.attention.prefix import attend_prefix
 from polykv.recipe import load_recipe
 from polykv.segment import Segment
 
-FAIR = ("private caches, matmul + softmax", "private caches, sdpa")
+FAIR = ("unshared caches, matmul + softmax", "unshared caches, sdpa")
 # (recipe, backend) that are read in place.
 SHARED = [(r, b) for b in ("cpu", "torch") for r in ("polykv", "polykv_q8_0")]
 
@@ -58,7 +58,7 @@ class Step:
     def segment(self, recipe: str, backend: str) -> Segment:
         return load_recipe(recipe).encode_layer(self.k, self.v, 0, 1, backend)[0]
 
-    def private(self, segment: Segment) -> list[tuple[Tensor, Tensor]]:
+    def unshared(self, segment: Segment) -> list[tuple[Tensor, Tensor]]:
         """Every agent's own full cache (1, kv_heads, tokens + suffix, dim)."""
         keys, values = segment.decode()
         return [
@@ -85,7 +85,7 @@ class Step:
     def truth(self, segment: Segment) -> Tensor:
         """Attention in fp64 over the decoded cache: (agents, kv_heads, group, dim)."""
         out = []
-        for q, (k, v) in zip(self.grouped.double(), self.private(segment), strict=True):
+        for q, (k, v) in zip(self.grouped.double(), self.unshared(segment), strict=True):
             out.append((q @ k[0].double().mT * self.scaling).softmax(-1) @ v[0].double())
         return torch.stack(out)
 
@@ -93,7 +93,7 @@ class Step:
 def private_cases(
     step: Step, caches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Ways to attend to private caches; the last reads a copy of them that is one batch."""
+    """Ways to attend to unshared caches; the last reads a copy of them that is one batch."""
     grouped = list(step.grouped.split(1))
     stacked = [torch.cat(tensors) for tensors in zip(*caches, strict=True)]
     sdpa = partial(F.scaled_dot_product_attention, scale=step.scaling)
@@ -107,10 +107,10 @@ def private_cases(
     return {
         FAIR[0]: lambda: each(matmul, grouped),
         FAIR[1]: lambda: each(sdpa, grouped),
-        "private caches, sdpa enable_gqa": lambda: each(
+        "unshared caches, sdpa enable_gqa": lambda: each(
             partial(sdpa, enable_gqa=True), list(step.q.split(1))
         ).view_as(step.grouped),
-        "private caches in one batch, sdpa": lambda: sdpa(step.grouped, *stacked),
+        "unshared caches in one batch, sdpa": lambda: sdpa(step.grouped, *stacked),
     }
 
 
@@ -165,7 +165,7 @@ def parse() -> argparse.Namespace:
 def compare(arguments: argparse.Namespace, dtype: str, report: Report) -> None:
     step = Step(arguments, getattr(torch, dtype))
     published = step.segment("polykv", "torch")
-    caches, truth = step.private(published), step.truth(published)
+    caches, truth = step.unshared(published), step.truth(published)
     cases: dict[str, Callable[[], object]] = dict(private_cases(step, caches))
     errors = {name: largest_error(run(), truth) for name, run in cases.items()}
     n_private = len(caches) * 2 * step.k.nbytes  # of the prefix: the suffixes are the same for all
@@ -204,7 +204,7 @@ def record(
         system, *rest = name.split(", ")
         shared = rest and rest[0] == "in place"
         columns = {"recipe": system, "backend": rest[1]} if shared else {"recipe": "full"}
-        columns |= {"dtype": dtype, "reader": "cascade" if shared else "private"}
+        columns |= {"dtype": dtype, "reader": "in_place" if shared else "unshared"}
         for metric, each in zip(("ms", "processor_ms"), zip(*seconds, strict=True), strict=True):
             low, median, high = (1e3 * s for s in quartiles(each))
             report.add(name, f"step_{metric}", median, "ms", (low, high), n=len(each), **columns)
@@ -236,10 +236,10 @@ def print_table(title: str, times: dict, resident: dict, peaks: dict, errors: di
         "ms",
         "quartiles",
         "cpu ms",
-        "fair private takes",
+        "fair unshared takes",
         "(cpu)",
     ]
-    columns += ["prefix MiB", "private holds", "peak MiB", "error"]
+    columns += ["prefix MiB", "unshared holds", "peak MiB", "error"]
     lines = []
     for name, seconds in times.items():
         low, median, high = (1e3 * s for s in quartiles([s[0] for s in seconds]))

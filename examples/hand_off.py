@@ -42,7 +42,7 @@ def receive(path: str) -> None:
     model, tokenizer = polykv.load_model("reference")
     card = polykv.CacheCard.open(path, model, tokenizer)
     ids_T = encode(tokenizer, QUERY)[0]
-    (answer,) = generate(model, tokenizer, card.inject(), [ids_T], 24)
+    (answer,) = generate(model, tokenizer, card.dequantize(), [ids_T], 24)
     print(f"process {os.getpid()} opened the card of {card.about.sender!r} and was asked")
     print(f"   {QUERY}{answer}")
     content = card.to_bytes()

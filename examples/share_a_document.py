@@ -15,17 +15,17 @@ def main() -> None:
 
     asked = document.questions[:N_AGENTS]
     prompts = [question.prompt for question in asked]
-    answers = pool.ask(model, tokenizer, prompts, max_new_tokens=24, reader="cascade")
+    answers = pool.ask(model, tokenizer, prompts, max_new_tokens=24, reader="in_place")
     for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
         verdict = "right" if matches(answer, question.answer) else f"not {question.answer!r}"
         print(f"agent {number}:{question.prompt}{answer}   ({verdict})")
 
-    private = N_AGENTS * pool.n_values * 2
+    unshared = N_AGENTS * pool.n_values * 2
     print(f"\n{pool.n_tokens} tokens, {N_AGENTS} agents")
-    print(f"private fp16 caches: {private:>9,} bytes")
+    print(f"unshared fp16 caches: {unshared:>9,} bytes")
     print(f"one shared pool:     {pool.stored_bytes:>9,} bytes, all metadata counted")
     print(
-        f"{pool.stored_ratio:.2f} times smaller an agent, {private / pool.stored_bytes:.1f} in all"
+        f"{pool.stored_ratio:.2f} times smaller an agent, {unshared / pool.stored_bytes:.1f} in all"
     )
 
 

@@ -62,7 +62,7 @@ COSTS = {
 
 def settle(cfg: DictConfig) -> DictConfig:
     """As everywhere, less what no figure here depends on; and what was measured belongs to the cell."""
-    unused = {"reader": "inject", "backend": "torch", "device": "cpu"}
+    unused = {"reader": "dequantize", "backend": "torch", "device": "cpu"}
     settled = settings.settle(OmegaConf.merge(cfg, unused))
     settled.measured_digest = capacity_measured.digest(cfg)
     return settled
@@ -112,7 +112,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
             about = COMPUTED | {"reader": reader, "suffix_tokens": n_suffix}
             _add_capacity(rows, cfg, crowd, about)
             _add_speed(rows, cfg, crowd, about)
-            if reader != "private":
+            if reader != "unshared":
                 _add_paying(rows, cfg, crowd, about)
                 _add_least_shared(rows, cfg, crowd, recipe, about)
     capacity_measured.add_rows(rows, cfg, model, replica)
@@ -196,13 +196,13 @@ def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]
     """
     agents = np.arange(1, MOST_AGENTS + 1)
     for what, cost in COSTS.items():
-        private, shared = (cost(crowd, reader, agents) for reader in ("private", about["reader"]))
-        first, last = paying(cfg.gain, private, shared)
+        unshared, shared = (cost(crowd, reader, agents) for reader in ("unshared", about["reader"]))
+        first, last = paying(cfg.gain, unshared, shared)
         never = f"never up to {MOST_AGENTS:,} agents"
         rows.add(f"{what}_pays_agents", first, "agents", why=never, **about)
         if last:
             rows.add(f"{what}_pays_until", last, "agents", **about)
-        rows.add(f"{what}_gain_most", float((private / shared).max()), "x", **about)
+        rows.add(f"{what}_gain_most", float((unshared / shared).max()), "x", **about)
 
 
 def _add_least_shared(
@@ -212,10 +212,10 @@ def _add_least_shared(
 
     def pays(n_tokens: int) -> bool:
         shorter = Crowd.of(crowd.model, crowd.replica, recipe, n_tokens, crowd.n_suffix)
-        private, shared = (
-            shorter.step(reader, cfg.n_agents).seconds for reader in ("private", about["reader"])
+        unshared, shared = (
+            shorter.step(reader, cfg.n_agents).seconds for reader in ("unshared", about["reader"])
         )
-        return bool(private >= cfg.gain * shared)
+        return bool(unshared >= cfg.gain * shared)
 
     lengths = range(1, crowd.n_prefix + 1)
     place = bisect_left(lengths, True, key=pays)

@@ -80,7 +80,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         )
     settings.check_quality(cfg, session)
     if cfg.get("outside"):
-        settings.check_injects(cfg)
+        settings.check_dequantizes(cfg)
         for name in ("answers", "resident", "together"):
             if cfg.get(name):
                 raise PolyKVError(f"{name}={cfg[name]} is of recipes, not of outside references")

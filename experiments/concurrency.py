@@ -42,8 +42,8 @@ COLUMNS = {
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """As everywhere; backend=auto is the fastest one here, which `cascade` uses."""
-    return settings.settle(OmegaConf.merge(cfg, {"reader": "cascade"}))
+    """As everywhere; backend=auto is the fastest one here, which `in_place` uses."""
+    return settings.settle(OmegaConf.merge(cfg, {"reader": "in_place"}))
 
 
 def check(cfg: DictConfig, session: Session) -> None:
@@ -91,7 +91,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     about |= {"quantization": loading.quantized(cfg.model), "document": None}
     rows = settings.new_rows(cfg, COLUMNS, **about)
     for reader, (resident, steps) in _measured(cfg).items():
-        of = {"reader": reader, "backend": cfg.backend if reader == "cascade" else "torch"}
+        of = {"reader": reader, "backend": cfg.backend if reader == "in_place" else "torch"}
         timed = isinstance(steps, Steps)
         if timed:
             of["n_threads"] = steps.n_threads

@@ -63,7 +63,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         PolyKVError: one clear line.
     """
     settings.check_common(cfg)
-    settings.check_injects(cfg)
+    settings.check_dequantizes(cfg)
     Policy.from_config(cfg.policy)
     for name in ("n_hops", "n_problems"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:

@@ -63,7 +63,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         PolyKVError: one clear line.
     """
     settings.check_common(cfg)
-    settings.check_injects(cfg)
+    settings.check_dequantizes(cfg)
     routes_of(cfg)
     if cfg.context is None:
         raise PolyKVError(
@@ -151,7 +151,7 @@ def add_quality(
             found = [of_document[policy.name, reader] for of_document in scored]
             write.add_scores(rows, found, COSTS, dtype=dtype, **about)
     for reader in cfg.readers if scored else ():
-        if reader != "inject":
+        if reader != "dequantize":
             floors = [of_document[None, reader] for of_document in scored]
             about = {"reader": reader, "backend": cfg.backend, "dtype": dtype}
             write.add_reader_floor(rows, floors, **about)

@@ -23,7 +23,7 @@ ZEROS = "the exact values are all zero, which nothing is relative to"
 def check(cfg: DictConfig, session: Session) -> None:
     """Refuse bad input."""
     settings.check_quality(cfg, session)
-    settings.check_injects(cfg)
+    settings.check_dequantizes(cfg)
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
@@ -75,7 +75,7 @@ def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
                 layers.only_layer(reading.pool, recipe, exact, layer),
                 reading.document.rest_BT,
             )
-            log_probs_TV = score_rest(reading.model, pool.inject(), rest_BT)
+            log_probs_TV = score_rest(reading.model, pool.dequantize(), rest_BT)
             found.append(continuation.compare(reading.log_probs_TV, log_probs_TV, rest_BT))
         write.add_scores(rows, found, ("kl",), layer=layer)
 

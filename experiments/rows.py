@@ -51,7 +51,7 @@ def add_ratio(rows: Rows, pool: SharedKVPool, synthetic: bool = False) -> None:
 def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool = False) -> None:
     """kv_memory in GB (1e9 bytes): as the paper counts it, as stored, and resident where `cfg.resident` asks for it."""
     shared = not Recipe.from_config(cfg.recipe).is_full
-    reader = cfg.reader if shared else "private"
+    reader = cfg.reader if shared else "unshared"
     geometry = Geometry.of(load_config(cfg.model))
     ratio = pool.nominal_ratio if shared else None
     about = {"reader": reader, "n_tokens": pool.n_tokens, "synthetic": synthetic}
@@ -83,12 +83,12 @@ def add_readings(
     if comparisons is None:
         comparisons = [one.comparison for one in track(readings, "scoring")]
     add_scores(rows, comparisons)
-    if readings[0].reader != "inject":
+    if readings[0].reader != "dequantize":
         add_reader_floor(rows, [one.reader_floor for one in readings])
 
 
 def add_reader_floor(rows: Rows, floors: Sequence[Comparison], **about: Any) -> None:
-    """What a reader costs by itself: the uncompressed cache read by it, against a private copy of the same."""
+    """What a reader costs by itself: the uncompressed cache read by it, against an unshared copy of the same."""
     add_scores(rows, floors, FLOORS, "reader_floor_", **about)
 
 

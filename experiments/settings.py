@@ -41,7 +41,7 @@ FILES = (
 def settle(cfg: DictConfig) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
-    backend=auto is the fastest one here for reader=cascade, for encoding and attention alike. Reader inject
+    backend=auto is the fastest one here for reader=in_place, for encoding and attention alike. Reader dequantize
     rebuilds the cache in torch; auto encodes it in torch too, so that its numbers are the same everywhere.
     What is not its YAML gets a label; what is, none: its cells stay the same.
 
@@ -63,8 +63,8 @@ def settle(cfg: DictConfig) -> DictConfig:
     chat.settle(settled.model)
     settled.device = device.type if cfg.device == "auto" else cfg.device
     if cfg.backend == "auto":
-        cascade = cfg.reader == "cascade"
-        settled.backend = kernels.pick_backend("auto", device) if cascade else "torch"
+        in_place = cfg.reader == "in_place"
+        settled.backend = kernels.pick_backend("auto", device) if in_place else "torch"
     return settled
 
 
@@ -106,10 +106,10 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     models.pick_dtype(cfg.model.dtype)
     device = models.pick_device(cfg.device)
     loading.check(cfg.model, device)
-    if cfg.model.get("device_map") and not (spread and cfg.reader == "inject"):
+    if cfg.model.get("device_map") and not (spread and cfg.reader == "dequantize"):
         raise PolyKVError(
             f"model.device_map spreads a model over devices, and {cfg.study} with "
-            f"reader={cfg.reader} works on one; use experiment=polykv_quality reader=inject, or device_map=null"
+            f"reader={cfg.reader} works on one; use experiment=polykv_quality reader=dequantize, or device_map=null"
         )
     kernels.pick_backend(cfg.backend, device)
     Recipe.from_config(cfg.recipe)
@@ -117,8 +117,8 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
     check_model(architecture)
     if cfg.weights == "local":
         models.check_folder(cfg.model)
-    if "cascade" in (cfg.get("readers") or [cfg.reader]):
-        check_attention(architecture, "leave reader=cascade out")
+    if "in_place" in (cfg.get("readers") or [cfg.reader]):
+        check_attention(architecture, "leave reader=in_place out")
     check_document(cfg)
     if cfg.context is not None:
         check_length(architecture, cfg.context, f"context={cfg.context}")
@@ -168,15 +168,15 @@ def check_hub(
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
-def check_injects(cfg: DictConfig) -> None:
-    """Refuse another reader where private caches are what an experiment measures.
+def check_dequantizes(cfg: DictConfig) -> None:
+    """Refuse another reader where unshared caches are what an experiment measures.
 
     Raises:
         PolyKVError: names the reader.
     """
-    if cfg.reader != "inject":
+    if cfg.reader != "dequantize":
         raise PolyKVError(
-            f"{cfg.study} reads private caches, not reader={cfg.reader}; use reader=inject"
+            f"{cfg.study} reads unshared caches, not reader={cfg.reader}; use reader=dequantize"
         )
 
 

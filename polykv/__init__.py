@@ -1,8 +1,8 @@
 """polykv: shared and handed-off KV caches, measured.
 
 `load_model` and `load_recipe` give a model with its tokenizer, and how its cache is to be compressed. A `SharedKVPool`
-holds a document's cache, compressed once, for many agents: each rebuilds a private cache from it, or all attend to the
-one copy (`CascadeCache`, within `attend_in_place`). A `CacheCard` is a cache sealed into a file and handed on.
+holds a document's cache, compressed once, for many agents: each rebuilds an unshared cache from it, or all attend to
+the one copy (`CascadeCache`, within `attend_in_place`). A `CacheCard` is a cache sealed into a file and handed on.
 
 What the caller can mend is a `PolyKVError` of one line that says how; a card that cannot be trusted or read is a
 `CardError`. Tensors are (batch, kv_heads, tokens, head_dim); sizes are bytes, ratios are to fp16, a cache's own dtype

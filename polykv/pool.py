@@ -1,7 +1,7 @@
 """SharedKVPool: one document's KV cache, compressed once, read by N agents (PolyKV, arXiv 2604.24971, section 3).
 
-A pool is immutable after it is written, so any number of threads may read it. `inject` is the published way
-of reading: the agent rebuilds a private full-precision cache. `reader` gives the other: the agents attend
+A pool is immutable after it is written, so any number of threads may read it. `dequantize` is the published way
+of reading: the agent rebuilds an unshared full-precision cache. `reader` gives the other: the agents attend
 together to the one compressed copy (polykv/attention/cascade.py).
 """
 
@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
-from polykv.attention.cascade import attend_in_place, read_privately
+from polykv.attention.cascade import attend_in_place, read_unshared
 from polykv.chat import Chat, is_wanted
 from polykv.errors import PolyKVError
 from polykv.greedy import greedy
@@ -24,7 +24,7 @@ from polykv.segment import Segment, decode_segments
 from polykv.supported import check_cache, check_length, check_model, check_rope
 from polykv.tokens import encode
 
-READERS = ("inject", "cascade")
+READERS = ("dequantize", "in_place")
 COPIES = 2 << 30  # bytes of full-precision caches that a batch of agents may hold
 
 
@@ -159,7 +159,7 @@ class SharedKVPool:
         layers = (self.decode_layer(index) for index in range(self.n_layers))
         return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)
 
-    def inject(self, n_agents: int = 1) -> DynamicCache:
+    def dequantize(self, n_agents: int = 1) -> DynamicCache:
         """A full-precision DynamicCache, ready to continue the document: a row for each of `n_agents`.
 
         The rows are views of one decoded copy; the first tokens that are added to them make each its own.
@@ -186,12 +186,12 @@ class SharedKVPool:
         tokenizer: Any,
         queries: Sequence[str],
         max_new_tokens: int = 64,
-        reader: str = "inject",
+        reader: str = "dequantize",
     ) -> list[str]:
         """Each agent's greedy answer to its own query, which continues the document directly, or in chat.
 
-        `reader` "inject": each from a full-precision cache of its own, as many agents in one batch as COPIES
-        bytes hold; "cascade": all agents in one batch that attends to the compressed copy.
+        `reader` "dequantize": each from a full-precision cache of its own, as many agents in one batch as COPIES
+        bytes hold; "in_place": all agents in one batch that attends to the compressed copy.
 
         Raises:
             PolyKVError: unknown reader, an empty query, no token to generate, no room left in the model's
@@ -203,11 +203,11 @@ class SharedKVPool:
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if not queries_ids:
             return []
-        if reader == "inject":
+        if reader == "dequantize":
             batch = max(COPIES // (self.n_values * self.dtype.itemsize), 1)
-            with read_privately(model):
+            with read_unshared(model):
                 answers = [
-                    generate(model, tokenizer, self.inject(len(part)), part, max_new_tokens)
+                    generate(model, tokenizer, self.dequantize(len(part)), part, max_new_tokens)
                     for part in (
                         queries_ids[start : start + batch]
                         for start in range(0, len(queries_ids), batch)

@@ -37,7 +37,7 @@ def write(root, cells):
     return root
 
 
-def add_bytes(rows, model, context, n_agents, recipe, reader="inject", resident=None):
+def add_bytes(rows, model, context, n_agents, recipe, reader="dequantize", resident=None):
     """Ratios and memory in every accounting; `resident` in GB, None: as many bytes as fp16 caches of all agents."""
     nominal, stored = RATIO.get(recipe, RATIO["polykv"])
     copies = n_agents if recipe == "full" else 1
@@ -45,7 +45,7 @@ def add_bytes(rows, model, context, n_agents, recipe, reader="inject", resident=
     for accounting, ratio in (("nominal", nominal), ("stored", stored)):
         rows.add("compression_ratio", ratio, "x", accounting=accounting, head_dim=head_dim)
     fp32 = int(context * 0.7) * BYTES[model] / 1e9
-    about = {"reader": "private" if recipe == "full" else reader}
+    about = {"reader": "unshared" if recipe == "full" else reader}
     rows.add("kv_memory", fp32 / nominal * copies, "GB", accounting="paper", **about)
     rows.add("kv_memory", fp32 / 2 / stored * copies, "GB", accounting="stored", **about)
     value, why = fp32 / 2 * n_agents if resident is None else resident, ""
@@ -85,7 +85,7 @@ def add_quality(
 
 def compare_cell(
     context, n_agents, recipe, model="reference", weights="reference", document="generated", name="", delta=None,
-    f1=None, scorer="minilm", n_documents=MIN_DOCUMENTS, reader="inject", resident=None, spread=0.5, **more
+    f1=None, scorer="minilm", n_documents=MIN_DOCUMENTS, reader="dequantize", resident=None, spread=0.5, **more
 ):  # fmt: skip
     """A cell of study compare: bytes, scores and answers."""
     name = name or f"{model}-{document}-{context}-{n_agents}-{recipe}-{reader}"
@@ -149,7 +149,7 @@ def timing_cells(model="reference", weights="reference", contexts=(1024, 8192), 
         one = cell("handoff_ttft", f"{tokens}", model=model, weights=weights, context_tokens=tokens)
         for (policy, bits, transport, ms), repeat in product(routes, range(repeats)):
             about = {"policy": policy, "budget_bits": bits, "transport": transport}
-            about["reader"] = "" if transport == "text" else "inject"
+            about["reader"] = "" if transport == "text" else "dequantize"
             scale = ms * tokens / 100 * (1 + 0.1 * (repeat / (repeats - 1) - 0.5))
             for stage, part in parts.items():
                 if transport != "text" or stage == "total":

@@ -140,7 +140,7 @@ def of_cards() -> Output:
     card = polykv.CacheCard.seal(
         cache, prefix_BT[0], model, tokenizer, policy="local", budget_bits=4.5
     )
-    injected = card.inject()
+    injected = card.dequantize()
     return output([tensor for layer in injected.layers for tensor in (layer.keys, layer.values)])
 
 

@@ -108,7 +108,7 @@ def test_prefix_bytes_are_those_of_the_caches_that_agents_hold(llama, tokenizer,
     crowd = Crowd.of(model, REPLICA, recipe, pool.n_tokens, 1)
     assert crowd.pool_bytes == pool.stored_bytes
     layers = [pool.decode_layer(index) for index in range(pool.n_layers)]
-    used = None if reader == "private" else pool
+    used = None if reader == "unshared" else pool
     caches = caches_of(reader, layers, used, n_agents, together=True)
     assert crowd.prefix_bytes(reader, n_agents) == kept_bytes(used, caches)
 
@@ -127,9 +127,9 @@ def test_the_same_bytes_as_polykv_ratio():
 def test_memory_by_hand():
     grown = 1100 * 2048 * 9 // 8  # one of eight tensors is there twice
     assert MODEL.grown_bytes(1100) == grown == 2_534_400
-    assert CROWD.cache_bytes("private", 3) == 3 * grown
-    assert CROWD.cache_bytes("inject", 3) == 3 * grown + 512_000
-    assert CROWD.cache_bytes("cascade", 3) == 3 * 230_400 + 512_000
+    assert CROWD.cache_bytes("unshared", 3) == 3 * grown
+    assert CROWD.cache_bytes("dequantize", 3) == 3 * grown + 512_000
+    assert CROWD.cache_bytes("in_place", 3) == 3 * 230_400 + 512_000
     assert [CROWD.max_agents(reader) for reader in READERS] == [3, 3, 41]
     assert [CROWD.max_documents(reader, 3) for reader in READERS] == [1, 1, 8]
     nodes = replace(CROWD, replica=replace(REPLICA, count=4))
@@ -137,53 +137,53 @@ def test_memory_by_hand():
 
 
 def test_time_by_hand():
-    step = CROWD.step("private", 3)
+    step = CROWD.step("unshared", 3)
     assert (step.linear, step.prefix, step.suffix) == pytest.approx((1.8, 6.144, 0.6144))
-    assert CROWD.step("inject", 3) == step
-    step = CROWD.step("cascade", 3)
+    assert CROWD.step("dequantize", 3) == step
+    step = CROWD.step("in_place", 3)
     assert (step.linear, step.prefix, step.suffix) == pytest.approx((1.8, 0.512, 0.6144))
     assert step.seconds == pytest.approx(2.9264)
     # Four copies with an agent each, and one with none: no slower than one agent.
     apart = replace(CROWD, replica=replace(REPLICA, count=4))
-    assert apart.step("private", 3) == CROWD.step("private", 1)
-    assert apart.step("private", 5) == CROWD.step("private", 2)
+    assert apart.step("unshared", 3) == CROWD.step("unshared", 1)
+    assert apart.step("unshared", 5) == CROWD.step("unshared", 2)
 
 
 def test_operations_bind_where_they_take_longer():
     slow = replace(CROWD, replica=replace(REPLICA, flops=1e6))
-    step = slow.step("cascade", 3)
+    step = slow.step("in_place", 3)
     assert step.linear == pytest.approx(3 * 2 * 0.9)
     assert step.prefix == pytest.approx(3 * 8192 * 1000 / 1e6)
     assert step.suffix == pytest.approx(3 * 8192 * 100 / 1e6)
     # One pool is read once, but multiplied with once an agent.
     middle = replace(CROWD, replica=replace(REPLICA, flops=8.192e6 / 0.1))
-    assert [middle.step("cascade", n).prefix for n in (1, 5)] == pytest.approx([0.512, 0.512])
-    assert middle.step("cascade", 10).prefix == pytest.approx(1.0)
+    assert [middle.step("in_place", n).prefix for n in (1, 5)] == pytest.approx([0.512, 0.512])
+    assert middle.step("in_place", 10).prefix == pytest.approx(1.0)
 
 
 def test_break_even_by_hand():
     # 2.0 + 1.0 N against 3.5 + 0.5 N: 1.0 times less from N = 3, 1.5 times from N = 13 (15.0 to 10.0).
     agents = np.arange(1, 101)
-    private, shared = 2.0 + 1.0 * agents, 3.5 + 0.5 * agents
-    assert paying(1.0, private, shared) == (3, None)
-    assert paying(1.5, private, shared) == (13, None)
-    assert paying(2.0, private, shared) == (None, None)  # half of what grows, but never all
-    assert paying(1.0, shared, private) == (1, 3)  # where it stops
+    unshared, shared = 2.0 + 1.0 * agents, 3.5 + 0.5 * agents
+    assert paying(1.0, unshared, shared) == (3, None)
+    assert paying(1.5, unshared, shared) == (13, None)
+    assert paying(2.0, unshared, shared) == (None, None)  # half of what grows, but never all
+    assert paying(1.0, shared, unshared) == (1, 3)  # where it stops
 
 
 def test_break_even_of_a_crowd_by_hand():
     agents = np.arange(1, 1001)
     # (1.8 + 2.2528 N) / (1.8 + 0.512 + 0.2048 N) is 4 from N = 5.19 on.
-    times = (CROWD.step(reader, agents).seconds for reader in ("private", "cascade"))
+    times = (CROWD.step(reader, agents).seconds for reader in ("unshared", "in_place"))
     assert paying(4.0, *times) == (6, None)
     # (2,000,000 + 2,534,400 N) / (2,512,000 + 230,400 N) is 4 from N = 4.99 on.
-    held = (2_000_000 + CROWD.cache_bytes(reader, agents) for reader in ("private", "cascade"))
+    held = (2_000_000 + CROWD.cache_bytes(reader, agents) for reader in ("unshared", "in_place"))
     assert paying(4.0, *held) == (5, None)
     for cost in (
         lambda reader: CROWD.step(reader, agents).seconds,
         lambda reader: CROWD.cache_bytes(reader, agents),
     ):
-        assert paying(1.001, cost("private"), cost("inject")) == (None, None)
+        assert paying(1.001, cost("unshared"), cost("dequantize")) == (None, None)
 
 
 crowds = st.builds(
@@ -229,13 +229,13 @@ def test_what_fits_fits_and_one_more_does_not(crowd, n):
 
 @given(crowd=crowds, n=st.integers(1, 200))
 def test_readers_keep_their_order(crowd, n):
-    private, inject, cascade = (crowd.max_agents(reader) for reader in READERS)
-    assert cascade >= inject and private >= inject
-    private, inject, cascade = (crowd.max_documents(reader, n) for reader in READERS)
-    assert cascade >= inject and private >= inject
+    unshared, dequantize, in_place = (crowd.max_agents(reader) for reader in READERS)
+    assert in_place >= dequantize and unshared >= dequantize
+    unshared, dequantize, in_place = (crowd.max_documents(reader, n) for reader in READERS)
+    assert in_place >= dequantize and unshared >= dequantize
     steps = {reader: crowd.step(reader, n) for reader in READERS}
-    assert steps["cascade"].seconds <= steps["inject"].seconds == steps["private"].seconds
-    assert steps["cascade"].linear == steps["private"].linear
+    assert steps["in_place"].seconds <= steps["dequantize"].seconds == steps["unshared"].seconds
+    assert steps["in_place"].linear == steps["unshared"].linear
     for reader, step in steps.items():
         assert step.seconds <= crowd.step(reader, n + 1).seconds
 
@@ -254,7 +254,7 @@ def test_every_device_has_its_figures_and_their_sources(name):
     # A data sheet in TB/s or MB instead of GB/s and GB would be far outside.
     assert 4 < hardware.memory_gb < 1000 and 20 < hardware.bandwidth_gb_s < 20_000
     assert all(0.1 < tflops < 10_000 for tflops in hardware.tflops.values())
-    assert only(rows, "max_agents", reader="cascade")["value"] > 100
+    assert only(rows, "max_agents", reader="in_place")["value"] > 100
 
 
 def test_a_model_is_split_over_the_devices_that_share_its_heads():
@@ -290,8 +290,8 @@ def test_rows_agree_with_the_formulas_and_say_what_is_computed(rows):
             assert parts["value"].sum() == pytest.approx(1e3 * step.seconds)
             assert set(parts["part"]) == {"linear", "prefix", "suffix"}
     for metric in ("time_pays_agents", "memory_pays_agents", "time_pays_tokens"):
-        assert np.isnan(only(rows, metric, reader="inject")["value"])
-        assert only(rows, metric, reader="cascade")["value"] >= 1
+        assert np.isnan(only(rows, metric, reader="dequantize")["value"])
+        assert only(rows, metric, reader="in_place")["value"] >= 1
 
 
 def crowd_of(settled, n_prefix):
@@ -302,18 +302,18 @@ def crowd_of(settled, n_prefix):
 
 
 def test_documents_shorter_than_the_least_do_not_pay(rows):
-    least = int(only(rows, "time_pays_tokens", reader="cascade")["value"])
+    least = int(only(rows, "time_pays_tokens", reader="in_place")["value"])
     _, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
     assert least > 1
     for n_prefix, pays in ((least - 1, False), (least, True), (2 * least, True)):
         crowd = crowd_of(settled, n_prefix)
-        private, shared = (crowd.step(reader, 10).seconds for reader in ("private", "cascade"))
-        assert (private >= 1.1 * shared) == pays
+        unshared, shared = (crowd.step(reader, 10).seconds for reader in ("unshared", "in_place"))
+        assert (unshared >= 1.1 * shared) == pays
 
 
 def test_a_model_that_does_not_fit_has_rows_that_say_so():
     found = rows_of(*SMALL, "model=llama-3.1-8b", "hardware.memory_gb=16")
-    most = only(found, "max_agents", reader="cascade")
+    most = only(found, "max_agents", reader="in_place")
     assert most["value"] == 0 and "16.1 GB of 14.4 GB" in most["note"]
     speed = of(found, "step_time")
     assert speed["value"].isna().all() and speed["note"].str.contains("16.1 GB").all()
@@ -324,7 +324,7 @@ def test_a_model_that_does_not_fit_has_rows_that_say_so():
 def test_a_local_model_needs_its_config_only(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     found = rows_of("model=local", f"model.path={tmp_path}", "context=256", "suffix_tokens=[16]")
-    assert only(found, "max_agents", reader="cascade")["value"] > 1000
+    assert only(found, "max_agents", reader="in_place")["value"] > 1000
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_packed_rows_are_the_same_cell_and_what_was_measured_belongs_to_it(tmp_p
 def test_nothing_of_this_machine_belongs_to_the_cell():
     cells = [
         OmegaConf.to_container(cell(*SMALL, *overrides)[1])
-        for overrides in ((), ("reader=cascade",), ("device=cpu", "backend=torch"))
+        for overrides in ((), ("reader=in_place",), ("device=cpu", "backend=torch"))
     ]
     assert cells[0] == cells[1] == cells[2]
 
@@ -479,16 +479,16 @@ def drawn(tmp_path_factory):
 def test_table(drawn):
     shown = table(drawn)
     lines = pd.DataFrame([line for line in shown.rows if "max_agents" in line])
-    # own tokens, devices, private once and two readers by recipe
+    # own tokens, devices, unshared once and two readers by recipe
     assert len(lines) == 2 * 2 * (1 + 2 * 2)
     assert list(dict.fromkeys(lines["hardware"])) == ["h200", "laptop"]
-    cascade = lines[(lines["reader"] == "cascade") & (lines["recipe"] == "polykv")].iloc[0]
-    private = lines[lines["reader"] == "private"].iloc[0]
-    ratio = cascade["throughput_most"].value / private["throughput_most"].value
-    assert cascade["faster"].value == pytest.approx(ratio) and private["faster"].value == 1
-    assert cascade["throughput"].value == pytest.approx(1e4 / cascade["step_time"].value)
-    assert 0 < cascade["weights_share"].value <= 100
-    assert private["time_pays_agents"].value is None
+    in_place = lines[(lines["reader"] == "in_place") & (lines["recipe"] == "polykv")].iloc[0]
+    unshared = lines[lines["reader"] == "unshared"].iloc[0]
+    ratio = in_place["throughput_most"].value / unshared["throughput_most"].value
+    assert in_place["faster"].value == pytest.approx(ratio) and unshared["faster"].value == 1
+    assert in_place["throughput"].value == pytest.approx(1e4 / in_place["step_time"].value)
+    assert 0 < in_place["weights_share"].value <= 100
+    assert unshared["time_pays_agents"].value is None
     inputs = [line for line in shown.rows if "figure" in line]
     assert sum(line["hardware"] == "any" for line in inputs) == 3
     assert all(line["source"] for line in inputs)
@@ -502,7 +502,7 @@ def test_figure(drawn):
     assert [ax.get_title(loc="left") for ax in panels] == ["h200", "laptop"]
     for ax in panels:
         ends = [line for line in ax.lines if line.get_marker() == "x"]
-        # private, inject polykv, and two recipes under cascade with the fewest and the most own tokens
+        # unshared, dequantize polykv, and two recipes under in_place with the fewest and the most own tokens
         assert len(ends) == 6 and len(ax.lines) == 12
         most = of(drawn, "max_agents", device=ax.get_title(loc="left"))
         assert {line.get_xdata()[0] for line in ends} <= set(most["value"])

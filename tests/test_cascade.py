@@ -1,4 +1,4 @@
-"""reader=cascade: agents attend together to the one compressed copy, and say what private copies would say."""
+"""reader=in_place: agents attend together to the one compressed copy, and say what unshared copies would say."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,8 +56,8 @@ def generate(model, cache, ids, mask, **options):
     return out[:, ids.shape[1] :]
 
 
-def private_copies(pool, n_agents):
-    """What the cascade stands for: every agent's own full cache, as one batch."""
+def unshared_copies(pool, n_agents):
+    """What reading in place stands for: every agent's own full cache, as one batch."""
     layers = (pool.decode_layer(index) for index in range(pool.n_layers))
     return DynamicCache([tuple(t.repeat(n_agents, 1, 1, 1) for t in layer) for layer in layers])
 
@@ -69,7 +69,7 @@ def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
     lengths = {len(ids_of(tokenizer, query)) for query in QUERIES}
     assert len(lengths) > 8 and max(lengths) > 30
     injected = pool.ask(model, tokenizer, QUERIES, max_new_tokens=64)
-    assert pool.ask(model, tokenizer, QUERIES, max_new_tokens=64, reader="cascade") == injected
+    assert pool.ask(model, tokenizer, QUERIES, max_new_tokens=64, reader="in_place") == injected
     assert len(set(injected)) > 10  # the answers depend on the queries
 
 
@@ -77,7 +77,7 @@ def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
 def test_every_recipe_says_what_injected_agents_say(name, llama, tokenizer):
     pool = pooled(llama, tokenizer, name)
     injected = pool.ask(llama, tokenizer, QUERIES[::5], max_new_tokens=12)
-    assert pool.ask(llama, tokenizer, QUERIES[::5], 12, reader="cascade") == injected
+    assert pool.ask(llama, tokenizer, QUERIES[::5], 12, reader="in_place") == injected
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -86,7 +86,7 @@ def test_logits_for_every_head_dim_and_group(dim, kv_heads, tokenizer):
     model = tiny_model("llama", head_dim=dim, num_key_value_heads=kv_heads, num_hidden_layers=2)
     pool = pooled(model, tokenizer, "polykv_q8_0")
     rest = torch.tensor([ids_of(tokenizer, TEXT[300:420])])
-    injected = score_rest(model, pool.inject(), rest)
+    injected = score_rest(model, pool.dequantize(), rest)
     with attend_in_place(model):
         in_place = score_rest(model, pool.reader(1), rest)
     torch.testing.assert_close(in_place, injected, rtol=0, atol=1e-3)
@@ -168,7 +168,7 @@ def test_several_turns_with_agents_that_stop_early(architecture, tokenizer):
         )
         more = generate(model, cache, ids, mask, eos_token_id=stop)
     for row in range(3):
-        alone, said = pool.inject(), answers[row, seen[row]].tolist()
+        alone, said = pool.dequantize(), answers[row, seen[row]].tolist()
         once = generate(model, alone, *batch([first[row]], n_prefix), eos_token_id=stop)
         assert once[0].tolist() == said
         so_far = first[row] + said + second[row]
@@ -191,17 +191,17 @@ def test_every_way_to_generate_as_from_private_copies(options, pool, llama, toke
     ids, mask = batch([ids_of(tokenizer, query) for query in QUERIES[1::4]], pool.n_tokens)
     torch.manual_seed(5)
     rows = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-    private = generate(llama, private_copies(pool, len(ids) * rows), ids, mask, **options)
+    unshared = generate(llama, unshared_copies(pool, len(ids) * rows), ids, mask, **options)
     torch.manual_seed(5)
     with attend_in_place(llama):
         in_place = generate(llama, pool.reader(len(ids)), ids, mask, **options)
-    assert torch.equal(in_place, private)
+    assert torch.equal(in_place, unshared)
 
 
 def test_guesses_are_cropped_as_from_a_private_copy(pool, llama, tokenizer, monkeypatch):
     """Prompt lookup guesses several tokens at once and takes wrong ones back."""
     ids, mask = batch([ids_of(tokenizer, TEXT[:150])], pool.n_tokens)
-    private = generate(llama, pool.inject(), ids, mask, prompt_lookup_num_tokens=4)
+    unshared = generate(llama, pool.dequantize(), ids, mask, prompt_lookup_num_tokens=4)
     cropped = []
     monkeypatch.setattr(
         CascadeCache, "crop", lambda self, n: (cropped.append(n), Cache.crop(self, n))
@@ -209,7 +209,7 @@ def test_guesses_are_cropped_as_from_a_private_copy(pool, llama, tokenizer, monk
     with attend_in_place(llama):
         guessed = generate(llama, pool.reader(1), ids, mask, prompt_lookup_num_tokens=4)
     assert min(cropped) < 0
-    assert torch.equal(guessed, private)
+    assert torch.equal(guessed, unshared)
 
 
 def test_agents_can_be_repeated_selected_and_reset(pool, llama, tokenizer):
@@ -237,11 +237,11 @@ def test_agents_can_be_repeated_selected_and_reset(pool, llama, tokenizer):
 
 
 def test_several_pools_and_plain_caches_at_once(llama, tokenizer):
-    """Two pools, a private cache, and all of their tokens one by one in turn."""
+    """Two pools, an unshared cache, and all of their tokens one by one in turn."""
     pools = [pooled(llama, tokenizer, "polykv"), pooled(llama, tokenizer, "q8_0", TEXT[90:280])]
     rest = torch.tensor([ids_of(tokenizer, TEXT[300:340])])
-    expected = [score_rest(llama, pool.inject(), rest) for pool in pools]
-    caches = [pool.reader(1) for pool in pools] + [pools[0].inject()]
+    expected = [score_rest(llama, pool.dequantize(), rest) for pool in pools]
+    caches = [pool.reader(1) for pool in pools] + [pools[0].dequantize()]
     logits = [[], [], []]
     with attend_in_place(llama), torch.no_grad():
         for token in rest[0, :-1]:
@@ -253,9 +253,9 @@ def test_several_pools_and_plain_caches_at_once(llama, tokenizer):
 
 def test_other_caches_are_read_as_before(pool, llama, tokenizer):
     rest = torch.tensor([ids_of(tokenizer, TEXT[300:340])])
-    before = score_rest(llama, pool.inject(), rest)
+    before = score_rest(llama, pool.dequantize(), rest)
     with attend_in_place(llama):
-        assert torch.equal(score_rest(llama, pool.inject(), rest), before)
+        assert torch.equal(score_rest(llama, pool.dequantize(), rest), before)
         assert torch.equal(score_rest(llama, DynamicCache(), rest), score_rest(llama, None, rest))
 
 
@@ -303,7 +303,7 @@ def test_threads_ask_at_the_same_time(pool, llama, tokenizer):
     with ThreadPoolExecutor(8) as threads:
         asked = [
             threads.submit(pool.ask, llama, tokenizer, QUERIES[:4], 6, reader)
-            for reader in ("cascade", "inject") * 8
+            for reader in ("in_place", "dequantize") * 8
         ]
     assert all(future.result() == expected for future in asked)
     assert llama.config._attn_implementation == before
@@ -318,11 +318,11 @@ def test_a_model_dispatched_by_accelerate(tokenizer):
     model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
     assert hasattr(model.model.layers[0], "_hf_hook")
     pool = pooled(model, tokenizer)
-    assert pool.ask(model, tokenizer, QUERIES[:3], 8, reader="cascade") == expected
+    assert pool.ask(model, tokenizer, QUERIES[:3], 8, reader="in_place") == expected
 
 
 def test_no_queries_no_answers(pool, llama, tokenizer):
-    assert pool.ask(llama, tokenizer, [], reader="cascade") == []
+    assert pool.ask(llama, tokenizer, [], reader="in_place") == []
 
 
 def test_a_model_that_does_not_attend_in_place_is_refused(pool, llama, tokenizer):
@@ -372,7 +372,7 @@ def test_what_cannot_be_read_is_refused(pool, llama):
 def test_attention_that_is_not_plain_is_refused(option, pool):
     key, value = pool.reader(1).update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8), 0)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    with pytest.raises(PolyKVError, match="use reader=inject for this model"):
+    with pytest.raises(PolyKVError, match="use reader=dequantize for this model"):
         cascade_attention(nn.Module(), torch.randn(1, 4, 1, 8), key, value, mask, **{option: 1.0})
 
 
@@ -382,36 +382,36 @@ def settled(*overrides):
 
 
 def test_the_backend_is_part_of_a_cell(monkeypatch):
-    """What `auto` stands for is said; injecting cells keep to torch, so that machines agree on them."""
+    """What `auto` stands for is said; cells that dequantize keep to torch, so that machines agree on them."""
     monkeypatch.setattr(kernels, "_why_not", lambda backend, device: None)
-    assert settled("reader=inject").backend == "torch"
-    assert settled("reader=cascade").backend == "cpu"
-    assert settled("reader=cascade", "backend=torch").backend == "torch"
-    assert settled("reader=inject", "backend=cpu").backend == "cpu"
-    assert common.new_rows(settled("reader=cascade"))._shared["backend"] == "cpu"
+    assert settled("reader=dequantize").backend == "torch"
+    assert settled("reader=in_place").backend == "cpu"
+    assert settled("reader=in_place", "backend=torch").backend == "torch"
+    assert settled("reader=dequantize", "backend=cpu").backend == "cpu"
+    assert common.new_rows(settled("reader=in_place"))._shared["backend"] == "cpu"
     for override, message in {
-        "reader=telepathy": "no reader named 'telepathy'; there are: inject, cascade",
+        "reader=telepathy": "no reader named 'telepathy'; there are: dequantize, in_place",
         "backend=abacus": "no backend named 'abacus'",
     }.items():
         with pytest.raises(PolyKVError, match=message):
             common.check_common(settled(override))
     monkeypatch.setattr(kernels, "_why_not", lambda backend, device: "no compiler here")
     with pytest.raises(PolyKVError, match="backend=cpu cannot be had: no compiler here"):
-        common.check_common(settled("reader=cascade", "backend=cpu"))
+        common.check_common(settled("reader=in_place", "backend=cpu"))
 
 
 def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch):
     overrides = ["model=local", f"model.path={checkpoint}", "document=file", "context=60",
                  f"document.path={checkpoint}/text.txt", "n_documents=1"]  # fmt: skip
     found = {}
-    for reader in ("inject", "cascade"):
+    for reader in ("dequantize", "in_place"):
         cfg = settled(*overrides, f"reader={reader}", "backend=torch")
-        if reader == "cascade":
-            monkeypatch.setattr(SharedKVPool, "inject", None)
+        if reader == "in_place":
+            monkeypatch.setattr(SharedKVPool, "dequantize", None)
         reading = common.readings(cfg)[0]
         found[reader] = reading.log_probs_TV, common.answers(cfg, 1)
-    torch.testing.assert_close(found["cascade"][0], found["inject"][0], rtol=0, atol=1e-3)
-    assert found["cascade"][1] == found["inject"][1]
+    torch.testing.assert_close(found["in_place"][0], found["dequantize"][0], rtol=0, atol=1e-3)
+    assert found["in_place"][1] == found["dequantize"][1]
 
 
 def test_results_from_before_backends_still_load(tmp_path):

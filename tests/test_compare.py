@@ -80,7 +80,7 @@ def samples(tmp_path, kl: dict[str, np.ndarray]) -> pd.DataFrame:
     """Results in which each recipe has this KL divergence on each document."""
     for recipe, values in kl.items():
         rows = Rows(STUDY.columns, model="m", weights="random", document="d", context_tokens=9, recipe=recipe,
-                    reader="inject", dtype="float32", device="cpu", seed=0)  # fmt: skip
+                    reader="dequantize", dtype="float32", device="cpu", seed=0)  # fmt: skip
         for index, value in enumerate(values):
             rows.add("kl", float(value), "nats", sample=index, n=9)
         Store(tmp_path).write(STUDY.declaration(), recipe, {"recipe": {"name": recipe}}, rows)

@@ -74,7 +74,7 @@ def test_every_reader_refers_to_the_one_pool_and_grows_suffixes_only(llama, laye
     pool = pool_under("polykv", layers)
     before, written = pool.stored_bytes, pooled(pool._layers)
     for n_agents in (1, 15):
-        (cache,) = caches_of("cascade", layers, pool, n_agents, together=True)
+        (cache,) = caches_of("in_place", layers, pool, n_agents, together=True)
         assert kept_bytes(pool, [cache]) == pool.stored_bytes
         list(decode(llama, [cache], N_TOKENS, n_agents, N_STEPS))
         assert pooled(layer.segments for layer in cache.layers) == written
@@ -87,13 +87,13 @@ def test_every_reader_refers_to_the_one_pool_and_grows_suffixes_only(llama, laye
 @pytest.mark.parametrize("together", [True, False])
 def test_private_and_injected_copies_share_no_memory(layers, together):
     pool = pool_under("polykv", layers)
-    for reader in ("private", "inject"):
+    for reader in ("unshared", "dequantize"):
         caches = caches_of(reader, layers, pool, 3, together)
         assert [cache.layers[0].keys.shape[0] for cache in caches] == ([3] if together else [1] * 3)
         own = [x for cache in caches for layer in cache.layers for x in (layer.keys, layer.values)]
         assert len(storages(own)) == len(own)
         assert storages(own).isdisjoint(storages(x for layer in layers for x in layer))
-        used = pool if reader == "inject" else None
+        used = pool if reader == "dequantize" else None
         assert kept_bytes(used, caches) == 3 * CACHE + (pool.stored_bytes if used else 0)
 
 
@@ -115,7 +115,7 @@ def fed(model, caches, n_agents):
 
 def test_every_agent_is_fed_its_own_tokens(layers):
     model, full = tiny_model("llama"), pool_under("full", layers)
-    alone = fed(model, caches_of("private", layers, None, 5, together=False), 5)
+    alone = fed(model, caches_of("unshared", layers, None, 5, together=False), 5)
     for reader in READERS:
         assert torch.equal(fed(model, caches_of(reader, layers, full, 5, together=True), 5), alone)
     assert len(set(map(tuple, alone.tolist()))) == 5
@@ -127,18 +127,20 @@ def test_resident_prefix_memory_does_not_grow_with_the_agents():
     recipe = polykv.config.load_group("recipe", "polykv")
     n_tokens, n_steps = 3072, 2
     per_token = Geometry.even(2, 8, 64).values_per_token * 4
-    kinds = product(("private", "cascade"), (1, 15))
+    kinds = product(("unshared", "in_place"), (1, 15))
     how = ("cpu", "torch", n_steps)
     found = {(who, n): resident_bytes(model, recipe, who, n_tokens, n, *how) for who, n in kinds}
     copies = 14 * n_tokens * per_token
     suffixes = 14 * (QUERY_TOKENS + n_steps) * per_token
-    private, cascade = (found[reader, 15] - found[reader, 1] for reader in ("private", "cascade"))
+    unshared, in_place = (
+        found[reader, 15] - found[reader, 1] for reader in ("unshared", "in_place")
+    )
     # A step of transformers' DynamicCache holds one of its four tensors twice.
-    assert copies < private < 1.35 * copies
+    assert copies < unshared < 1.35 * copies
     # The agents' own tokens, and 4 MiB for what a step holds of 14 more agents beside them.
-    assert cascade < suffixes + 4 * 2**20
+    assert in_place < suffixes + 4 * 2**20
     # The pool is there, and no full copy of the prefix is.
-    assert 0.17 * copies / 14 < found["cascade", 1] < 0.6 * copies / 14
+    assert 0.17 * copies / 14 < found["in_place", 1] < 0.6 * copies / 14
 
 
 def test_a_prefix_is_prefilled_for_real_where_that_is_cheap():
@@ -244,10 +246,10 @@ def test_rows_say_what_was_kept_and_how_long_each_step_took(rows):
     assert not rows["synthetic"].any()
     cache = (160 - QUERY_TOKENS - 5) * Geometry.even(4, 2, 64).values_per_token * 4
     (pool,) = set(
-        rows.loc[(rows["reader"] == "cascade") & (rows["accounting"] == "stored"), "value"]
+        rows.loc[(rows["reader"] == "in_place") & (rows["accounting"] == "stored"), "value"]
     )
     for n in (1, 4):
-        for reader, expected in (("private", n * cache), ("inject", n * cache + 1e9 * pool)):
+        for reader, expected in (("unshared", n * cache), ("dequantize", n * cache + 1e9 * pool)):
             (kept,) = of(rows, "kv_memory", reader, n, accounting="stored")
             assert 1e9 * kept == pytest.approx(expected)
         for reader in READERS:
@@ -256,40 +258,42 @@ def test_rows_say_what_was_kept_and_how_long_each_step_took(rows):
 
 
 def test_a_reader_that_does_not_fit_has_its_reason_and_the_others_are_measured(monkeypatch):
-    study, settled = cell(*SMALL, "n_agents=60", "readers=[private,cascade]")
+    study, settled = cell(*SMALL, "n_agents=60", "readers=[unshared,in_place]")
     # Room for the weights and a few copies, not for sixty.
     monkeypatch.setattr(
         memory.psutil, "virtual_memory", lambda: OmegaConf.create({"available": 50e6})
     )
     found = pd.DataFrame(study.run(settled, Session()))
-    private, cascade = (found[found["reader"] == reader] for reader in ("private", "cascade"))
-    assert len(private) == 3 and private["value"].isna().all()
-    assert private["note"].str.contains("60 agents").all()
-    assert len(cascade) == 2 + 2 * (5 - 2) and cascade["value"].gt(0).all()
+    unshared, in_place = (found[found["reader"] == reader] for reader in ("unshared", "in_place"))
+    assert len(unshared) == 3 and unshared["value"].isna().all()
+    assert unshared["note"].str.contains("60 agents").all()
+    assert len(in_place) == 2 + 2 * (5 - 2) and in_place["value"].gt(0).all()
 
 
 def test_table_and_figure(rows):
     lines = table(rows).rows
     names = [name for name, _ in NAMES.values()]
     assert [(line["agents"], line["reader"]) for line in lines] == [*product("14", names)]
-    private, inject, cascade = lines[3:]
-    times = of(rows, "step_time", "private", 4)
-    assert private["step"].value == times.median() and private["step"].n == 6
-    assert private["throughput"].value == pytest.approx(4e3 / times.median())
-    assert private["throughput"].low == pytest.approx(4e3 / times.quantile(0.75))
-    (resident,) = of(rows, "kv_memory", "private", 4, accounting="resident")
-    assert private["resident"].value == pytest.approx(1e3 * resident)
-    assert private["per_agent"].value == pytest.approx(1e3 * resident / 4)
-    ratio = private["resident"].value / cascade["resident"].value
-    assert cascade["smaller"].value == pytest.approx(ratio)
-    assert inject["faster"].value == pytest.approx(private["step"].value / inject["step"].value)
+    unshared, dequantize, in_place = lines[3:]
+    times = of(rows, "step_time", "unshared", 4)
+    assert unshared["step"].value == times.median() and unshared["step"].n == 6
+    assert unshared["throughput"].value == pytest.approx(4e3 / times.median())
+    assert unshared["throughput"].low == pytest.approx(4e3 / times.quantile(0.75))
+    (resident,) = of(rows, "kv_memory", "unshared", 4, accounting="resident")
+    assert unshared["resident"].value == pytest.approx(1e3 * resident)
+    assert unshared["per_agent"].value == pytest.approx(1e3 * resident / 4)
+    ratio = unshared["resident"].value / in_place["resident"].value
+    assert in_place["smaller"].value == pytest.approx(ratio)
+    assert dequantize["faster"].value == pytest.approx(
+        unshared["step"].value / dequantize["step"].value
+    )
     assert "Published" not in table(rows).caption
     assert all(ax.lines for ax in figure(rows).canvas.axes)
-    other = rows[rows["reader"] == "cascade"].assign(backend="cpu")
+    other = rows[rows["reader"] == "in_place"].assign(backend="cpu")
     both = figure(pd.concat([rows, other], ignore_index=True)).canvas.legends[0].get_texts()
     expected = {*names[:2], f"{names[2]}, cpu", f"{names[2]}, torch"}
     assert {text.get_text() for text in both} == expected
-    lost = rows.assign(value=rows["value"].where(rows["reader"] != "private"))
+    lost = rows.assign(value=rows["value"].where(rows["reader"] != "unshared"))
     lost["note"] = "does not fit"
     assert "nan" not in markdown(table(lost)).lower() and figure(lost).canvas.axes
 
@@ -328,5 +332,5 @@ def test_refusals(override, said):
 
 
 def test_the_unused_setting_reader_makes_no_other_cell():
-    cfg = [OmegaConf.to_container(cell(f"reader={r}")[1]) for r in ("inject", "cascade")]
+    cfg = [OmegaConf.to_container(cell(f"reader={r}")[1]) for r in ("dequantize", "in_place")]
     assert cfg[0] == cfg[1]

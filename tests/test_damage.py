@@ -137,7 +137,7 @@ class Case:
 SCORED = ("model=reference", "document=generated", "context=192", "n_documents=3", "recipe=fp16")
 ANSWERED = ("answers=3", "max_new_tokens=12", "scorer=minilm", "n_agents=3")
 RELAYED = ("relay.n_facts=8", "relay.max_new_tokens=24", "n_problems=8", "budget_bits=8")
-IN_PLACE = ("experiment=polykv_quality", *SCORED, *ANSWERED, "reader=cascade")
+IN_PLACE = ("experiment=polykv_quality", *SCORED, *ANSWERED, "reader=in_place")
 RELAY = ("experiment=handoff_accuracy", *RELAYED, "policy=uniform", "n_hops=2", "reseal=requantize")
 OWN = frozenset({"nll", "exact_match", "contains"})  # of the recipe, whatever it is held to
 CASES = {

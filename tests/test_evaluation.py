@@ -127,11 +127,11 @@ def test_resident_memory_is_measured_and_grows_with_private_caches():
     cache = 1500 * Geometry.even(4, 8, 32).values_per_token * 4
     # A step copies the keys or values of one of the four layers, of all agents at once.
     peak = cache * (1 + 1 / 8)
-    private = {n: resident_bytes(model, recipe, "private", 1500, n, "cpu") for n in (1, 9)}
-    assert private[9] - private[1] == pytest.approx(8 * peak, rel=0.1)
+    unshared = {n: resident_bytes(model, recipe, "unshared", 1500, n, "cpu") for n in (1, 9)}
+    assert unshared[9] - unshared[1] == pytest.approx(8 * peak, rel=0.1)
     # The published way of reading: every agent rebuilds the full cache, beside the pool.
-    inject = resident_bytes(model, recipe, "inject", 1500, 9, "cpu")
-    assert inject > 0.9 * 9 * cache
+    dequantize = resident_bytes(model, recipe, "dequantize", 1500, 9, "cpu")
+    assert dequantize > 0.9 * 9 * cache
 
 
 def test_what_does_not_fit_is_said_with_numbers():
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_said_with_numbers():
     model.weights = "random"
     recipe = polykv.config.load_group("recipe", "polykv")
     with pytest.raises(polykv.PolyKVError, match="llama-3-8b.*billion|GB"):
-        check_fits(model, recipe, "private", 5035, 15, "cpu")
+        check_fits(model, recipe, "unshared", 5035, 15, "cpu")
 
 
 class TestBertScore:
@@ -213,7 +213,9 @@ def test_damage_shows_in_every_statistic(llama, tokenizer):
     kl = []
     for name in ("full", "int8_token", "turboquant_4bit", "turboquant_2bit"):
         pool = polykv.SharedKVPool.from_cache(cache, polykv.load_recipe(name))
-        kl.append(compare(full, score_rest(llama, pool.inject(), ids[:, cut:]), ids[:, cut:]).kl)
+        kl.append(
+            compare(full, score_rest(llama, pool.dequantize(), ids[:, cut:]), ids[:, cut:]).kl
+        )
     means = [float(k.mean()) for k in kl]
     assert means[0] == 0
     assert means == sorted(means) and means[1] < means[2] < means[3]

@@ -44,10 +44,12 @@ def test_every_example_is_tested_and_short():
 def test_agents_that_share_a_document_answer_from_one_small_copy():
     text = output_of("share_a_document")
     assert text.count("(right)") == 6
-    private, pool = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", text))
+    unshared, pool = (
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", text)
+    )
     # 6 agents, keys and values of 4 layers, 2 heads of 64, 1,024 tokens in fp16 (2 bytes)
-    assert private == 6 * 2 * 4 * 2 * 64 * 1024 * 2
-    assert private / pool == pytest.approx(6 * 2.844, rel=1e-3)  # README: polykv at head_dim 64
+    assert unshared == 6 * 2 * 4 * 2 * 64 * 1024 * 2
+    assert unshared / pool == pytest.approx(6 * 2.844, rel=1e-3)  # README: polykv at head_dim 64
 
 
 def test_a_hand_off_crosses_processes_and_a_damaged_card_is_refused():

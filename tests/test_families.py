@@ -95,19 +95,19 @@ def test_a_family_reads_pools_and_cards_as_its_own_cache(name, tokenizer):
     family = Family(name)
     pool, turbo = family.pool("full"), family.pool("polykv")
     card = family.card(tokenizer)
-    for cache in (pool.inject(), card.inject()):
+    for cache in (pool.dequantize(), card.dequantize()):
         assert_same(family.rest(cache), family.plain)
     if family.in_place:
         for cache in (pool.reader(1), card.reader()):
             assert_same(family.rest(cache, in_place=True), family.plain)
-        assert_same(family.rest(turbo.reader(1), in_place=True), family.rest(turbo.inject()))
-    assert (family.rest(turbo.inject()) - family.plain).abs().max() > 1e-4  # the cache is read
+        assert_same(family.rest(turbo.reader(1), in_place=True), family.rest(turbo.dequantize()))
+    assert (family.rest(turbo.dequantize()) - family.plain).abs().max() > 1e-4  # the cache is read
 
     if family.about.get("padded") == "refused":
         with pytest.raises(PolyKVError, match=family.model.config.model_type):
-            list(family.answers(pool.inject(2)))
+            list(family.answers(pool.dequantize(2)))
     else:
-        for logits, expected in family.answers(pool.inject(2)):
+        for logits, expected in family.answers(pool.dequantize(2)):
             assert_same(logits, expected)
     if family.in_place:
         with attend_in_place(family.model):

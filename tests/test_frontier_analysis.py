@@ -25,7 +25,7 @@ TOKENS = 50  # of a document
 
 def store(root, recipe, kl, delta=None, bits=4.0, spread=None, config=None, tag="", **about):
     """One cell: KL and difference of log-probabilities of each document."""
-    place = {"context_tokens": 512, "n_agents": 1, "seed": 0, "reader": "inject"} | about
+    place = {"context_tokens": 512, "n_agents": 1, "seed": 0, "reader": "dequantize"} | about
     rows = Rows(STUDY.columns, model="m", weights="reference", document="d", recipe=recipe, dtype="float32",
                 device="cpu", **place)  # fmt: skip
     for accounting, of in (("stored", bits), ("nominal", bits - 0.1)):
@@ -75,7 +75,7 @@ def all_cells(root):
         delta = 0.02 - 0.005 * math.log2(context / 128) + np.arange(10) / 1e4
         store(root, "q4_0", np.full(10, 0.01), delta, context_tokens=context)
     for n in (1, 15):
-        store(root, "polykv", np.full(8, 0.01), spread=[0.0] * 7 + [1e-5 * n], n_agents=n, reader="cascade",
+        store(root, "polykv", np.full(8, 0.01), spread=[0.0] * 7 + [1e-5 * n], n_agents=n, reader="in_place",
               config={"together": True})  # fmt: skip
     return root
 

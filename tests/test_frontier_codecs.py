@@ -203,7 +203,7 @@ def test_the_papers_two_and_a_half_bits_are_two_and_a_quarter():
 
 STATED = {  # bits per value at head_dim 128, as the comment of each YAML says; keys, values
     "q8_0": (8.5, 8.5), "q5_0": (5.5, 5.5), "q4_1": (5, 5), "q4_0": (4.5, 4.5),
-    "q4_0_rotated": (4.5, 4.5), "kivi_2bit_bare": (3, 3), "kivi_4bit_bare": (5, 5),
+    "q4_0_rotated": (4.5, 4.5), "kivi_2bit_no_exemptions": (3, 3), "kivi_4bit_no_exemptions": (5, 5),
     "kivi_2bit": (3, 3), "kivi_4bit": (5, 5), "fp8_e4m3": (8, 8), "fp8_e5m2": (8, 8),
     "uniform": (4.125, 4.125), "uniform_rotated": (4.125, 4.125),
     "uniform_rotated_keys": (4.125, 4.125), "uniform_rotated_values": (4.125, 4.125),
@@ -212,8 +212,8 @@ STATED = {  # bits per value at head_dim 128, as the comment of each YAML says; 
     "turboquant_3_5bit": (3.75, 3.75), "turboquant_prod_3bit": (3.25, 3.125),
     "turboquant_prod_4bit": (4.25, 4.125), "vllm_k8v4": (8, 4.25), "vllm_4bit_nc": (4.125, 4.25),
     "vllm_k3v4_nc": (3.125, 4.25), "vllm_3bit_nc": (3.125, 3.25), "polykv": (8, 3.125),
-    "vllm_k8v4_bare": (8, 4.25), "vllm_4bit_nc_bare": (4.125, 4.25),
-    "vllm_k3v4_nc_bare": (3.125, 4.25), "vllm_3bit_nc_bare": (3.125, 3.25),
+    "vllm_k8v4_no_exemptions": (8, 4.25), "vllm_4bit_nc_no_exemptions": (4.125, 4.25),
+    "vllm_k3v4_nc_no_exemptions": (3.125, 4.25), "vllm_3bit_nc_no_exemptions": (3.125, 3.25),
     "polykv_q8_0": (8.5, 3.125), "int8_token": (8.125, 8.125), "turboquant_2bit": (2.125, 2.125),
     "turboquant_3bit": (3.125, 3.125), "turboquant_4bit": (4.125, 4.125), "fp16": (16, 16),
 }  # fmt: skip

@@ -66,9 +66,9 @@ def test_added_exemptions_are_named_and_the_recipes_own_are_not(checkpoint):
         "q4_0+exempt.recent=8+exempt.sinks=4"
     )
     assert name("recipe=kivi_2bit") == "kivi_2bit"
-    assert name("recipe=vllm_k8v4_bare") == "vllm_k8v4_bare"
-    assert name("recipe=vllm_k8v4_bare", "recipe.exempt.last_layers=2") == (
-        "vllm_k8v4_bare+exempt.last_layers=2"
+    assert name("recipe=vllm_k8v4_no_exemptions") == "vllm_k8v4_no_exemptions"
+    assert name("recipe=vllm_k8v4_no_exemptions", "recipe.exempt.last_layers=2") == (
+        "vllm_k8v4_no_exemptions+exempt.last_layers=2"
     )
     assert name("recipe=vllm_k8v4") == "vllm_k8v4"  # chosen by name, called by its name
 
@@ -78,7 +78,7 @@ def test_the_frontier_calls_bare_what_is_no_preset_of_vllm():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         swept = compose("config", ["experiment=recipe_frontier"], return_hydra_config=True)
     names = swept.hydra.sweeper.params.recipe.replace(" ", "").split(",")
-    assert {"vllm_4bit_nc_bare", "vllm_k8v4_bare"} <= set(names)
+    assert {"vllm_4bit_nc_no_exemptions", "vllm_k8v4_no_exemptions"} <= set(names)
     for name in names:
         exempt = load_group("recipe", name).exempt
         assert exempt.first_layers == exempt.last_layers == 0, name
@@ -143,7 +143,7 @@ def test_agents_that_disturb_each_other_show(fault, checkpoint, monkeypatch):
         return attend_suffix(q, k.roll(1, 0), v.roll(1, 0), mask, scaling)
 
     monkeypatch.setattr(cascade, "attend_suffix", disturbed)
-    assert agents(checkpoint, "cascade")[0] > 0.01
+    assert agents(checkpoint, "in_place")[0] > 0.01
 
 
 def test_transformers_own_fp8_cache_is_an_outside_reference(checkpoint):
@@ -159,7 +159,7 @@ def test_transformers_own_fp8_cache_is_an_outside_reference(checkpoint):
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("outside=gguf", "gguf"), ("reader=cascade", "cascade"), ("answers=1", "answers"),
+    [("outside=gguf", "gguf"), ("reader=in_place", "in_place"), ("answers=1", "answers"),
      ("resident=true", "resident"), ("+together=true", "together")],
 )  # fmt: skip
 def test_an_outside_reference_refuses_what_it_is_not_asked(override, said, checkpoint):

@@ -67,7 +67,7 @@ def test_attention_kernels(tmp_path):
     errors = rows[rows["metric"] == "attention_error"]["value"]
     assert errors.min() > 0 and errors.max() < 2e-2
     speedups = rows[rows["metric"] == "attention_speedup"]
-    assert set(speedups["reader"]) == {"private", "shared"} and (speedups["value"] > 0).all()
+    assert set(speedups["reader"]) == {"unshared", "shared"} and (speedups["value"] > 0).all()
     run(tmp_path, "attention_kernels", "--sweep")
     assert rows_of(tmp_path, "gpu_attention_sweep")["note"].str.startswith("Launch").all()
 
@@ -80,9 +80,13 @@ def test_concurrency(tmp_path):
         "value"
     ]
     for model in concurrency.MODELS:
-        assert stored[model, "private", 3] == pytest.approx(3 * stored[model, "private", 1])
-        assert stored[model, "cascade", 3] == stored[model, "cascade", 1]
-    assert set(rows[rows["metric"] == "step_time"]["reader"]) == {"private", "inject", "cascade"}
+        assert stored[model, "unshared", 3] == pytest.approx(3 * stored[model, "unshared", 1])
+        assert stored[model, "in_place", 3] == stored[model, "in_place", 1]
+    assert set(rows[rows["metric"] == "step_time"]["reader"]) == {
+        "unshared",
+        "dequantize",
+        "in_place",
+    }
     assert (rows_of(tmp_path, "gpu_largest")["value"] == 4).all()
 
 
@@ -112,16 +116,16 @@ def test_the_largest_crowd_is_found_by_trying(monkeypatch):
         backend = "torch"
 
         def run(self, reader, n_tokens, n_agents, n_steps):
-            if n_agents > {"private": 37, "inject": 0, "cascade": 1000}[reader]:
+            if n_agents > {"unshared": 37, "dequantize": 0, "in_place": 1000}[reader]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     rows = Rows()
     concurrency.largest(Crowd(), 100, 256, rows)
     found = {row["reader"]: (row["value"], row["note"]) for row in rows}
     assert found == {
-        "private": (37, "38 do not fit"),
-        "inject": (0, "1 do not fit"),
-        "cascade": (256, "no more were tried"),
+        "unshared": (37, "38 do not fit"),
+        "dequantize": (0, "1 do not fit"),
+        "in_place": (256, "no more were tried"),
     }
 
 
@@ -154,7 +158,7 @@ def test_every_baseline_computes_the_same_attention():
     q, caches = torch.randn(3, 4, 1, 16), [(torch.randn(3, 2, 50, 16), torch.randn(3, 2, 50, 16))]
     k, v = (x.repeat_interleave(2, dim=1) for x in caches[0])
     expected = (q @ k.mT / 4).softmax(dim=-1) @ v
-    for calls in baselines.private_attentions(q, caches).values():
+    for calls in baselines.unshared_attentions(q, caches).values():
         torch.testing.assert_close(calls[0]().reshape(expected.shape), expected)
     shared = [(caches[0][0][:1], caches[0][1][:1])]
     q_HQD = torch.randn(2, 9, 16)

@@ -53,13 +53,13 @@ def ids_of(tokenizer):
 
 @pytest.fixture(scope="module")
 def written(model, pool, tokenizer):
-    return [greedy(model, pool.inject(), [ids_T], NEW_TOKENS)[0] for ids_T in ids_of(tokenizer)]
+    return [greedy(model, pool.dequantize(), [ids_T], NEW_TOKENS)[0] for ids_T in ids_of(tokenizer)]
 
 
 def test_it_writes_the_likeliest_tokens(model, pool, tokenizer, written):
     for ids_T, answer_T in zip(ids_of(tokenizer), written, strict=True):
         whole = torch.cat([ids_T, answer_T])[None]
-        logits_TV = model(whole, past_key_values=pool.inject()).logits[0]
+        logits_TV = model(whole, past_key_values=pool.dequantize()).logits[0]
         assert answer_T.tolist() == logits_TV.argmax(-1)[len(ids_T) - 1 : -1].tolist()
         assert len(answer_T) == NEW_TOKENS
 
@@ -80,7 +80,7 @@ def cut(answer_T, stops):
     return answer[: min(ends, default=len(answer))]
 
 
-@pytest.mark.parametrize("reader", ["inject", "cascade"])
+@pytest.mark.parametrize("reader", ["dequantize", "in_place"])
 def test_a_pool_is_asked_greedily(reader, model, pool, tokenizer, written, stops, capfd, recwarn):
     expected = [tokenizer.decode(cut(x, stops), skip_special_tokens=True) for x in written]
     assert pool.ask(model, tokenizer, QUERIES, NEW_TOKENS, reader) == expected
@@ -102,11 +102,11 @@ def test_a_relay_is_played_greedily(model, tokenizer, monkeypatch, capfd, recwar
 
 
 def test_an_end_within_a_batch_changes_no_other_row(model, pool, tokenizer, written, stops):
-    together = greedy(model, private(pool, len(QUERIES)), ids_of(tokenizer), NEW_TOKENS)
+    together = greedy(model, unshared(pool, len(QUERIES)), ids_of(tokenizer), NEW_TOKENS)
     assert [x.tolist() for x in together] == [cut(x, stops) for x in written]
 
 
-def private(pool, n_agents):
+def unshared(pool, n_agents):
     layers = (pool.decode_layer(index) for index in range(pool.n_layers))
     return DynamicCache([tuple(x.repeat(n_agents, 1, 1, 1) for x in layer) for layer in layers])
 
@@ -116,12 +116,14 @@ def test_padded_rows_keep_their_positions(architecture, tokenizer):
     model = tiny_model(architecture)
     ids_BT = tokenizer(TEXT[:200], return_tensors="pt").input_ids
     full = polykv.SharedKVPool.from_cache(prefill(model, ids_BT), polykv.load_recipe("full"))
-    alone = [greedy(model, full.inject(), [ids_T], 12)[0].tolist() for ids_T in ids_of(tokenizer)]
-    together = greedy(model, private(full, len(QUERIES)), ids_of(tokenizer), 12)
+    alone = [
+        greedy(model, full.dequantize(), [ids_T], 12)[0].tolist() for ids_T in ids_of(tokenizer)
+    ]
+    together = greedy(model, unshared(full, len(QUERIES)), ids_of(tokenizer), 12)
     assert [x.tolist() for x in together] == alone
 
 
 def test_without_an_end_token_it_writes_as_many_as_asked_for(model, pool, tokenizer, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    (answer_T,) = greedy(model, pool.inject(), ids_of(tokenizer)[:1], 7)
+    (answer_T,) = greedy(model, pool.dequantize(), ids_of(tokenizer)[:1], 7)
     assert len(answer_T) == 7

@@ -73,7 +73,7 @@ def test_round_trip_is_bit_identical(policy, model, tokenizer, ids, tmp_path):
     card, _ = sealed(model, tokenizer, ids[:200], policy, topology=Topology(50, 3))
     card.save(tmp_path / "a" / "card.safetensors")
     again = polykv.CacheCard.open(tmp_path / "a" / "card.safetensors", model, tokenizer)
-    assert same_tensors(card, again) and same_cache(card.inject(), again.inject())
+    assert same_tensors(card, again) and same_cache(card.dequantize(), again.dequantize())
     assert again.about == card.about and again.digest == card.digest
     assert again.n_tokens == 200 and again.mean_bits == card.mean_bits
     assert again.to_bytes() == card.to_bytes()
@@ -82,7 +82,7 @@ def test_round_trip_is_bit_identical(policy, model, tokenizer, ids, tmp_path):
 
 def test_full_is_token_identical_to_no_handoff(model, tokenizer, ids):
     card, cache = sealed(model, tokenizer, ids, "full")
-    received = CacheCard.from_bytes(card.to_bytes(), model, tokenizer).inject()
+    received = CacheCard.from_bytes(card.to_bytes(), model, tokenizer).dequantize()
     assert same_cache(received, cache)
     assert continued(model, received, 512) == continued(model, cache, 512)
 
@@ -91,7 +91,7 @@ def test_full_is_token_identical_to_no_handoff(model, tokenizer, ids):
 def test_half_precision_models_round_trip(dtype, model, tokenizer, ids):
     half = tiny_model("llama", head_dim=64).to(dtype)
     card, cache = sealed(half, tokenizer, ids[:100], "full")
-    assert same_cache(CacheCard.from_bytes(card.to_bytes(), half, tokenizer).inject(), cache)
+    assert same_cache(CacheCard.from_bytes(card.to_bytes(), half, tokenizer).dequantize(), cache)
     card, _ = sealed(half, tokenizer, ids[:100], "local", 5.0)
     again = CacheCard.from_bytes(card.to_bytes(), half, tokenizer)
     assert same_tensors(card, again)
@@ -191,7 +191,7 @@ def test_biased_keys_keep_their_content_where_plain_codes_lose_it(model, tokeniz
 def test_append_keeps_the_parents_bits(model, tokenizer, ids):
     card, _ = sealed(model, tokenizer, ids[:256], "topology", 4.0)
     for end in (300, 301, 400):
-        cache = card.inject()
+        cache = card.dequantize()
         model(input_ids=ids[None, card.n_tokens : end], past_key_values=cache)
         child = card.append(cache, ids[:end], model, tokenizer, "topology", 4.0)
         for side in ("key", "value"):
@@ -230,7 +230,7 @@ def test_a_fresh_process_continues_token_identically(checkpoint, llama, tokenize
         "import sys, json, torch, polykv; torch.set_num_threads(1)\n"
         "model, tokenizer = polykv.load_model(sys.argv[1], 'cpu')\n"
         "card = polykv.CacheCard.open(sys.argv[2], model, tokenizer)\n"
-        "cache, feed, out = card.inject(), torch.tensor([[7]]), []\n"
+        "cache, feed, out = card.dequantize(), torch.tensor([[7]]), []\n"
         "for _ in range(24):\n"
         "    feed = model(input_ids=feed, past_key_values=cache).logits[:, -1].argmax(-1)[None]\n"
         "    out.append(int(feed))\n"
@@ -241,7 +241,7 @@ def test_a_fresh_process_continues_token_identically(checkpoint, llama, tokenize
         capture_output=True, text=True, timeout=120, cwd=config.REPO,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    expected = continued(llama, card.inject(), len(ids))
+    expected = continued(llama, card.dequantize(), len(ids))
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 

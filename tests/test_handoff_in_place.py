@@ -90,7 +90,7 @@ def test_a_receiver_in_place_computes_what_the_injected_one_does(policy, model, 
     ids = torch.randint(300, (N_TOKENS,), generator=torch.Generator().manual_seed(1))
     # Six bits: head_dim 8 to 16 makes scales dear, and tiers should mix.
     card = CacheCard.seal(prefill(model, ids[None]), ids, model, tokenizer, policy, 6.0)
-    injected, in_place = card.inject(), card.reader()
+    injected, in_place = card.dequantize(), card.reader()
     feed = torch.tensor([[5, 9, 7]])
     for _ in range(20):
         there = model(feed, past_key_values=injected).logits[:, -1]
@@ -108,7 +108,7 @@ def test_agents_share_a_card(tokenizer):
     with attend_in_place(model):
         together = model(turns[:, 60:], past_key_values=card.reader(3)).logits
     for agent in range(3):
-        alone = model(turns[agent : agent + 1, 60:], past_key_values=card.inject()).logits
+        alone = model(turns[agent : agent + 1, 60:], past_key_values=card.dequantize()).logits
         assert torch.allclose(together[agent], alone[0], atol=1e-4)
     with pytest.raises(PolyKVError, match="n_agents=0"):
         card.reader(0)

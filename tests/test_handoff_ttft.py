@@ -89,7 +89,7 @@ def test_every_repeat_has_its_stages_which_add_up_to_its_total(rows):
 def test_a_speedup_is_the_median_of_paired_repeats(rows):
     total = of(rows, "time", stage="total")
     text = total[total["transport"] == "text"].set_index("sample")["value"]
-    card = of(total, "time", policy="uniform", transport="file", reader="inject")
+    card = of(total, "time", policy="uniform", transport="file", reader="dequantize")
     card = card.set_index("sample")["value"]
     shown = lines(rows)["uniform", "file"]
     ratios = (text / card).to_numpy()
@@ -105,22 +105,22 @@ def test_a_speedup_is_the_median_of_paired_repeats(rows):
 def test_quality_stands_beside_every_time(rows):
     kl = of(rows[rows["block"].isna() & rows["sample"].notna()], "kl")
     assert {*zip(kl["policy"], kl["reader"], strict=True)} == {
-        (policy, reader) for policy in ("full", "uniform") for reader in ("inject", "cascade")
+        (policy, reader) for policy in ("full", "uniform") for reader in ("dequantize", "in_place")
     }
     assert set(kl["n"]) == {64} and set(kl["dtype"]) == {"float32"}
     # The same numbers, copied; in place they are added up in another order.
-    assert of(kl, "kl", policy="full", reader="inject")["value"].max() == 0
-    assert of(kl, "kl", policy="full", reader="cascade")["value"].max() < 1e-6
+    assert of(kl, "kl", policy="full", reader="dequantize")["value"].max() == 0
+    assert of(kl, "kl", policy="full", reader="in_place")["value"].max() < 1e-6
     assert (of(kl, "kl", policy="uniform")["value"] > 1e-5).all()
     assert (of(rows, "mean_bits", policy="full")["value"] > 32).all()
     shown = lines(rows)
     assert shown["reprefill", "text"]["kl_mean"].value is None
-    for route, reader in (("memory", "inject"), ("file, in place", "cascade")):
+    for route, reader in (("memory", "dequantize"), ("file, in place", "in_place")):
         mine = of(kl, "kl", policy="uniform", reader=reader)["value"]
         assert shown["uniform", route]["kl_mean"].value == pytest.approx(mine.mean(), rel=1e-12)
         assert shown["uniform", route]["perplexity_delta"].low is not None
     floors = of(rows, "reader_floor_kl")
-    assert set(floors["reader"]) == {"cascade"} and set(floors["policy"]) == {""}
+    assert set(floors["reader"]) == {"in_place"} and set(floors["policy"]) == {""}
 
 
 @torch.no_grad()
@@ -130,18 +130,18 @@ def test_the_divergence_is_that_of_plain_transformers():
     model, tokenizer = load_weights(cfg, "cpu")
     ids_T = random_text(tokenizer, 96)
     policy = load_policy("uniform")
-    found = score_cards(model, tokenizer, ids_T, 60, 20, [policy], ["inject"], 4.0)
+    found = score_cards(model, tokenizer, ids_T, 60, 20, [policy], ["dequantize"], 4.0)
     cache = model(ids_T[None, :60], use_cache=True).past_key_values
-    decoded = CacheCard.seal(cache, ids_T[:60], model, tokenizer, policy, 4.0).inject()
+    decoded = CacheCard.seal(cache, ids_T[:60], model, tokenizer, policy, 4.0).dequantize()
     whole = model(ids_T[None]).logits[0, 75:-1].log_softmax(-1)
     after = model(ids_T[None, 60:], past_key_values=decoded).logits[0, 15:-1].log_softmax(-1)
     kl_T = (whole.exp() * (whole - after)).sum(-1)
     assert len(kl_T) == 20 and kl_T.mean() > 1e-5
-    np.testing.assert_allclose(found["uniform", "inject"].kl, kl_T.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["uniform", "dequantize"].kl, kl_T.numpy(), rtol=0, atol=1e-5)
     own = -after.gather(1, ids_T[76:, None]).squeeze(1)
-    np.testing.assert_allclose(found["uniform", "inject"].nll, own.numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found["uniform", "dequantize"].nll, own.numpy(), rtol=0, atol=1e-4)
     with pytest.raises(PolyKVError, match="36"):
-        score_cards(model, tokenizer, ids_T, 60, 36, [policy], ["inject"], 4.0)
+        score_cards(model, tokenizer, ids_T, 60, 36, [policy], ["dequantize"], 4.0)
 
 
 def test_a_cache_of_another_text_shows_in_the_divergence(monkeypatch):
@@ -154,10 +154,10 @@ def test_a_cache_of_another_text_shows_in_the_divergence(monkeypatch):
     def stolen(model, tokenizer, cache, known_T, policy, *rest):
         return card(model, tokenizer, prefill(model, other[None, :64]), other[:64], policy, *rest)
 
-    setting = (model, tokenizer, one, 64, 32, [load_policy("fp16")], ["inject"], 4.0)
-    right = score_cards(*setting)["fp16", "inject"]
+    setting = (model, tokenizer, one, 64, 32, [load_policy("fp16")], ["dequantize"], 4.0)
+    right = score_cards(*setting)["fp16", "dequantize"]
     monkeypatch.setattr(card_quality, "seal", stolen)
-    wrong = score_cards(*setting)["fp16", "inject"]
+    wrong = score_cards(*setting)["fp16", "dequantize"]
     assert right.kl.mean() < 1e-5 and wrong.kl.mean() > 1e-2
 
 
@@ -219,7 +219,12 @@ def made_up(name, text, card, about=None, config=None, **shared):
     """A cell of totals: of re-prefill, and of cards with the columns `about` (topology in memory, injected)."""
     shared = {"model": "m", "weights": "random", "context_tokens": 1024} | shared
     one = cell("handoff_ttft", name, config, **shared)
-    of_card = {"policy": "topology", "budget_bits": 4.0, "transport": "memory", "reader": "inject"}
+    of_card = {
+        "policy": "topology",
+        "budget_bits": 4.0,
+        "transport": "memory",
+        "reader": "dequantize",
+    }
     for about_route, times in (
         ({"policy": "reprefill", "transport": "text"}, text),
         (of_card | (about or {}), card),
@@ -261,7 +266,7 @@ def test_a_policy_that_became_another_is_a_line_of_its_own_and_company_is_none(t
 
 
 def test_a_second_backend_is_a_route_of_its_own(tmp_path):
-    cells = [made_up(name, [10] * 3, [ms] * 3, {"reader": "cascade", "backend": name}, backend=None)
+    cells = [made_up(name, [10] * 3, [ms] * 3, {"reader": "in_place", "backend": name}, backend=None)
              for name, ms in (("cpu", 5), ("torch", 20))]  # fmt: skip
     shown = lines(load(write(tmp_path, cells)).rows)
     assert shown["topology", "memory, in place, cpu"]["speedup"].value == 2
@@ -347,7 +352,7 @@ def times(device="cuda", tokens=3877, gain=RATIO, spread=0.1, n=100):
     """The published route, and others that gain far more and must not decide; quartiles `spread` apart."""
     gains = np.linspace(gain - spread, gain + spread, n)
     about = {"model": "llama-3.1-8b", "device": device, "context_tokens": tokens}
-    others = ({}, {"reader": "cascade"}, {"transport": "file"}, {"budget_bits": 8.0})
+    others = ({}, {"reader": "in_place"}, {"transport": "file"}, {"budget_bits": 8.0})
     each = ((gains, others[0]), *(([9.0] * n, other) for other in others[1:]))
     return [
         made_up(f"{place}", [100.0] * n, [100 / x for x in gained], other, **about)

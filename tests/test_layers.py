@@ -77,7 +77,7 @@ def test_one_compressed_layer_leaves_the_others_alone(llama, pool_and_rest):
         same = torch.equal(only.decode_layer(layer)[0], pool.decode_layer(layer)[0])
         assert same == (layer != 1)
     assert not torch.equal(
-        score_rest(llama, only.inject(), rest), score_rest(llama, pool.inject(), rest)
+        score_rest(llama, only.dequantize(), rest), score_rest(llama, pool.dequantize(), rest)
     )
 
 
@@ -118,8 +118,8 @@ def test_the_study_names_layers_heads_and_parts(checkpoint):
 
 
 def test_only_private_caches_are_looked_into(checkpoint):
-    with pytest.raises(PolyKVError, match="cascade"):
-        checked_cell(*local(checkpoint, "reader=cascade"))
+    with pytest.raises(PolyKVError, match="in_place"):
+        checked_cell(*local(checkpoint, "reader=in_place"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def made(tmp_path_factory):
     errors, kl = rng.uniform(0.01, 0.1, (2, 9, 3, 2)), rng.lognormal(-4, 1, (2, 9, 3))
     for recipe, of_heads, of_layers in zip(("polykv", "good"), errors, kl, strict=True):
         rows = Rows(STUDY.columns, model="m", weights="random", document="d", context_tokens=9, recipe=recipe,
-                    reader="inject", dtype="float32", device="cpu", seed=0)  # fmt: skip
+                    reader="dequantize", dtype="float32", device="cpu", seed=0)  # fmt: skip
         for (sample, layer, head), value in np.ndenumerate(of_heads):
             for part in layers.KINDS:
                 place = {"sample": sample, "layer": layer, "head": head, "part": part}

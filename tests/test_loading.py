@@ -151,8 +151,8 @@ def test_a_model_of_several_devices_is_refused_where_one_is_measured(checkpoint)
     for name in ("polykv_memory", "concurrency", "handoff_ttft"):
         with pytest.raises(PolyKVError, match=f"over devices, and {name} "):
             checked_cell(f"experiment={name}", *model, "weights=local")
-    with pytest.raises(PolyKVError, match="over devices, and compare with reader=cascade"):
-        checked_cell("experiment=polykv_quality", *model, "reader=cascade")
+    with pytest.raises(PolyKVError, match="over devices, and compare with reader=in_place"):
+        checked_cell("experiment=polykv_quality", *model, "reader=in_place")
 
 
 def test_accelerate_places_a_model_that_answers_the_same(checkpoint, tokenizer, tmp_path):
@@ -178,7 +178,7 @@ def test_accelerate_places_a_model_that_answers_the_same(checkpoint, tokenizer, 
     for model in (plain, placed, hooked):
         pool = SharedKVPool.from_cache(prefill(model, ids_BT), recipe)
         answers.append(pool.ask(model, tokenizer, [" by", " many agents"], max_new_tokens=12))
-        logits.append(score_rest(model, pool.inject(), ids_BT))
+        logits.append(score_rest(model, pool.dequantize(), ids_BT))
     assert answers[0] == answers[1] == answers[2] and all(answers[0])
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 

@@ -54,8 +54,8 @@ def test_three_recipes_are_compared_at_their_stored_bits(said):
 def test_agents_answer_over_one_pool_that_is_smaller_by_their_number_and_the_ratio(said):
     answered, expected = said.count("   agent: "), said.count("   text:  ")
     assert answered == expected > 1
-    private, pool = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", said))
-    assert private / pool == pytest.approx(answered * 16 / BITS["polykv"], rel=1e-3)
+    unshared, pool = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", said))
+    assert unshared / pool == pytest.approx(answered * 16 / BITS["polykv"], rel=1e-3)
 
 
 def test_what_is_committed_is_small_and_names_no_machine():

@@ -115,7 +115,7 @@ def test_a_second_backend_does_not_lose_the_claim_on_memory(tmp_path):
     cells = [compare_cell(512, 3, "full", resident=1.0, **about),
              compare_cell(512, 3, "polykv", resident=0.5, **about)]  # fmt: skip
     for backend, gb in (("torch", 0.2), ("cpu", 0.1)):
-        cells.append(compare_cell(512, 3, "polykv", name=backend, reader="cascade", backend=backend,
+        cells.append(compare_cell(512, 3, "polykv", name=backend, reader="in_place", backend=backend,
                                   resident=gb, **about))  # fmt: skip
     (claim,) = judged(tmp_path, cells, "agents that read one pool")
     assert claim.verdict == REPRODUCED and "100 MB" in claim.said and "200 MB" not in claim.said

@@ -104,7 +104,7 @@ def test_the_published_gb_decompose_into_tokens_bytes_and_agents(rows):
 
 def test_without_a_ratio_the_published_gb_imply_one(tmp_path):
     made = cell("polykv_memory", "a", model="llama-3-8b", weights="random", recipe="full")
-    made[3].add("kv_memory", 1.0, "GB", accounting="paper", reader="private")
+    made[3].add("kv_memory", 1.0, "GB", accounting="paper", reader="unshared")
     text = catalog.pieces("TEXTS")["polykv_memory_decomposition"](load(write(tmp_path, [made])).rows)  # fmt: skip
     assert "2.907" in text and "(stored" not in text
 
@@ -209,7 +209,7 @@ def in_place(share=0.1):
     cells = quickstart((600,), (3, 5), **SMALL)
     for n_agents, recipe in product((3, 5), ("polykv", "polykv_q8_0")):
         gb = share * int(600 * 0.7) * BYTES["reference"] / 2e9 * n_agents
-        cells.append(compare_cell(600, n_agents, recipe, reader="cascade", resident=gb, **SMALL))
+        cells.append(compare_cell(600, n_agents, recipe, reader="in_place", resident=gb, **SMALL))
     return cells
 
 

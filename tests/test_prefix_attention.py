@@ -187,7 +187,7 @@ def peak_bytes(action):
 
 
 @pytest.mark.parametrize(
-    "name", ["polykv", "polykv_q8_0", "turboquant_prod_3bit", "kivi_2bit_bare"]
+    "name", ["polykv", "polykv_q8_0", "turboquant_prod_3bit", "kivi_2bit_no_exemptions"]
 )
 def test_temporaries_are_bounded_by_the_chunk_not_by_the_context(name):
     """8 kv heads x 128, 15 agents x 4 query heads: under 8 MiB at 2,048 tokens and no more at 4,096."""

@@ -27,7 +27,7 @@ LONG = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 IDS_BT = torch.randint(1, 300, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
-READERS = ["inject", "cascade"]
+READERS = ["dequantize", "in_place"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def longrope():
 def read(model, n_prefix, n_tokens, reader):
     pool = SharedKVPool.from_cache(prefill(model, IDS_BT[:, :n_prefix]), polykv.load_recipe("full"))
     rest_BT = IDS_BT[:, n_prefix:n_tokens]
-    if reader == "inject":
-        return score_rest(model, pool.inject(), rest_BT)
+    if reader == "dequantize":
+        return score_rest(model, pool.dequantize(), rest_BT)
     with attend_in_place(model):
         return (
             model(input_ids=rest_BT, past_key_values=pool.reader(1)).logits[0, :-1].log_softmax(-1)

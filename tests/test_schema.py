@@ -37,7 +37,7 @@ def stored(tmp_path, made: Rows, config: dict | None = None, cell: str = "abc") 
 @pytest.mark.parametrize("n_documents", [1, 2, 7, 8, 12])
 def test_the_analysis_computes_from_samples_what_the_tokens_give(tmp_path, n_documents):
     found = comparisons(n_documents, 50)
-    made = Rows(SCORES, model="m", recipe="r", reader="inject", dtype="float32")
+    made = Rows(SCORES, model="m", recipe="r", reader="dequantize", dtype="float32")
     add_scores(made, found)
     rows = stored(tmp_path, made)
     kl = QUALITY["kl_mean"].of(rows)

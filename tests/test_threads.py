@@ -9,7 +9,7 @@ import torch
 from conftest import TEXT, tiny_model
 
 import polykv
-from polykv.attention.cascade import NAME, attend_in_place, read_privately
+from polykv.attention.cascade import NAME, attend_in_place, read_unshared
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import score_rest
 from polykv.pool import SharedKVPool, prefill
@@ -58,7 +58,7 @@ def test_a_switch_in_the_middle_of_a_pass_changes_nothing_for_sdpa(ending):
     if ending:
         begin()
     hook = model.model.layers[1].register_forward_pre_hook(switch)
-    with other, read_privately(model):
+    with other, read_unshared(model):
         got = score_rest(model, cache, ids[:, 40:])
     hook.remove()
     assert switched == [(NAME, "sdpa") if ending else ("sdpa", NAME)]
@@ -71,23 +71,24 @@ def test_a_model_of_another_attention_is_read_one_way_at_a_time(tokenizer):
     model.set_attn_implementation("eager")
     pool = SharedKVPool.from_text(model, tokenizer, TEXT[:100], polykv.load_recipe("polykv"))
     expected = {
-        reader: pool.ask(model, tokenizer, ["A"], 4, reader) for reader in ("inject", "cascade")
+        reader: pool.ask(model, tokenizer, ["A"], 4, reader)
+        for reader in ("dequantize", "in_place")
     }
     busy = "attends with eager, .*; let .* take turns, or load it with attn_implementation=sdpa"
     with in_another_thread(attend_in_place(model)):
         assert model.config._attn_implementation == NAME
         with pytest.raises(PolyKVError, match=busy):
-            pool.ask(model, tokenizer, ["A"], 4, "inject")
-        assert pool.ask(model, tokenizer, ["A"], 4, "cascade") == expected["cascade"]
+            pool.ask(model, tokenizer, ["A"], 4, "dequantize")
+        assert pool.ask(model, tokenizer, ["A"], 4, "in_place") == expected["in_place"]
         with attend_in_place(model):  # what this thread holds itself, nobody takes away
-            assert pool.ask(model, tokenizer, ["A"], 4, "inject") == expected["inject"]
+            assert pool.ask(model, tokenizer, ["A"], 4, "dequantize") == expected["dequantize"]
     assert model.config._attn_implementation == "eager"
-    with read_privately(model):
+    with read_unshared(model):
         with in_another_thread(attend_in_place(model)) as failed:
             assert len(failed) == 1 and "take turns" in str(failed[0])
         with pytest.raises(PolyKVError, match=busy):
-            pool.ask(model, tokenizer, ["A"], 4, "cascade")
-    assert pool.ask(model, tokenizer, ["A"], 4, "cascade") == expected["cascade"]
+            pool.ask(model, tokenizer, ["A"], 4, "in_place")
+    assert pool.ask(model, tokenizer, ["A"], 4, "in_place") == expected["in_place"]
     assert model.config._attn_implementation == "eager"
 
 

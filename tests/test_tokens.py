@@ -299,7 +299,7 @@ def test_decoding_beyond_the_positions_is_not_measured():
     recipe = config.load_group("recipe", "full")
     setting = {"n_tokens": 60, "n_agents": 2, "device": "cpu", "backend": "torch"}
     with pytest.raises(PolyKVError, match="69 positions.* 64"):
-        memory.resident_bytes(model, recipe, "private", **setting)
+        memory.resident_bytes(model, recipe, "unshared", **setting)
 
 
 GEOMETRY = {

@@ -37,8 +37,8 @@ def config(folder, *overrides):
 def rows(n_agents=3):
     made = Rows(OWN, model="reference", n_agents=n_agents)
     for sample, value in enumerate((0.1 + 0.2, 0.5)):
-        made.add("kl", value, "nats", reader="inject", sample=sample, n=8)
-    made.add("kl", 0.125, "nats", reader="cascade", sample=0, n=8)
+        made.add("kl", value, "nats", reader="dequantize", sample=sample, n=8)
+    made.add("kl", 0.125, "nats", reader="in_place", sample=0, n=8)
     made.add("bertscore_f1", None, "f1", why="no scorer, no score")
     return made
 
@@ -202,8 +202,8 @@ def test_wandb_without_a_key_keeps_the_run_offline(wandb_home, capsys):
         for entry in record.summary.update
         if entry.key
     }
-    assert summary["kl/reader=inject"] == pytest.approx(0.4)
-    assert summary["kl/reader=cascade"] == 0.125
+    assert summary["kl/reader=dequantize"] == pytest.approx(0.4)
+    assert summary["kl/reader=in_place"] == 0.125
     assert summary["bertscore_f1"] is None
     (table,) = run.glob("files/media/table/rows*.json")
     table = json.loads(table.read_text())
@@ -260,14 +260,14 @@ def test_what_tells_a_metrics_values_apart_names_them_and_samples_are_averaged()
     cells = [finished("a"), finished("a", rows(n_agents=15))]
     found = tracking.summary(frame(cells))
     assert set(found) == {
-        "kl/n_agents=3/reader=inject",
-        "kl/n_agents=3/reader=cascade",
-        "kl/n_agents=15/reader=inject",
-        "kl/n_agents=15/reader=cascade",
+        "kl/n_agents=3/reader=dequantize",
+        "kl/n_agents=3/reader=in_place",
+        "kl/n_agents=15/reader=dequantize",
+        "kl/n_agents=15/reader=in_place",
         "bertscore_f1/n_agents=3",
         "bertscore_f1/n_agents=15",
     }
-    assert found["kl/n_agents=3/reader=inject"] == pytest.approx(0.4)
+    assert found["kl/n_agents=3/reader=dequantize"] == pytest.approx(0.4)
 
 
 def test_figures_and_tables_are_uploaded_as_one_run(wandb_home):

@@ -48,7 +48,7 @@ PROGRAM = """
     assert opened.digest == card.digest
     own = [m.__file__ for name, m in sys.modules.items() if name.startswith("polykv")]
     assert all(path.startswith({wheel!r}) for path in own), own
-    assert len(generate(model, tokenizer, opened.inject(), [encode(tokenizer, " Q:")[0]], 2)) == 1
+    assert len(generate(model, tokenizer, opened.dequantize(), [encode(tokenizer, " Q:")[0]], 2)) == 1
     print(polykv.__file__)
 """
 

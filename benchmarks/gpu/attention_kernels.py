@@ -5,7 +5,7 @@
     python benchmarks/gpu/attention_kernels.py --tiny     the same path on a CPU, through Triton's interpreter
 
 One layer's shared prefix under recipe polykv, one new token of every agent. Held against the fastest that torch
-offers over private 16-bit copies, and over one shared 16-bit copy. Prefixes take turns and are together several
+offers over unshared 16-bit copies, and over one shared 16-bit copy. Prefixes take turns and are together several
 times the L2 cache. `graph` is the device's time (CUDA graph replay), `call` what a caller in Python waits for.
 """
 
@@ -21,7 +21,7 @@ if "--tiny" in sys.argv:
 
 import numpy as np
 import torch
-from baselines import private_attentions, shared_attentions
+from baselines import shared_attentions, unshared_attentions
 from checks import attention_error
 from common import Bench, add_times, captured, copies, parser
 from torch import Tensor
@@ -39,7 +39,7 @@ SWEEP = "gpu_attention_sweep"
 PREFIXES = (5035, 8192, 32768)
 AGENTS = (1, 3, 5, 10, 15, 30)
 SWEPT_AGENTS = 15
-MOST_PRIVATE = 4  # inputs by turns; the smallest of them take 4 times the L2 cache alone
+MOST_UNSHARED = 4  # inputs by turns; the smallest of them take 4 times the L2 cache alone
 GIGA, TERA = 1e9, 1e12
 TOLERANCE = 2e-3  # relative; 16-bit queries, weights and levels leave 3e-4
 Calls = list[Callable[[], object]]
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def compare(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) -> None:
-    """Ours against the fastest over private copies, and over one shared copy."""
+    """Ours against the fastest over unshared copies, and over one shared copy."""
     heads, dim = bench.heads[model][1:]
     segments, q_NHQD = (
         segments_of(bench, model, n_tokens),
@@ -70,12 +70,12 @@ def compare(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) 
     q_HQD = stacked(q_NHQD, heads)
     error = attention_error(q_HQD, segments[0], dim**-0.5, "triton")
     note = f"relative, against fp64 over the decoded prefix; to be below {TOLERANCE}"
-    rows.add("attention_error", error, "relative", reader="cascade", backend="triton", note=note)
+    rows.add("attention_error", error, "relative", reader="in_place", backend="triton", note=note)
     shared = caches_of(bench.device, (1, heads, n_tokens, dim))
-    private = caches_of(bench.device, (n_agents, heads, n_tokens, dim))[:MOST_PRIVATE]
+    unshared = caches_of(bench.device, (n_agents, heads, n_tokens, dim))[:MOST_UNSHARED]
     ways = {
-        "cascade": {"triton": [partial(attend, q_HQD, segment) for segment in segments]},
-        "private": private_attentions(q_NHQD, private),
+        "in_place": {"triton": [partial(attend, q_HQD, segment) for segment in segments]},
+        "unshared": unshared_attentions(q_NHQD, unshared),
         "shared": shared_attentions(q_HQD, shared, n_multiprocessors(bench.device)),
     }
     best = {reader: fastest(bench, of_reader) for reader, of_reader in ways.items()}
@@ -91,8 +91,8 @@ def compare(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) 
         medians[reader, timed] = add_times(
             rows, "attention_time", taken / counts[reader], **columns
         )
-    for reader, timed in product(("private", "shared"), ("graph", "call")):
-        ratio = medians[reader, timed] / medians["cascade", timed]
+    for reader, timed in product(("unshared", "shared"), ("graph", "call")):
+        ratio = medians[reader, timed] / medians["in_place", timed]
         rows.add(
             "attention_speedup",
             ratio,
@@ -101,8 +101,8 @@ def compare(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) 
             timed=timed,
             note="of ours over it",
         )
-    seconds = medians["cascade", "graph"] / 1e3
-    columns = {"reader": "cascade", "backend": "triton", "timed": "graph"}
+    seconds = medians["in_place", "graph"] / 1e3
+    columns = {"reader": "in_place", "backend": "triton", "timed": "graph"}
     rows.add("attention_bandwidth", segments[0].nbytes / GIGA / seconds, "GB/s", **columns)
     work = 4 * q_HQD.numel() * n_tokens
     rows.add(
@@ -187,7 +187,7 @@ def sweep(bench: Bench, model: str, n_tokens: int, n_agents: int, rows: Rows) ->
         changed = {"tokens": tokens, "num_warps": num_warps, "num_stages": num_stages}
         launch = replace(usual, programs_per_sm=programs, **changed)
         columns = {
-            "reader": "cascade",
+            "reader": "in_place",
             "backend": "triton",
             "timed": "graph",
             "note": str(launch),
@@ -218,8 +218,8 @@ def report(bench: Bench) -> None:
     times = found[found["metric"] == "attention_time"].pivot_table(
         index=keys, columns="reader", values="value", aggfunc="median"
     )
-    for reader in ("private", "shared"):
-        times[f"x {reader}"] = times[reader] / times["cascade"]
+    for reader in ("unshared", "shared"):
+        times[f"x {reader}"] = times[reader] / times["in_place"]
     title = "Attention of one decode step over one layer, ms, and how many times faster"
     bench.show("gpu_attention", title, times.reset_index())
     rates = found[

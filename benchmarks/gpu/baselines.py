@@ -18,7 +18,7 @@ Calls = list[Callable[[], Tensor]]
 Cache = tuple[Tensor, Tensor]
 
 
-def private_attentions(q_NHQD: Tensor, caches: Sequence[Cache]) -> dict[str, Calls]:
+def unshared_attentions(q_NHQD: Tensor, caches: Sequence[Cache]) -> dict[str, Calls]:
     """Each agent over its own copy, one call a cache: keys and values (agents, kv_heads, tokens, head_dim).
 
     Query heads that share a kv head are told to SDPA (`gqa`), or taken as queries of one head (`grouped`).

@@ -5,8 +5,8 @@
     python benchmarks/gpu/concurrency.py --tiny     the same path on a CPU, tiny shapes
 
 Exact architectures with random weights; the prefix's keys and values are Gaussian, for neither bytes nor time
-depend on what they say. Readers: `private` and `inject` as transformers runs them (a DynamicCache of 16-bit
-copies, sdpa), `cascade` in place. All agents are one batch and their queries one length: then sdpa needs no mask
+depend on what they say. Readers: `unshared` and `dequantize` as transformers runs them (a DynamicCache of 16-bit
+copies, sdpa), `in_place` on the compressed copy. All agents are one batch and their queries one length: then sdpa needs no mask
 and shares kv heads without copying them, which is its faster way on a GPU. Memory is max_memory_allocated while all
 agents decode, above the weights.
 """
@@ -93,7 +93,7 @@ class Crowd:
     ) -> tuple[SharedKVPool | None, list[Cache]]:
         layers = synthetic_layers(self.geometry, n_tokens, self.model.dtype, self.device)
         pool = None
-        if reader != "private":
+        if reader != "unshared":
             n_layers = self.geometry.n_layers
             pool = SharedKVPool.from_layers(layers, self.recipe, n_layers, backend=self.backend)
         return pool, caches_of(reader, layers, pool, n_agents, together=True)
@@ -133,9 +133,11 @@ def attempt(work: Callable[[], Any]) -> Any:
 def measure(crowd: Crowd, n_tokens: int, n_agents: int, rows: Rows) -> None:
     """Memory and time of every reader; one that does not fit has its reason in its rows."""
     for reader in READERS:
-        columns = {"reader": reader, "backend": crowd.backend if reader == "cascade" else "torch"}
-        ratio = None if reader == "private" else crowd.recipe.nominal_ratio(crowd.model.dtype)
-        if reader != "inject":  # the publication has no other reader of its pool, and counts none
+        columns = {"reader": reader, "backend": crowd.backend if reader == "in_place" else "torch"}
+        ratio = None if reader == "unshared" else crowd.recipe.nominal_ratio(crowd.model.dtype)
+        if (
+            reader != "dequantize"
+        ):  # the publication has no other reader of its pool, and counts none
             arithmetic = paper_bytes(crowd.geometry, n_tokens, n_agents, ratio) / GB
             rows.add("kv_memory", arithmetic, "GB", accounting="paper", **columns)
         found = attempt(partial(crowd.measured, reader, n_tokens, n_agents))
@@ -152,7 +154,7 @@ def measure(crowd: Crowd, n_tokens: int, n_agents: int, rows: Rows) -> None:
 def largest(crowd: Crowd, n_tokens: int, most: int, rows: Rows) -> None:
     """The largest number of agents that can decode together, by trying; no more than `most`."""
     for reader in READERS:
-        columns = {"reader": reader, "backend": crowd.backend if reader == "cascade" else "torch"}
+        columns = {"reader": reader, "backend": crowd.backend if reader == "in_place" else "torch"}
         fits, tried = 0, most + 1  # the most that do, the fewest that do not
         while tried - fits > max(1, CLOSE * fits):
             n_agents = most if tried > most else (fits + tried) // 2

@@ -111,7 +111,7 @@ def check_cards(bench: Bench) -> str:
             torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)
         ):
             raise SystemExit(f"error: a card under {policy} does not decode to the same bits")
-        injected = model(turn_BT, past_key_values=card.inject()).logits.float()
+        injected = model(turn_BT, past_key_values=card.dequantize()).logits.float()
         with attend_in_place(model):
             in_place = model(turn_BT, past_key_values=card.reader()).logits.float()
         error = float((in_place - injected).norm() / injected.norm())

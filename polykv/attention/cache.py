@@ -121,7 +121,7 @@ class CascadeCache(Cache):
         if self._last is not None and self._last.awaits_attention:
             raise PolyKVError(
                 "the model does not attend to the pool in place; run it inside "
-                "`with attend_in_place(model):`, or use reader=inject where it still does not"
+                "`with attend_in_place(model):`, or use reader=dequantize where it still does not"
             )
         self._check(key_states, layer_idx)
         self._last = self.layers[layer_idx]

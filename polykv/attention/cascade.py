@@ -114,7 +114,9 @@ def _check_request(
 ) -> None:
     for option, what in UNSUPPORTED.items():
         if kwargs.get(option) is not None:
-            raise PolyKVError(f"{type(module).__name__} {what}; use reader=inject for this model")
+            raise PolyKVError(
+                f"{type(module).__name__} {what}; use reader=dequantize for this model"
+            )
     if kwargs.get("output_attentions"):
         raise PolyKVError(
             "attention to a pool in place has no weights to show; drop output_attentions"
@@ -167,7 +169,7 @@ def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
 
     Any number of threads may be in here; the model's attention implementation is set with the first and restored
     with the last of them. Threads outside may go on reading caches of their own if that implementation is sdpa,
-    which reads them the same either way; with any other, see `read_privately`.
+    which reads them the same either way; with any other, see `read_unshared`.
 
     Raises:
         PolyKVError: the model's attention is not plain or not to be chosen, or not just now.
@@ -175,9 +177,9 @@ def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
     with _lock:
         use = _use_of(model)
         if not use.in_place:
-            if use.private:
+            if use.unshared:
                 raise PolyKVError(_not_now(model, use))
-            check_attention(model.config, "use reader=inject")
+            check_attention(model.config, "use reader=dequantize")
             model.set_attn_implementation(NAME)
         use.in_place.append(get_ident())
     try:
@@ -190,7 +192,7 @@ def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def read_privately(model: PreTrainedModel) -> Iterator[None]:
+def read_unshared(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model reads caches of this thread's own, and no other thread switches its attention.
 
     A switch in the middle of a forward pass would pair one implementation's mask with another's scores. Between
@@ -204,12 +206,12 @@ def read_privately(model: PreTrainedModel) -> Iterator[None]:
         counted = use.own not in SWITCHED and get_ident() not in use.in_place
         if counted and use.in_place:
             raise PolyKVError(_not_now(model, use))
-        use.private += counted
+        use.unshared += counted
     try:
         yield
     finally:
         with _lock:
-            use.private -= counted
+            use.unshared -= counted
 
 
 def _use_of(model: PreTrainedModel) -> _Use:

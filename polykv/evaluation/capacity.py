@@ -4,18 +4,18 @@ Arithmetic on an architecture, a recipe's bytes and a data sheet; nothing is mea
 multiply-add is two operations. With W bytes of weights, P shared tokens and S of an agent's own, t bytes of a
 token's keys and values in full precision, Q bytes of the pool and L equal layers, a replica of the model holds
 
-    private  W + N a (P + S) t        a = 1 + 1 / 2L: transformers' DynamicCache holds one of its 2 L
-    inject   W + Q + N a (P + S) t    tensors twice while it appends
-    cascade  W + Q + N a S t
+    unshared   W + N a (P + S) t        a = 1 + 1 / 2L: transformers' DynamicCache holds one of its 2 L
+    dequantize W + Q + N a (P + S) t    tensors twice while it appends
+    in_place   W + Q + N a S t
 
 and a step, which gives every agent a token, takes the sum of three parts, each a roofline of its own:
 max(bytes / bandwidth, operations / peak), since they run one after the other.
 
     linear   the weights that a step reads, once; 2 operations a parameter and agent
-    prefix   N P t, or Q under cascade; 4 x query heads x head_dim x L operations a token and agent
+    prefix   N P t, or Q under in_place; 4 x query heads x head_dim x L operations a token and agent
     suffix   N S t; as the prefix
 
-A pool is read once for all agents, but every agent still multiplies with all of it: under cascade operations
+A pool is read once for all agents, but every agent still multiplies with all of it: under in_place operations
 per byte grow with N until the peak binds.
 """
 
@@ -152,15 +152,15 @@ class Crowd:
     def prefix_bytes(self, reader: str, n_agents: Count) -> Count:
         """Bytes kept of the document: the pool, and the agents' full-precision copies."""
         copies: Any = (
-            0 if reader == "cascade" else n_agents * self.n_prefix * self.model.token_bytes
+            0 if reader == "in_place" else n_agents * self.n_prefix * self.model.token_bytes
         )
         return self._shared(reader) + copies
 
     def _shared(self, reader: str) -> int:
-        return 0 if reader == "private" else self.pool_bytes
+        return 0 if reader == "unshared" else self.pool_bytes
 
     def _own(self, reader: str) -> int:
-        shared = self.n_prefix if reader == "cascade" else 0
+        shared = self.n_prefix if reader == "in_place" else 0
         return self.model.grown_bytes(self.n_prefix + self.n_suffix - shared)
 
     @property
@@ -185,7 +185,7 @@ class Crowd:
         prefix = self.n_prefix * self.model.token_bytes * n_agents
         return (
             self.model.n_multiplied * self.model.itemsize,
-            self.pool_bytes if reader == "cascade" else prefix,
+            self.pool_bytes if reader == "in_place" else prefix,
             self.n_suffix * self.model.token_bytes * n_agents,
         )
 
@@ -204,13 +204,13 @@ class Crowd:
         return np.maximum(n_bytes / self.replica.bandwidth, n_flops / self.replica.flops)
 
 
-def paying(gain: float, private: np.ndarray, shared: np.ndarray) -> tuple[int | None, int | None]:
+def paying(gain: float, unshared: np.ndarray, shared: np.ndarray) -> tuple[int | None, int | None]:
     """The first and last number of agents at which sharing divides the cost by `gain` or more.
 
     Costs (seconds or bytes) are of 1, 2, ... agents. None: never; a last of None: still at the last one given.
     """
-    (found,) = np.nonzero(private >= gain * shared)
+    (found,) = np.nonzero(unshared >= gain * shared)
     if not len(found):
         return None, None
     last = int(found[-1]) + 1
-    return int(found[0]) + 1, None if last == len(private) else last
+    return int(found[0]) + 1, None if last == len(unshared) else last

@@ -41,7 +41,7 @@ def score_cards(
 ) -> Scored:
     """By (policy, reader), the last `n_scored` tokens of one text read from a card against the uncompressed cache.
 
-    By (None, reader), what a reader other than `inject` costs by itself: the uncompressed cache read by both.
+    By (None, reader), what a reader other than `dequantize` costs by itself: the uncompressed cache read by both.
 
     Args:
         ids_T: (tokens,) of the text: `n_known` that the card holds, the receiver's own turn, the scored ones.
@@ -60,16 +60,16 @@ def score_cards(
     full = SharedKVPool.from_cache(cache, load_recipe("full"), backend)
 
     def score(reader: str, kept: SharedKVPool | CacheCard) -> Tensor:
-        in_place = reader == "cascade"
-        received = kept.reader(1) if in_place else kept.inject()
+        in_place = reader == "in_place"
+        received = kept.reader(1) if in_place else kept.dequantize()
         with attend_in_place(model) if in_place else nullcontext():
             return score_rest(model, received, rest_BT)[-n_scored:]
 
-    full_TV = {reader: score(reader, full) for reader in {"inject", *readers}}
+    full_TV = {reader: score(reader, full) for reader in {"dequantize", *readers}}
     found: dict[tuple[str | None, str], Comparison] = {
-        (None, reader): compare(full_TV["inject"], full_TV[reader], scored_BT)
+        (None, reader): compare(full_TV["dequantize"], full_TV[reader], scored_BT)
         for reader in readers
-        if reader != "inject"
+        if reader != "dequantize"
     }
     for policy in policies:
         card = seal(model, tokenizer, cache, known_T, policy, budget_bits, backend)

@@ -1,7 +1,7 @@
 """N agents that decode after one prefix: how they hold it, how they run, and what a step takes.
 
-Readers `private` and `inject` run as transformers runs them: a DynamicCache with a full-precision copy of the
-prefix for every agent, and sdpa. `cascade` attends to the compressed pool in place.
+Readers `unshared` and `dequantize` run as transformers runs them: a DynamicCache with a full-precision copy of the
+prefix for every agent, and sdpa. `in_place` attends to the compressed pool in place.
 """
 
 import json
@@ -29,7 +29,7 @@ from polykv.probe import LayerShape
 from polykv.recipe import Recipe
 
 VERSION = 1  # of how steps are timed
-READERS = ("private", *POOL_READERS)
+READERS = ("unshared", *POOL_READERS)
 QUERY_TOKENS = 8  # of every agent, padding among them
 WARMUP = 2  # steps of each round that are not counted
 # Parameters x tokens. A CPU takes minutes for larger prefills, and neither bytes nor time depend on content.
@@ -82,7 +82,7 @@ def _step_times(
     kept = {}
     for reader in list(readers) * repeats:
         caches = caches_of(reader, layers, pool, n_agents, together=True)
-        kept[reader] = kept_bytes(None if reader == "private" else pool, caches)
+        kept[reader] = kept_bytes(None if reader == "unshared" else pool, caches)
         times[reader] += _times(model, caches, n_tokens, n_agents, n_steps)
         del caches  # the next reader's come in their place
     threads = torch.get_num_threads()
@@ -146,7 +146,7 @@ def pool_of(
     readers: Sequence[str], layers: Layers, recipe: DictConfig, backend: str
 ) -> SharedKVPool | None:
     """The pool that the readers share, or None where none of them needs one."""
-    if set(readers) == {"private"}:
+    if set(readers) == {"unshared"}:
         return None
     return SharedKVPool.from_layers(layers, Recipe.from_config(recipe), backend=backend)
 
@@ -156,14 +156,14 @@ def caches_of(
 ) -> list[Cache]:
     """The caches of all agents: one for all where they decode `together`, in one batch, else one for each.
 
-    Agents of `cascade` are always together. The others never share memory, with each other or with `layers`.
+    Agents of `in_place` are always together. The others never share memory, with each other or with `layers`.
     """
-    if reader == "cascade":
+    if reader == "in_place":
         return [pool.reader(n_agents)]
     batch = n_agents if together else 1
 
     def private_copies() -> DynamicCache:
-        full = layers if reader == "private" else map(pool.decode_layer, range(pool.n_layers))
+        full = layers if reader == "unshared" else map(pool.decode_layer, range(pool.n_layers))
         return DynamicCache(
             (keys.repeat_interleave(batch, 0), values.repeat_interleave(batch, 0))
             for keys, values in full

@@ -51,7 +51,7 @@ def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> l
         before = model.config._attn_implementation
         model.set_attn_implementation("polykv_capture")
         try:
-            past = pool.inject()
+            past = pool.dequantize()
             model(input_ids=rest_BT.to(model.device), past_key_values=past, logits_to_keep=1)
         finally:
             model.set_attn_implementation(before)

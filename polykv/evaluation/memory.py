@@ -68,7 +68,7 @@ def resident_bytes(
     """Peak memory above the loaded model while `n_agents` decode `n_steps` tokens, all their caches alive.
 
     Measured in a process of its own: peak resident set on a CPU, peak allocated memory on CUDA. Reader
-    `private` holds N full caches, `inject` the pool and what its N readers rebuild, `cascade` the pool. All
+    `unshared` holds N full caches, `dequantize` the pool and what its N readers rebuild, `in_place` the pool. All
     agents decode in one batch.
 
     Raises:
@@ -126,7 +126,7 @@ def check_fits(
             "too slowly; measure on a GPU"
         )
     # The pool, its source and one copy per agent; a fifth on top for what a step needs.
-    copies = 2 + (0 if reader == "cascade" else n_agents)
+    copies = 2 + (0 if reader == "in_place" else n_agents)
     cache = n_tokens * Geometry.of(config).values_per_token * itemsize * copies
     need = 1.2 * (n_weights * itemsize + cache)
     have = torch.cuda.mem_get_info()[0] if on_cuda else psutil.virtual_memory().available

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polykv.attention.cascade import attend_in_place, read_privately
+from polykv.attention.cascade import attend_in_place, read_unshared
 from polykv.documents import Document
 from polykv.evaluation.concurrency import caches_of
 from polykv.evaluation.continuation import Comparison, compare, score_rest
@@ -27,7 +27,7 @@ class Reading:
     model: PreTrainedModel
     document: Document
     pool: SharedKVPool
-    reader: str = "inject"
+    reader: str = "dequantize"
     full: "Reading | None" = None
 
     def by(self, reader: str, backend: str) -> "Reading":
@@ -46,9 +46,9 @@ class Reading:
 
     def score(self) -> Tensor:
         """Log-probabilities of the rest of the document: (scored tokens, vocabulary), fp32."""
-        if self.reader == "inject":
-            with read_privately(self.model):
-                return score_rest(self.model, self.pool.inject(), self.document.rest_BT)
+        if self.reader == "dequantize":
+            with read_unshared(self.model):
+                return score_rest(self.model, self.pool.dequantize(), self.document.rest_BT)
         with attend_in_place(self.model):
             return score_rest(self.model, self.pool.reader(1), self.document.rest_BT)
 
@@ -67,7 +67,7 @@ class Reading:
 
     @cached_property
     def reader_floor(self) -> Comparison:
-        """Per scored token, what the reader costs by itself: the uncompressed cache read by it, against `inject`.
+        """Per scored token, what the reader costs by itself: the uncompressed cache read by it, against `dequantize`.
 
         The two attentions round differently, in bfloat16 by as much as a recipe of 8 bits costs.
         """
@@ -81,7 +81,7 @@ class Reading:
         """What `score` says, by each of `n_agents` in one batch: (agents, scored tokens, vocabulary).
 
         Agent 0 starts with the rest of the document, each other one with one token of padding more than the
-        one before; what fills their rows behind the rest is not scored. `inject` gives each its own copy.
+        one before; what fills their rows behind the rest is not scored. `dequantize` gives each its own copy.
 
         Raises:
             PolyKVError: a model whose answers depend on padding.
@@ -99,7 +99,7 @@ class Reading:
         (cache,) = caches_of(self.reader, (), self.pool, n_agents, together=True)
         device = self.model.device
         with (
-            attend_in_place(self.model) if self.reader == "cascade" else read_privately(self.model)
+            attend_in_place(self.model) if self.reader == "in_place" else read_unshared(self.model)
         ):
             logits_NTV = self.model(
                 input_ids=ids_NT.to(device),

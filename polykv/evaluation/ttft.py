@@ -40,13 +40,13 @@ WARMUP = 2
 class Route:
     """How the context reaches the receiver: as text (store `text`), or as a card in memory or in a file.
 
-    The receiver decodes a card into a cache of its own (reader `inject`) or attends to it in place (`cascade`).
+    The receiver decodes a card into a cache of its own (reader `dequantize`) or attends to it in place (`in_place`).
     `backend` (polykv/kernels) encodes, decodes and attends.
     """
 
     policy: Policy
     transport: str = "memory"
-    reader: str = "inject"
+    reader: str = "dequantize"
     backend: str = "auto"
 
 
@@ -162,7 +162,7 @@ def _run(
             clock.lap("transfer")
             card = CacheCard.from_bytes(content, model, tokenizer, key, path.backend)
             clock.lap("verify")
-        if path.reader == "cascade":
+        if path.reader == "in_place":
             received = card.reader()
         else:
             layers = card.decode()
@@ -170,7 +170,7 @@ def _run(
             received = DynamicCache(layers)
         clock.lap("inject")
         feed = turn_T
-    with attend_in_place(model) if path.reader == "cascade" else nullcontext():
+    with attend_in_place(model) if path.reader == "in_place" else nullcontext():
         ids_BT = feed[None].to(model.device)
         out = model(input_ids=ids_BT, past_key_values=received, logits_to_keep=1)
         int(out.logits[0, -1].argmax())

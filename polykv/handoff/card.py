@@ -221,7 +221,7 @@ class CacheCard:
         ]
         return list(zip(*sides, strict=True))
 
-    def inject(self) -> DynamicCache:
+    def dequantize(self) -> DynamicCache:
         """A transformers cache, ready to continue."""
         return DynamicCache(self.decode())
 

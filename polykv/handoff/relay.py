@@ -77,7 +77,7 @@ class Handoff:
         self.card = CacheCard.from_bytes(
             content, self.model, self.tokenizer, self.key, self.backend
         )
-        return self.card.inject()
+        return self.card.dequantize()
 
 
 def play(task: Task, handoff: Handoff) -> list[Turn]:

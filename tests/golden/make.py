@@ -51,12 +51,12 @@ def of_recipe(model: Any, recipe: Any, documents: list[torch.Tensor], full: list
             iter(layers), recipe, n_layers=len(layers), backend="torch"
         )
         rest_BT = ids_BT[:, PREFIX:]
-        one = compare(full_TV, score_rest(model, pool.inject(), rest_BT), rest_BT)
+        one = compare(full_TV, score_rest(model, pool.dequantize(), rest_BT), rest_BT)
         found["kl"].append(float(one.kl.mean()))
         found["delta"].append(100 * math.expm1(float((one.nll - one.nll_full).mean())))
         found["stored_bytes"].append(pool.stored_bytes)
         if "greedy" not in found:
-            found["greedy"] = greedy(model, pool.inject(), int(rest_BT[0, 0]))
+            found["greedy"] = greedy(model, pool.dequantize(), int(rest_BT[0, 0]))
     return found
 
 

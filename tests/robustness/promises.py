@@ -107,7 +107,7 @@ def check_card(content: bytes, model: PreTrainedModel) -> str | None:
         assert side.shape == shape, "another model's cache"
         assert side.isfinite().all(), "not finite"
     if layers[0][0].dtype == model.dtype and card.n_tokens < MAX_TOKENS:
-        model(input_ids=card.ids_T[None, -1:], past_key_values=card.inject())
+        model(input_ids=card.ids_T[None, -1:], past_key_values=card.dequantize())
     again = CacheCard.from_bytes(card.to_bytes(), model, None)
     assert again.about == card.about, "saved again, it says something else"
     try:

@@ -74,8 +74,8 @@ def test_threads_that_read_pools_and_the_model(round_, reference):
     def ask(pool, reader, question):
         return pool.ask(model, tokenizer, [question, "Who?"], NEW_TOKENS, reader)
 
-    ways = [partial(ask, pools[0], "inject"), partial(ask, pools[0], "cascade")]
-    ways += [partial(ask, pools[1], "cascade"), plain]
+    ways = [partial(ask, pools[0], "dequantize"), partial(ask, pools[0], "in_place")]
+    ways += [partial(ask, pools[1], "in_place"), plain]
     work = [(way, question) for question in QUESTIONS for way in ways]
     assert at_once(work) == in_turn(work)
     for pool, layer in zip(pools, before, strict=True):
@@ -92,7 +92,7 @@ def test_threads_that_read_a_model_of_eager_attention(round_):
     def ask(reader, question):
         return pool.ask(model, tokenizer, [question], NEW_TOKENS, reader)
 
-    work = [(partial(ask, reader), q) for q in QUESTIONS for reader in ("inject", "cascade")]
+    work = [(partial(ask, reader), q) for q in QUESTIONS for reader in ("dequantize", "in_place")]
     for got, want in zip(at_once(work), in_turn(work), strict=True):
         assert isinstance(got, PolyKVError) or got == want
     assert model.config._attn_implementation == "eager"
@@ -120,7 +120,7 @@ def make_pools(times):
     layers = list(synthetic_layers(geometry, 1000, model.dtype, torch.device("cpu")))
     for number in range(times):
         pool = SharedKVPool.from_layers(layers, recipe)
-        pool.inject()
+        pool.dequantize()
         cache = pool.reader(2)
         if number % 10 == 0:
             for _ in decode(model, [cache], pool.n_tokens, 2, 1):
@@ -134,7 +134,7 @@ def make_cards(times):
     cache = prefill(model, ids_BT)
     for _ in range(times):
         card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "uniform", 4.5)
-        polykv.CacheCard.from_bytes(card.to_bytes(), model, tokenizer).inject()
+        polykv.CacheCard.from_bytes(card.to_bytes(), model, tokenizer).dequantize()
 
 
 def grown(make, times) -> int:
