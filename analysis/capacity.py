@@ -224,8 +224,8 @@ def _caption(rows: pd.DataFrame) -> str:
     return (
         "Computed, not measured: how many agents of one document fit, how many documents with their agents, and the "
         "decode step, which gives every agent a token, by data sheet. unshared: a full cache each; dequantize: those "
-        "and the pool; in_place: one pool that all attend to, under its recipe (full: not compressed). Sharing pays where "
-        "it takes so many times less than unshared caches as the inputs say, whether so many fit or not. "
+        "and the pool; in_place: one pool that all attend to, under its recipe (full: not compressed). Sharing "
+        "pays where it takes so many times less than unshared caches as the inputs say, whether so many fit or not. "
         f"{'; '.join(said)}. {ASSUMED} {CHECKED if (rows['source'] == 'measured').any() else ''}"
         f"Commit {listed(rows['commit'])}; {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}."
     )

@@ -6,9 +6,9 @@
 
 Exact architectures with random weights; the prefix's keys and values are Gaussian, for neither bytes nor time
 depend on what they say. Readers: `unshared` and `dequantize` as transformers runs them (a DynamicCache of 16-bit
-copies, sdpa), `in_place` on the compressed copy. All agents are one batch and their queries one length: then sdpa needs no mask
-and shares kv heads without copying them, which is its faster way on a GPU. Memory is max_memory_allocated while all
-agents decode, above the weights.
+copies, sdpa), `in_place` on the compressed copy. All agents are one batch and their queries one length: then sdpa
+needs no mask and shares kv heads without copying them, which is its faster way on a GPU. Memory is
+max_memory_allocated while all agents decode, above the weights.
 """
 
 import gc
