@@ -156,7 +156,7 @@ class _Use:
 
     own: str  # the attention that it was loaded with
     in_place: list[int] = field(default_factory=list)
-    private: int = 0
+    unshared: int = 0
 
 
 _lock = Lock()
