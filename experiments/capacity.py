@@ -17,10 +17,11 @@ from experiments.study import Study
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import capacity as formulas
-from polykv.evaluation.capacity import Architecture, Crowd, paying
+from polykv.evaluation.capacity import Architecture, DecodeWorkload, gain_range
 from polykv.evaluation.concurrency import READERS
 from polykv.evaluation.hardware import Hardware, Replica, check_number
 from polykv.evaluation.memory import GB
+from polykv.models import load_config
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
@@ -53,9 +54,9 @@ PARTS = ("linear", "prefix", "suffix")
 COMPUTED, INPUT = {"source": "computed"}, {"source": "input"}
 # What sharing may divide: seconds of a step, bytes of a replica.
 COSTS = {
-    "time": lambda crowd, reader, agents: crowd.step(reader, agents).seconds,
-    "memory": lambda crowd, reader, agents: (
-        crowd.model.weights_bytes + crowd.cache_bytes(reader, crowd.on_replica(agents))
+    "time": lambda workload, reader, agents: workload.step(reader, agents).seconds,
+    "memory": lambda workload, reader, agents: (
+        workload.model.weights_bytes + workload.cache_bytes(reader, workload.on_replica(agents))
     ),
 }
 
@@ -107,14 +108,14 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     replica, recipe = _replica(cfg, model), Recipe.from_config(cfg.recipe)
     _add_inputs(rows, cfg, model)
     for n_suffix in cfg.suffix_tokens:
-        crowd = Crowd.of(model, replica, recipe, cfg.context - n_suffix, n_suffix)
+        workload = DecodeWorkload.of(model, replica, recipe, cfg.context - n_suffix, n_suffix)
         for reader in cfg.readers:
             about = COMPUTED | {"reader": reader, "suffix_tokens": n_suffix}
-            _add_capacity(rows, cfg, crowd, about)
-            _add_speed(rows, cfg, crowd, about)
+            _add_capacity(rows, cfg, workload, about)
+            _add_speed(rows, cfg, workload, about)
             if reader != "unshared":
-                _add_paying(rows, cfg, crowd, about)
-                _add_least_shared(rows, cfg, crowd, recipe, about)
+                _add_paying(rows, cfg, workload, about)
+                _add_least_shared(rows, cfg, workload, recipe, about)
     capacity_measured.add_rows(rows, cfg, model, replica)
     return rows
 
@@ -122,7 +123,9 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 def _architecture(cfg: DictConfig, session: Session) -> Architecture:
     """The model's, kept for cells that differ in hardware or recipe."""
     needs = settings.plain(cfg.model)
-    return session.kept("the architecture", needs, lambda: Architecture.of(cfg.model))
+    return session.kept(
+        "the architecture", needs, lambda: Architecture.of(load_config(cfg.model), cfg.model.dtype)
+    )
 
 
 def _replica(cfg: DictConfig, model: Architecture) -> Replica:
@@ -153,51 +156,57 @@ def _source(cfg: DictConfig, name: str) -> str:
     return str(sheet.get("sources", {}).get(name, f"conf/hardware/{cfg.hardware.name}.yaml"))
 
 
-def _add_capacity(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+def _add_capacity(
+    rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
+) -> None:
     """max_agents of one document, and max_documents of `n_agents` agents each; 0 has its reason."""
     reader, n = about["reader"], cfg.n_agents
-    agents, documents = crowd.max_agents(reader), crowd.max_documents(reader, n)
-    none_fits = None if agents else _too_much(crowd, reader, 1)
+    agents, documents = workload.max_agents(reader), workload.max_documents(reader, n)
+    none_fits = None if agents else _too_much(workload, reader, 1)
     rows.add("max_agents", agents, "agents", **about, note=none_fits)
-    none_fits = None if documents else _too_much(crowd, reader, n)
+    none_fits = None if documents else _too_much(workload, reader, n)
     rows.add("max_documents", documents, "documents", **about, n_agents=n, note=none_fits)
 
 
-def _too_much(crowd: Crowd, reader: str, n_agents: int) -> str:
+def _too_much(workload: DecodeWorkload, reader: str, n_agents: int) -> str:
     """Why that many do not fit on a replica: the weights alone, or the caches beside them."""
-    weights, need = crowd.model.weights_bytes / GB, crowd.cache_bytes(reader, n_agents) / GB
-    usable = (
-        f"of {crowd.replica.usable_bytes / GB:.1f} GB usable on {crowd.replica.split} device(s)"
-    )
-    if crowd.room <= 0:
+    weights, need = workload.model.weights_bytes / GB, workload.cache_bytes(reader, n_agents) / GB
+    usable = f"of {workload.replica.usable_bytes / GB:.1f} GB usable on {workload.replica.split} device(s)"
+    if workload.room <= 0:
         return f"does not fit: weights alone need {weights:.1f} GB {usable}"
     return f"does not fit: {n_agents} agent(s) need {need:.2f} GB beside {weights:.1f} GB of weights, {usable}"
 
 
-def _add_speed(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+def _add_speed(
+    rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
+) -> None:
     """step_time by part at the agents asked for, and at all that fit."""
     reader = about["reader"]
-    most = crowd.max_agents(reader)
+    most = workload.max_agents(reader)
     for n_agents in sorted({*cfg.agents, cfg.n_agents, most} - {0}):
         if n_agents > most:
-            why = _too_much(crowd, reader, crowd.on_replica(n_agents))
+            why = _too_much(workload, reader, workload.on_replica(n_agents))
             rows.add("step_time", None, "ms", why=why, **about, n_agents=n_agents)
             continue
-        step = crowd.step(reader, n_agents)
+        step = workload.step(reader, n_agents)
         for part in PARTS:
             seconds = float(getattr(step, part))
             rows.add("step_time", 1e3 * seconds, "ms", part=part, **about, n_agents=n_agents)
 
 
-def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]) -> None:
+def _add_paying(
+    rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
+) -> None:
     """From how many agents on sharing divides the time of a step, and the memory with weights, by `gain`.
 
     And until how many, where it stops; and by what it divides them at best.
     """
     agents = np.arange(1, MOST_AGENTS + 1)
     for what, cost in COSTS.items():
-        unshared, shared = (cost(crowd, reader, agents) for reader in ("unshared", about["reader"]))
-        first, last = paying(cfg.gain, unshared, shared)
+        unshared, shared = (
+            cost(workload, reader, agents) for reader in ("unshared", about["reader"])
+        )
+        first, last = gain_range(cfg.gain, unshared, shared)
         never = f"never up to {MOST_AGENTS:,} agents"
         rows.add(f"{what}_pays_agents", first, "agents", why=never, **about)
         if last:
@@ -206,21 +215,23 @@ def _add_paying(rows: Rows, cfg: DictConfig, crowd: Crowd, about: dict[str, Any]
 
 
 def _add_least_shared(
-    rows: Rows, cfg: DictConfig, crowd: Crowd, recipe: Recipe, about: dict[str, Any]
+    rows: Rows, cfg: DictConfig, workload: DecodeWorkload, recipe: Recipe, about: dict[str, Any]
 ) -> None:
     """The fewest shared tokens at which a step of `n_agents` takes `gain` times less; the gain grows with them."""
 
     def pays(n_tokens: int) -> bool:
-        shorter = Crowd.of(crowd.model, crowd.replica, recipe, n_tokens, crowd.n_suffix)
+        shorter = DecodeWorkload.of(
+            workload.model, workload.replica, recipe, n_tokens, workload.n_suffix
+        )
         unshared, shared = (
             shorter.step(reader, cfg.n_agents).seconds for reader in ("unshared", about["reader"])
         )
         return bool(unshared >= cfg.gain * shared)
 
-    lengths = range(1, crowd.n_prefix + 1)
+    lengths = range(1, workload.n_prefix + 1)
     place = bisect_left(lengths, True, key=pays)
     found = lengths[place] if place < len(lengths) else None
-    never = f"never up to {crowd.n_prefix:,} tokens"
+    never = f"never up to {workload.n_prefix:,} tokens"
     rows.add("time_pays_tokens", found, "tokens", why=never, **about, n_agents=cfg.n_agents)
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from experiments import settings
 from polykv.errors import PolyKVError
-from polykv.evaluation.capacity import TOLERANCE, WORKSPACE, Architecture, Crowd
+from polykv.evaluation.capacity import TOLERANCE, WORKSPACE, Architecture, DecodeWorkload
 from polykv.evaluation.hardware import Replica
 from polykv.evaluation.memory import GB
 from polykv.recipe import Recipe
@@ -61,25 +61,25 @@ def add_rows(rows: Rows, cfg: DictConfig, model: Architecture, replica: Replica)
         one = newest.iloc[0]
         as_measured = replace(model, dtype=one["dtype"])
         n_prefix, n_suffix = int(one["n_tokens"]), int(one["context_tokens"] - one["n_tokens"])
-        crowd = Crowd.of(as_measured, replica, recipe, n_prefix, n_suffix)
+        workload = DecodeWorkload.of(as_measured, replica, recipe, n_prefix, n_suffix)
         for row in newest.to_dict("records"):
             quote = _about(row) | {"source": "measured"}
             quote["note"] = f"measured at commit {row['commit']} on {row['created_at']}"
             if row["metric"] == "kv_memory":
                 rows.add("kv_memory", row["value"], "GB", **quote)
-                _add_computed(rows, row, crowd)
+                _add_computed(rows, row, workload)
             elif row["metric"] == "step_time":
                 rows.add("step_time", row["value"], "ms", sample=int(row["sample"]), n=1, **quote)
         if (newest["metric"] == "step_time").any():
-            read = sum(crowd.read_bytes(one["reader"], int(one["n_agents"])))
+            read = sum(workload.read_bytes(one["reader"], int(one["n_agents"])))
             about = _about(one.to_dict()) | {"accounting": None, "source": "computed"}
             rows.add("step_read", read / GB, "GB", **about)
 
 
-def _add_computed(rows: Rows, row: dict[str, Any], crowd: Crowd) -> None:
+def _add_computed(rows: Rows, row: dict[str, Any], workload: DecodeWorkload) -> None:
     """Bytes by the formula, and by how much more may be measured: stored ones have to agree."""
     stored = row["accounting"] == "stored"
-    compute = crowd.prefix_bytes if stored else crowd.cache_bytes
+    compute = workload.prefix_bytes if stored else workload.cache_bytes
     allowed = 0 if stored else round(TOLERANCE * round(row["value"] * GB)) + WORKSPACE
     about = _about(row) | {"source": "computed"}
     rows.add("kv_memory", compute(row["reader"], int(row["n_agents"])) / GB, "GB", **about)

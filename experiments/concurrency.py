@@ -27,7 +27,9 @@ from polykv.evaluation.concurrency import (
 )
 from polykv.evaluation.memory import GB, check_fits, resident_bytes
 from polykv.evaluation.process import KEPT
+from polykv.models import ModelSource
 from polykv.progress import phase
+from polykv.recipe import Recipe
 from polykv.results import Rows
 
 # accounting: stored (the tensors kept of the prefix) or resident (peak above the loaded model); n_tokens: of the
@@ -87,7 +89,10 @@ def prefix_tokens(cfg: DictConfig) -> int:
 def run(cfg: DictConfig, session: Session) -> Rows:
     """Memory of every reader in GB, and its decode steps in ms; one that does not fit has its reason in its rows."""
     n_tokens = prefix_tokens(cfg)
-    about = {"n_tokens": n_tokens, "synthetic": not is_prefilled(cfg.model, n_tokens)}
+    about = {
+        "n_tokens": n_tokens,
+        "synthetic": not is_prefilled(ModelSource.of(cfg.model), n_tokens),
+    }
     about |= {"quantization": loading.quantized(cfg.model), "document": None}
     rows = settings.new_rows(cfg, COLUMNS, **about)
     for reader, (resident, steps) in _measured(cfg).items():
@@ -126,20 +131,22 @@ def _attempt(measure: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _check_fits(cfg: DictConfig, reader: str) -> None:
-    check_fits(cfg.model, cfg.recipe, reader, prefix_tokens(cfg), cfg.n_agents, cfg.device)
+    source = ModelSource.of(cfg.model)
+    check_fits(source, reader, prefix_tokens(cfg), cfg.n_agents, cfg.device)
 
 
 def _resident(cfg: DictConfig, reader: str) -> int:
-    crowd = (prefix_tokens(cfg), cfg.n_agents, cfg.device, cfg.backend)
+    sizes = (prefix_tokens(cfg), cfg.n_agents, cfg.device, cfg.backend)
     phase(f"memory of reader {reader}")
-    return resident_bytes(cfg.model, cfg.recipe, reader, *crowd, n_steps=cfg.max_new_tokens)
+    source, recipe = ModelSource.of(cfg.model), Recipe.from_config(cfg.recipe)
+    return resident_bytes(source, recipe, reader, *sizes, n_steps=cfg.max_new_tokens)
 
 
 def _steps(cfg: DictConfig, readers: list[str]) -> dict[str, Steps]:
     phase("timing decode steps")
     return step_times(
-        cfg.model,
-        cfg.recipe,
+        ModelSource.of(cfg.model),
+        Recipe.from_config(cfg.recipe),
         readers,
         n_tokens=prefix_tokens(cfg),
         n_agents=cfg.n_agents,

@@ -16,7 +16,7 @@ from polykv.evaluation.memory import GB, paper_bytes, resident_bytes
 from polykv.evaluation.readings import Reading
 from polykv.evaluation.statistics import MIN_DOCUMENTS, blocks
 from polykv.geometry import Geometry
-from polykv.models import load_config
+from polykv.models import ModelSource, load_config
 from polykv.pool import SharedKVPool
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
@@ -63,11 +63,12 @@ def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool 
         rows.add("kv_memory", n_bytes / GB, "GB", accounting=accounting, **about)
     if not cfg.resident:
         return
-    crowd = (pool.n_tokens, cfg.n_agents, cfg.device, cfg.backend)
+    sizes = (pool.n_tokens, cfg.n_agents, cfg.device, cfg.backend)
     phase("measuring resident memory")
     peak, why = None, ""
     try:
-        peak = resident_bytes(cfg.model, cfg.recipe, reader, *crowd) / GB
+        source, recipe = ModelSource.of(cfg.model), Recipe.from_config(cfg.recipe)
+        peak = resident_bytes(source, recipe, reader, *sizes) / GB
     except PolyKVError as error:
         why = str(error)
     rows.add("kv_memory", peak, "GB", why=why, accounting="resident", **about)

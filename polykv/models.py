@@ -1,7 +1,9 @@
 """Models: from the hub, a folder, a GGUF file, the embedded reference model, or random weights of an architecture."""
 
+import json
 import warnings
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,52 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
     if cfg.weights != "random":  # for which no text means anything
         checkpoint.check_rows(model, tokenizer, cfg.name)
     return model.eval().requires_grad_(False), tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not loaded yet: hashable, and picklable for a process that loads it itself.
+
+    `settings`: a settled model config (`settle`), as JSON.
+    """
+
+    settings: str
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "ModelSource":
+        """The source that a model config describes."""
+        return cls(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+
+    @property
+    def _cfg(self) -> DictConfig:
+        return OmegaConf.create(json.loads(self.settings))
+
+    @property
+    def name(self) -> str:
+        return self._cfg.name
+
+    @property
+    def dtype(self) -> str:
+        return self._cfg.dtype
+
+    def config(self) -> PretrainedConfig:
+        """The architecture; raises as `load_config`."""
+        return load_config(self._cfg)
+
+    def load(self, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+        """Model and tokenizer; raises as `load_weights`."""
+        return load_weights(self._cfg, device)
+
+    def n_parameters(self) -> int:
+        """Counted on the meta device, once per process."""
+        return _n_parameters(self)
+
+
+@lru_cache(maxsize=8)
+def _n_parameters(source: ModelSource) -> int:
+    with torch.device("meta"):
+        config = source.config()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def check_folder(cfg: DictConfig) -> None:

@@ -23,10 +23,11 @@ from polykv.archive import pack
 from polykv.cellfile import COLUMNS
 from polykv.config import available, load_group
 from polykv.errors import PolyKVError
-from polykv.evaluation.capacity import Architecture, Crowd, paying, pool_bytes
+from polykv.evaluation.capacity import Architecture, DecodeWorkload, gain_range, pool_bytes
 from polykv.evaluation.concurrency import QUERY_TOKENS, READERS, caches_of, kept_bytes
 from polykv.evaluation.hardware import Hardware, Replica
 from polykv.geometry import Geometry
+from polykv.models import load_config
 from polykv.recipe import load_recipe
 from polykv.results import Rows, Store
 
@@ -41,7 +42,7 @@ MODEL = Architecture(
 # 2 MB of weights beside 10 MB; 1 MB/s, and operations that never bind.
 REPLICA = Replica(split=1, count=1, usable_bytes=12_000_000, bandwidth=1e6, flops=1e30)
 # A pool of 512,000 bytes for 1,000 tokens (2,048,000 bytes in full), and 100 tokens an agent.
-CROWD = Crowd(MODEL, REPLICA, pool_bytes=512_000, n_prefix=1000, n_suffix=100)
+WORKLOAD = DecodeWorkload(MODEL, REPLICA, pool_bytes=512_000, n_prefix=1000, n_suffix=100)
 SMALL = ("model=reference", "context=1024", "suffix_tokens=[64]", "agents=[1,4]")
 
 
@@ -66,23 +67,27 @@ def only(rows, metric, **columns):
     return found
 
 
+def architecture(name):
+    cfg = load_group("model", name)
+    return Architecture.of(load_config(cfg), cfg.dtype)
+
+
 def test_llama_3_1_8b_has_the_sizes_that_everybody_knows():
-    model = Architecture.of(load_group("model", "llama-3.1-8b"))
+    model = architecture("llama-3.1-8b")
     assert model.n_parameters == 8_030_261_248
     assert model.weights_bytes == 16_060_522_496
     assert model.n_multiplied == 8_030_261_248 - 128_256 * 4096  # all but the table of embeddings
     assert model.token_bytes == 131_072
     assert round(32_768 * model.token_bytes / 1e9, 2) == 4.29
     assert 131_072 * model.token_bytes == 16 * 2**30
-    tied = Architecture.of(load_group("model", "qwen2.5-0.5b"))
+    tied = architecture("qwen2.5-0.5b")
     assert tied.n_parameters == tied.n_multiplied == 494_032_768
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_those_of_the_model(tied):
     model = tiny_model("llama", tie_word_embeddings=tied)
-    cfg = OmegaConf.create({"name": "tiny", "dtype": "float32", "geometry": model.config.to_dict()})
-    found = Architecture.of(cfg)
+    found = Architecture.of(model.config, "float32")
     assert found.weights_bytes == sum(p.nbytes for p in model.parameters())
     assert found.n_parameters - found.n_multiplied == (0 if tied else 300 * 32)
     assert found.attention_flops == 4 * 4 * 8 * 4  # heads, head_dim, layers
@@ -103,21 +108,20 @@ def test_pool_bytes_are_those_of_a_real_pool(name, n_tokens):
 def test_prefix_bytes_are_those_of_the_caches_that_agents_hold(llama, tokenizer, reader):
     recipe, n_agents = load_recipe("polykv"), 3
     pool = polykv.SharedKVPool.from_text(llama, tokenizer, TEXT[:200], recipe)
-    cfg = OmegaConf.create({"name": "tiny", "dtype": "float32", "geometry": llama.config.to_dict()})
-    model = Architecture.of(cfg)
-    crowd = Crowd.of(model, REPLICA, recipe, pool.n_tokens, 1)
-    assert crowd.pool_bytes == pool.stored_bytes
+    model = Architecture.of(llama.config, "float32")
+    workload = DecodeWorkload.of(model, REPLICA, recipe, pool.n_tokens, 1)
+    assert workload.pool_bytes == pool.stored_bytes
     layers = [pool.decode_layer(index) for index in range(pool.n_layers)]
     used = None if reader == "unshared" else pool
     caches = caches_of(reader, layers, used, n_agents, together=True)
-    assert crowd.prefix_bytes(reader, n_agents) == kept_bytes(used, caches)
+    assert workload.prefix_bytes(reader, n_agents) == kept_bytes(used, caches)
 
 
 def test_the_same_bytes_as_polykv_ratio():
     overrides = ("model=smollm2-135m", "weights=random", "context=200", "recipe=polykv")
     found = pd.DataFrame(made_by("experiment=polykv_ratio", *overrides))
     stored = only(found, "compression_ratio", accounting="stored")
-    model, n_tokens = Architecture.of(load_group("model", "smollm2-135m")), int(stored["n_tokens"])
+    model, n_tokens = architecture("smollm2-135m"), int(stored["n_tokens"])
     fp16 = 2 * n_tokens * model.geometry.values_per_token
     assert pool_bytes(load_recipe("polykv"), model, n_tokens) == pytest.approx(
         fp16 / stored["value"]
@@ -127,36 +131,36 @@ def test_the_same_bytes_as_polykv_ratio():
 def test_memory_by_hand():
     grown = 1100 * 2048 * 9 // 8  # one of eight tensors is there twice
     assert MODEL.grown_bytes(1100) == grown == 2_534_400
-    assert CROWD.cache_bytes("unshared", 3) == 3 * grown
-    assert CROWD.cache_bytes("dequantize", 3) == 3 * grown + 512_000
-    assert CROWD.cache_bytes("in_place", 3) == 3 * 230_400 + 512_000
-    assert [CROWD.max_agents(reader) for reader in READERS] == [3, 3, 41]
-    assert [CROWD.max_documents(reader, 3) for reader in READERS] == [1, 1, 8]
-    nodes = replace(CROWD, replica=replace(REPLICA, count=4))
+    assert WORKLOAD.cache_bytes("unshared", 3) == 3 * grown
+    assert WORKLOAD.cache_bytes("dequantize", 3) == 3 * grown + 512_000
+    assert WORKLOAD.cache_bytes("in_place", 3) == 3 * 230_400 + 512_000
+    assert [WORKLOAD.max_agents(reader) for reader in READERS] == [3, 3, 41]
+    assert [WORKLOAD.max_documents(reader, 3) for reader in READERS] == [1, 1, 8]
+    nodes = replace(WORKLOAD, replica=replace(REPLICA, count=4))
     assert [nodes.max_agents(reader) for reader in READERS] == [12, 12, 164]
 
 
 def test_time_by_hand():
-    step = CROWD.step("unshared", 3)
+    step = WORKLOAD.step("unshared", 3)
     assert (step.linear, step.prefix, step.suffix) == pytest.approx((1.8, 6.144, 0.6144))
-    assert CROWD.step("dequantize", 3) == step
-    step = CROWD.step("in_place", 3)
+    assert WORKLOAD.step("dequantize", 3) == step
+    step = WORKLOAD.step("in_place", 3)
     assert (step.linear, step.prefix, step.suffix) == pytest.approx((1.8, 0.512, 0.6144))
     assert step.seconds == pytest.approx(2.9264)
     # Four copies with an agent each, and one with none: no slower than one agent.
-    apart = replace(CROWD, replica=replace(REPLICA, count=4))
-    assert apart.step("unshared", 3) == CROWD.step("unshared", 1)
-    assert apart.step("unshared", 5) == CROWD.step("unshared", 2)
+    apart = replace(WORKLOAD, replica=replace(REPLICA, count=4))
+    assert apart.step("unshared", 3) == WORKLOAD.step("unshared", 1)
+    assert apart.step("unshared", 5) == WORKLOAD.step("unshared", 2)
 
 
 def test_operations_bind_where_they_take_longer():
-    slow = replace(CROWD, replica=replace(REPLICA, flops=1e6))
+    slow = replace(WORKLOAD, replica=replace(REPLICA, flops=1e6))
     step = slow.step("in_place", 3)
     assert step.linear == pytest.approx(3 * 2 * 0.9)
     assert step.prefix == pytest.approx(3 * 8192 * 1000 / 1e6)
     assert step.suffix == pytest.approx(3 * 8192 * 100 / 1e6)
     # One pool is read once, but multiplied with once an agent.
-    middle = replace(CROWD, replica=replace(REPLICA, flops=8.192e6 / 0.1))
+    middle = replace(WORKLOAD, replica=replace(REPLICA, flops=8.192e6 / 0.1))
     assert [middle.step("in_place", n).prefix for n in (1, 5)] == pytest.approx([0.512, 0.512])
     assert middle.step("in_place", 10).prefix == pytest.approx(1.0)
 
@@ -165,29 +169,29 @@ def test_break_even_by_hand():
     # 2.0 + 1.0 N against 3.5 + 0.5 N: 1.0 times less from N = 3, 1.5 times from N = 13 (15.0 to 10.0).
     agents = np.arange(1, 101)
     unshared, shared = 2.0 + 1.0 * agents, 3.5 + 0.5 * agents
-    assert paying(1.0, unshared, shared) == (3, None)
-    assert paying(1.5, unshared, shared) == (13, None)
-    assert paying(2.0, unshared, shared) == (None, None)  # half of what grows, but never all
-    assert paying(1.0, shared, unshared) == (1, 3)  # where it stops
+    assert gain_range(1.0, unshared, shared) == (3, None)
+    assert gain_range(1.5, unshared, shared) == (13, None)
+    assert gain_range(2.0, unshared, shared) == (None, None)  # half of what grows, but never all
+    assert gain_range(1.0, shared, unshared) == (1, 3)  # where it stops
 
 
-def test_break_even_of_a_crowd_by_hand():
+def test_break_even_of_a_workload_by_hand():
     agents = np.arange(1, 1001)
     # (1.8 + 2.2528 N) / (1.8 + 0.512 + 0.2048 N) is 4 from N = 5.19 on.
-    times = (CROWD.step(reader, agents).seconds for reader in ("unshared", "in_place"))
-    assert paying(4.0, *times) == (6, None)
+    times = (WORKLOAD.step(reader, agents).seconds for reader in ("unshared", "in_place"))
+    assert gain_range(4.0, *times) == (6, None)
     # (2,000,000 + 2,534,400 N) / (2,512,000 + 230,400 N) is 4 from N = 4.99 on.
-    held = (2_000_000 + CROWD.cache_bytes(reader, agents) for reader in ("unshared", "in_place"))
-    assert paying(4.0, *held) == (5, None)
+    held = (2_000_000 + WORKLOAD.cache_bytes(reader, agents) for reader in ("unshared", "in_place"))
+    assert gain_range(4.0, *held) == (5, None)
     for cost in (
-        lambda reader: CROWD.step(reader, agents).seconds,
-        lambda reader: CROWD.cache_bytes(reader, agents),
+        lambda reader: WORKLOAD.step(reader, agents).seconds,
+        lambda reader: WORKLOAD.cache_bytes(reader, agents),
     ):
-        assert paying(1.001, cost("unshared"), cost("dequantize")) == (None, None)
+        assert gain_range(1.001, cost("unshared"), cost("dequantize")) == (None, None)
 
 
-crowds = st.builds(
-    lambda memory, pool, prefix, suffix, count, flops: Crowd(
+workloads = st.builds(
+    lambda memory, pool, prefix, suffix, count, flops: DecodeWorkload(
         MODEL,
         Replica(1, count, memory, bandwidth=1e6, flops=flops),
         min(pool, prefix * MODEL.token_bytes),
@@ -203,41 +207,43 @@ crowds = st.builds(
 )
 
 
-@given(crowd=crowds, more=st.integers(0, 10**8), n=st.integers(1, 50))
-def test_more_memory_never_holds_fewer(crowd, more, n):
+@given(workload=workloads, more=st.integers(0, 10**8), n=st.integers(1, 50))
+def test_more_memory_never_holds_fewer(workload, more, n):
     larger = replace(
-        crowd, replica=replace(crowd.replica, usable_bytes=crowd.replica.usable_bytes + more)
+        workload,
+        replica=replace(workload.replica, usable_bytes=workload.replica.usable_bytes + more),
     )
     for reader in READERS:
-        assert larger.max_agents(reader) >= crowd.max_agents(reader)
-        assert larger.max_documents(reader, n) >= crowd.max_documents(reader, n)
+        assert larger.max_agents(reader) >= workload.max_agents(reader)
+        assert larger.max_documents(reader, n) >= workload.max_documents(reader, n)
 
 
-@given(crowd=crowds, n=st.integers(1, 200))
-def test_what_fits_fits_and_one_more_does_not(crowd, n):
-    count, usable = crowd.replica.count, crowd.replica.usable_bytes
+@given(workload=workloads, n=st.integers(1, 200))
+def test_what_fits_fits_and_one_more_does_not(workload, n):
+    count, usable = workload.replica.count, workload.replica.usable_bytes
     for reader in READERS:
         held = [
-            MODEL.weights_bytes + crowd.cache_bytes(reader, crowd.max_agents(reader) // count + one)
+            MODEL.weights_bytes
+            + workload.cache_bytes(reader, workload.max_agents(reader) // count + one)
             for one in (0, 1)
         ]
-        assert held[1] > usable and (held[0] <= usable or crowd.max_agents(reader) == 0)
-        documents = crowd.max_documents(reader, n) // count
-        assert documents == 0 or documents * crowd.cache_bytes(reader, n) <= crowd.room
-        assert (documents + 1) * crowd.cache_bytes(reader, n) > crowd.room
+        assert held[1] > usable and (held[0] <= usable or workload.max_agents(reader) == 0)
+        documents = workload.max_documents(reader, n) // count
+        assert documents == 0 or documents * workload.cache_bytes(reader, n) <= workload.room
+        assert (documents + 1) * workload.cache_bytes(reader, n) > workload.room
 
 
-@given(crowd=crowds, n=st.integers(1, 200))
-def test_readers_keep_their_order(crowd, n):
-    unshared, dequantize, in_place = (crowd.max_agents(reader) for reader in READERS)
+@given(workload=workloads, n=st.integers(1, 200))
+def test_readers_keep_their_order(workload, n):
+    unshared, dequantize, in_place = (workload.max_agents(reader) for reader in READERS)
     assert in_place >= dequantize and unshared >= dequantize
-    unshared, dequantize, in_place = (crowd.max_documents(reader, n) for reader in READERS)
+    unshared, dequantize, in_place = (workload.max_documents(reader, n) for reader in READERS)
     assert in_place >= dequantize and unshared >= dequantize
-    steps = {reader: crowd.step(reader, n) for reader in READERS}
+    steps = {reader: workload.step(reader, n) for reader in READERS}
     assert steps["in_place"].seconds <= steps["dequantize"].seconds == steps["unshared"].seconds
     assert steps["in_place"].linear == steps["unshared"].linear
     for reader, step in steps.items():
-        assert step.seconds <= crowd.step(reader, n + 1).seconds
+        assert step.seconds <= workload.step(reader, n + 1).seconds
 
 
 @pytest.mark.parametrize("name", available("hardware"))
@@ -280,13 +286,13 @@ def test_rows_agree_with_the_formulas_and_say_what_is_computed(rows):
     missing = rows[rows["value"].isna()]
     assert missing["note"].str.match("never|does not fit").all()
     _, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
-    crowd = crowd_of(settled, 1024 - 64)
+    workload = workload_of(settled, 1024 - 64)
     for reader in READERS:
         most = only(rows, "max_agents", reader=reader)["value"]
-        assert most == crowd.max_agents(reader)
+        assert most == workload.max_agents(reader)
         for n_agents in (1, 4, 10, most):
             parts = of(rows, "step_time", reader=reader, n_agents=n_agents)
-            step = crowd.step(reader, int(n_agents))
+            step = workload.step(reader, int(n_agents))
             assert parts["value"].sum() == pytest.approx(1e3 * step.seconds)
             assert set(parts["part"]) == {"linear", "prefix", "suffix"}
     for metric in ("time_pays_agents", "memory_pays_agents", "time_pays_tokens"):
@@ -294,11 +300,12 @@ def test_rows_agree_with_the_formulas_and_say_what_is_computed(rows):
         assert only(rows, metric, reader="in_place")["value"] >= 1
 
 
-def crowd_of(settled, n_prefix):
-    model, hardware = Architecture.of(settled.model), Hardware.from_config(settled.hardware)
+def workload_of(settled, n_prefix):
+    hardware = Hardware.from_config(settled.hardware)
+    model = Architecture.of(load_config(settled.model), settled.model.dtype)
     fractions = (settled.bandwidth_fraction, settled.flops_fraction)
     replica = hardware.replica(model.geometry.shape[0], model.dtype, *fractions)
-    return Crowd.of(model, replica, load_recipe("polykv"), n_prefix, 64)
+    return DecodeWorkload.of(model, replica, load_recipe("polykv"), n_prefix, 64)
 
 
 def test_documents_shorter_than_the_least_do_not_pay(rows):
@@ -306,8 +313,10 @@ def test_documents_shorter_than_the_least_do_not_pay(rows):
     _, settled = cell(*SMALL, "hardware=laptop", "recipe=polykv")
     assert least > 1
     for n_prefix, pays in ((least - 1, False), (least, True), (2 * least, True)):
-        crowd = crowd_of(settled, n_prefix)
-        unshared, shared = (crowd.step(reader, 10).seconds for reader in ("unshared", "in_place"))
+        workload = workload_of(settled, n_prefix)
+        unshared, shared = (
+            workload.step(reader, 10).seconds for reader in ("unshared", "in_place")
+        )
         assert (unshared >= 1.1 * shared) == pays
 
 
@@ -359,20 +368,20 @@ def test_refusals(override, said):
 
 # What `concurrency` would have measured, had it needed exactly so many bytes more than the formulas say.
 def measured(extra_bytes, stored_off=0):
-    model = Architecture.of(load_group("model", "reference"))
+    model = architecture("reference")
     n_prefix, n_suffix = 1000, QUERY_TOKENS + 16
-    crowd = Crowd.of(model, REPLICA, load_recipe("polykv"), n_prefix, n_suffix)
+    workload = DecodeWorkload.of(model, REPLICA, load_recipe("polykv"), n_prefix, n_suffix)
     about = {"model": "reference", "weights": "reference", "recipe": "polykv", "device": "cpu"}
     about |= {"dtype": "float32", "backend": "torch", "seed": 0, "quantization": ""}
     about |= {"context_tokens": n_prefix + n_suffix, "n_tokens": n_prefix}
     rows = Rows(concurrency.COLUMNS, synthetic=False, n_threads=1, **about)
     for n_agents, reader in product((1, 4), READERS):
         of = {"n_agents": n_agents, "reader": reader}
-        resident = crowd.cache_bytes(reader, n_agents) + extra_bytes
-        stored = crowd.prefix_bytes(reader, n_agents) + stored_off
+        resident = workload.cache_bytes(reader, n_agents) + extra_bytes
+        stored = workload.prefix_bytes(reader, n_agents) + stored_off
         rows.add("kv_memory", stored / 1e9, "GB", accounting="stored", **of)
         rows.add("kv_memory", resident / 1e9, "GB", accounting="resident", **of)
-        read = sum(crowd.read_bytes(reader, n_agents))
+        read = sum(workload.read_bytes(reader, n_agents))
         for sample, speed in enumerate((4, 5, 10)):  # GB/s
             rows.add("step_time", read / 1e9 / speed * 1e3, "ms", sample=sample, **of)
     return rows

@@ -35,7 +35,7 @@ from polykv.evaluation.process import CpuMeter, in_fresh_process, keep_freed_mem
 from polykv.evaluation.ttft import Route, measure
 from polykv.geometry import Geometry
 from polykv.handoff.policy import load_policy
-from polykv.models import load_weights
+from polykv.models import ModelSource
 from polykv.pool import SharedKVPool
 from polykv.results import Store
 
@@ -85,7 +85,7 @@ def test_every_reader_refers_to_the_one_pool_and_grows_suffixes_only(llama, laye
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_private_and_injected_copies_share_no_memory(layers, together):
+def test_unshared_and_dequantized_copies_share_no_memory(layers, together):
     pool = pool_under("polykv", layers)
     for reader in ("unshared", "dequantize"):
         caches = caches_of(reader, layers, pool, 3, together)
@@ -123,13 +123,13 @@ def test_every_agent_is_fed_its_own_tokens(layers):
 
 
 def test_resident_prefix_memory_does_not_grow_with_the_agents():
-    model = wide_model(hidden_size=512, num_hidden_layers=2, max_position_embeddings=8192)
-    recipe = polykv.config.load_group("recipe", "polykv")
+    geometry = {"hidden_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    source, recipe = ModelSource.of(wide_model(**geometry)), polykv.load_recipe("polykv")
     n_tokens, n_steps = 3072, 2
     per_token = Geometry.even(2, 8, 64).values_per_token * 4
     kinds = product(("unshared", "in_place"), (1, 15))
     how = ("cpu", "torch", n_steps)
-    found = {(who, n): resident_bytes(model, recipe, who, n_tokens, n, *how) for who, n in kinds}
+    found = {(who, n): resident_bytes(source, recipe, who, n_tokens, n, *how) for who, n in kinds}
     copies = 14 * n_tokens * per_token
     suffixes = 14 * (QUERY_TOKENS + n_steps) * per_token
     unshared, in_place = (
@@ -144,24 +144,21 @@ def test_resident_prefix_memory_does_not_grow_with_the_agents():
 
 
 def test_a_prefix_is_prefilled_for_real_where_that_is_cheap():
-    small, large = (polykv.config.load_group("model", n) for n in ("reference", "smollm2-1.7b"))
+    names = ("reference", "smollm2-1.7b")
+    small, large = (ModelSource.of(polykv.config.load_group("model", name)) for name in names)
     assert is_prefilled(small, 4096) and not is_prefilled(large, 4096)
 
 
-def fail(config):
-    raise ZeroDivisionError(config.why)
-
-
-def end(config):
-    os._exit(config.code)
+def fail(why):
+    raise ZeroDivisionError(why)
 
 
 def test_a_measurement_that_fails_in_its_process_says_so():
-    assert in_fresh_process(OmegaConf.to_container, OmegaConf.create({"a": 1})) == {"a": 1}
+    assert in_fresh_process(dict, {"a": 1}, b=2) == {"a": 1, "b": 2}
     with pytest.raises(PolyKVError, match="ZeroDivisionError: by hand"):
-        in_fresh_process(fail, OmegaConf.create({"why": "by hand"}))
+        in_fresh_process(fail, "by hand")
     with pytest.raises(PolyKVError, match="ended with code 3"):
-        in_fresh_process(end, OmegaConf.create({"code": 3}))
+        in_fresh_process(os._exit, 3)
 
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -179,15 +176,16 @@ def faults_of_blocks():
     return found[-1] - found[1]
 
 
-def faults_after_steps(model, recipe):
+def faults_after_steps(source):
     before = faults_of_blocks()
-    _step_times(model, recipe, READERS, 20, 2, 2, 1, "cpu", "torch")
+    _step_times(source, polykv.load_recipe("full"), READERS, 20, 2, 2, 1, "cpu", "torch")
     return before, faults_of_blocks()
 
 
-def faults_after_ttft(model):
-    loaded = load_weights(model, "cpu")
-    measure(*loaded, torch.arange(20), 4, [Route(load_policy("reprefill"))], 4.0, repeats=2)
+def faults_after_ttft(source):
+    measure(
+        *source.load("cpu"), torch.arange(20), 4, [Route(load_policy("reprefill"))], 4.0, repeats=2
+    )
     return faults_of_blocks()
 
 
@@ -204,15 +202,14 @@ def meter_after_keeping():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc has the settings")
 def test_what_is_timed_reuses_memory_and_what_is_metered_gives_it_back():
-    model, recipe = (
-        polykv.config.load_group(*x) for x in (("model", "reference"), ("recipe", "full"))
-    )
-    model.weights = "reference"
-    before, after = in_fresh_process(faults_after_steps, model, recipe)
+    cfg = polykv.config.load_group("model", "reference")
+    cfg.weights = "reference"
+    source = ModelSource.of(cfg)
+    before, after = in_fresh_process(faults_after_steps, source)
     fresh = N_BLOCKS * BLOCK_BYTES / PAGE
     # Without the setting each block is mapped anew; huge pages would make few faults of that.
     assert after < 0.01 * fresh and (before < 0.01 * fresh or before > 0.9 * fresh)
-    assert in_fresh_process(faults_after_ttft, model) < 0.01 * fresh
+    assert in_fresh_process(faults_after_ttft, source) < 0.01 * fresh
     assert 0.9 < in_fresh_process(meter_after_keeping) < 1.2
 
 

@@ -22,6 +22,7 @@ from polykv.evaluation.memory import (
 from polykv.evaluation.process import CpuMeter
 from polykv.evaluation.statistics import document_interval, wilson
 from polykv.geometry import Geometry
+from polykv.models import ModelSource
 from polykv.pool import prefill
 from polykv.results import Rows
 
@@ -121,25 +122,24 @@ def test_the_cpu_meter_sees_what_is_kept_and_not_what_was_freed():
     assert kept.sum() == 50_000_000
 
 
-def test_resident_memory_is_measured_and_grows_with_private_caches():
-    model = wide_model(hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048)
-    recipe = polykv.config.load_group("recipe", "polykv")
+def test_resident_memory_is_measured_and_grows_with_unshared_caches():
+    geometry = {"hidden_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    source, recipe = ModelSource.of(wide_model(**geometry)), polykv.load_recipe("polykv")
     cache = 1500 * Geometry.even(4, 8, 32).values_per_token * 4
     # A step copies the keys or values of one of the four layers, of all agents at once.
     peak = cache * (1 + 1 / 8)
-    unshared = {n: resident_bytes(model, recipe, "unshared", 1500, n, "cpu") for n in (1, 9)}
+    unshared = {n: resident_bytes(source, recipe, "unshared", 1500, n, "cpu") for n in (1, 9)}
     assert unshared[9] - unshared[1] == pytest.approx(8 * peak, rel=0.1)
     # The published way of reading: every agent rebuilds the full cache, beside the pool.
-    dequantize = resident_bytes(model, recipe, "dequantize", 1500, 9, "cpu")
+    dequantize = resident_bytes(source, recipe, "dequantize", 1500, 9, "cpu")
     assert dequantize > 0.9 * 9 * cache
 
 
 def test_what_does_not_fit_is_said_with_numbers():
     model = polykv.config.load_group("model", "llama-3-8b")
     model.weights = "random"
-    recipe = polykv.config.load_group("recipe", "polykv")
     with pytest.raises(polykv.PolyKVError, match="llama-3-8b.*billion|GB"):
-        check_fits(model, recipe, "unshared", 5035, 15, "cpu")
+        check_fits(ModelSource.of(model), "unshared", 5035, 15, "cpu")
 
 
 class TestBertScore:

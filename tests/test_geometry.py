@@ -30,7 +30,7 @@ TINY_LLAMA = {**TINY, "intermediate_size": 48, "num_key_value_heads": 2}
 
 def test_multi_query_has_one_kv_head():
     cfg = OmegaConf.create({"name": "falcon-7b", "dtype": "bfloat16", "geometry": FALCON_7B})
-    found = Architecture.of(cfg)
+    found = Architecture.of(load_config(cfg), cfg.dtype)
     assert found.geometry == Geometry.even(32, 1, 64)
     assert found.token_bytes == 2 * 32 * 64 * 2  # keys and values, layers, head_dim, bytes of bf16
     assert found.attention_flops == 4 * 71 * 64 * 32

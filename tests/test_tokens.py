@@ -26,7 +26,9 @@ from polykv.evaluation.continuation import score_rest
 from polykv.handoff.policy import load_policy
 from polykv.handoff.relay import Handoff, play
 from polykv.handoff.tasks import Task
+from polykv.models import ModelSource
 from polykv.pool import prefill
+from polykv.recipe import load_recipe
 from polykv.results import Rows, Store, load_rows
 from polykv.tokens import encode, opening
 
@@ -296,10 +298,10 @@ def test_decoding_beyond_the_positions_is_not_measured():
     model = OmegaConf.create(
         {"name": "tiny", "weights": "random", "dtype": "float32", "geometry": GEOMETRY}
     )
-    recipe = config.load_group("recipe", "full")
+    source, recipe = ModelSource.of(model), load_recipe("full")
     setting = {"n_tokens": 60, "n_agents": 2, "device": "cpu", "backend": "torch"}
     with pytest.raises(PolyKVError, match="69 positions.* 64"):
-        memory.resident_bytes(model, recipe, "unshared", **setting)
+        memory.resident_bytes(source, recipe, "unshared", **setting)
 
 
 GEOMETRY = {

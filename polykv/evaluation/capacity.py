@@ -24,13 +24,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from polykv.evaluation.hardware import Replica
 from polykv.geometry import Geometry
-from polykv.models import load_config, pick_dtype
+from polykv.models import pick_dtype
 from polykv.recipe import EXACT, Recipe
 
 VERSION = 1  # of the formulas
@@ -53,13 +52,12 @@ class Architecture:
     attention_flops: int  # of one query token, for each token that it attends to
 
     @classmethod
-    def of(cls, model: DictConfig) -> "Architecture":
-        """From a model's config (conf/model), built without weights on the meta device.
+    def of(cls, config: PretrainedConfig, dtype: str) -> "Architecture":
+        """Built from a transformers config, without weights, on the meta device.
 
         Raises:
-            PolyKVError: no such folder, or a hub without geometry that cannot be reached.
+            PolyKVError: its cache does not have a plain geometry (polykv/geometry.py).
         """
-        config = load_config(model)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = built.get_output_embeddings().weight
@@ -70,7 +68,7 @@ class Architecture:
         widths = ((layer.n_heads or n_heads) * layer.head_dim for layer in geometry.layers)
         return cls(
             geometry=geometry,
-            dtype=model.dtype,
+            dtype=dtype,
             n_parameters=built.num_parameters(),
             n_multiplied=built.num_parameters() - looked_up,
             attention_flops=4 * sum(widths),
@@ -124,7 +122,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class DecodeWorkload:
     """Agents with `n_suffix` tokens of their own (padding among them) after a document of `n_prefix`."""
 
     model: Architecture
@@ -141,7 +139,7 @@ class Crowd:
         recipe: Recipe,
         n_prefix: int,
         n_suffix: int,
-    ) -> "Crowd":
+    ) -> "DecodeWorkload":
         """Agents whose document is under `recipe`."""
         return cls(model, replica, pool_bytes(recipe, model, n_prefix), n_prefix, n_suffix)
 
@@ -204,7 +202,9 @@ class Crowd:
         return np.maximum(n_bytes / self.replica.bandwidth, n_flops / self.replica.flops)
 
 
-def paying(gain: float, unshared: np.ndarray, shared: np.ndarray) -> tuple[int | None, int | None]:
+def gain_range(
+    gain: float, unshared: np.ndarray, shared: np.ndarray
+) -> tuple[int | None, int | None]:
     """The first and last number of agents at which sharing divides the cost by `gain` or more.
 
     Costs (seconds or bytes) are of 1, 2, ... agents. None: never; a last of None: still at the last one given.

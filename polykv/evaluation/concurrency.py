@@ -4,25 +4,22 @@ Readers `unshared` and `dequantize` run as transformers runs them: a DynamicCach
 prefix for every agent, and sdpa. `in_place` attends to the compressed pool in place.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place
 from polykv.evaluation.process import in_fresh_process, keep_freed_memory
 from polykv.evaluation.ttft import Clock
 from polykv.geometry import Geometry
-from polykv.models import load_config, load_weights
+from polykv.models import ModelSource
 from polykv.pool import READERS as POOL_READERS
 from polykv.pool import SharedKVPool, prefill
 from polykv.probe import LayerShape
@@ -48,20 +45,20 @@ class Steps:
 
 
 def step_times(
-    model: DictConfig, recipe: DictConfig, readers: Sequence[str], **setting: Any
+    source: ModelSource, recipe: Recipe, readers: Sequence[str], **options: Any
 ) -> dict[str, Steps]:
-    """Decode steps of each reader, timed in a process of their own; `setting` is that of `_step_times`.
+    """Decode steps of each read mode, timed in a process of their own; `options` are those of `_step_times`.
 
     Raises:
-        PolyKVError: it failed there.
+        PolyKVError: the measurement failed.
     """
-    return in_fresh_process(_step_times, model, recipe, readers=tuple(readers), **setting)
+    return in_fresh_process(_step_times, source, recipe, tuple(readers), **options)
 
 
 @torch.no_grad()
 def _step_times(
-    model_cfg: DictConfig,
-    recipe_cfg: DictConfig,
+    source: ModelSource,
+    recipe: Recipe,
     readers: Sequence[str],
     n_tokens: int,
     n_agents: int,
@@ -75,9 +72,9 @@ def _step_times(
     So a machine that is busy for a while is so for all readers. `backend` writes the pool and attends to it.
     """
     keep_freed_memory()
-    model, _ = load_weights(model_cfg, device)
-    layers = prefix_layers(model_cfg, model, n_tokens)
-    pool = pool_of(readers, layers, recipe_cfg, backend)
+    model, _ = source.load(device)
+    layers = prefix_layers(source, model, n_tokens)
+    pool = pool_of(readers, layers, recipe, backend)
     times: dict[str, list[float]] = {reader: [] for reader in readers}
     kept = {}
     for reader in list(readers) * repeats:
@@ -101,9 +98,9 @@ def _times(
     return times[WARMUP:]
 
 
-def prefix_layers(model_cfg: DictConfig, model: PreTrainedModel, n_tokens: int) -> Layers:
+def prefix_layers(source: ModelSource, model: PreTrainedModel, n_tokens: int) -> Layers:
     """Keys and values of each layer, each (1, kv_heads, tokens, head_dim): see `is_prefilled`."""
-    if not is_prefilled(model_cfg, n_tokens):
+    if not is_prefilled(source, n_tokens):
         return list(
             synthetic_layers(Geometry.of(model.config), n_tokens, model.dtype, model.device)
         )
@@ -112,20 +109,9 @@ def prefix_layers(model_cfg: DictConfig, model: PreTrainedModel, n_tokens: int) 
     return [(layer.keys, layer.values) for layer in prefill(model, ids_BT).layers]
 
 
-def is_prefilled(model_cfg: DictConfig, n_tokens: int) -> bool:
-    """Whether the prefix is random tokens, really prefilled; else its keys and values are Gaussian."""
-    return n_parameters(model_cfg) * n_tokens <= PREFILL_LIMIT
-
-
-def n_parameters(model_cfg: DictConfig) -> int:
-    return _n_parameters(json.dumps(OmegaConf.to_container(model_cfg)))
-
-
-@lru_cache(maxsize=8)
-def _n_parameters(key: str) -> int:
-    with torch.device("meta"):
-        config = load_config(OmegaConf.create(json.loads(key)))
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
+    """Whether the prefix is random tokens, really prefilled; otherwise its keys and values are Gaussian."""
+    return source.n_parameters() * n_tokens <= PREFILL_LIMIT
 
 
 def synthetic_layers(
@@ -143,12 +129,12 @@ def synthetic_layers(
 
 
 def pool_of(
-    readers: Sequence[str], layers: Layers, recipe: DictConfig, backend: str
+    readers: Sequence[str], layers: Layers, recipe: Recipe, backend: str
 ) -> SharedKVPool | None:
-    """The pool that the readers share, or None where none of them needs one."""
+    """The pool that these read modes share, or None where all caches are unshared."""
     if set(readers) == {"unshared"}:
         return None
-    return SharedKVPool.from_layers(layers, Recipe.from_config(recipe), backend=backend)
+    return SharedKVPool.from_layers(layers, recipe, backend=backend)
 
 
 def caches_of(
@@ -162,14 +148,14 @@ def caches_of(
         return [pool.reader(n_agents)]
     batch = n_agents if together else 1
 
-    def private_copies() -> DynamicCache:
+    def copies() -> DynamicCache:
         full = layers if reader == "unshared" else map(pool.decode_layer, range(pool.n_layers))
         return DynamicCache(
             (keys.repeat_interleave(batch, 0), values.repeat_interleave(batch, 0))
             for keys, values in full
         )
 
-    return [private_copies() for _ in range(n_agents // batch)]
+    return [copies() for _ in range(n_agents // batch)]
 
 
 def kept_bytes(pool: SharedKVPool | None, caches: Sequence[Cache]) -> int:

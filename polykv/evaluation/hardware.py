@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
 from polykv.errors import PolyKVError
 from polykv.evaluation.memory import GB
 
@@ -24,17 +22,18 @@ class Hardware:
     tflops: Mapping[str, float]  # dense, by dtype
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Hardware":
-        """From its YAML.
+    def from_config(cls, sheet: Mapping[str, Any]) -> "Hardware":
+        """Built from the settings of a YAML of conf/hardware.
 
         Raises:
-            PolyKVError: a figure is missing, or no device can have it.
+            PolyKVError: a figure is missing or impossible.
         """
-        if missing := [name for name in cls.__dataclass_fields__ if cfg.get(name) is None]:
+        if missing := [name for name in cls.__dataclass_fields__ if sheet.get(name) is None]:
             raise PolyKVError(
-                f"hardware {cfg.get('name')!r} has no {', '.join(missing)}; add it to its file in conf/hardware"
+                f"hardware {sheet.get('name')!r} has no {', '.join(missing)}; add it to its file in conf/hardware"
             )
-        figures = {name: cfg[name] for name in cls.__dataclass_fields__}
+        figures = {name: sheet[name] for name in cls.__dataclass_fields__}
+        figures["tflops"] = dict(sheet["tflops"].items())
         for name in ("nodes", "devices"):
             if not isinstance(figures[name], int) or figures[name] < 1:
                 raise PolyKVError(
@@ -42,7 +41,7 @@ class Hardware:
                 )
         for name in ("memory_gb", "bandwidth_gb_s"):
             check_number(f"hardware.{name}", figures[name], 0)
-        for dtype, figure in cfg.tflops.items():
+        for dtype, figure in figures["tflops"].items():
             check_number(f"hardware.tflops.{dtype}", figure, 0)
         check_number("hardware.usable", figures["usable"], 0, 1)
         return cls(**figures)

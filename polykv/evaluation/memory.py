@@ -4,13 +4,11 @@
 process of its own while all agents decode at the same time.
 """
 
-import json
 import sys
 from functools import lru_cache
 
 import psutil
 import torch
-from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
@@ -18,13 +16,12 @@ from polykv.evaluation.concurrency import (
     QUERY_TOKENS,
     caches_of,
     decode,
-    n_parameters,
     pool_of,
     synthetic_layers,
 )
 from polykv.evaluation.process import MeasuringProcess, meter_of
 from polykv.geometry import Geometry
-from polykv.models import load_config, load_weights, pick_device, pick_dtype
+from polykv.models import ModelSource, pick_device, pick_dtype
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_length
@@ -56,8 +53,8 @@ def synthetic_pool(
 
 
 def resident_bytes(
-    model: DictConfig,
-    recipe: DictConfig,
+    source: ModelSource,
+    recipe: Recipe,
     reader: str,
     n_tokens: int,
     n_agents: int,
@@ -79,18 +76,9 @@ def resident_bytes(
         raise PolyKVError(
             f"peak resident memory cannot be read on {sys.platform}; use Linux or CUDA"
         )
-    check_length(load_config(model), n_tokens + QUERY_TOKENS + n_steps, "decoding after the prefix")
-    check_fits(model, recipe, reader, n_tokens, n_agents, device)
-    return _process()(
-        model,
-        recipe,
-        reader=reader,
-        n_tokens=n_tokens,
-        n_agents=n_agents,
-        device=device,
-        backend=backend,
-        n_steps=n_steps,
-    )
+    check_length(source.config(), n_tokens + QUERY_TOKENS + n_steps, "decoding after the prefix")
+    check_fits(source, reader, n_tokens, n_agents, device)
+    return _process()(source, recipe, reader, n_tokens, n_agents, device, backend, n_steps)
 
 
 _kept: list[MeasuringProcess] = []
@@ -108,39 +96,35 @@ def _process() -> MeasuringProcess:
     return _kept[0]
 
 
-def check_fits(
-    model: DictConfig, recipe: DictConfig, reader: str, n_tokens: int, n_agents: int, device: str
-) -> None:
-    """Refuse what cannot be held, or what a CPU takes minutes for.
+def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, device: str) -> None:
+    """Refuse what does not fit into memory, or takes minutes on a CPU.
 
     Raises:
-        PolyKVError: with the gigabytes needed and those there are.
+        PolyKVError: with the gigabytes needed and available.
     """
     on_cuda = pick_device(device).type == "cuda"
-    config = load_config(model)
-    itemsize = pick_dtype(model.dtype).itemsize
-    n_weights = n_parameters(model)
+    itemsize, n_weights = pick_dtype(source.dtype).itemsize, source.n_parameters()
     if not on_cuda and n_weights > MAX_CPU_PARAMETERS:
         raise PolyKVError(
-            f"not measured: {model.name} has {n_weights / 1e9:.1f} billion parameters, which a CPU decodes "
+            f"not measured: {source.name} has {n_weights / 1e9:.1f} billion parameters, which a CPU decodes "
             "too slowly; measure on a GPU"
         )
     # The pool, its source and one copy per agent; a fifth on top for what a step needs.
     copies = 2 + (0 if reader == "in_place" else n_agents)
-    cache = n_tokens * Geometry.of(config).values_per_token * itemsize * copies
+    cache = n_tokens * Geometry.of(source.config()).values_per_token * itemsize * copies
     need = 1.2 * (n_weights * itemsize + cache)
     have = torch.cuda.mem_get_info()[0] if on_cuda else psutil.virtual_memory().available
     if need > have:
         raise PolyKVError(
-            f"{model.name} ({n_weights * itemsize / GB:.1f} GB of weights) with {n_agents} agents' caches "
+            f"{source.name} ({n_weights * itemsize / GB:.1f} GB of weights) with {n_agents} agents' caches "
             f"needs about {need / GB:.0f} GB and {have / GB:.0f} GB are free; measure on a larger machine"
         )
 
 
 @torch.no_grad()
 def _resident_bytes(
-    model_cfg: DictConfig,
-    recipe_cfg: DictConfig,
+    source: ModelSource,
+    recipe: Recipe,
     reader: str,
     n_tokens: int,
     n_agents: int,
@@ -148,7 +132,7 @@ def _resident_bytes(
     backend: str,
     n_steps: int,
 ) -> int:
-    model = _model(json.dumps(OmegaConf.to_container(model_cfg)), device)
+    model = _model(source, device)
     meter = meter_of(model.device)
 
     def measure(length: int, n_agents: int) -> int:
@@ -156,7 +140,7 @@ def _resident_bytes(
         # Bytes do not depend on what a cache says.
         geometry, device = Geometry.of(model.config), model.device
         layers = list(synthetic_layers(geometry, length, model.dtype, device))
-        pool = pool_of((reader,), layers, recipe_cfg, backend)
+        pool = pool_of((reader,), layers, recipe, backend)
         caches = caches_of(reader, layers, pool, n_agents, together=True)
         del layers
         steps = decode(model, caches, length, n_agents, n_steps)
@@ -173,5 +157,5 @@ def _resident_bytes(
 
 
 @lru_cache(maxsize=1)
-def _model(key: str, device: str) -> PreTrainedModel:
-    return load_weights(OmegaConf.create(json.loads(key)), device)[0]
+def _model(source: ModelSource, device: str) -> PreTrainedModel:
+    return source.load(device)[0]

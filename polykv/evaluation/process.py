@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from polykv.errors import PolyKVError
 
@@ -24,15 +23,15 @@ ALL_KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 KEPT = "freed memory is kept for reuse (where malloc is glibc's)"  # for the notes of times
 
 
-def in_fresh_process(measure: Callable[..., Any], *configs: DictConfig, **settings: Any) -> Any:
-    """What `measure(*configs, **settings)` returns there; all three must be picklable.
+def in_fresh_process(measure: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run `measure(*arguments, **options)` in a new process; function, arguments and result must be picklable.
 
     Raises:
         PolyKVError: it failed, or its process was ended.
     """
     worker = MeasuringProcess(measure)
     try:
-        return worker(*configs, **settings)
+        return worker(*arguments, **options)
     finally:
         worker.end()
 
@@ -45,7 +44,7 @@ def start_early(module: str) -> None:
 
 
 class MeasuringProcess:
-    """A process of its own that answers one measurement after another, and may keep a model between them."""
+    """A worker process that runs `measure` for one set of arguments after another; it may keep a model between them."""
 
     def __init__(self, measure: Callable[..., Any]) -> None:
         # A forkserver imports torch once; each of its children starts with a heap that nothing has touched.
@@ -56,15 +55,14 @@ class MeasuringProcess:
         self._process.start()
         child.close()
 
-    def __call__(self, *configs: DictConfig, **settings: Any) -> Any:
-        """As `in_fresh_process`; after a measurement that ended the process there is no other.
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run `measure(*arguments, **options)` in the worker and return its result.
 
         Raises:
-            PolyKVError: it failed, or its process was ended.
+            PolyKVError: the measurement failed, or its process ended (the worker is then of no more use).
         """
-        plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
         try:
-            self._pipe.send((plain, settings))
+            self._pipe.send((arguments, options))
             found, error = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -86,14 +84,14 @@ class MeasuringProcess:
 
 
 def _serve(pipe: Any, measure: Callable[..., Any]) -> None:
-    """Answer what comes through the pipe until it is closed."""
+    """The worker's loop: run `measure` for each request, until the pipe is closed."""
     while True:
         try:
-            configs, settings = pipe.recv()
+            arguments, options = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((measure(*map(OmegaConf.create, configs), **settings), None))
+            pipe.send((measure(*arguments, **options), None))
         except PolyKVError as error:
             pipe.send((None, str(error)))
         except Exception as error:  # the parent reports it

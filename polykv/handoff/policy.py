@@ -1,10 +1,10 @@
 """A policy says what a card keeps of each token; one YAML of conf/policy each."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from polykv import config
 from polykv.errors import PolyKVError
@@ -45,21 +45,22 @@ class Policy:
             refuse(f"tiers={list(self.tiers)}", f"{list(TIERS)} or some of them, in this order")
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Policy":
-        """A policy from its YAML (conf/policy).
+    def from_config(cls, settings: Mapping[str, Any]) -> "Policy":
+        """Built from the settings of a YAML of conf/policy.
 
         Raises:
-            PolyKVError: settings that it does not have, or unknown signals.
+            PolyKVError: unknown settings or signals.
         """
-        settings: Any = OmegaConf.to_container(cfg, resolve=True)
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
                 hint = config.did_you_mean(name, known)
                 raise PolyKVError(f"a policy has no setting {name!r}{hint}")
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-        }
+
+        def is_list(value: Any) -> bool:
+            return isinstance(value, Sequence) and not isinstance(value, str)
+
+        given: dict[str, Any] = {k: tuple(v) if is_list(v) else v for k, v in settings.items()}
         return cls(**given)
 
     @property

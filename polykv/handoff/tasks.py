@@ -1,10 +1,9 @@
 """What a relay works on: problems cut into turns, each with one right number at the end."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from omegaconf import DictConfig
 
 from polykv import targets
 from polykv.evaluation import gsm8k
@@ -24,16 +23,16 @@ class Task:
     answer: str
 
 
-def load_tasks(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list[Task]:
-    """The problems of a conf/relay YAML, the same for every policy.
+def load_tasks(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int) -> list[Task]:
+    """The tasks of a relay, by the settings of a YAML of conf/relay: its `_target_` makes them from the others.
 
     Raises:
-        PolyKVError: the data cannot be had, or there are too few problems.
+        PolyKVError: the data is not available, or there are too few problems.
     """
-    return targets.find(cfg._target_)(cfg, n_problems, n_turns, seed)
+    return targets.find(settings["_target_"])(settings, n_problems, n_turns, seed)
 
 
-def reference(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list[Task]:
+def reference(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int) -> list[Task]:
     """Held-out word problems of the reference generator: `n_facts` facts, a problem, then steps on its result.
 
     A relay of more turns begins with the turns of a shorter one.
@@ -43,25 +42,27 @@ def reference(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list
     while len(tasks) < n_problems:
         rng = random.Random(f"handoff/{seed}/{draw}")
         draw += 1
-        facts = sample_world(rng, cfg.n_facts, "heldout")
+        facts = sample_world(rng, settings["n_facts"], "heldout")
         relay = draw_relay(rng, Operands(facts), n_turns)
         if relay is None:
             continue
         told = join_words([word for fact in facts for word in fact.statement()])
         prompts = [turn.prompt for turn in relay.turns]
         steps = (*relay.problem.steps, *relay.steps)
-        limits = (cfg.max_new_tokens,) * n_turns
+        limits = (settings["max_new_tokens"],) * n_turns
         tasks.append(Task((told + prompts[0], *prompts[1:]), limits, str(steps[-1].result)))
     return tasks
 
 
-def grade_school(cfg: DictConfig, n_problems: int, n_turns: int, seed: int) -> list[Task]:
+def grade_school(
+    settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int
+) -> list[Task]:
     """GSM8K in turns: the first agent plans, those between carry on, the last one answers."""
     tasks = []
-    for problem in gsm8k.load(cfg.path, n_problems, seed):
-        parts = [cfg.first, *[cfg.middle] * (n_turns - 2), cfg.last]
-        prompts = tuple(_fill(part.prompt, question=problem.question) for part in parts)
-        tasks.append(Task(prompts, tuple(part.max_new_tokens for part in parts), problem.answer))
+    for problem in gsm8k.load(settings["path"], n_problems, seed):
+        parts = [settings["first"], *[settings["middle"]] * (n_turns - 2), settings["last"]]
+        prompts = tuple(_fill(part["prompt"], question=problem.question) for part in parts)
+        tasks.append(Task(prompts, tuple(part["max_new_tokens"] for part in parts), problem.answer))
     return tasks
 
 

@@ -10,14 +10,13 @@ import torch
 from conftest import wide_model
 
 import polykv
-from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import QUERY_TOKENS, decode, kept_bytes, synthetic_layers
 from polykv.evaluation.process import CpuMeter, in_fresh_process
 from polykv.geometry import Geometry
-from polykv.models import load_weights
+from polykv.models import ModelSource
 from polykv.pool import SharedKVPool, prefill
-from polykv.recipe import Recipe
+from polykv.recipe import load_recipe
 from polykv.tokens import encode
 from robustness.stage import first
 
@@ -165,10 +164,10 @@ def test_a_leak_is_found():
 
 
 @torch.no_grad()
-def peaks(model_cfg, recipe_cfg) -> dict[str, tuple[int, int]]:
+def peaks(source) -> dict[str, tuple[int, int]]:
     """Of pooling and of decoding: bytes at the peak above the loaded model, and bytes computed for it."""
-    model, _ = load_weights(model_cfg, "cpu")
-    geometry, recipe = Geometry.of(model.config), Recipe.from_config(recipe_cfg)
+    model, _ = source.load("cpu")
+    geometry, recipe = Geometry.of(model.config), load_recipe("polykv")
     one_tensor = PREFIX_TOKENS * geometry.values_per_token // (2 * geometry.n_layers)
     meter = CpuMeter()
     meter.start()
@@ -193,6 +192,6 @@ def test_memory_of_a_long_prefix(n_layers, heads):
     sizes = {"hidden_size": 64 * heads, "intermediate_size": 64, "num_hidden_layers": n_layers}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 300}
     model = wide_model(**sizes, max_position_embeddings=2 * PREFIX_TOKENS)
-    found = in_fresh_process(peaks, model, config.load_group("recipe", "polykv"))
+    found = in_fresh_process(peaks, ModelSource.of(model))
     for part, (peak, computed) in found.items():
         assert peak <= computed, part
