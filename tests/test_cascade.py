@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 import polykv
-from experiments import common
+from experiments import settings
+from experiments.session import Session
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import NAME, attend_in_place, cascade_attention
@@ -20,7 +21,6 @@ from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import score_rest
 from polykv.pool import SharedKVPool
 from polykv.recipe import load_recipe
-from polykv.results import COLUMNS, Rows, Store, load_rows
 
 WORDS = TEXT.split()
 # 15 queries of 1 to 33 tokens.
@@ -378,7 +378,7 @@ def test_attention_that_is_not_plain_is_refused(option, pool):
 
 def settled(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return common.settle(compose("config", ["model=reference", "device=cpu", *overrides]))
+        return settings.settle(compose("config", ["model=reference", "device=cpu", *overrides]))
 
 
 def test_the_backend_is_part_of_a_cell(monkeypatch):
@@ -388,16 +388,18 @@ def test_the_backend_is_part_of_a_cell(monkeypatch):
     assert settled("reader=in_place").backend == "cpu"
     assert settled("reader=in_place", "backend=torch").backend == "torch"
     assert settled("reader=dequantize", "backend=cpu").backend == "cpu"
-    assert common.new_rows(settled("reader=in_place"))._shared["backend"] == "cpu"
+    rows = settings.new_rows(settled("reader=in_place"))
+    rows.add("kl", 1.0, "nats")
+    assert rows[0]["backend"] == "cpu"
     for override, message in {
         "reader=telepathy": "no reader named 'telepathy'; there are: dequantize, in_place",
         "backend=abacus": "no backend named 'abacus'",
     }.items():
         with pytest.raises(PolyKVError, match=message):
-            common.check_common(settled(override))
+            settings.check_common(settled(override))
     monkeypatch.setattr(kernels, "_why_not", lambda backend, device: "no compiler here")
     with pytest.raises(PolyKVError, match="backend=cpu cannot be had: no compiler here"):
-        common.check_common(settled("reader=in_place", "backend=cpu"))
+        settings.check_common(settled("reader=in_place", "backend=cpu"))
 
 
 def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch):
@@ -408,18 +410,8 @@ def test_scores_and_answers_both_read_in_place(tmp_path, checkpoint, monkeypatch
         cfg = settled(*overrides, f"reader={reader}", "backend=torch")
         if reader == "in_place":
             monkeypatch.setattr(SharedKVPool, "dequantize", None)
-        reading = common.readings(cfg)[0]
-        found[reader] = reading.log_probs_TV, common.answers(cfg, 1)
+        session = Session()
+        (reading,) = session.readings(cfg)
+        found[reader] = reading.log_probs_TV, session.answers(cfg, 1)
     torch.testing.assert_close(found["in_place"][0], found["dequantize"][0], rtol=0, atol=1e-3)
     assert found["in_place"][1] == found["dequantize"][1]
-
-
-def test_results_from_before_backends_still_load(tmp_path):
-    whole = Rows(model="x", n_agents=3)
-    whole.add("perplexity", 2.5, "ppl")
-    row = {name: value for name, value in whole[0].items() if name != "backend"}
-    Store(tmp_path).write("old", "cell", {}, [row])
-    rows, damaged = load_rows(tmp_path)
-    assert damaged == [] and rows.backend.isna().all() and list(rows.columns) == list(COLUMNS)
-    Store(tmp_path).write("new", "cell", {}, [row | {"backend": "cpu"}])
-    assert set(load_rows(tmp_path)[0].backend.dropna()) == {"cpu"}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import polykv
-from experiments import common
+from experiments import settings
 from polykv import config, hub, models, packaged
 from polykv.config import REPO
 from polykv.errors import PolyKVError
@@ -344,7 +344,7 @@ def test_rows_say_file_type_and_sha256(kind, name, files):
                               f"model.path={files[kind]}")  # fmt: skip
     full = subprocess.run(["sha256sum", files[kind]], capture_output=True, text=True).stdout[:64]
     assert settled.model.digest == full
-    rows = common.new_rows(settled)
+    rows = settings.new_rows(settled)
     rows.add("perplexity", 1.0, "ppl")
     assert rows[0]["weights"] == f"gguf:{name}@{full[:12]}"
 

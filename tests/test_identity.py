@@ -9,7 +9,7 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import common, sweep
+from experiments import settings, sweep
 from polykv import config, digests, models, naming, shipped, versions
 from polykv.codecs.base import Codec
 from polykv.codecs.int8 import Int8
@@ -207,7 +207,7 @@ def test_raw_and_shipped_wikitext2_are_two_documents(tmp_path):
         for name in ("wikitext2", "wikitext2_raw")
     )
     assert shipped_one[1] != raw[1]
-    assert [common.label(cfg, "document") for cfg, _ in (shipped_one, raw)] == [
+    assert [settings.label(cfg, "document") for cfg, _ in (shipped_one, raw)] == [
         "wikitext2", "wikitext2_raw"
     ]  # fmt: skip
     assert len(raw[0].document.revision) == 40
@@ -327,7 +327,7 @@ def test_files_are_named_in_labels_and_rows(checkpoint, tmp_path):
     settled, _ = prepared("experiment=polykv_quality", "model=local", f"model.path={checkpoint}",
                           "document=file", f"document.path={text}",
                           f"document.questions={text}")  # fmt: skip
-    rows = common.new_rows(settled)
+    rows = settings.new_rows(settled)
     rows.add("perplexity", 1.0, "ppl")
     (row,) = rows
     assert row["model"] == f"local {checkpoint.name}"
