@@ -230,8 +230,10 @@ QUALITY: Mapping[str, Measure] = {
     "exact_match": Measure("exact_match", reduce=rate),
     "contains": Measure("contains", reduce=rate),
     "empty_answers": Measure("empty_answer", reduce=rate),
-    "bertscore_f1": Measure("bertscore_f1", reduce=lambda rows: mean_of_answers(rows, (-1, 1))),
-    "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: _plain_mean(rows)),
+    "bertscore_f1": Measure(
+        "bertscore_f1", reduce=lambda rows: mean_of_answers(_scored(rows), (-1, 1))
+    ),
+    "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: _plain_mean(_scored(rows))),
 }
 BYTES: Mapping[str, Measure] = {
     "nominal_ratio": Measure("compression_ratio", {"accounting": "nominal"}),
@@ -252,6 +254,12 @@ def rescaled(f1: Value, floor: Value) -> Value:
             None, note="mismatched answers score 1 too, so nothing can stand above the floor"
         )
     return f1.map(lambda score: (score - floor.value) / (1 - floor.value))
+
+
+def _scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """The pairs that have a score: two empty answers have none, and are left out unless all pairs are of them."""
+    scored = rows[rows["value"].notna()]
+    return rows if scored.empty else scored
 
 
 def _plain_mean(rows: pd.DataFrame) -> Value:

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, wide_model
+from hydra import compose, initialize_config_dir
 from transformers import DynamicCache
 
 import polykv
 import polykv.config
-from polykv.evaluation import bertscore, continuation
+from analysis.statistics import QUALITY, Value, rescaled
+from experiments.compare import STUDY
+from experiments.rows import SCORES, add_answers, add_scores
+from experiments.settings import settle
+from polykv.cellfile import Cell
+from polykv.documents import Document, Question
+from polykv.evaluation import bertscore
 from polykv.evaluation.continuation import Comparison, compare, score_rest
 from polykv.evaluation.memory import (
     GB,
@@ -24,14 +31,35 @@ from polykv.evaluation.statistics import document_interval, wilson
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
 from polykv.pool import prefill
-from polykv.results import Rows
+from polykv.results import Rows, frame, provenance
 
 LLAMA_3_8B = Geometry.even(n_layers=32, n_kv_heads=8, head_dim=128)
 MINILM = bertscore.MINILM
 
 
-def values(rows: Rows) -> dict[str, float]:
-    return {row["metric"]: row["value"] for row in rows}
+def figures(rows: Rows) -> dict[str, Value]:
+    """What the analysis computes from one cell's rows."""
+    stored = frame([Cell(STUDY.declaration(), "cell", {}, provenance(), rows.by_column())])
+    return {name: measure.of(stored) for name, measure in QUALITY.items()}
+
+
+def answer_rows(answers: list[list[str]], references: list[list[str]]) -> Rows:
+    """The rows of a cell whose agents say this: a list for each document."""
+
+    class Said:
+        def answers(self, cfg, n_documents, recipe=None):
+            return references if recipe else answers
+
+        def documents(self, cfg):
+            asked, ids = Question("Q:", None, "Q"), torch.zeros(1, 9, dtype=torch.long)
+            return [Document("text", ids, 6, (asked,) * len(of)) for of in answers]
+
+    overrides = [f"answers={len(answers)}", f"n_agents={len(answers[0])}", "scorer=minilm"]
+    with initialize_config_dir(str(polykv.config.CONF), version_base="1.3"):
+        cfg = settle(compose("config", overrides))
+    rows = Rows(STUDY.columns)
+    add_answers(rows, cfg, Said())
+    return rows
 
 
 def test_continuation_equals_the_model_run_in_one_piece(llama, tokenizer):
@@ -56,20 +84,16 @@ def test_divergence_of_known_distributions():
 def test_perplexity_delta_is_the_ratio_of_perplexities():
     rng = np.random.default_rng(0)
     full = [rng.uniform(1, 3, 50) for _ in range(10)]
-    found = [
-        Comparison(nll_full=f, nll=f + 0.01, kl=np.full(50, 0.2), same_top1=np.ones(50, bool))
-        for f in full
-    ]
-    rows = Rows()
-    continuation.add_rows(rows, found)
-    got = values(rows)
-    assert got["perplexity"] / got["perplexity_full"] == pytest.approx(math.exp(0.01))
-    assert got["perplexity_delta"] == pytest.approx(100 * math.expm1(0.01))
-    assert (got["kl_mean"], got["same_top1"]) == (pytest.approx(0.2), 1)
-    delta = next(row for row in rows if row["metric"] == "perplexity_delta")
+    rows = Rows(SCORES)
+    add_scores(rows, [Comparison(f, f + 0.01, np.full(50, 0.2), np.ones(50, bool)) for f in full])
+    got = figures(rows)
+    ratio = got["perplexity"].value / got["perplexity_full"].value
+    assert ratio == pytest.approx(math.exp(0.01))
+    delta = got["perplexity_delta"]
+    assert delta.value == pytest.approx(100 * math.expm1(0.01))
+    assert (got["kl_mean"].value, got["same_top1"].value) == (pytest.approx(0.2), 1)
     # The same difference at every token: pairing leaves no spread at all.
-    assert delta["ci_low"] == pytest.approx(delta["ci_high"])
-    assert delta["protocol"] == "paper; interval: skewness-corrected t over documents"
+    assert delta.low == pytest.approx(delta.high) and delta.over == "documents"
 
 
 def test_the_interval_over_blocks_covers_the_mean_as_often_as_it_says():
@@ -150,30 +174,20 @@ class TestBertScore:
     def test_pairs_of_empty_answers_are_counted_and_in_no_mean(self):
         answers = [["It was July.", "Two people walked.", "The flag was blue."], ["One.", ""]]
         references = [["In July.", "Two people.", "It was green."], ["", "Two."]]
-        few, many = Rows(), Rows()
-        bertscore.add_rows(few, answers, references, MINILM)
+        few = figures(answer_rows(answers, references))
         empty = [["", "", ""], ["", ""]]
-        bertscore.add_rows(many, answers + empty, references + empty, MINILM)
-        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
-            one, other = (next(r for r in rows if r["metric"] == name) for rows in (few, many))
-            assert (
-                one["value"] == pytest.approx(other["value"], abs=1e-5) and one["n"] == other["n"]
-            )
-        assert next(row for row in many if row["metric"] == "bertscore_f1")["n"] == 5
-        counts = {
-            row["metric"]: (row["value"], row["n"]) for row in many if "empty" in row["metric"]
-        }
-        assert counts == {
-            "empty_answers": (6, 10), "empty_references": (6, 10), "empty_pairs": (5, 10),
-        }  # fmt: skip
+        many = figures(answer_rows(answers + empty, references + empty))
+        for name in ("bertscore_f1", "bertscore_floor"):
+            assert few[name].value == pytest.approx(many[name].value, abs=1e-5)
+            assert few[name].n == many[name].n
+        assert few["bertscore_f1"].n == 5
+        assert (many["empty_answers"].value, many["empty_answers"].n) == (0.6, 10)
 
     def test_where_nobody_says_anything_there_is_no_score(self):
-        rows = Rows()
-        bertscore.add_rows(rows, [["", " "]], [["", ""]], MINILM)
-        got = {row["metric"]: row for row in rows}
-        assert got["empty_pairs"]["value"] == 2
-        for name in ("bertscore_f1", "bertscore_floor", "bertscore_rescaled"):
-            assert got[name]["value"] is None and got[name]["note"] and got[name]["n"] == 0
+        got = figures(answer_rows([["", " "]], [["", ""]]))
+        assert got["empty_answers"].value == 1
+        for name in ("bertscore_f1", "bertscore_floor"):
+            assert got[name].value is None and got[name].note
 
     def test_order_of_likeness(self):
         reference = "The lander reached the moon in July."
@@ -191,18 +205,15 @@ class TestBertScore:
 
     def test_floor_and_rescaled(self):
         answers = [["It was July.", "Two people walked.", "The flag was blue."]]
-        rows = Rows()
-        bertscore.add_rows(rows, answers, answers, MINILM)
-        got = values(rows)
-        assert got["bertscore_f1"] == pytest.approx(1, abs=1e-5)
-        assert got["bertscore_floor"] < 0.9
-        assert got["bertscore_rescaled"] == pytest.approx(1, abs=1e-4)
+        got = figures(answer_rows(answers, answers))
+        assert got["bertscore_f1"].value == pytest.approx(1, abs=1e-5)
+        assert got["bertscore_floor"].value < 0.9
+        above = rescaled(got["bertscore_f1"], got["bertscore_floor"])
+        assert above.value == pytest.approx(1, abs=1e-4)
 
     def test_a_floor_without_mismatched_pairs_is_missing_with_a_reason(self):
-        rows = Rows()
-        bertscore.add_rows(rows, [["yes"]], [["yes"]], MINILM)
-        floor = next(row for row in rows if row["metric"] == "bertscore_floor")
-        assert floor["value"] is None and "mismatched" in floor["note"]
+        floor = figures(answer_rows([["yes"]], [["yes"]]))["bertscore_floor"]
+        assert floor.value is None and "mismatched" in floor.note
 
 
 def test_damage_shows_in_every_statistic(llama, tokenizer):
