@@ -98,8 +98,8 @@ class Session:
             )
 
         def make() -> tuple[Reading, ...]:
-            injected = self.kept(PREFILLED, _full_need(cfg), prefilled, of=(MODEL,))
-            return tuple(one.by(cfg.reader, cfg.backend) for one in injected)
+            dequantized = self.kept(PREFILLED, _full_need(cfg), prefilled, of=(MODEL,))
+            return tuple(one.read_by(cfg.reader, cfg.backend) for one in dequantized)
 
         needs = [_full_need(cfg), cfg.reader, cfg.backend]
         return self.kept(FULL, needs, make, of=(PREFILLED,))

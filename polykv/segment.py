@@ -35,7 +35,7 @@ class Segment:
         """Keys and values, each (batch, kv_heads, tokens, head_dim)."""
         keys = self.key_codec.decode(self.key)
         if self.channels:
-            keys = saturated(self.channels.put_back(keys.float()), keys.dtype)
+            keys = saturated(self.channels.denormalize(keys.float()), keys.dtype)
         return keys, self.value_codec.decode(self.value)
 
 

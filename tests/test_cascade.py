@@ -228,7 +228,7 @@ def test_agents_can_be_repeated_selected_and_reset(pool, llama, tokenizer):
         cache.reorder_cache(torch.tensor([2, 0, 1]))
         assert torch.equal(cache.layers[1].keys, keys[[2, 0, 1], :, :5])
         for n_tokens in (-6, 5):
-            with pytest.raises(PolyKVError, match=r"crop\(.*agents that have 5 tokens"):
+            with pytest.raises(PolyKVError, match=r"crop\(.*agents with 5 tokens"):
                 cache.crop(n_tokens)
         cache.reset()
         assert cache.get_seq_length() == n_prefix
@@ -341,7 +341,7 @@ def test_what_cannot_be_read_is_refused(pool, llama):
         read(cache=pool.reader(3))
     with pytest.raises(PolyKVError, match="2 kv heads of 8 and the model 4 of 8"):
         read(tiny_model("llama", num_key_value_heads=4))
-    with pytest.raises(PolyKVError, match="the pool has 4 layers and the model more"):
+    with pytest.raises(PolyKVError, match="the pool has 4 layers, fewer than the model"):
         read(tiny_model("llama", num_hidden_layers=5))
     mask = torch.ones(2, pool.n_tokens + 3, dtype=torch.long)
     mask[1, 5] = 0
@@ -398,7 +398,7 @@ def test_the_backend_is_part_of_a_cell(monkeypatch):
         with pytest.raises(PolyKVError, match=message):
             settings.check_common(settled(override))
     monkeypatch.setattr(kernels, "_why_not", lambda backend, device: "no compiler here")
-    with pytest.raises(PolyKVError, match="backend=cpu cannot be had: no compiler here"):
+    with pytest.raises(PolyKVError, match="backend=cpu is not available: no compiler here"):
         settings.check_common(settled("reader=in_place", "backend=cpu"))
 
 

@@ -209,9 +209,9 @@ def test_backends_are_named_and_refused(monkeypatch):
     with pytest.raises(PolyKVError, match="no backend named 'abacus'; there are: auto, torch"):
         kernels.pick_backend("abacus", cpu)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(PolyKVError, match="backend=triton cannot be had: it does not run on cpu"):
+    with pytest.raises(PolyKVError, match="backend=triton is not available: it does not run on cpu"):
         kernels.pick_backend("triton", cpu)
-    with pytest.raises(PolyKVError, match="backend=cpu cannot be had: it does not run on cuda"):
+    with pytest.raises(PolyKVError, match="backend=cpu is not available: it does not run on cuda"):
         kernels.pick_backend("cpu", torch.device("cuda"))
 
 
@@ -226,9 +226,9 @@ def test_a_missing_compiler_falls_back_with_one_warning(monkeypatch):
         ]
     kernels._warn_once.cache_clear()
     assert [str(w.message) for w in caught] == [
-        "backend cpu cannot be had (no compiler here); using torch, which is slower"
+        "backend cpu is not available (no compiler here); using torch, which is slower"
     ]
-    with pytest.raises(PolyKVError, match="backend=cpu cannot be had: no compiler here"):
+    with pytest.raises(PolyKVError, match="backend=cpu is not available: no compiler here"):
         kernels.pick_backend("cpu", torch.device("cpu"))
 
 

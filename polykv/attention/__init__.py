@@ -1,1 +1,1 @@
-"""Attention to a compressed, shared prefix that is never rebuilt."""
+"""Attention over a compressed, shared prefix that is never decompressed as a whole."""

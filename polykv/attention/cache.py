@@ -1,4 +1,4 @@
-"""The cache of agents that read a pool in place: its layers refer to the pool and grow the agents' suffixes."""
+"""CascadeCache, for agents that read a pool in place: layers reference the pool and store only the agents' suffixes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,17 +32,16 @@ class CascadeLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (agents, kv_heads, new tokens, head_dim); the agents' own keys and values, all of them.
+        """Append keys and values (agents, kv_heads, new tokens, head_dim); returns those of the whole suffix.
 
-        The keys carry this layer to the attention function, as an attribute of the tensor object: most models
-        keep the cache to themselves and hand over these two tensors and nothing else. So it holds for every
-        model that attends to what `update` returned, with any number of caches and threads, and nothing
-        global has to be kept in step. Where a model does not, `awaits_attention` stays set and the next
-        update refuses (CascadeCache.update).
+        The returned keys carry this layer to the attention function as an attribute of the tensor, because most
+        models pass only these two tensors to it, not the cache. No global state is needed, so any number of caches
+        and threads may be in use. A model that does not attend to the tensors that `update` returns leaves
+        `awaits_attention` set, and the next update raises (CascadeCache.update).
         """
         super().update(key_states, value_states)
         self.awaits_attention = True
-        # An alias, which dies with the call: on the tensor kept, the attribute would be a reference cycle.
+        # Set on a view that is dropped after the call: on self.keys it would be a reference cycle.
         keys: Any = self.keys.view_as(self.keys)
         keys.cascade_layer = self
         return keys, self.values
@@ -51,24 +50,24 @@ class CascadeLayer(DynamicLayer):
         return self.n_prefix + self.n_suffix
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is for the suffix only: every query sees the whole prefix."""
+        """(mask length, offset): the mask covers the suffix only, since every query sees the whole prefix."""
         return self.n_suffix + query_length, self.n_prefix
 
     def reset(self) -> None:
-        # DynamicLayer's own keeps the tokens, as zeros, in some of the versions of transformers that we allow.
+        # DynamicLayer.reset zeroes the tokens but keeps them in some of the supported versions of transformers.
         self.keys = self.values = None
         self.is_initialized = self.awaits_attention = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens (a negative number of them) of every agent.
+        """Drop the last `-tokens_to_remove` tokens of every agent.
 
         Raises:
-            PolyKVError: more than the agents have; the prefix is not theirs to cut.
+            PolyKVError: a positive number, or more tokens than the suffix has; the prefix is shared.
         """
         if not -self.n_suffix <= tokens_to_remove <= 0:
             raise PolyKVError(
-                f"crop({tokens_to_remove}) of agents that have {self.n_suffix} tokens of their own; give minus "
-                "the number to remove, no more than these: the pool is shared and stays whole"
+                f"crop({tokens_to_remove}) of agents with {self.n_suffix} tokens of their own; pass the negative "
+                "number of tokens to remove, at most these: the shared pool cannot be cropped"
             )
         super().crop(tokens_to_remove)
 
@@ -87,25 +86,27 @@ class CascadeLayer(DynamicLayer):
 
 
 class CascadeCache(Cache):
-    """N agents over one compressed prefix: `SharedKVPool.reader` makes one, `attend_in_place` lets it be read.
+    """Cache of N agents over one compressed prefix, made by `SharedKVPool.reader` and read within `attend_in_place`.
 
-    Only the suffixes grow, in the model's own dtype. Beams, cropping, and repeating or selecting agents act on
-    the suffixes; `reset` drops them.
+    Only the suffixes grow, in the model's own dtype. Beam search, cropping, and repeating or selecting agents
+    act on the suffixes; `reset` drops them.
     """
 
     def __init__(
         self, layers: Sequence[Sequence[Segment]], n_agents: int, backend: str = "torch"
     ) -> None:
-        """`layers` are the segments of each layer, of batch 1.
+        """`layers`: the segments of each layer, with batch size 1.
 
         Raises:
-            PolyKVError: no agents, or a pool of several documents.
+            PolyKVError: n_agents < 1, or a pool of several documents.
         """
         batch = layers[0][0].key.shape[0]
         if batch != 1:
-            raise PolyKVError(f"this pool is a batch of {batch}; agents share a pool of batch 1")
+            raise PolyKVError(
+                f"this pool has batch size {batch}; agents share a pool of batch size 1"
+            )
         if n_agents < 1:
-            raise PolyKVError(f"n_agents={n_agents}; a reader is for one agent or more")
+            raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
         super().__init__(layers=[CascadeLayer(segments, backend) for segments in layers])
         self.n_agents = n_agents
         self._last: CascadeLayer | None = None
@@ -113,15 +114,15 @@ class CascadeCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new tokens to a layer, as models do.
+        """Append new tokens to a layer; called by the model.
 
         Raises:
-            PolyKVError: another model's pool, another number of agents, or a model that does not attend in place.
+            PolyKVError: the pool of another model, another number of agents, or a model that does not attend in place.
         """
         if self._last is not None and self._last.awaits_attention:
             raise PolyKVError(
                 "the model does not attend to the pool in place; run it inside "
-                "`with attend_in_place(model):`, or use reader=dequantize where it still does not"
+                "`with attend_in_place(model):`, or use reader=dequantize if it already runs there"
             )
         self._check(key_states, layer_idx)
         self._last = self.layers[layer_idx]
@@ -130,7 +131,7 @@ class CascadeCache(Cache):
     def _check(self, k_BHTD: Tensor, index: int) -> None:
         if index >= len(self.layers):
             raise PolyKVError(
-                f"the pool has {len(self.layers)} layers and the model more; read it with its own model"
+                f"the pool has {len(self.layers)} layers, fewer than the model; read it with the model that wrote it"
             )
         layer = self.layers[index]
         pooled = layer.segments[0].key
@@ -143,11 +144,11 @@ class CascadeCache(Cache):
         device = next(iter(pooled.tensors.values())).device
         if device != k_BHTD.device:
             raise PolyKVError(
-                f"layer {index} of the pool is on {device} and the model's on {k_BHTD.device}; "
-                "write the pool with the model where it is now"
+                f"layer {index} of the pool is on {device}, that of the model on {k_BHTD.device}; "
+                "write the pool again with the model on its present device"
             )
-        # Beams and several answers a query are several rows an agent.
+        # Beam search and num_return_sequences give an agent several rows.
         if not layer.is_initialized and batch % self.n_agents:
             raise PolyKVError(
-                f"{batch} queries for a reader of {self.n_agents} agents; give one query an agent"
+                f"{batch} queries for a reader of {self.n_agents} agents; give one query per agent"
             )

@@ -1,13 +1,13 @@
-"""Agents that read a pool in place: the attention that goes with a CascadeCache, registered with transformers.
+"""Attention for a CascadeCache, registered with transformers: agents read a pool in place.
 
     cache = pool.reader(n_agents)
     with attend_in_place(model):
         model.generate(ids, attention_mask=mask, past_key_values=cache, ...)
 
-`ids` and `mask` (n_agents, pool.n_tokens + query tokens) stand for the whole sequence: what `ids` say of the
-prefix is never read, and its part of `mask` is ones. Queries are padded on the left. For a further turn, pass
-the same cache and the sequences so far, with zeros in `mask` at every padding token and after an agent's end.
-No model is patched: transformers calls the two functions that are registered below.
+`ids` and `mask` (n_agents, pool.n_tokens + query tokens) cover the whole sequence. The ids of the prefix are never
+read, and its part of `mask` is ones. Queries are padded on the left. For another turn, pass the same cache and the
+sequences so far, with zeros in `mask` at every padding token and after an agent's end token. No model is patched:
+transformers calls the two functions registered below.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ from polykv.supported import check_attention, check_rope
 
 VERSION = 1  # of attention in place, with softmax.py, prefix.py and suffix.py
 NAME = "polykv_cascade"
-# Attention that reads other caches alike in `attend_in_place` and out of it.
+# Implementations that read unshared caches the same way inside and outside `attend_in_place`.
 SWITCHED = ("sdpa", NAME)
-# A long query is taken in blocks of so many bytes of fp32 queries (on a CPU: `scratch`); an attention holds about
-# six times that.
+# Long queries are split into blocks of this many bytes of fp32 queries on a CPU (see `scratch`); attention to a block
+# takes about six times as much memory.
 QUERY_BYTES = 2 << 20
 
 
@@ -52,13 +52,13 @@ def cascade_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' AttentionInterface has it; plain sdpa where the cache is no CascadeCache.
+    """Attention function for transformers' AttentionInterface; plain sdpa where the cache is not a CascadeCache.
 
-    `query` is (B, heads, query tokens, D), `key` and `value` (B, kv_heads, tokens, D) come from
-    `CascadeLayer.update`; the output is (B, query tokens, heads, D) in the query's dtype.
+    `query` is (B, heads, query tokens, D); `key` and `value` (B, kv_heads, suffix tokens, D) come from
+    `CascadeLayer.update`. Returns (B, query tokens, heads, D) in the query's dtype, and no attention weights.
 
     Raises:
-        PolyKVError: dropout, gradients, attention weights, or an attention that is not plain.
+        PolyKVError: dropout, gradients or attention weights are requested, or the attention is not plain softmax(qk)v.
     """
     layer: CascadeLayer | None = getattr(key, "cascade_layer", None)
     if layer is None:
@@ -70,8 +70,7 @@ def cascade_attention(
         check_rope(config, layer.n_prefix, layer.get_seq_length(), "this query")
     if attention_mask is None or attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         raise PolyKVError(
-            "a pool cannot be read with a mask of your own in 4 dimensions; give attention_mask as "
-            "(agents, tokens)"
+            "a pool cannot be read with a custom 4-D mask; give attention_mask as (agents, tokens)"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, heads, n_queries, dim = query.shape
@@ -89,16 +88,16 @@ def cascade_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: CascadeLayer, scaling: float
 ) -> Tensor:
-    """The output (B, query tokens, heads, D) in fp32 of a block of query tokens."""
+    """Attention output (B, query tokens, heads, D) of a block of query tokens, in fp32."""
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
-    # Rows: query tokens times the query heads of a group. For the prefix all agents' rows are stacked.
+    # Rows are (query token, query head of the group); for the prefix the rows of all agents are stacked.
     q_BHRD = query.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
     q_HQD = q_BHRD.transpose(0, 1).flatten(1, 2).contiguous()
     out_HQD, lse_HQ = attend_prefix(q_HQD, layer.segments, scaling, layer.backend)
     if (
         query.dtype == torch.float16
-    ):  # as decode does; what the agents' own tokens give is left alone
+    ):  # saturate as Codec.decode does; the suffix's output is not clamped
         out_HQD.clamp_(-FP16_MAX, FP16_MAX)
     shared = (
         out_HQD.unflatten(1, (batch, -1)).transpose(0, 1),
@@ -118,9 +117,7 @@ def _check_request(
                 f"{type(module).__name__} {what}; use reader=dequantize for this model"
             )
     if kwargs.get("output_attentions"):
-        raise PolyKVError(
-            "attention to a pool in place has no weights to show; drop output_attentions"
-        )
+        raise PolyKVError("attention in place returns no attention weights; drop output_attentions")
     if dropout > 0:
         raise PolyKVError("a pool is read without attention dropout; call model.eval() first")
     if torch.is_grad_enabled() and query.requires_grad:
@@ -130,16 +127,16 @@ def _check_request(
 def cascade_mask(
     *args: Any, kv_offset: int = 0, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """The boolean mask (B, 1, query tokens, suffix tokens) of a CascadeCache; sdpa's for any other cache.
+    """Boolean mask (B, 1, query tokens, suffix tokens) for a CascadeCache; sdpa's mask for any other cache.
 
     Raises:
         PolyKVError: the attention mask hides a part of the prefix.
     """
-    # Only a prefix that the mask leaves out sets an offset; the models that a pool takes have no sliding windows.
+    # Only CascadeLayer sets an offset: models with sliding windows are refused (polykv/supported.py).
     if kv_offset:
         if attention_mask is not None and not attention_mask[:, :kv_offset].all():
             raise PolyKVError(
-                f"attention_mask hides some of the pool's {kv_offset} tokens; put ones there, and the "
+                f"attention_mask hides some of the pool's {kv_offset} tokens; set them to 1, and put the "
                 "padding between the pool and the query"
             )
         kwargs["allow_is_causal_skip"] = False
@@ -152,11 +149,13 @@ AttentionMaskInterface.register(NAME, cascade_mask)
 
 @dataclass
 class _Use:
-    """Who runs a model just now: threads in `attend_in_place`, and reads that its attention must outlast."""
+    """Which threads use a model at the moment, and how."""
 
-    own: str  # the attention that it was loaded with
-    in_place: list[int] = field(default_factory=list)
-    unshared: int = 0
+    own: str  # the attention implementation it was loaded with
+    in_place: list[int] = field(default_factory=list)  # ids of the threads in `attend_in_place`
+    unshared: int = (
+        0  # reads of unshared caches in progress that a switch of implementation would break
+    )
 
 
 _lock = Lock()
@@ -165,14 +164,14 @@ _uses: WeakKeyDictionary[PreTrainedModel, _Use] = WeakKeyDictionary()
 
 @contextmanager
 def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model attends to CascadeCaches in place; other caches are read with sdpa.
+    """Context in which the model attends to CascadeCaches in place and reads other caches with sdpa.
 
-    Any number of threads may be in here; the model's attention implementation is set with the first and restored
-    with the last of them. Threads outside may go on reading caches of their own if that implementation is sdpa,
-    which reads them the same either way; with any other, see `read_unshared`.
+    Reentrant and shared between threads: the first to enter sets the model's attention implementation, the last to
+    leave restores it. Meanwhile other threads may read unshared caches if the model's own implementation is sdpa,
+    which gives the same results either way; for any other implementation see `read_unshared`.
 
     Raises:
-        PolyKVError: the model's attention is not plain or not to be chosen, or not just now.
+        PolyKVError: the model's attention is not plain or cannot be replaced, or another thread is using it.
     """
     with _lock:
         use = _use_of(model)
@@ -193,13 +192,13 @@ def attend_in_place(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def read_unshared(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model reads caches of this thread's own, and no other thread switches its attention.
+    """Context in which this thread reads unshared caches and no other thread may switch the model's attention.
 
-    A switch in the middle of a forward pass would pair one implementation's mask with another's scores. Between
-    sdpa and in place it does no harm; a model of any other attention is read one way at a time.
+    A switch during a forward pass would pair one implementation's mask with another's scores. Between sdpa and
+    in-place attention that is harmless; a model with any other implementation is read in one mode at a time.
 
     Raises:
-        PolyKVError: other threads attend in place, and the model's own attention is not sdpa.
+        PolyKVError: other threads attend in place and the model's own attention is not sdpa.
     """
     with _lock:
         use = _use_of(model)
@@ -223,7 +222,6 @@ def _use_of(model: PreTrainedModel) -> _Use:
 
 def _not_now(model: PreTrainedModel, use: _Use) -> str:
     return (
-        f"{type(model).__name__} attends with {use.own}, which cannot be switched while threads read with "
-        "it; let those that inject and those that read in place take turns, or load it with "
-        "attn_implementation=sdpa"
+        f"{type(model).__name__} attends with {use.own}, which cannot be switched while other threads use it; "
+        "run the read modes dequantize and in_place one after the other, or load it with attn_implementation=sdpa"
     )

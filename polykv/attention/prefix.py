@@ -1,8 +1,8 @@
-"""Attention of stacked queries to a compressed prefix, chunk by chunk: the torch path, which defines the truth.
+"""Attention of stacked queries to a compressed prefix, chunk by chunk: the reference implementation, in torch.
 
-All agents' queries are stacked, so each chunk of the prefix is read once for all of them. Queries rotate into
-the domain in which a codec keeps its codes, outputs rotate back once (sum_t p_t R^T v_t = R^T sum_t p_t v_t), and
-what of the prefix exists in full precision at any time is one chunk of one layer.
+The queries of all agents are stacked, so each chunk of the prefix is decoded once for all of them. Queries are rotated
+into the domain in which a codec keeps its codes and outputs are rotated back once (sum_t p_t R^T v_t =
+R^T sum_t p_t v_t). At any time only one chunk of one layer exists in full precision.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from polykv.codecs.base import Codec, Packed
 from polykv.codecs.rotated import Rotated
 from polykv.segment import Segment
 
-# What one chunk's temporaries take, on a CPU (`scratch`): a codec's while it decodes (at most this many bytes a
-# value, codes, indices and fp32 values together), and the scores of a block of queries.
+# Bytes of temporaries per chunk on a CPU (see `scratch`): of a decoding codec, which takes at most BYTES_PER_VALUE for
+# codes, indices and fp32 values together, and of the scores of a block of queries.
 DECODE_BYTES = 3 << 20
 BYTES_PER_VALUE = 16
 SCORE_BYTES = 1 << 20
@@ -31,16 +31,18 @@ def attend_prefix(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to every token of the segments; no mask.
 
-    `q_HQD` is (kv_heads, queries, head_dim), in any float dtype: the queries of all agents, their tokens and the
-    query heads that share a kv head. Gives the output (kv_heads, queries, head_dim) and the log-sum-exp of the
-    scaled scores (kv_heads, queries), both fp32. Temporaries do not grow with the prefix.
+    `q_HQD` is (kv_heads, queries, head_dim) in any float dtype, where queries are all agents x query tokens x query
+    heads that share a kv head. Returns the output (kv_heads, queries, head_dim) and the log-sum-exp of the scaled
+    scores (kv_heads, queries), both fp32. Temporary memory does not grow with the prefix.
     """
     return reduce(merge, (_attend(q_HQD, segment, scaling, backend) for segment in segments))
 
 
 def _attend(q_HQD: Tensor, segment: Segment, scaling: float, backend: str) -> tuple[Tensor, Tensor]:
-    """One segment. What was done to keys and values before a codec falls to queries and outputs: kernels see the
-    codec alone.
+    """`attend_prefix` for one segment.
+
+    The transforms in front of the codecs (channels, Rotated) are applied to queries and outputs here, so that kernels
+    need to know the inner codecs only.
     """
     key, value, channels = segment.key_codec, segment.value_codec, segment.channels
     inner = replace(segment, key_codec=_inner(key), value_codec=_inner(value))
@@ -54,8 +56,8 @@ def _attend(q_HQD: Tensor, segment: Segment, scaling: float, backend: str) -> tu
     if isinstance(value, Rotated):
         out_HQD = value.turned_back(out_HQD)
     if channels is not None:
-        # q.k = (q spread).((k - mean) / spread) + q.mean, and the last is the same for all tokens: it moves no
-        # weight within the segment, only the segment's against others.
+        # q.k = (q spread).((k - mean) / spread) + q.mean. The last term is the same for all tokens of the segment, so
+        # it only shifts the segment's log-sum-exp.
         lse_HQ = lse_HQ + scaling * (q_HQD.float() @ channels.mean[0].float().mT).squeeze(-1)
     return out_HQD, lse_HQ
 

@@ -1,11 +1,11 @@
-"""How much memory attention works in at a time."""
+"""The size of attention's temporary buffers."""
 
 import torch
 
-# Work that keeps a CPU core busy for a millisecond, and its caches warm, is done on a GPU before the next launch.
+# A block sized for a CPU's caches (about a millisecond of work) is too small to amortise a kernel launch on a GPU.
 GPU_TIMES = 32
 
 
 def scratch(n_bytes: int, device: torch.device) -> int:
-    """`n_bytes` on a CPU; on a GPU so many times that as make a launch worth its time."""
+    """`n_bytes` on a CPU, GPU_TIMES as much on a GPU."""
     return n_bytes if device.type == "cpu" else n_bytes * GPU_TIMES

@@ -1,4 +1,4 @@
-"""Attention in pieces: softmax over keys that come chunk by chunk, and the merge of finished pieces.
+"""Online softmax over chunks of keys, and the merge of attention over disjoint sets of keys.
 
 M. Milakov & N. Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867); merging by the
 log-sum-exp as in J. Juravsky et al., "Hydragen" (arXiv 2402.05099). All in fp32.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class OnlineSoftmax:
-    """The running attention output of queries (..., Q) over chunks of keys, values being (..., T, D)."""
+    """Running attention output (..., Q, D) of queries over chunks of keys and values."""
 
     def __init__(self, shape: tuple[int, ...], dim: int, device: torch.device) -> None:
         """`shape` is (..., Q); `dim` is D."""
@@ -21,9 +21,9 @@ class OnlineSoftmax:
         self._weighted = torch.zeros((*shape, dim), **kind)
 
     def add(self, scores: Tensor, values: Tensor, start: int, stop: int) -> None:
-        """Take in a chunk for queries [start, stop): fp32 scores (..., stop - start, T), which are used up.
+        """Add a chunk for queries [start, stop): fp32 scores (..., stop - start, T), overwritten; values (..., T, D).
 
-        A score of -inf is a key that the query must not see.
+        A score of -inf masks the key.
         """
         before, total, weighted = (
             self._largest[..., start:stop],
@@ -40,16 +40,19 @@ class OnlineSoftmax:
         before.copy_(largest)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The output (..., Q, D) and the log-sum-exp of the scores (..., Q); 0 and -inf where no key was seen.
+        """Output (..., Q, D) and log-sum-exp of the scores (..., Q); 0 and -inf where every key was masked.
 
-        The running sums are used up.
+        Overwrites the running sums: call it once.
         """
         lse = self._sum.log().add_(torch.where(self._sum > 0, self._largest, 0.0))
         return self._weighted.div_(self._sum.clamp_min(1e-30).unsqueeze(-1)), lse
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the (output, log-sum-exp) of each; one of them may be empty (-inf)."""
+    """Attention over the union of two disjoint sets of keys, from the (output, log-sum-exp) of each.
+
+    One of the sets may be empty (log-sum-exp -inf).
+    """
     (one_out, one_lse), (other_out, other_lse) = one, other
     share = torch.sigmoid(one_lse - other_lse).unsqueeze(-1)
     return torch.lerp(other_out, one_out, share), torch.logaddexp(one_lse, other_lse)

@@ -1,6 +1,6 @@
-"""Attention of each agent to its own tokens: masked, in chunks, with the log-sum-exp that a merge needs.
+"""Attention of each agent to its own tokens: masked, in chunks, with the log-sum-exp that `merge` needs.
 
-torch's scaled_dot_product_attention keeps the log-sum-exp to itself, so this is written out.
+torch's scaled_dot_product_attention does not return the log-sum-exp.
 """
 
 import torch
@@ -9,24 +9,24 @@ from torch import Tensor
 from polykv.attention.scratch import scratch
 from polykv.attention.softmax import OnlineSoftmax
 
-MAX_TOKENS = 512  # of keys in a chunk
-CHUNK_BYTES = 2 << 20  # of fp32 copies of keys or values, and of scores, on a CPU (`scratch`)
+MAX_TOKENS = 512  # keys in a chunk
+CHUNK_BYTES = 2 << 20  # fp32 copies of keys or values, and scores, on a CPU (see `scratch`)
 
 
 def attend_suffix(
     q_BHRD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask_B1QT: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, R, D) and the log-sum-exp of the scaled scores (B, H, R), both fp32.
+    """Output (B, H, R, D) and log-sum-exp of the scaled scores (B, H, R), both fp32.
 
-    H are kv heads; the rows R are query tokens times the query heads of a group, the token being the slower
-    index. `mask_B1QT` is True where a query token sees a key. Rows that see none give 0 and -inf.
+    H counts kv heads; a row R is (query token, query head of the group), token-major. `mask_B1QT` is True where a query
+    token sees a key. Rows that see no key give 0 and -inf.
     """
     batch, heads, n_rows, dim = q_BHRD.shape
     n_queries, n_tokens = mask_B1QT.shape[2:]
     group = n_rows // n_queries
     q_BHRD = q_BHRD.float() * scaling
     softmax = OnlineSoftmax(q_BHRD.shape[:3], dim, q_BHRD.device)
-    # One query token's scores, or the fp32 copies of one key and one value, whichever is more.
+    # Scores of one query token, or the fp32 copies of one key and one value, whichever is larger.
     copied = 0 if k_BHTD.dtype == torch.float32 else 2 * dim
     per_token = batch * heads * max(group, copied) * 4
     n_bytes = scratch(CHUNK_BYTES, q_BHRD.device)

@@ -1,1 +1,1 @@
-"""Quantizers of key and value tensors, one method per file."""
+"""Quantizers of key and value tensors, one method per module."""

@@ -1,25 +1,23 @@
-"""What every codec shares: the bundle of tensors that is kept, and encoding in chunks of tokens.
+"""The base class of codecs: chunked encoding and decoding, and `Packed`, the bundle of tensors that is stored.
 
-A codec sees one tensor (batch B, kv_heads H, tokens T, head_dim D) and nothing else. The base class
-cuts it into chunks, so that a method is written as if memory did not matter, and checks once, for
-all methods, that what is kept is finite.
+A codec sees one tensor (batch B, kv_heads H, tokens T, head_dim D) and nothing else. The base class cuts it into
+chunks of tokens, which bounds the memory of every method, and checks that everything stored is finite.
 
-What becomes of numbers at the edge is the same for every codec, and in torch, C++ and Triton alike (of
-two levels that are equally near, a kernel may take the other):
+Edge cases are the same for every codec, in torch, C++ and Triton (a kernel may break ties between two equally near
+levels the other way):
 
-- NaN and infinity are refused, naming the token; a pool adds the layer, and keys or values.
-- A finite tensor is refused where a norm, scale, step, minimum or value would round beyond fp16
-  (65,520 and more) in which it is kept. None of them is clipped: a clipped cache is a wrong number that
-  looks like a right one. Identity in the tensor's own dtype (recipe=full) and the codecs with one fp32
-  scale (Fp8, Int8 by tensor) take every finite tensor. (TurboQuantNC lengthens a norm that fp16 holds,
-  no further than fp16 goes.)
-- A scale or norm below fp16's normal range is rounded to its grid (steps of 2**-24), and what
-  vanishes there decodes to zero: errors up to the number of levels times 2**-25, below 1e-5, on top of
-  the method's own. fp32 scales below 2**-126 are kept as zero.
-- Zeros decode to zeros (tokens that share a minimum, KiviKey's, need all be zero). So do -0.
-- Multiplying a tensor by a power of two changes no code while its scales stay normal in fp16.
-- One token, equal tokens, constant vectors and any head_dim are ordinary input.
-- What decoding rounds beyond fp16 saturates at 65,504, in a cache that is itself fp16.
+- NaN and infinity are refused with the index of the token; a pool adds the layer, and keys or values.
+- A finite tensor is refused if a norm, scale, step, minimum or value that is stored in fp16 would overflow (65,520 and
+  more). It is not clipped: a clipped cache would give wrong numbers without a warning. Identity in the tensor's
+  own dtype (recipe=full) and the codecs with one fp32 scale (Fp8, Int8 per tensor) accept every finite tensor.
+  (TurboQuantNC, which scales up a norm, clamps it to fp16's maximum.)
+- A scale or norm below fp16's normal range is rounded to its grid (steps of 2**-24); one that rounds to zero decodes
+  to zeros. This adds at most the number of levels times 2**-25, below 1e-5, to the method's own error. fp32 scales
+  below 2**-126 are stored as zero.
+- Zeros (and -0) decode to zeros; with KiviKey only if all tokens that share the minimum are zero.
+- Scaling a tensor by a power of two changes no code while its scales stay normal in fp16.
+- Single tokens, equal tokens, constant vectors and any head_dim are valid.
+- Decoding into fp16 saturates at 65,504.
 """
 
 from __future__ import annotations
@@ -38,20 +36,19 @@ Shape = tuple[int, int, int, int]
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP16_MAX = 65504.0
-# A chunk is a sixteenth of the tensor, so that a method may use 64 bytes of temporaries per value
-# and stay within twice the fp16 bytes; it is not smaller than this many values, below which call
-# overhead rules.
+# A chunk is a sixteenth of the tensor, so that a method may use 64 bytes of temporaries per value and stay within twice
+# the tensor's fp16 bytes; but at least this many values, below which call overhead dominates.
 CHUNKS = 16
 MIN_CHUNK_VALUES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Everything that is kept of one tensor of shape (B, H, T, D).
+    """Everything that is stored of one tensor of shape (B, H, T, D).
 
     `tensors` holds codes, scales, norms, ..., each 4-D (B, H, N, X) or (1, 1, 1, X): N == T is per
     token, N == 1 is shared by all tokens, N == ceil(T / group) is per `group` consecutive tokens.
-    `dtype` is what `Codec.decode` returns.
+    `dtype` is that of the tensor that `Codec.decode` returns.
     """
 
     tensors: Mapping[str, Tensor]
@@ -71,16 +68,16 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept: the truth about what is stored."""
+        """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def narrow(self, start: int, stop: int) -> Packed:
-        """Tokens [start, stop) as views, no copies; `start` must be a multiple of `group`."""
+        """Tokens [start, stop) as views; `start` must be a multiple of `group`."""
         batch, heads, n_tokens, dim = self.shape
         if not 0 <= start <= stop <= n_tokens or start % self.group:
             raise PolyKVError(
-                f"cannot narrow {n_tokens} tokens to [{start}, {stop}); stay inside them and "
-                f"start at a multiple of {self.group}"
+                f"cannot narrow {n_tokens} tokens to [{start}, {stop}); give a range within them that "
+                f"starts at a multiple of {self.group}"
             )
 
         def view(tensor: Tensor) -> Tensor:
@@ -97,85 +94,81 @@ class Packed:
 class Codec(ABC):
     """A quantizer of (B, H, T, D) tensors: a frozen dataclass whose fields are its options.
 
-    A method implements `_quantize` and `_dequantize` on one chunk, `payload_bits` and
-    `stored_bytes`; it overrides `_statistics` when all tokens share metadata, and sets `group` when
-    consecutive tokens do. One that rotates vectors before it quantizes them says how by `rotation`
-    (or by `rotate` and `unrotate`, where one matrix does not tell): attention then rotates queries
-    and outputs, not the tokens.
+    A method implements `_quantize` and `_dequantize` on one chunk, `payload_bits` and `stored_bytes`. It overrides
+    `_statistics` if all tokens share metadata, and sets `group` if consecutive tokens do. A method that rotates
+    vectors before quantizing them overrides `rotation` (or `rotate` and `unrotate`, if one matrix does not describe
+    it): attention then rotates queries and outputs instead of the tokens.
 
-    `version` is part of a cell's identity (polykv/versions.py): each codec of this package declares its own, raised
-    when it makes other bits or other numbers of the same tensor (tests/outputs.py knows which it makes).
+    `version` is part of a cell's identity (polykv/versions.py). Each codec of this package declares its own and raises
+    it when its bits or decoded numbers change (tests/outputs.py records them).
     """
 
     group: int = 1
-    version: ClassVar[int] = (
-        1  # of what all codecs share: chunks, bit packing, rotations, codebooks
-    )
+    # Here: of the code that all codecs share (chunks, bit packing, rotations, codebooks).
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def payload_bits(self, dtype: torch.dtype) -> float:
-        """Code bits per value of a `dtype` tensor, metadata left out (the "nominal" accounting)."""
+        """Code bits per value of a `dtype` tensor, without metadata (the "nominal" accounting)."""
 
     @abstractmethod
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        """The method's documented formula; `encode(x).nbytes` for x of this shape and dtype."""
+        """Bytes stored of a tensor of this shape and dtype, by formula; equals `encode(x).nbytes`."""
 
     @abstractmethod
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The per-token or per-group tensors of one chunk, which comes in its own dtype.
+        """Per-token or per-group tensors of one chunk, given in its own dtype.
 
-        `shared` is what `_statistics` gave.
+        `shared`: the result of `_statistics`.
         """
 
     @abstractmethod
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        """One chunk (B, H, T, D), D == `dim`, in any float dtype, from all its tensors.
-
-        In the rotated domain, where the codec has one.
-        """
+        """One chunk (B, H, T, D), D == `dim`, in any float dtype; in the rotated domain if the codec has one."""
 
     def _statistics(self, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
         """Tensors (.., .., 1, X) shared by all tokens, from a first pass over the chunks."""
         return {}
 
     def rotation(self, dim: int, device: torch.device) -> Tensor | None:
-        """The orthonormal fp32 matrix R (dim, dim) of the rotated domain, x @ R; None where there is none."""
+        """Orthonormal fp32 matrix R (dim, dim) that rotates vectors by x @ R; None if the codec does not rotate."""
         return None
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """fp32 vectors, such as queries, in the rotated domain of what `tensors` hold."""
+        """fp32 vectors (queries, say) rotated into the domain of the packed `tensors`."""
         matrix = self.rotation(x_BHTD.shape[-1], x_BHTD.device)
         return x_BHTD if matrix is None else x_BHTD @ matrix
 
     def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `rotate`: vectors of the rotated domain, or sums of them, brought back."""
+        """The inverse of `rotate`, for vectors of the rotated domain or sums of them."""
         matrix = self.rotation(y_BHTD.shape[-1], y_BHTD.device)
         return y_BHTD if matrix is None else y_BHTD @ matrix.T
 
     def _reconstruct(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        """One chunk (B, H, T, D) as it was before `_quantize`, but for the rounding."""
+        """One chunk (B, H, T, D), dequantized and rotated back."""
         return self.unrotate(self._dequantize(tensors, dim), tensors)
 
     @torch.no_grad()
     def decode_rotated(self, packed: Packed) -> Tensor:
-        """fp32 (B, H, T, D) in the rotated domain; `decode` is this, rotated back and cast.
+        """Dequantize to fp32 (B, H, T, D) in the rotated domain; `decode` also rotates back and casts.
 
-        All tokens at once: `Packed.narrow` to as many as there is memory for.
+        Decodes all tokens at once: use `Packed.narrow` to bound the memory.
         """
         return self._dequantize(packed.tensors, packed.shape[3]).float()
 
     @torch.no_grad()
     def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
-        """Inner products (B, H, Q, T) in fp32 of the tokens with fp32 queries, which come rotated."""
+        """Inner products (B, H, Q, T) in fp32 of rotated fp32 queries with the packed keys."""
         return q_BHQD @ self.decode_rotated(packed).mT
 
     @torch.no_grad()
     def encode(self, x_BHTD: Tensor) -> Packed:
         """Quantize (B, H, T, D) in fp32, fp16 or bf16, on the device of `x_BHTD`.
 
-        Memory beyond the result stays under twice the tensor's fp16 bytes (for tensors of less than
-        2**17 values, which are not worth cutting as fine: under half a MiB).
-        Raises PolyKVError for NaN or infinite values, and where a scale or norm overflows fp16.
+        Temporary memory is under twice the tensor's fp16 bytes (under half a MiB for fewer than 2**17 values).
+
+        Raises:
+            PolyKVError: NaN or infinite values, or a scale or norm that overflows fp16.
         """
         shape = _checked_shape(x_BHTD)
         spans = list(_spans(shape, self.group))
@@ -189,7 +182,7 @@ class Codec(ABC):
             part = self._quantize(x_BHTD[:, :, start:stop], shared)
             for name, tensor in part.items():
                 if name not in kept:
-                    # Per token or per group: the first chunk tells, the last may be of one token.
+                    # Per token or per group? Decided by the first chunk, since the last may hold a single token.
                     per[name] = 1 if tensor.shape[2] == stop - start else self.group
                     size = (*tensor.shape[:2], -(-shape[2] // per[name]), tensor.shape[3])
                     kept[name] = tensor.new_empty(size)
@@ -202,7 +195,7 @@ class Codec(ABC):
 
     @torch.no_grad()
     def decode(self, packed: Packed) -> Tensor:
-        """Rebuild (B, H, T, D) in `packed.dtype`; what rounding takes beyond fp16 saturates."""
+        """Dequantize to (B, H, T, D) in `packed.dtype`; saturates in fp16."""
         device = next(iter(packed.tensors.values())).device
         out = torch.empty(packed.shape, dtype=packed.dtype, device=device)
         for start, stop in _spans(packed.shape, packed.group):
@@ -211,13 +204,20 @@ class Codec(ABC):
         return out
 
 
+def padded_blocks(x_BHTD: Tensor, size: int) -> Tensor:
+    """(B, H, T, D) -> (B, H, T, ceil(D / size), size), the last block padded with the last value."""
+    if missing := -x_BHTD.shape[-1] % size:
+        x_BHTD = torch.cat([x_BHTD, x_BHTD[..., -1:].expand(*x_BHTD.shape[:3], missing)], dim=-1)
+    return x_BHTD.unflatten(-1, (-1, size))
+
+
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decoded values in `dtype`; what that would round beyond fp16 stays at its end."""
+    """Values cast to `dtype`, clamped to its range if it is fp16."""
     return (values.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else values).to(dtype)
 
 
 def _all_finite(tensor: Tensor) -> Tensor | bool:
-    # Faster and smaller than isfinite(): a NaN wins the maximum, and is below nothing.
+    # Faster and smaller than isfinite(): amax propagates NaN, which compares False.
     return not tensor.is_floating_point() or tensor.abs().amax() < torch.inf
 
 
@@ -225,7 +225,7 @@ def _checked_shape(x: Tensor) -> Shape:
     if x.ndim != 4 or 0 in x.shape:
         raise PolyKVError(
             f"cannot encode a tensor of shape {tuple(x.shape)}; "
-            "give (batch, kv_heads, tokens, head_dim), none of them 0"
+            "give (batch, kv_heads, tokens, head_dim), none of them zero"
         )
     if x.dtype not in INPUT_DTYPES:
         raise PolyKVError(f"cannot encode {x.dtype}; cast it to float32, float16 or bfloat16")
@@ -243,26 +243,26 @@ def _spans(shape: Shape, group: int) -> Iterator[tuple[int, int]]:
 
 
 def fp32_scale(absmax: Tensor, largest: float) -> Tensor:
-    """absmax / largest in fp32, and 0 where that is no normal number: its inverse might overflow."""
+    """absmax / largest in fp32; 0 where that is subnormal, since its inverse might overflow."""
     scale = absmax / largest
     return torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
 
 
 def not_finite(x_BHTD: Tensor, first: int = 0) -> str | None:
-    """What of the values no codec takes, and at which token, counted from `first`; None where all are finite."""
+    """An error message about the first NaN or infinite value, tokens counted from `first`; None if all are finite."""
     bad = ~x_BHTD.isfinite()
     if not bad.any():
         return None
     kind = "NaN" if x_BHTD.isnan().any() else "an infinite value"
     token = first + int(bad.any(dim=-1).any(dim=1).any(dim=0).nonzero()[0])
     return (
-        f"cannot encode {kind} (first at token {token}); mend the model or run it in a wider dtype"
+        f"cannot encode {kind} (first at token {token}); fix the model or run it in a wider dtype"
     )
 
 
 def _overflow(x: Tensor, codec: Codec, kept: Mapping[str, Tensor]) -> str:
     names = " and ".join(name for name, tensor in kept.items() if not _all_finite(tensor))
     return (
-        f"values up to {x.abs().max():.5g} overflow fp16, in which {type(codec).__name__} keeps its "
+        f"values up to {x.abs().max():.5g} overflow fp16, in which {type(codec).__name__} stores its "
         f"{names}; use recipe=full for this model, or recipe=fp8_e4m3, whose scales are fp32"
     )

@@ -1,11 +1,10 @@
-"""Codes of 1 to 8 bits, packed along the last dimension: 3 bits cost 3 bits.
+"""Bit packing of codes of 1 to 8 bits along the last dimension.
 
-Format: the codes of one vector are a little-endian bit stream, padded with zeros to whole bytes:
-code i starts at bit i * bits, counted from the least significant bit of byte 0.
+Format: the codes of one vector are a little-endian bit stream, zero-padded to whole bytes: code i starts at bit
+i * bits, counted from the least significant bit of byte 0.
 
-Eight codes, one a byte, are read as one 64-bit word, and neighbours are merged in three halving
-steps; so packing touches each code a few times whatever the width, needs one byte of memory per
-code, and runs over all tokens at once.
+Eight codes, one per byte, are viewed as one 64-bit word whose lanes are merged pairwise in three steps. Packing so
+takes a few passes at any width, one byte of temporary memory per code, and runs over all tokens at once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     n_codes = codes.shape[-1]
     words = F.pad(codes, (0, -n_codes % 8)).contiguous().view(torch.int64)
-    for lanes in (1, 2, 4):  # two lanes of `lanes` codes each become one of twice as many
+    for lanes in (1, 2, 4):  # merge pairs of lanes of `lanes` codes each
         width, low = bits * lanes, _low_lanes(bits, lanes)
         words = (words & low) | ((words >> (8 * lanes - width)) & (low << width))
     stream = words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
@@ -47,6 +46,6 @@ def unpack(packed: Tensor, bits: int, n_codes: int) -> Tensor:
 
 
 def _low_lanes(bits: int, lanes: int) -> int:
-    """Mask of the payload, bits * lanes wide, in every second lane of a 64-bit word."""
+    """Mask of the payload (bits * lanes wide) in every second lane of a 64-bit word."""
     field = (1 << bits * lanes) - 1
     return sum(field << shift for shift in range(0, 64, 16 * lanes))

@@ -1,7 +1,7 @@
-"""Channels of keys made alike before a codec sees them: centred, and half the way to equal spread.
+"""Per-channel normalization of keys in front of a codec: centring, and partial equalization of the scales.
 
-In models with biased keys a few channels stand far off (Qwen2.5-Coder-0.5B: 280 against content of 5 to 19), and
-what the rotation of positions leaves of a bias after its mean is taken still drowns the other channels.
+In models with biased keys a few channels have large offsets (280 in Qwen2.5-Coder-0.5B, where the others vary by 5 to
+19), and RoPE turns part of an offset into variation that remains after the mean is subtracted.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from polykv.errors import PolyKVError
 
-LEAST_SPREAD = 2**-6  # channels that hardly vary are not blown up
+LEAST_SPREAD = 2**-6  # bounds the gain of channels that hardly vary
 
 
 class Channels(NamedTuple):
-    """What is kept once of each channel of the quantized keys, each (1, layers * heads, 1, D) in fp16.
+    """Mean and scale of each channel of the quantized keys, each (1, layers * heads, 1, D) in fp16.
 
-    A key is encoded as (key - mean) / spread. `spread` is the root of the channel's RMS over the mean RMS of
-    its head: half the way to equal channels, the other half stays with the queries that meet them.
+    A key is encoded as (key - mean) / spread. `spread` is the square root of the channel's RMS over the mean RMS of its
+    head: it equalizes channels half-way (geometrically), as the queries' channels differ in scale as well.
     """
 
     mean: Tensor
@@ -28,17 +28,17 @@ class Channels(NamedTuple):
 
     @classmethod
     def of(cls, k_BHTD: Tensor) -> Channels:
-        """Of keys (1, layers * heads, tokens, D).
+        """The channels of keys (1, layers * heads, tokens, D).
 
         Raises:
             PolyKVError: the mean does not fit fp16.
         """
         mean = k_BHTD.float().mean(2, keepdim=True).half()
         if not mean.isfinite().all():
-            raise PolyKVError("the mean key does not fit fp16; use policy full")
+            raise PolyKVError("the mean of the keys overflows fp16; use policy full")
         rms = (k_BHTD.float() - mean.float()).square().mean(2, keepdim=True).sqrt()
         level = rms.mean(3, keepdim=True)
-        # A head whose keys are all the same has nothing to even out.
+        # A head whose keys are all equal has no scale.
         spread = torch.where(level > 0, rms / level, 1).sqrt().clamp_min(LEAST_SPREAD)
         return cls(mean, spread.half())
 
@@ -46,14 +46,14 @@ class Channels(NamedTuple):
     def nbytes(self) -> int:
         return self.mean.nbytes + self.spread.nbytes
 
-    def taken_off(self, k_BHTD: Tensor) -> Tensor:
-        """fp32 keys as they are encoded."""
+    def normalize(self, k_BHTD: Tensor) -> Tensor:
+        """(keys - mean) / spread, in fp32."""
         return (k_BHTD.float() - self.mean.float()) / self.spread.float()
 
-    def put_back(self, y_BHTD: Tensor) -> Tensor:
-        """The inverse of `taken_off`."""
+    def denormalize(self, y_BHTD: Tensor) -> Tensor:
+        """The inverse of `normalize`, in fp32."""
         return y_BHTD * self.spread.float() + self.mean.float()
 
     def heads(self, span: slice) -> Channels:
-        """Some of the heads of all layers, as views."""
+        """The channels of a slice of the heads of all layers, as views."""
         return Channels(self.mean[:, span], self.spread[:, span])

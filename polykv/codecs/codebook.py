@@ -1,9 +1,8 @@
-"""Lloyd-Max codebooks of the standard normal distribution, computed, not pasted.
+"""Lloyd-Max codebooks of the standard normal distribution.
 
-S. P. Lloyd, "Least squares quantization in PCM" (1957, 1982); J. Max, "Quantizing for minimum
-distortion" (1960). A level is the mean of the normal density between its boundaries, a boundary the
-midpoint of two levels; the two rules are applied in turn until nothing moves. Moments are exact
-(erfc), so no sampling is involved.
+S. P. Lloyd, "Least squares quantization in PCM" (1957, 1982); J. Max, "Quantizing for minimum distortion" (1960). A
+level is the mean of the density between its boundaries, a boundary the midpoint of two levels; the two conditions are
+iterated to a fixed point. The moments are computed exactly (erfc), without sampling.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from math import erfc, exp, inf, pi, sqrt
 
 @dataclass(frozen=True)
 class Codebook:
-    """2**bits `levels`, ascending; `boundaries` between them; mean squared error on N(0, 1)."""
+    """2**bits `levels`, ascending; the `boundaries` between them; `distortion`, the mean squared error on N(0, 1)."""
 
     levels: tuple[float, ...]
     boundaries: tuple[float, ...]
@@ -27,7 +26,7 @@ class Codebook:
 def lloyd_max(bits: int) -> Codebook:
     """The optimal scalar quantizer of N(0, 1) with 2**bits levels, for 1 to 5 bits.
 
-    The density is even, so the positive half is solved and mirrored; zero is always a boundary.
+    The density is even, so the positive half is solved and mirrored; zero is a boundary.
     """
     n_half = 1 << (bits - 1)
     levels = [3.0 * (i + 0.5) / n_half for i in range(n_half)]

@@ -1,4 +1,4 @@
-"""8-bit floating point, as inference engines keep caches."""
+"""8-bit floating point, as inference engines store KV caches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Fp8(Codec):
     """OCP 8-bit floating point (arXiv 2209.05433), "e4m3" (largest value 448) or "e5m2" (57344).
 
-    One fp32 scale = absmax / largest for the whole layer tensor, all heads and tokens together: the
-    granularity of vLLM's `kv_cache_dtype=fp8` and of transformers' Fp8QuantizedLayer, which take it
-    from the prefill too. Rounded to nearest, ties to even. Stored: 8 bits per value, plus 4 bytes
-    per layer tensor.
+    One fp32 scale = absmax / largest for the whole layer tensor, all heads and tokens together: the granularity of
+    vLLM's `kv_cache_dtype=fp8` and of transformers' Fp8QuantizedLayer, which also compute it from the prefill.
+    Rounded to nearest, ties to even. Stored: 8 bits per value, plus 4 bytes per layer tensor.
     """
 
     version = 1

@@ -1,9 +1,9 @@
-"""What ggml's block formats share: blocks of 32 values along head_dim, and their nibbles.
+"""Helpers of ggml's block formats: blocks of 32 values along head_dim, and packed nibbles.
 
-ggml (ggml-common.h, ggml-quants.c) stores value j of a block in the low nibble of byte j and value
-j + 16 in its high nibble; a fifth bit stands apart, as bit j of a little-endian 32-bit word. A
-block's fields (d, m, qh, qs) are kept here as one tensor each; the bytes are the same. Where head_dim
-is no multiple of 32, which ggml refuses, a vector's last block is filled up with its last value.
+ggml (ggml-common.h, ggml-quants.c) stores value j of a block in the low nibble of byte j and value j + 16 in its high
+nibble; fifth bits are stored separately, as bit j of a little-endian 32-bit word. Here each field of a block (d, m,
+qh, qs) is a tensor of its own; the number of bytes is the same. If head_dim is not a multiple of 32, which ggml does
+not support, the last block of a vector is padded with its last value.
 """
 
 from __future__ import annotations
@@ -13,34 +13,31 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Shape
+from polykv.codecs.base import Shape, padded_blocks
 
 BLOCK = 32
 
 
 def blocks_of(x_BHTD: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, H, T, ceil(D / 32), 32)."""
-    missing = -x_BHTD.shape[-1] % BLOCK
-    if missing:
-        x_BHTD = torch.cat([x_BHTD, x_BHTD[..., -1:].expand(*x_BHTD.shape[:3], missing)], dim=-1)
-    return x_BHTD.unflatten(-1, (-1, BLOCK))
+    """(B, H, T, D) -> (B, H, T, ceil(D / 32), 32), padded with the last value."""
+    return padded_blocks(x_BHTD, BLOCK)
 
 
 def block_bytes(shape: Shape, each: int) -> int:
-    """Bytes of a (B, H, T, D) tensor in blocks of `each` bytes."""
+    """Bytes of a (B, H, T, D) tensor at `each` bytes per block."""
     return prod(shape[:3]) * ceil(shape[3] / BLOCK) * each
 
 
 def signed_absmax(blocks: Tensor) -> Tensor:
-    """The value (..., 1) of the largest magnitude of each block, with its sign; the first if tied."""
+    """The value (..., 1) of largest magnitude of each block, with its sign; the first one on ties."""
     where = blocks.abs().argmax(dim=-1, keepdim=True)
     largest = blocks.gather(-1, where)
-    # C starts from +0 and takes larger magnitudes only, so the maximum of zeros is never -0.
+    # The C code starts from +0 and takes strictly larger magnitudes, so the result for zeros is never -0.
     return torch.where(largest == 0, 0.0, largest)
 
 
 def reciprocal(d: Tensor) -> Tensor:
-    """1 / d in fp32 and 0 for 0, as in C; also 0 where d is below the smallest normal number.
+    """1 / d in fp32; 0 for 0, as in C, and for subnormal d.
 
     There 1 / d may overflow, which C leaves undefined, and the fp16 scale is zero anyway.
     """

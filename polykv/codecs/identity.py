@@ -1,4 +1,4 @@
-"""No quantization: the tensor's own dtype (the baseline), or a cast."""
+"""No quantization: the tensor's own dtype (the baseline), or a cast to another."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Identity(Codec):
-    """Keep the values as they are (`dtype` None) or cast to "float16", "bfloat16" or "float32".
+    """Stores the values as they are (`dtype` None) or cast to "float16", "bfloat16" or "float32".
 
-    Granularity: none. Stored: 16 bits per value in fp16 and bf16, 32 in fp32.
+    Stored: 16 bits per value in fp16 and bf16, 32 in fp32.
     """
 
     version = 1

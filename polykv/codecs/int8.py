@@ -1,4 +1,4 @@
-"""Symmetric int8 by the largest absolute value, at two granularities."""
+"""Symmetric absmax int8, with a scale per tensor or per token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Int8(Codec):
     tensor.
 
     granularity "token": one fp16 scale per token and head. Stored: 8 + 16/head_dim bits per value
-    (8.125 at 128). Codes are taken against the scale as stored, so its rounding costs nothing.
+    (8.125 at 128). Codes are computed from the fp16 scale, so that its rounding adds no error.
     """
 
     version = 1
@@ -49,7 +49,7 @@ class Int8(Codec):
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scale = shared["scale"] if shared else (_absmax(x_BHTD, dim=(3,)) / 127).half()
-        # A scale of zero belongs to values that are zero (or vanish in fp16): any divisor does.
+        # The scale is zero where all values are zero (or vanish in fp16): any divisor gives code 0.
         divisor = torch.where(scale > 0, scale, 1).float()
         codes = x_BHTD.float().div(divisor).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes} if shared else {"codes": codes, "scale": scale}
@@ -59,11 +59,11 @@ class Int8(Codec):
 
     @torch.no_grad()
     def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
-        # The scale folds into the score: Q * T products, where decoding takes T * D.
+        # Scaling the scores takes Q * T products, scaling the keys T * D.
         products = q_BHQD @ packed.tensors["codes"].float().mT
         return products.mul_(packed.tensors["scale"].float().mT)
 
 
 def _absmax(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Largest absolute value over `dim`, kept as size 1, in fp32; NaN wins."""
+    """Largest absolute value over `dim`, kept as size 1, in fp32; NaN propagates."""
     return x.abs().amax(dim=dim, keepdim=True).float()

@@ -1,4 +1,4 @@
-"""KIVI's keys: quantized per channel, over groups of tokens. Its values are `Uniform` over blocks."""
+"""KIVI's keys, quantized per channel over groups of tokens (its values are `Uniform` with blocks)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from polykv.errors import PolyKVError
 
 @dataclass(frozen=True)
 class KiviKey(Codec):
-    """KIVI's per-channel quantization (arXiv 2402.02750, section 3), as it uses it for keys.
+    """KIVI's per-channel quantization of keys (arXiv 2402.02750, section 3).
 
-    Each channel of each head, over `group` consecutive tokens: minimum and step = (max - min) /
-    (2**bits - 1) in fp16; codes bit-packed. The last group may hold fewer tokens. The paper's
-    residual window of full-precision tokens is the recipe's exemption `recent`. A token of zeros
-    does not decode to zeros: it shares its group's minimum. Stored: bits + 32/group bits per value,
-    3 at 2 bits and groups of 32.
+    For each channel of each head, over `group` consecutive tokens: minimum and step = (max - min) / (2**bits - 1) in
+    fp16; codes bit-packed. The last group may hold fewer tokens. The paper's residual window of full-precision tokens
+    is the recipe's exemption `recent`. A token of zeros need not decode to zeros, since it shares the minimum of
+    its group. Stored: bits + 32/group bits per value, 3 at 2 bits and groups of 32.
     """
 
     version = 1
@@ -50,7 +49,7 @@ class KiviKey(Codec):
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         n_tokens, group = x_BHTD.shape[2], min(self.group, x_BHTD.shape[2])
         x_BHTD = x_BHTD.float()
-        if missing := -n_tokens % group:  # fill the last group with its last token
+        if missing := -n_tokens % group:  # pad the last group with its last token
             last = x_BHTD[:, :, -1:].expand(-1, -1, missing, -1)
             x_BHTD = torch.cat([x_BHTD, last], dim=2)
         codes, step, low = affine_codes(x_BHTD.unflatten(2, (-1, group)), self.bits, dim=3)

@@ -13,12 +13,12 @@ from polykv.codecs.base import Codec, Shape
 
 
 @dataclass(frozen=True)
-class Q4_0(Codec):  # noqa: N801  (the format's own name)
+class Q4_0(Codec):  # noqa: N801  (the name of the format)
     """ggml's block_q4_0 along head_dim, bit-exact with `quantize_row_q4_0_ref` (ggml-quants.c).
 
     Per block of 32: d = m / -8 with m the value of the largest magnitude, its sign kept; codes =
     min(15, trunc(x * (1 / d) + 8.5)), so m has code 0; d is stored in fp16; x' = (code - 8) * d.
-    Stored: 18 bytes a block (d, 16 bytes of nibbles), 4.5 bits per value at 64, 96 and 128.
+    Stored: 18 bytes per block (d, 16 bytes of nibbles), 4.5 bits per value at 64, 96 and 128.
     """
 
     version = 1

@@ -13,11 +13,11 @@ from polykv.codecs.base import Codec, Shape
 
 
 @dataclass(frozen=True)
-class Q4_1(Codec):  # noqa: N801  (the format's own name)
+class Q4_1(Codec):  # noqa: N801  (the name of the format)
     """ggml's block_q4_1 along head_dim, bit-exact with `quantize_row_q4_1_ref` (ggml-quants.c).
 
     Per block of 32: m = min, d = (max - min) / 15; codes = min(15, trunc((x - m) * (1 / d) + 0.5));
-    d and m are stored in fp16; x' = code * d + m. Stored: 20 bytes a block (d, m, 16 bytes of
+    d and m are stored in fp16; x' = code * d + m. Stored: 20 bytes per block (d, m, 16 bytes of
     nibbles), 5 bits per value at 64, 96 and 128.
     """
 

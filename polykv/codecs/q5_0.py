@@ -1,4 +1,4 @@
-"""ggml's q5_0: blocks of 32 values with an fp16 scale, the fifth bits apart."""
+"""ggml's q5_0: blocks of 32 values with an fp16 scale, fifth bits stored separately."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from polykv.codecs.bitpack import pack, unpack
 
 
 @dataclass(frozen=True)
-class Q5_0(Codec):  # noqa: N801  (the format's own name)
+class Q5_0(Codec):  # noqa: N801  (the name of the format)
     """ggml's block_q5_0 along head_dim, bit-exact with `quantize_row_q5_0_ref` (ggml-quants.c).
 
     Per block of 32: d = m / -16 with m the value of the largest magnitude, its sign kept; codes =
     min(31, trunc(x * (1 / d) + 16.5)); d is stored in fp16; x' = (code - 16) * d. Bit 4 of value j
-    is bit j of the little-endian word qh. Stored: 22 bytes a block (d, qh, 16 bytes of nibbles), 5.5
+    is bit j of the little-endian word qh. Stored: 22 bytes per block (d, qh, 16 bytes of nibbles), 5.5
     bits per value at 64, 96 and 128.
     """
 

@@ -18,9 +18,9 @@ from polykv.errors import PolyKVError
 class Rotated(Codec):
     """Signed Hadamard along head_dim, then `codec`, as QuaRot does (arXiv 2404.00456, section 4.2).
 
-    x' = unrotate(codec(rotate(x))). The rotation is orthonormal, so the squared error is that of
-    `codec` on the rotated vectors, in which outlier channels are spread over all. Granularity and
-    stored bits are those of `codec`; the signs come from `seed` and are not stored.
+    x' = unrotate(codec(rotate(x))). The rotation is orthonormal, so the squared error is that of `codec` on the rotated
+    vectors, in which outlier channels are spread over all channels. Granularity and stored bits are those of `codec`;
+    the signs are derived from `seed` and not stored.
     """
 
     version = 1
@@ -48,15 +48,15 @@ class Rotated(Codec):
         return self.codec._dequantize(tensors, dim)
 
     def turned(self, x_BHTD: Tensor) -> Tensor:
-        """fp32 vectors as `codec` gets them."""
+        """Vectors rotated, in fp32, as `codec` encodes them."""
         return x_BHTD.float() @ rotation(x_BHTD.shape[-1], self.seed, x_BHTD.device)
 
     def turned_back(self, y_BHTD: Tensor) -> Tensor:
-        """The inverse of `turned`: what `codec` decodes, or sums of it, brought back."""
+        """The inverse of `turned`, for vectors that `codec` decodes or sums of them."""
         return y_BHTD.float() @ rotation(y_BHTD.shape[-1], self.seed, y_BHTD.device).T
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        # `codec` may rotate once more, in a way of its own.
+        # `codec` may have a rotation of its own.
         return self.codec.rotate(self.turned(x_BHTD), tensors)
 
     def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

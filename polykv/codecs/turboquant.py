@@ -1,4 +1,4 @@
-"""TurboQuant-MSE: rotate, then quantize each coordinate with the normal's optimal codebook."""
+"""TurboQuant-MSE: rotation, then an optimal scalar quantizer of the normal distribution per coordinate."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from polykv.errors import PolyKVError
 
 @dataclass(frozen=True)
 class TurboQuantMSE(Codec):
-    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), norm kept apart.
+    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), with the norm stored separately.
 
-    Per token and head: the norm in fp16; the unit vector, rotated and times sqrt(head_dim), to the
+    Per token and head: the norm in fp16; the unit vector, rotated and scaled by sqrt(head_dim), rounded to the
     nearest of 2**bits Lloyd-Max levels of N(0, 1); codes bit-packed.
     x' = norm / sqrt(head_dim) * unrotate(levels[codes]).
     Stored: 8 * ceil(head_dim * bits / 8) + 16 bits per vector; bits + 16/head_dim per value where
     that packs evenly: 3.125 at 3 bits and head_dim 128.
 
-    signs: random signs before the Hadamard transform (from `seed`), as TurboQuant needs. PolyKV
-    (arXiv 2604.24971) publishes none; then a vector with a common offset rotates to one spike,
-    which the codebook clips. A vector whose norm vanishes in fp16 (below 3e-8) decodes to zero.
+    signs: random signs before the Hadamard transform (from `seed`), as TurboQuant requires. PolyKV (arXiv 2604.24971)
+    has none; a vector with a common offset is then rotated to a single spike, which the codebook clips. A vector whose
+    norm vanishes in fp16 (below 3e-8) decodes to zeros.
     """
 
     version = 1
@@ -55,7 +55,7 @@ class TurboQuantMSE(Codec):
         norm_BHT1 = torch.linalg.vector_norm(x_BHTD, dim=-1, keepdim=True)
         y_BHTD = self.rotate(x_BHTD, {})
         y_BHTD *= dim**0.5 / norm_BHT1.clamp_min(torch.finfo(torch.float32).tiny)
-        # Counting the boundaries below a value is bucketize, several times faster for this few.
+        # Same as torch.bucketize, and several times faster for so few boundaries.
         codes_BHTD = torch.zeros(y_BHTD.shape, dtype=torch.uint8, device=y_BHTD.device)
         for boundary in lloyd_max(self.bits).boundaries:
             codes_BHTD += y_BHTD > boundary

@@ -21,9 +21,8 @@ from polykv.errors import PolyKVError
 class TurboQuantNC(TurboQuantMSE):
     """TurboQuant-MSE with norm correction, the `_nc` of vLLM's presets (turboquant/config.py).
 
-    The stored norm is divided by the length of the quantized unit vector, so that x' has the norm of
-    x; Lloyd-Max levels alone shrink it, by 1.7 % at 3 bits. Granularity and stored bits are those of
-    TurboQuantMSE: bits + 16/head_dim.
+    The stored norm is divided by the length of the quantized unit vector, so that x' has the norm of x; without it
+    Lloyd-Max levels shrink vectors, by 1.7 % at 3 bits. Granularity and stored bits are those of TurboQuantMSE.
     """
 
     version = 1
@@ -34,7 +33,7 @@ class TurboQuantNC(TurboQuantMSE):
         shrunk = torch.linalg.vector_norm(
             self._reconstruct(kept, x_BHTD.shape[-1]), dim=-1, keepdim=True
         )
-        # A norm that fp16 still holds may be corrected beyond it; an infinite one becomes NaN here.
+        # The corrected norm may overflow fp16 where the norm itself does not; an infinite norm becomes NaN here.
         norm = torch.where(shrunk == 0, kept["norm"], kept["norm"] * norm / shrunk)
         kept["norm"] = norm.clamp_max(FP16_MAX).half()
         return kept
@@ -46,9 +45,9 @@ class TurboQuantProd(Codec):
 
     TurboQuant-MSE at bits - 1, then one sign per coordinate of the residual r under a second
     rotation S, and the residual's norm in fp16: x' = x_mse + sqrt(pi / 2) / sqrt(d) * |r| *
-    S^T sign(S r). Inner products with x' are unbiased, at a larger squared error than
-    TurboQuant-MSE of the same bits. The paper's S is i.i.d. Gaussian; this one is a signed Hadamard
-    of its own seed: the same expectation, less variance. Stored: bits + 32/head_dim bits per value.
+    S^T sign(S r). Inner products with x' are unbiased, at a larger squared error than TurboQuant-MSE with the same
+    bits. The paper's S is i.i.d. Gaussian; ours is a signed Hadamard matrix with a seed of its own, which has the same
+    expectation and less variance. Stored: bits + 32/head_dim bits per value.
     """
 
     version = 1
@@ -86,10 +85,10 @@ class TurboQuantProd(Codec):
         return torch.cat([self._mse._dequantize(tensors, dim), signs], dim=-1)
 
     def _projection(self, like: Tensor) -> Tensor:
-        """S of the docstring, for vectors `like` these."""
+        """The second rotation, S."""
         return rotation(like.shape[-1], self.seed + 1, like.device)
 
-    # The rotated domain is (..., 2 * D): a vector of each of the two rotations.
+    # The rotated domain is (..., 2 * D): the vectors under the two rotations, concatenated.
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat(
@@ -103,13 +102,13 @@ class TurboQuantProd(Codec):
 
 @dataclass(frozen=True)
 class TurboQuantOutlier(Codec):
-    """TurboQuant's non-integer widths (arXiv 2504.19874, section 4.3): outlier channels get a bit more.
+    """TurboQuant's non-integer widths (arXiv 2504.19874, section 4.3): outlier channels get one more bit.
 
-    The `outliers` (a share of head_dim) channels of the largest energy over all tokens, found for
-    each head, are one vector of TurboQuant-MSE at bits + 1, the others another at `bits`, each with
-    its own norm. The paper's example counts 32 of 128 channels at 3 bits and 96 at 2 as "2.5 bits";
-    that is 2.25. Half of the channels makes the 2.5 and 3.5 true. Stored: bits + outliers +
-    32/head_dim bits per value, plus 2 * head_dim bytes a head for the order of the channels.
+    The channels with the largest energy over all tokens (`outliers`, a fraction of head_dim, chosen per head) form a
+    vector that TurboQuant-MSE quantizes at bits + 1, the others a vector at `bits`, each with its own norm. The paper's
+    example, 32 of 128 channels at 3 bits and 96 at 2, is called "2.5 bits" and is 2.25; half of the channels give true
+    2.5 and 3.5 bits. Stored: bits + outliers + 32/head_dim bits per value, plus 2 * head_dim bytes per head for the
+    order of the channels.
     """
 
     version = 1
@@ -127,7 +126,9 @@ class TurboQuantOutlier(Codec):
 
     def _parts(self, dim: int) -> tuple[tuple[str, TurboQuantMSE, int], ...]:
         if dim < 2:
-            raise PolyKVError("TurboQuantOutlier parts channels, and head_dim is 1; choose another")
+            raise PolyKVError(
+                "TurboQuantOutlier splits channels and head_dim is 1; choose another codec"
+            )
         n_outliers = min(max(round(self.outliers * dim), 1), dim - 1)
         more = TurboQuantMSE(self.bits + 1, seed=self.seed)
         fewer = TurboQuantMSE(self.bits, seed=self.seed + 1)
@@ -165,7 +166,7 @@ class TurboQuantOutlier(Codec):
         ]
         return torch.cat(decoded, dim=-1)
 
-    # The rotated domain has the channels in the order of the head, each part rotated by itself.
+    # In the rotated domain channels are sorted by the head's `order`, and each part is rotated separately.
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = self._parts(x_BHTD.shape[-1])

@@ -1,4 +1,4 @@
-"""Plain uniform quantization along head_dim: evenly spaced levels, whole vectors or blocks."""
+"""Uniform quantization along head_dim, of whole vectors or blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polykv.codecs.affine import affine_codes, affine_values
-from polykv.codecs.base import Codec, Shape
+from polykv.codecs.base import Codec, Shape, padded_blocks
 from polykv.codecs.bitpack import pack, packed_size, unpack
 from polykv.errors import PolyKVError
 
@@ -19,15 +19,15 @@ from polykv.errors import PolyKVError
 class Uniform(Codec):
     """2**bits evenly spaced levels per token, head and block of `block` channels (None: head_dim).
 
-    symmetric: plain absmax. The levels reach from -absmax to absmax; one fp16 step, the `scale`, a block:
-    code = round(x / scale + (2**bits - 1) / 2). There is no level at 0, so that 2 bits have four levels
-    and not three. Stored: bits + 16/block bits per value, 4.125 at 4 bits and head_dim 128.
+    symmetric: absmax. Levels from -absmax to absmax, with one fp16 step (the `scale`) per block: code =
+    round(x / scale + (2**bits - 1) / 2). There is no level at 0, so that 2 bits give four levels rather than three.
+    Stored: bits + 16/block bits per value, 4.125 at 4 bits and head_dim 128.
 
-    not symmetric: from the minimum to the maximum, both ends in fp16 (step and minimum), as KIVI
-    quantizes values (arXiv 2402.02750, section 3, blocks of 32) and as vLLM's TurboQuant presets do
-    (whole vectors). Stored: bits + 32/block bits per value, 3 at 2 bits and blocks of 32.
+    not symmetric: levels from the minimum to the maximum, with step and minimum in fp16, as KIVI quantizes values
+    (arXiv 2402.02750, section 3, blocks of 32) and as vLLM's TurboQuant presets do (whole vectors). Stored: bits +
+    32/block bits per value, 3 at 2 bits and blocks of 32.
 
-    Codes are bit-packed by the vector. A block shorter than `block` at the end has its own metadata.
+    Codes are bit-packed per vector. A shorter last block has its own metadata.
     """
 
     version = 1
@@ -53,7 +53,7 @@ class Uniform(Codec):
 
     @property
     def relative_error(self) -> float:
-        """Mean squared error of `symmetric` in units of absmax^2, values uniform within a step: step^2 / 12."""
+        """Mean squared error of `symmetric` in units of absmax^2, for values uniform within a step: step^2 / 12."""
         return 1 / (3 * (2**self.bits - 1) ** 2)
 
     def block_size(self, dim: int) -> int:
@@ -61,12 +61,8 @@ class Uniform(Codec):
         return min(self.block or dim, dim)
 
     def _blocks(self, x_BHTD: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, H, T, blocks, block), filled up with the last channel."""
-        block = self.block_size(x_BHTD.shape[-1])
-        if missing := -x_BHTD.shape[-1] % block:
-            last = x_BHTD[..., -1:].expand(*x_BHTD.shape[:3], missing)
-            x_BHTD = torch.cat([x_BHTD, last], dim=-1)
-        return x_BHTD.unflatten(-1, (-1, block))
+        """(B, H, T, D) -> (B, H, T, blocks, block), padded with the last channel."""
+        return padded_blocks(x_BHTD, self.block_size(x_BHTD.shape[-1]))
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         blocks, dim = self._blocks(x_BHTD.float()), x_BHTD.shape[-1]
@@ -76,7 +72,7 @@ class Uniform(Codec):
         else:
             top = 2**self.bits - 1
             scale = (blocks.abs().amax(dim=-1, keepdim=True) * (2 / top)).half()
-            # A scale of zero belongs to values that are zero (or vanish in fp16): any divisor does.
+            # The scale is zero where all values are zero (or vanish in fp16): any divisor does.
             divisor = torch.where(scale > 0, scale, 1).float()
             codes = (blocks / divisor).add_(top / 2).round_().clamp_(0, top).to(torch.uint8)
             kept = {"scale": scale.squeeze(-1)}

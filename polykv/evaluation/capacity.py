@@ -1,22 +1,22 @@
-"""Capacity on paper: what N agents hold and read when they decode after one document, and what a device allows.
+"""An analytical model of capacity: memory and decode time of N agents that share a document, on given hardware.
 
-Arithmetic on an architecture, a recipe's bytes and a data sheet; nothing is measured. GB is 1e9 bytes, a
-multiply-add is two operations. With W bytes of weights, P shared tokens and S of an agent's own, t bytes of a
-token's keys and values in full precision, Q bytes of the pool and L equal layers, a replica of the model holds
+Computed from an architecture, a recipe's stored bytes and a data sheet; nothing is measured. GB is 1e9 bytes, a
+multiply-add is two operations. With W bytes of weights, P shared tokens, S tokens of an agent's own, t bytes of keys
+and values per token in full precision, Q bytes of the pool and L equal layers, a replica of the model holds
 
-    unshared   W + N a (P + S) t        a = 1 + 1 / 2L: transformers' DynamicCache holds one of its 2 L
-    dequantize W + Q + N a (P + S) t    tensors twice while it appends
+    unshared   W + N a (P + S) t        a = 1 + 1 / 2L: while transformers' DynamicCache appends, one of its
+    dequantize W + Q + N a (P + S) t    2 L tensors exists twice
     in_place   W + Q + N a S t
 
-and a step, which gives every agent a token, takes the sum of three parts, each a roofline of its own:
-max(bytes / bandwidth, operations / peak), since they run one after the other.
+A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
+max(bytes / bandwidth, operations / peak):
 
-    linear   the weights that a step reads, once; 2 operations a parameter and agent
-    prefix   N P t, or Q under in_place; 4 x query heads x head_dim x L operations a token and agent
-    suffix   N S t; as the prefix
+    linear   the weights, read once per step; 2 operations per parameter and agent
+    prefix   N P t, or Q under in_place; 4 x query heads x head_dim x L operations per token and agent
+    suffix   N S t; operations as for the prefix
 
-A pool is read once for all agents, but every agent still multiplies with all of it: under in_place operations
-per byte grow with N until the peak binds.
+The pool is read once for all agents, but every agent attends to all of it: under in_place the operations per byte grow
+with N until compute becomes the limit.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ from polykv.models import pick_dtype
 from polykv.recipe import EXACT, Recipe
 
 VERSION = 1  # of the formulas
-# Beside the caches a step holds masks, activations and the allocator's own, which `usable` leaves room for. So what was
-# measured may exceed the formulas by this part of it and so many bytes (observed: 1.0 to 5.6 MiB on a CPU).
+# Measured memory may exceed the formulas by this fraction and this many bytes, for masks, activations and allocator
+# overhead (observed: 1.0 to 5.6 MiB on a CPU). On a device, `usable` leaves room for them.
 TOLERANCE = 0.02
 WORKSPACE = 4 * 2**20
 
@@ -43,17 +43,17 @@ Count = TypeVar("Count", int, np.ndarray)  # of agents
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model asks of a device: bytes, and operations of one token."""
+    """A model's demands on a device: bytes, and operations per token."""
 
     geometry: Geometry
-    dtype: str  # of weights, full-precision caches and the agents' own tokens
+    dtype: str  # of weights, full-precision caches and suffixes
     n_parameters: int
-    n_multiplied: int  # parameters that a step reads and multiplies with; embeddings are looked up
-    attention_flops: int  # of one query token, for each token that it attends to
+    n_multiplied: int  # parameters read and multiplied in a step: all but the input embeddings
+    attention_flops: int  # per query token and token attended to
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: str) -> "Architecture":
-        """Built from a transformers config, without weights, on the meta device.
+        """Built from a transformers config, without weights (on the meta device).
 
         Raises:
             PolyKVError: its cache does not have a plain geometry (polykv/geometry.py).
@@ -84,17 +84,17 @@ class Architecture:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token, full precision."""
+        """Bytes of one token's keys and values in full precision."""
         return self.geometry.values_per_token * self.itemsize
 
     def grown_bytes(self, n_tokens: int) -> int:
-        """The peak of a DynamicCache that appends to `n_tokens`: one of its tensors is there twice."""
+        """Peak bytes of a DynamicCache while it appends to `n_tokens`: one of its tensors exists twice."""
         largest = max(layer.n_kv_heads * layer.head_dim for layer in self.geometry.layers)
         return n_tokens * (self.token_bytes + largest * self.itemsize)
 
 
 def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
-    """`SharedKVPool.stored_bytes` of a document, by the codecs' documented formulas: the same to the byte."""
+    """`SharedKVPool.stored_bytes` of a document of `n_tokens`, by the codecs' formulas, exact to the byte."""
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
     total = 0
     for layer, shape in enumerate(geometry.layers):
@@ -110,7 +110,7 @@ def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of the parts of a decode step."""
+    """Seconds of a decode step, by part."""
 
     linear: float | np.ndarray
     prefix: float | np.ndarray
@@ -123,7 +123,7 @@ class Step:
 
 @dataclass(frozen=True)
 class DecodeWorkload:
-    """Agents with `n_suffix` tokens of their own (padding among them) after a document of `n_prefix`."""
+    """Agents that decode after a shared prefix of `n_prefix` tokens with `n_suffix` of their own (padding included)."""
 
     model: Architecture
     replica: Replica
@@ -140,15 +140,15 @@ class DecodeWorkload:
         n_prefix: int,
         n_suffix: int,
     ) -> "DecodeWorkload":
-        """Agents whose document is under `recipe`."""
+        """The workload of a document compressed under `recipe`."""
         return cls(model, replica, pool_bytes(recipe, model, n_prefix), n_prefix, n_suffix)
 
     def cache_bytes(self, reader: str, n_agents: Count) -> Count:
-        """Peak bytes of one document and its agents on one replica, without the weights."""
+        """Peak bytes of a document and its agents on one replica, without the weights."""
         return self._shared(reader) + n_agents * self._own(reader)
 
     def prefix_bytes(self, reader: str, n_agents: Count) -> Count:
-        """Bytes kept of the document: the pool, and the agents' full-precision copies."""
+        """Bytes of the prefix: the pool, and the agents' full-precision copies."""
         copies: Any = (
             0 if reader == "in_place" else n_agents * self.n_prefix * self.model.token_bytes
         )
@@ -163,23 +163,23 @@ class DecodeWorkload:
 
     @property
     def room(self) -> int:
-        """Bytes of a replica that its weights leave; negative where they alone do not fit."""
+        """Usable bytes of a replica beside the weights; negative if the weights alone do not fit."""
         return self.replica.usable_bytes - self.model.weights_bytes
 
     def max_agents(self, reader: str) -> int:
-        """How many agents of one document fit on all replicas, each replica with its own copy of the pool."""
+        """How many agents of one document fit on all replicas, with a copy of the pool on each."""
         return max(0, (self.room - self._shared(reader)) // self._own(reader)) * self.replica.count
 
     def max_documents(self, reader: str, n_agents: int) -> int:
-        """How many documents fit, each with `n_agents` agents of one replica."""
+        """How many documents fit on all replicas, each with its `n_agents` agents on one of them."""
         return max(0, self.room // self.cache_bytes(reader, n_agents)) * self.replica.count
 
     def on_replica(self, n_agents: Count) -> Count:
-        """The most agents that any replica gets."""
+        """The largest number of agents on any replica."""
         return -(-n_agents // self.replica.count)
 
     def read_bytes(self, reader: str, n_agents: Count) -> tuple[int, Any, Any]:
-        """Bytes that a step of `n_agents` on one replica reads: weights, prefix, suffixes."""
+        """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes)."""
         prefix = self.n_prefix * self.model.token_bytes * n_agents
         return (
             self.model.n_multiplied * self.model.itemsize,
@@ -188,7 +188,7 @@ class DecodeWorkload:
         )
 
     def step(self, reader: str, n_agents: Count) -> Step:
-        """A decode step of `n_agents` on all replicas, the slowest of them."""
+        """A decode step of `n_agents` spread over all replicas: that of the fullest one."""
         here = self.on_replica(n_agents)
         flops = (
             2 * self.model.n_multiplied,
@@ -205,9 +205,10 @@ class DecodeWorkload:
 def gain_range(
     gain: float, unshared: np.ndarray, shared: np.ndarray
 ) -> tuple[int | None, int | None]:
-    """The first and last number of agents at which sharing divides the cost by `gain` or more.
+    """The first and last number of agents for which sharing divides the cost by `gain` or more.
 
-    Costs (seconds or bytes) are of 1, 2, ... agents. None: never; a last of None: still at the last one given.
+    `unshared` and `shared` are costs (seconds or bytes) for 1, 2, ... agents. First is None if there is no such number;
+    last is None if the gain still holds at the end of the arrays.
     """
     (found,) = np.nonzero(unshared >= gain * shared)
     if not len(found):

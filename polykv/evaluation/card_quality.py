@@ -1,9 +1,8 @@
-"""What a receiver loses that gets a card in place of the text: divergence and perplexity on real text.
+"""Divergence and perplexity of a receiver that continues a text from a card.
 
-The card holds the tokens that the receiver does not read itself. The receiver then reads its own turn and the
-text that follows in one forward pass, once from the card and once from the uncompressed cache, both by the same
-reader, and the two are compared token by token (polykv/evaluation/continuation.py). How a card travels does not
-change its content.
+The card holds the beginning of the text. The receiver reads its own turn and the scored text in one forward pass, once
+from the card and once from the uncompressed cache, in the same read mode; the two are compared token by token
+(polykv/evaluation/continuation.py). The transport of a card does not matter, as it does not change the content.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from polykv.handoff.policy import Policy
 from polykv.pool import SharedKVPool, prefill
 from polykv.recipe import load_recipe
 
-# By policy (None: the uncompressed cache) and reader.
+# Keys: (policy, or None for the uncompressed cache; read mode).
 Scored = dict[tuple[str | None, str], Comparison]
 
 
@@ -39,15 +38,15 @@ def score_cards(
     budget_bits: float,
     backend: str = "auto",
 ) -> Scored:
-    """By (policy, reader), the last `n_scored` tokens of one text read from a card against the uncompressed cache.
+    """Scores of the last `n_scored` tokens of a text, read from a card against read from the uncompressed cache.
 
-    By (None, reader), what a reader other than `dequantize` costs by itself: the uncompressed cache read by both.
+    The entries (None, reader) are the cost of a read mode itself: the uncompressed cache, against `dequantize`.
 
     Args:
-        ids_T: (tokens,) of the text: `n_known` that the card holds, the receiver's own turn, the scored ones.
+        ids_T: (tokens,) of the text: `n_known` in the card, the receiver's own turn, the scored ones.
 
     Raises:
-        PolyKVError: no token between the card's and the scored ones, from which the first is predicted.
+        PolyKVError: the receiver's turn, from which the first scored token is predicted, would be empty.
     """
     if not 0 < n_scored < len(ids_T) - n_known:
         raise PolyKVError(

@@ -1,7 +1,7 @@
-"""N agents that decode after one prefix: how they hold it, how they run, and what a step takes.
+"""N agents that decode after one shared prefix: their caches, the decode loop, and the time of a step.
 
-Readers `unshared` and `dequantize` run as transformers runs them: a DynamicCache with a full-precision copy of the
-prefix for every agent, and sdpa. `in_place` attends to the compressed pool in place.
+Read modes `unshared` and `dequantize` give every agent a full-precision copy of the prefix in a DynamicCache, read with
+sdpa. `in_place` attends to the compressed pool.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ from polykv.recipe import Recipe
 
 VERSION = 1  # of how steps are timed
 READERS = ("unshared", *POOL_READERS)
-QUERY_TOKENS = 8  # of every agent, padding among them
+QUERY_TOKENS = 8  # per agent, padding included
 WARMUP = 2  # steps of each round that are not counted
-# Parameters x tokens. A CPU takes minutes for larger prefills, and neither bytes nor time depend on content.
+# Parameters x tokens. Larger prefills take minutes on a CPU, and neither bytes nor times depend on the content.
 PREFILL_LIMIT = 1e11
 
 Layers = Sequence[tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ Layers = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Steps:
-    """One reader's decode steps: milliseconds of each, the bytes that it keeps of the prefix, CPU threads."""
+    """Decode steps in one read mode: the time of each, bytes stored of the prefix, and CPU threads."""
 
     milliseconds: list[float]
     kept_bytes: int
@@ -67,9 +67,10 @@ def _step_times(
     device: str,
     backend: str,
 ) -> dict[str, Steps]:
-    """In each of `repeats` rounds every reader decodes `n_steps` tokens after its warm-up, from new caches.
+    """Time `n_steps` steps of every read mode in each of `repeats` rounds, from new caches and after a warm-up.
 
-    So a machine that is busy for a while is so for all readers. `backend` writes the pool and attends to it.
+    The read modes take turns, so that a temporary load on the machine affects all of them. `backend` encodes the pool
+    and attends to it.
     """
     keep_freed_memory()
     model, _ = source.load(device)
@@ -81,7 +82,7 @@ def _step_times(
         caches = caches_of(reader, layers, pool, n_agents, together=True)
         kept[reader] = kept_bytes(None if reader == "unshared" else pool, caches)
         times[reader] += _times(model, caches, n_tokens, n_agents, n_steps)
-        del caches  # the next reader's come in their place
+        del caches  # before the next ones are allocated
     threads = torch.get_num_threads()
     return {reader: Steps(times[reader], kept[reader], threads) for reader in readers}
 
@@ -117,7 +118,7 @@ def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
 def synthetic_layers(
     geometry: Geometry, n_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gaussian keys and values, each (1, kv_heads, tokens, head_dim), layer by layer; none is kept."""
+    """Gaussian keys and values of each layer, each (1, kv_heads, tokens, head_dim), generated lazily."""
     generator = torch.Generator(device).manual_seed(0)
 
     def gaussian(layer: LayerShape) -> Tensor:
@@ -140,9 +141,10 @@ def pool_of(
 def caches_of(
     reader: str, layers: Layers, pool: SharedKVPool | None, n_agents: int, together: bool
 ) -> list[Cache]:
-    """The caches of all agents: one for all where they decode `together`, in one batch, else one for each.
+    """The caches of all agents: one for all if they decode `together` in a batch, else one for each.
 
-    Agents of `in_place` are always together. The others never share memory, with each other or with `layers`.
+    Agents of `in_place` are always in one batch. Caches of the other modes share no memory with each other or with
+    `layers`.
     """
     if reader == "in_place":
         return [pool.reader(n_agents)]
@@ -159,7 +161,7 @@ def caches_of(
 
 
 def kept_bytes(pool: SharedKVPool | None, caches: Sequence[Cache]) -> int:
-    """Bytes of the pool's tensors and of the agents' own; a reader of the pool starts with none."""
+    """Bytes of the pool's tensors and of the agents' caches (none at first with `in_place`)."""
     own = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
     return (pool.stored_bytes if pool else 0) + sum(
         layer.keys.nbytes + layer.values.nbytes for layer in own
@@ -169,11 +171,10 @@ def kept_bytes(pool: SharedKVPool | None, caches: Sequence[Cache]) -> int:
 def decode(
     model: PreTrainedModel, caches: Sequence[Cache], n_tokens: int, n_agents: int, n_steps: int
 ) -> Iterator[None]:
-    """Feed every agent its own query, then its own greedy tokens; yields after the queries and each step.
+    """Feed every agent a query of its own, then its greedy tokens; yields after the queries and after each step.
 
-    `n_tokens` is the length of the prefix. Several caches take turns. Queries have 1 to 7 tokens and are padded
-    to 8: agents are never all alike, and with a mask transformers groups the queries of a kv head. Without one
-    it uses `enable_gqa`, which a CPU does several times slower.
+    `n_tokens` is the length of the prefix. Several caches take turns. Queries have 1 to 7 tokens, padded to 8, so that
+    agents differ and there is a mask: without one, transformers uses `enable_gqa`, several times slower on a CPU.
     """
     generator = torch.Generator().manual_seed(0)
     ids_NQ = torch.randint(model.config.vocab_size, (n_agents, QUERY_TOKENS), generator=generator)

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from polykv.supported import check_length, check_rope
 
-# Metric -> unit, of what `Comparison.per_token` gives.
+# Metric of `Comparison.per_token` -> unit.
 UNITS = {
     "nll_full": "nats",
     "nll": "nats",
@@ -24,23 +24,23 @@ UNITS = {
     "same_top1": "rate",
     "delta_p": "probability",
 }
-# Metric -> statistics of all tokens that are not means of documents; as llama.cpp's perplexity tool prints them.
+# Metric -> percentiles over the tokens of all documents, as llama.cpp's perplexity tool prints them.
 PERCENTILES: Mapping[str, Mapping[str, float]] = {
     "kl": {"median": 50, "p90": 90, "p95": 95, "p99": 99, "p999": 99.9, "max": 100},
     "delta_p": {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99},
 }
-
 
 VERSION = 1  # of perplexity, divergence and same-top-1
 
 
 @torch.no_grad()
 def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> Tensor:
-    """Log-probabilities (scored tokens, vocabulary) in fp32 of each next token. The cache grows; None is an empty
-    one.
+    """Log-probabilities (tokens - 1, vocabulary) in fp32 of every token of `rest_BT` but the first.
+
+    `cache` (None: empty) grows by the tokens of `rest_BT`.
 
     Raises:
-        PolyKVError: cache and rest are beyond the model's positions, or its rotary frequencies change between them.
+        PolyKVError: more tokens than the model has positions, or the rotary frequencies change along them.
     """
     n_before = cache.get_seq_length() if cache is not None else 0
     n_tokens = n_before + rest_BT.shape[1]
@@ -52,7 +52,7 @@ def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per scored token of one document, a recipe's run against the uncompressed run."""
+    """A run under a recipe against the uncompressed run, per scored token of one document: arrays (tokens,)."""
 
     nll_full: np.ndarray
     nll: np.ndarray
@@ -61,16 +61,16 @@ class Comparison:
 
     @property
     def top1(self) -> np.ndarray:
-        """`same_top1` as 0 and 1; NaN where a run is NaN and has no top."""
+        """`same_top1` as 0 and 1; NaN where one of the runs is NaN."""
         return np.where(np.isnan(self.nll + self.nll_full), np.nan, self.same_top1)
 
     @property
     def delta_p(self) -> np.ndarray:
-        """Change in the probability of the true token."""
+        """Change of the true token's probability."""
         return np.exp(-self.nll) - np.exp(-self.nll_full)
 
     def per_token(self) -> dict[str, np.ndarray]:
-        """Metric -> its value at each scored token, (tokens,) in float64; UNITS has their units."""
+        """Metric -> its value at each scored token, (tokens,) in float64; units are in UNITS."""
         with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity is NaN
             found = {
                 "nll_full": self.nll_full,
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def pooled_statistics(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], float]:
-    """(metric, statistic) -> its value over the tokens of all documents, of what is no mean of documents.
+    """(metric, statistic) -> value over the tokens of all documents, for statistics that are not means over documents.
 
     Statistics are the PERCENTILES, `sd` (of nll_delta, for llama.cpp's error of a perplexity ratio) and `rms`.
     """
@@ -103,10 +103,10 @@ def pooled_statistics(comparisons: Sequence[Comparison]) -> dict[tuple[str, str]
 
 
 def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
-    """Pair two sets of log-probabilities of the same tokens. KL(full || other) is in nats.
+    """Compare two runs' log-probabilities (tokens, vocabulary) of the same tokens; KL(full || other) is in nats.
 
-    A token that the full run gives probability 0 adds nothing to the divergence (0 log 0 = 0), as where a
-    model masks a part of its vocabulary; one that only the other run gives probability 0 makes it infinite.
+    A vocabulary entry with probability 0 in the full run (as where a model masks part of its vocabulary) adds nothing
+    to the divergence; one with probability 0 in the other run only makes it infinite.
     """
     labels_T1 = rest_BT[0, 1:].to(full_TV.device).unsqueeze(1)
     terms_TV = full_TV.exp() * (full_TV - other_TV)
@@ -114,14 +114,14 @@ def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
     return Comparison(
         nll_full=_numpy(-full_TV.gather(1, labels_T1).squeeze(1)),
         nll=_numpy(-other_TV.gather(1, labels_T1).squeeze(1)),
-        # Rounding can leave a tiny negative sum where the two runs agree.
+        # Rounding can give a tiny negative sum where the runs agree.
         kl=_numpy(kl_T.clamp_min(0)),
         same_top1=_numpy(full_TV.argmax(-1) == other_TV.argmax(-1)),
     )
 
 
 def why_not_finite(comparisons: Sequence[Comparison]) -> str:
-    """Why a statistic of these tokens is not finite; "" where all are."""
+    """Why a statistic of these tokens is not finite; "" if all are."""
     found = {
         "the uncompressed run's log-probability": "nll_full",
         "the recipe's log-probability": "nll",

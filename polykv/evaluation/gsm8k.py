@@ -1,10 +1,9 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems and the extractions. Torch-free.
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): problems, and extraction of answers. Torch-free.
 
-The problems are the test split's in one drawn order; the package brings the first 300 of it, the hub the rest.
+Problems are those of the test split in a fixed random order; the package contains the first 300 of it, the hub all.
 
-Strict takes the first number that stands after `####`, as the data set writes it, last_mark the last such number;
-flexible takes the last number of the answer. Right answers and replies are read by the same parser
-(polykv/evaluation/numerals.py).
+Three extractions: `strict` takes the first number after a `####`, `last_mark` the last such number, `flexible` the last
+number of the reply. Gold answers and replies are parsed by the same code (polykv/evaluation/numerals.py).
 """
 
 import json
@@ -18,26 +17,27 @@ from polykv import hub, shipped, textfile
 from polykv.errors import PolyKVError
 from polykv.evaluation import numerals
 
-VERSION = 1  # of the problems and of what counts as a right answer, with numerals.py
+VERSION = 1  # of the problems and of what counts as correct, with numerals.py
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
-ORDER = 2110_14168  # the seed of the order in which the test split's problems are taken
+ORDER = 2110_14168  # seed of the order of the test split's problems
 EXTRACTIONS = ("strict", "flexible", "last_mark")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and the number that answers it, in one spelling."""
+    """A question and its answer, a number in canonical notation."""
 
     question: str
     answer: str
 
 
 def load(path: str | None, n_problems: int, seed: int) -> list[Problem]:
-    """The first `n_problems` of the test split in its drawn order, whatever the seed; or, with the seed, drawn from
-    a local JSONL (`question`, `answer`).
+    """The first `n_problems` of the test split in our order, or a sample by `seed` from a local JSONL at `path`.
+
+    Lines of the JSONL have a `question` and an `answer`. The seed has no effect on the test split.
 
     Raises:
-        PolyKVError: a line that is no problem, too few of them, or more than the package brings and no hub.
+        PolyKVError: an invalid line, too few problems, or more than the package contains and no hub.
     """
     rows = _local(path) if path is not None else _in_order(n_problems)
     if n_problems > len(rows):
@@ -49,7 +49,7 @@ def load(path: str | None, n_problems: int, seed: int) -> list[Problem]:
 
 
 def check_available(path: str | None, n_problems: int) -> None:
-    """What can be refused before a model is loaded.
+    """Check, without loading anything, that `load` will find the problems.
 
     Raises:
         PolyKVError: as `load`.
@@ -58,49 +58,49 @@ def check_available(path: str | None, n_problems: int) -> None:
         _local(path)
     elif n_problems > (n_shipped := len(_shipped())):
         mend = (
-            f"use n_problems={n_shipped} or fewer, which the package brings, or give a local JSONL with "
+            f"use n_problems={n_shipped} or fewer, which the package contains, or give a local JSONL with "
             "relay.path=/path/to/test.jsonl"
         )
         hub.check_reachable(REPO, "dataset", mend, REVISION)
 
 
 def order(n_problems: int) -> list[int]:
-    """The indices of a split of `n_problems` in the order in which they are taken."""
+    """Our order of a split of `n_problems`, as indices."""
     indices = list(range(n_problems))
     random.Random(ORDER).shuffle(indices)
     return indices
 
 
 def check_same(split: Sequence[Mapping[str, str]]) -> None:
-    """The shipped problems are those of the hub's split, by their indices in it.
+    """Check that the packaged problems are those at their indices in the hub's split.
 
     Raises:
-        PolyKVError: names the first that is not.
+        PolyKVError: names the first that differs.
     """
     for row in _shipped():
         index, mine = row["index"], (row["question"], row["answer"])
         if index >= len(split) or mine != (split[index]["question"], split[index]["answer"]):
             raise PolyKVError(
-                f"problem {index} of the hub's {REPO} is not the one that this package brings; "
+                f"problem {index} of the hub's {REPO} differs from the one in this package; "
                 f"use n_problems={len(_shipped())} or fewer"
             )
 
 
 def extract(text: str, how: str) -> Decimal | None:
-    """The answer's number under an extraction, or None where there is none."""
+    """The number of a reply under an extraction, or None if there is none."""
     if how == "flexible":
-        found = numerals.everywhere(text)[-1:]
+        found = numerals.all_numbers(text)[-1:]
     else:
-        marked = numerals.marked(text)
+        marked = numerals.marked_numbers(text)
         found = marked[:1] if how == "strict" else marked[-1:]
     return found[0] if found else None
 
 
 def right(texts: Sequence[str], answers: Sequence[object]) -> dict[str, list[bool]]:
-    """Extraction -> whether each text's number is that of the right answer. A text without a number is wrong.
+    """Extraction -> whether each text's number equals the gold answer. A text without a number is wrong.
 
     Raises:
-        PolyKVError: a right answer that cannot be read whole; names it.
+        PolyKVError: a gold answer that cannot be parsed; names it.
     """
     gold = [numerals.gold(answer) for answer in answers]
     return {
@@ -110,7 +110,7 @@ def right(texts: Sequence[str], answers: Sequence[object]) -> dict[str, list[boo
 
 
 def has_several_marks(text: str) -> bool:
-    """Whether `####` stands in it more than once, so that strict and last_mark may differ."""
+    """Whether a text has more than one `####`, so that strict and last_mark may differ."""
     return numerals.n_marks(text) > 1
 
 
@@ -141,6 +141,6 @@ def _problem(row: Mapping[str, str]) -> Problem:
     question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise PolyKVError(
-            "a problem has a question and an answer, the answer ending in #### and a number"
+            "a problem needs a question and an answer, and the answer has to end in #### and a number"
         )
-    return Problem(question, numerals.spelled(numerals.gold(answer)))
+    return Problem(question, numerals.canonical(numerals.gold(answer)))

@@ -9,7 +9,7 @@ from polykv.evaluation import gsm8k
 
 
 class GSM8K(evaluate.Metric):
-    """Accuracy in percent under each extraction; predictions are answers, references the right numbers."""
+    """Accuracy in percent under each extraction; predictions are replies, references the gold answers."""
 
     def _info(self) -> evaluate.MetricInfo:
         kinds = [datasets.Value(kind) for kind in ("string", "int64", "float64")]
@@ -17,7 +17,7 @@ class GSM8K(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__,
             citation="Cobbe et al. 2021, arXiv 2110.14168",
-            inputs_description="predictions: generated answers; references: numbers, or texts such as '... #### 18'",
+            inputs_description="predictions: generated replies; references: numbers, or texts such as '... #### 18'",
             features=[
                 datasets.Features({"predictions": text, "references": kind}) for kind in kinds
             ],

@@ -1,4 +1,4 @@
-"""Devices as their data sheets have them (conf/hardware), and what one copy of a model gets of them."""
+"""Hardware data sheets (conf/hardware), and the share of the hardware that one replica of a model gets."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from polykv.evaluation.memory import GB
 
 @dataclass(frozen=True)
 class Hardware:
-    """A data sheet (conf/hardware): `nodes` of `devices` each; the other figures are of one device."""
+    """A data sheet: `nodes` with `devices` each; the other figures are per device."""
 
     name: str
     nodes: int
     devices: int
     memory_gb: float
-    usable: float  # part of the memory that weights and caches may take
+    usable: float  # fraction of the memory available to weights and caches
     bandwidth_gb_s: float
-    tflops: Mapping[str, float]  # dense, by dtype
+    tflops: Mapping[str, float]  # dense peak by dtype
 
     @classmethod
     def from_config(cls, sheet: Mapping[str, Any]) -> "Hardware":
@@ -49,12 +49,12 @@ class Hardware:
     def replica(
         self, n_kv_heads: int, dtype: str, bandwidth_fraction: float, flops_fraction: float
     ) -> "Replica":
-        """One copy of a model on as many devices of a node as share its kv heads evenly, none of them twice.
+        """A replica of a model: split by kv heads (tensor parallelism) over as many devices of a node as divide them.
 
-        The fractions are what a step gets of the data sheet's bandwidth and operations.
+        The fractions say how much of the data sheet's bandwidth and peak a decode step reaches.
 
         Raises:
-            PolyKVError: the YAML has no peak for this dtype.
+            PolyKVError: the data sheet has no peak for this dtype.
         """
         if dtype not in self.tflops:
             raise PolyKVError(
@@ -72,7 +72,7 @@ class Hardware:
 
 
 def check_number(name: str, number: Any, above: float, most: float = math.inf) -> None:
-    """Refuse what is no finite number above `above`, up to `most`.
+    """Check that a setting is a finite number in (above, most].
 
     Raises:
         PolyKVError: names the setting.
@@ -85,10 +85,10 @@ def check_number(name: str, number: Any, above: float, most: float = math.inf) -
 
 @dataclass(frozen=True)
 class Replica:
-    """`split` devices that hold one copy of the weights, and `count` such copies; agents are dealt out evenly."""
+    """A copy of the weights on `split` devices, of which there are `count`; agents are spread evenly over copies."""
 
     split: int
     count: int
     usable_bytes: int
-    bandwidth: float  # bytes a second that a step gets
-    flops: float  # operations a second that a step gets
+    bandwidth: float  # bytes per second reached in a step
+    flops: float  # operations per second reached in a step

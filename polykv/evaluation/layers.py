@@ -1,7 +1,7 @@
-"""Where the damage is: errors of keys, values, attention logits and attention output, layer by layer.
+"""Errors of keys, values, attention logits and attention output by layer and kv head.
 
-Reconstruction errors are relative squared errors, so that they stand beside the theory of a codec on
-Gaussian data; the diagnostics say why a real cache differs from it.
+Errors are relative squared errors, comparable with a codec's error on Gaussian data; the diagnostics explain why a real
+cache differs from that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,23 +21,21 @@ from polykv.supported import check_attention
 
 VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
-GAUSSIAN_SHAPE = (1, 2, 512)  # of the data whose error stands for theory; head_dim is the model's
+GAUSSIAN_SHAPE = (1, 2, 512)  # (batch, heads, tokens) of the Gaussian data
 
-
-_capturing = Lock()  # what transformers calls is registered for the whole process
+_capturing = Lock()  # transformers' registry of attention functions is global
 
 
 @torch.no_grad()
 def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> list[Tensor]:
-    """Each layer's queries (1, heads, tokens, head_dim) of the tokens after the pool.
+    """The queries of the tokens `rest_BT` that follow the pool, per layer (1, heads, tokens, head_dim).
 
-    They are scaled for scores of q.k / sqrt(head_dim), whatever the model's own scaling is. Meanwhile no other
-    thread may run this model.
+    They are rescaled so that the model's scores are q.k / sqrt(head_dim). No other thread may run the model meanwhile.
 
     Raises:
-        PolyKVError: the model does not show its attention.
+        PolyKVError: the model's attention cannot be replaced.
     """
-    check_attention(model.config, "its layers cannot be looked at; use another model")
+    check_attention(model.config, "its layers cannot be inspected; use another model")
     found: dict[int, Tensor] = {}
 
     def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -61,12 +59,11 @@ def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> l
 def head_errors(
     queries: Tensor, full: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """Relative squared error of each of KINDS, (kv_heads,), over one layer's prefix; NaN where the true
-    values are all zero, as the logits of a prefix of one token are.
+    """Kind of KINDS -> relative squared error over one layer's prefix, (kv_heads,).
 
-    `full` and `other` are keys and values (1, kv_heads, tokens, head_dim); queries (1, heads, queries,
-    head_dim), consecutive heads sharing a kv head. Logits are compared up to a constant per query, which
-    softmax ignores; output is attention over the prefix alone.
+    `full` and `other` are keys and values (1, kv_heads, tokens, head_dim); queries are (1, heads, queries, head_dim),
+    where consecutive heads share a kv head. Logits are compared up to a constant per query, which softmax ignores; the
+    output is attention over the prefix alone. NaN where the true values are all zero (the logits of a single token).
     """
     grouped = queries[0].unflatten(0, (full[0].shape[1], -1)).flatten(1, 2).float()
     (k, v), (k_other, v_other) = (tuple(x[0].float() for x in pair) for pair in (full, other))
@@ -86,7 +83,7 @@ def _relative(true: Tensor, other: Tensor) -> Tensor:
 
 
 def gaussian_error(codec: Codec, head_dim: int) -> float:
-    """The codec's relative squared error on N(0, 1): what theory promises it."""
+    """The codec's relative squared error on samples of N(0, 1)."""
     generator = torch.Generator().manual_seed(0)
     x_BHTD = torch.randn((*GAUSSIAN_SHAPE, head_dim), generator=generator)
     error = codec.decode(codec.encode(x_BHTD)) - x_BHTD
@@ -94,11 +91,11 @@ def gaussian_error(codec: Codec, head_dim: int) -> float:
 
 
 def diagnostics(x_BHTD: Tensor) -> Mapping[str, float]:
-    """Why a cache is not Gaussian, of one layer's keys or values (batch, kv_heads, tokens, head_dim).
+    """Deviations from white noise of one layer's keys or values (batch, kv_heads, tokens, head_dim).
 
-    dc_share: the share of energy in each vector's mean, which an unsigned Hadamard transform gathers in
-    its first coordinate; 1 / head_dim for white noise. peak_to_rms: the largest channel's root mean square
-    over that of all channels of its head, 1 for white noise: outlier channels. Both are NaN of zeros.
+    dc_share: fraction of the energy in the vectors' means, which an unsigned Hadamard transform puts into the first
+    coordinate (1 / head_dim for white noise). peak_to_rms: largest ratio of a channel's RMS to that of its head
+    (1 for white noise), which shows outlier channels. Both are NaN for zeros.
     """
     x = x_BHTD.float()
     dim = x.shape[-1]
@@ -112,7 +109,7 @@ def diagnostics(x_BHTD: Tensor) -> Mapping[str, float]:
 
 
 def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) -> SharedKVPool:
-    """The uncompressed pool with one layer under `recipe`, the others under `exact`."""
+    """The pool `full` with one layer under `recipe` and the others under `exact`."""
     segments = [
         (recipe if index == layer else exact).encode_layer(
             *full.decode_layer(index), index, full.n_layers
@@ -123,5 +120,5 @@ def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) ->
 
 
 def mean_by_head(errors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Errors of several documents, averaged; (kv_heads,) each."""
+    """`head_errors` averaged over documents."""
     return {kind: torch.stack([e[kind] for e in errors]).mean(dim=0) for kind in KINDS}

@@ -1,7 +1,7 @@
-"""KV memory in its four accountings, never mixed (DESIGN: byte accounting).
+"""KV memory: the accountings `paper` and `resident`.
 
-`nominal` and `paper` are arithmetic, `stored` is the sum of the tensors kept, `resident` is measured in a
-process of its own while all agents decode at the same time.
+`paper` repeats PolyKV's arithmetic; `resident` is measured in a process of its own while all agents decode at the same
+time. The other two, `nominal` and `stored`, are properties of a pool (polykv/pool.py).
 """
 
 import sys
@@ -28,17 +28,17 @@ from polykv.supported import check_length
 
 VERSION = 1  # of what is counted and how it is measured
 GB = 1e9
-DECODE_STEPS = 1  # the peak is reached at once: a step grows every layer by a copy
+DECODE_STEPS = 1  # enough for the peak: every step copies each layer to grow it
 WARMUP_TOKENS = 64
-# A CPU takes minutes for one measurement of a larger model; its rows say so instead.
+# Larger models take minutes per measurement on a CPU and are not measured there.
 MAX_CPU_PARAMETERS = 2e9
 
 
 def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float | None) -> float:
-    """How the PolyKV table got its GB: fp32 for the prefilled tokens; the pool is that over `ratio`.
+    """Bytes as in PolyKV's table: fp32 caches of the prefilled tokens, or one such cache over `ratio` for a pool.
 
-    15 agents x 5,035 tokens x 262,144 B = 19.798 GB, and 5,035 x 262,144 B / 2.909 = 0.454 GB for
-    llama-3-8b (32 layers, 8 kv heads, head_dim 128). `ratio=None` means unshared caches.
+    15 agents x 5,035 tokens x 262,144 B = 19.798 GB, and 5,035 x 262,144 B / 2.909 = 0.454 GB for llama-3-8b
+    (32 layers, 8 kv heads, head_dim 128). `ratio` None: unshared caches.
     """
     one_cache = n_tokens * geometry.values_per_token * 4
     return one_cache * n_agents if ratio is None else one_cache / ratio
@@ -47,7 +47,7 @@ def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float |
 def synthetic_pool(
     geometry: Geometry, n_tokens: int, dtype: torch.dtype, recipe: Recipe, backend: str = "auto"
 ) -> SharedKVPool:
-    """A pool over Gaussian keys and values, for what does not depend on their content: its bytes."""
+    """A pool of Gaussian keys and values, whose bytes are those of any content."""
     layers = synthetic_layers(geometry, n_tokens, dtype, torch.device("cpu"))
     return SharedKVPool.from_layers(layers, recipe, n_layers=geometry.n_layers, backend=backend)
 
@@ -62,15 +62,13 @@ def resident_bytes(
     backend: str = "auto",
     n_steps: int = DECODE_STEPS,
 ) -> int:
-    """Peak memory above the loaded model while `n_agents` decode `n_steps` tokens, all their caches alive.
+    """Peak bytes above the loaded model while `n_agents` decode `n_steps` tokens in one batch.
 
-    Measured in a process of its own: peak resident set on a CPU, peak allocated memory on CUDA. Reader
-    `unshared` holds N full caches, `dequantize` the pool and what its N readers rebuild, `in_place` the pool. All
-    agents decode in one batch.
+    Measured in a process of its own: peak resident set size on a CPU, peak allocated memory on CUDA. Read mode
+    `unshared` holds N full caches, `dequantize` the pool and N full caches, `in_place` the pool alone.
 
     Raises:
-        PolyKVError: it would not fit into memory or the model's positions, or this platform has no peak that can be
-            reset.
+        PolyKVError: it would not fit into memory or the model's positions, or the platform has no resettable peak.
     """
     if pick_device(device).type != "cuda" and not sys.platform.startswith("linux"):
         raise PolyKVError(
@@ -81,19 +79,16 @@ def resident_bytes(
     return _process()(source, recipe, reader, n_tokens, n_agents, device, backend, n_steps)
 
 
-_kept: list[MeasuringProcess] = []
-_warm: set[tuple[str, int]] = (
-    set()
-)  # readers and numbers of agents that the measuring process has run
+_worker: MeasuringProcess | None = None
+_warm: set[tuple[str, int]] = set()  # (read mode, agents) that the worker has run before
 
 
 def _process() -> MeasuringProcess:
-    """The one process for memory, which loads a model once and ends with this one."""
-    if _kept and not _kept[0].is_alive():
-        _kept.clear()
-    if not _kept:
-        _kept.append(MeasuringProcess(_resident_bytes))
-    return _kept[0]
+    """The worker for memory: started once, keeps the last model loaded, and ends with this process."""
+    global _worker
+    if _worker is None or not _worker.is_alive():
+        _worker = MeasuringProcess(_resident_bytes)
+    return _worker
 
 
 def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, device: str) -> None:
@@ -109,7 +104,7 @@ def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, d
             f"not measured: {source.name} has {n_weights / 1e9:.1f} billion parameters, which a CPU decodes "
             "too slowly; measure on a GPU"
         )
-    # The pool, its source and one copy per agent; a fifth on top for what a step needs.
+    # The pool, the cache it is made from and one copy per agent, plus 20 % for the temporaries of a step.
     copies = 2 + (0 if reader == "in_place" else n_agents)
     cache = n_tokens * Geometry.of(source.config()).values_per_token * itemsize * copies
     need = 1.2 * (n_weights * itemsize + cache)
@@ -137,20 +132,20 @@ def _resident_bytes(
 
     def measure(length: int, n_agents: int) -> int:
         meter.start()
-        # Bytes do not depend on what a cache says.
+        # Bytes do not depend on the content.
         geometry, device = Geometry.of(model.config), model.device
         layers = list(synthetic_layers(geometry, length, model.dtype, device))
         pool = pool_of((reader,), layers, recipe, backend)
         caches = caches_of(reader, layers, pool, n_agents, together=True)
         del layers
         steps = decode(model, caches, length, n_agents, n_steps)
-        next(steps)  # the queries are in
+        next(steps)  # reads the queries
         meter.reset_peak()
         for _ in steps:
             pass
         return meter.peak()
 
-    if (reader, n_agents) not in _warm:  # whatever the first calls leave behind is not KV memory
+    if (reader, n_agents) not in _warm:  # first calls allocate memory that is not KV cache
         measure(WARMUP_TOKENS, n_agents)
         _warm.add((reader, n_agents))
     return measure(n_tokens, n_agents)

@@ -1,6 +1,6 @@
-"""A measurement in a process of its own, and the meters of what such a process holds.
+"""Measurements in a separate process, and meters of its memory.
 
-A process that has worked before holds memory by chance, and its threads and allocator have been set by others.
+Memory and times measured in a process depend on what it did before: memory held by its allocator, threads, settings.
 """
 
 import ctypes
@@ -15,19 +15,19 @@ import torch
 
 from polykv.errors import PolyKVError
 
-# malloc.h. Blocks from MMAP_THRESHOLD up, MMAP_MAX of them at most, are mapped, and unmapped when freed; free
-# memory at the end of the heap is given back from TRIM_THRESHOLD bytes up, never where that is -1.
+# malloc.h. Blocks of at least MMAP_THRESHOLD bytes, at most MMAP_MAX of them, are mapped, and unmapped when freed. Free
+# memory at the end of the heap is returned to the system from TRIM_THRESHOLD bytes up (-1: never).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-ALL_MAPPED = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 16 * 1024}  # 65536 is glibc's own
+ALL_MAPPED = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 16 * 1024}  # 65536 is glibc's default
 ALL_KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
-KEPT = "freed memory is kept for reuse (where malloc is glibc's)"  # for the notes of times
+KEPT = "freed memory is kept for reuse (with glibc's malloc)"  # the note of timings
 
 
 def in_fresh_process(measure: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Run `measure(*arguments, **options)` in a new process; function, arguments and result must be picklable.
 
     Raises:
-        PolyKVError: it failed, or its process was ended.
+        PolyKVError: the measurement failed, or its process ended.
     """
     worker = MeasuringProcess(measure)
     try:
@@ -37,7 +37,7 @@ def in_fresh_process(measure: Callable[..., Any], *arguments: Any, **options: An
 
 
 def start_early(module: str) -> None:
-    """Let the server of measuring processes import `module` beside what this process does meanwhile."""
+    """Start the fork server, which imports `module` in the background."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     forkserver.ensure_running()
@@ -47,7 +47,7 @@ class MeasuringProcess:
     """A worker process that runs `measure` for one set of arguments after another; it may keep a model between them."""
 
     def __init__(self, measure: Callable[..., Any]) -> None:
-        # A forkserver imports torch once; each of its children starts with a heap that nothing has touched.
+        # The fork server imports torch once; its children start with a fresh heap.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([measure.__module__])
         self._pipe, child = context.Pipe()
@@ -103,7 +103,7 @@ def meter_of(device: torch.device) -> "CpuMeter | CudaMeter":
 
 
 class CudaMeter:
-    """Allocated CUDA memory above what `start` found."""
+    """Allocated CUDA memory above that at `start`."""
 
     def start(self) -> None:
         torch.cuda.empty_cache()
@@ -117,7 +117,7 @@ class CudaMeter:
 
 
 class CpuMeter:
-    """Resident set of this Linux process above what `start` found."""
+    """Resident set size of this Linux process above that at `start`."""
 
     def start(self) -> None:
         _trim_heap()
@@ -125,32 +125,29 @@ class CpuMeter:
 
     def reset_peak(self) -> None:
         _trim_heap()
-        Path("/proc/self/clear_refs").write_text("5")  # 5: the peak falls to the present size
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak to the current size
 
     def peak(self) -> int:
         return _status_bytes("VmHWM") - self._base
 
 
 def keep_freed_memory() -> None:
-    """Let this process use again what it frees, from now on: whatever is timed calls this first.
+    """Make malloc keep freed memory for reuse in this process; called before anything is timed.
 
-    Else glibc maps each block above 32 MiB afresh, and a step that copies a cache of such blocks, as a
-    DynamicCache does, spends several times longer on the pages of its copies than on copying.
+    Otherwise glibc maps every block above 32 MiB anew, and a step that copies a cache of such blocks, as a DynamicCache
+    does, spends several times longer on page faults than on copying.
     """
     _set_malloc(ALL_KEPT)
 
 
 def _trim_heap() -> None:
-    """Give freed memory back now and from now on, so that what is counted is what is alive.
-
-    glibc keeps freed blocks for reuse, more or fewer by chance.
-    """
+    """Make malloc return freed memory to the system, now and from now on, so that only live memory is counted."""
     if libc := _set_malloc(ALL_MAPPED):
         libc.malloc_trim(0)
 
 
 def _set_malloc(settings: dict[int, int]) -> ctypes.CDLL | None:
-    """The C library, set; None where it is not glibc, which alone has these settings."""
+    """Apply mallopt settings and return the C library; None if it is not glibc, which alone has them."""
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if not hasattr(libc, "malloc_trim"):
         return None

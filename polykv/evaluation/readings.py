@@ -1,4 +1,4 @@
-"""One document read under one recipe: what the score of its rest comes from."""
+"""Reading: one document under one recipe in one read mode, and its scores."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +18,10 @@ from polykv.supported import check_padding
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix, read by `model`.
+    """A pool over a document's prefix, read by `model` in a read mode.
 
-    `full` is the baseline: the uncompressed cache read by the same reader, so that a difference is the recipe's
-    alone. None where this is that.
+    `full` is the baseline: the uncompressed cache in the same read mode, so that differences are due to the recipe
+    alone. None if this reading is the baseline.
     """
 
     model: PreTrainedModel
@@ -30,22 +30,22 @@ class Reading:
     reader: str = "dequantize"
     full: "Reading | None" = None
 
-    def by(self, reader: str, backend: str) -> "Reading":
-        """This uncompressed cache read by `reader`: the baseline of all recipes that it reads."""
+    def read_by(self, reader: str, backend: str) -> "Reading":
+        """This baseline in another read mode."""
         if reader == self.reader:
             return self
         pool = self.pool.under(self.pool.recipe, backend)
         return Reading(self.model, self.document, pool, reader)
 
     def under(self, recipe: Recipe, backend: str) -> "Reading":
-        """The same document's cache under another recipe; this one, which is uncompressed, is its baseline."""
+        """The same document under another recipe, with this reading as its baseline."""
         if recipe == self.pool.recipe:
             return self
         pool = self.pool.under(recipe, backend)
         return Reading(self.model, self.document, pool, self.reader, self)
 
     def score(self) -> Tensor:
-        """Log-probabilities of the rest of the document: (scored tokens, vocabulary), fp32."""
+        """Log-probabilities of the rest of the document: (scored tokens, vocabulary) in fp32."""
         if self.reader == "dequantize":
             with read_unshared(self.model):
                 return score_rest(self.model, self.pool.dequantize(), self.document.rest_BT)
@@ -54,37 +54,37 @@ class Reading:
 
     @cached_property
     def log_probs_TV(self) -> Tensor:
-        """`score`, kept: what other readings are compared with."""
+        """`score`, cached: for the baseline, with which other readings are compared."""
         return self.score()
 
     @cached_property
     def comparison(self) -> Comparison:
-        """Per scored token, this reading against the uncompressed one."""
+        """This reading against its baseline, per scored token."""
         full = self.full or self
-        # Only the uncompressed run's log-probabilities are needed again: they take vocabulary x tokens x 4 bytes.
+        # Only the baseline's log-probabilities are cached: they take vocabulary x tokens x 4 bytes.
         mine_TV = self.score() if self.full else self.log_probs_TV
         return compare(full.log_probs_TV, mine_TV, self.document.rest_BT)
 
     @cached_property
     def reader_floor(self) -> Comparison:
-        """Per scored token, what the reader costs by itself: the uncompressed cache read by it, against `dequantize`.
+        """The cost of the read mode itself, per scored token: the uncompressed cache read by it, against `dequantize`.
 
-        The two attentions round differently, in bfloat16 by as much as a recipe of 8 bits costs.
+        The two attention implementations round differently, in bfloat16 by as much as an 8-bit recipe costs.
         """
         if self.full:
             return self.full.reader_floor
-        injected = Reading(self.model, self.document, self.pool)
-        return compare(injected.score(), self.log_probs_TV, self.document.rest_BT)
+        dequantized = Reading(self.model, self.document, self.pool)
+        return compare(dequantized.score(), self.log_probs_TV, self.document.rest_BT)
 
     @torch.no_grad()
     def score_together(self, n_agents: int) -> Tensor:
-        """What `score` says, by each of `n_agents` in one batch: (agents, scored tokens, vocabulary).
+        """`score` by each of `n_agents` in one batch: (agents, scored tokens, vocabulary) in fp32.
 
-        Agent 0 starts with the rest of the document, each other one with one token of padding more than the
-        one before; what fills their rows behind the rest is not scored. `dequantize` gives each its own copy.
+        Agent i has i tokens of padding before the rest of the document, and padding behind it that is not scored.
+        `dequantize` gives each agent its own copy of the cache.
 
         Raises:
-            PolyKVError: a model whose answers depend on padding.
+            PolyKVError: a model whose outputs depend on padding.
         """
         check_padding(self.model.config)
         rest_T, n_prefix = self.document.rest_BT[0], self.pool.n_tokens
@@ -94,7 +94,7 @@ class Reading:
         for agent in range(n_agents):
             ids_NT[agent, agent : agent + n_rest] = rest_T
             mask_NT[agent, n_prefix : n_prefix + agent] = 0
-        last = n_prefix + n_rest - 1  # no filling is beyond the model's positions
+        last = n_prefix + n_rest - 1  # keeps the padding within the model's positions
         positions_NT = (mask_NT.cumsum(-1) - 1)[:, n_prefix:].clamp_max(last)
         (cache,) = caches_of(self.reader, (), self.pool, n_agents, together=True)
         device = self.model.device

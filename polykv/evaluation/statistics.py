@@ -1,4 +1,4 @@
-"""Intervals and tests. Torch-free: the analysis compares recipes with them too."""
+"""Confidence intervals and tests. Torch-free, since the analysis uses them."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from scipy import stats
 
 VERSION = 1  # of intervals and tests
-WIDE = 2.0  # quartiles of a timing further apart than this factor
-# Below this many documents their spread says too little, and blocks of tokens are the sample instead.
+WIDE = 2.0  # ratio of a timing's quartiles above which it is not trusted
+# With fewer documents, blocks of tokens are the sample instead.
 MIN_DOCUMENTS = 8
 
 
@@ -18,16 +18,16 @@ def document_interval(
     bounds: tuple[float, float] = (-np.inf, np.inf),
     level: float = 0.95,
 ) -> tuple[float, float] | None:
-    """Interval of the mean over documents, each an array of per-token values: Hall's skewness-corrected t.
+    """Interval of the mean over documents, each an array of per-token values, by Hall's skewness-corrected t.
 
-    Documents are the sample where there are at least MIN_DOCUMENTS of them (tokens of one document are
-    not independent); otherwise runs of consecutive tokens are. Paired comparisons pass per-token
-    differences. Ends are cut to `bounds`, which the mean cannot leave (a divergence is never negative).
-    None where there are fewer than two blocks, or a mean of one that is not finite.
+    Documents are the sampling units if there are at least MIN_DOCUMENTS (tokens of one document are not independent),
+    otherwise blocks of consecutive tokens. For paired comparisons pass per-token differences. Ends are clipped to
+    `bounds`, the range of the mean (a divergence is never negative). None with fewer than two units, or if the mean of
+    one is not finite.
 
-    Coverage of the 95 % interval at 8 and 24 documents: normal 95 and 95 %, log-normal (sd of logs 1) 90
-    and 93 %. The percentile bootstrap has 89 and 93 %, and 78 and 87 %. No interval knows of a rare document
-    that costs ten times the others until it is drawn; only more documents help.
+    Coverage of the 95 % interval with 8 and 24 documents: normal data 95 and 95 %, log-normal (sd of logs 1) 90 and
+    93 %. The percentile bootstrap covers 89 and 93 %, and 78 and 87 %. No interval accounts for rare documents with ten
+    times the damage that are not in the sample; only more documents help.
     """
     samples = [sample for sample in samples if len(sample)]
     if len(samples) < MIN_DOCUMENTS:
@@ -49,25 +49,26 @@ def skewed_interval(
 
 
 def _deskew(units: np.ndarray, reach: float) -> float:
-    """The studentized error (mean - truth) / sd that Hall's transformation takes to `reach` (1992, J. R.
-    Stat. Soc. B 54, 221): T = W + g W^2 / 3 + g^2 W^3 / 27 + g / 6n of skewness g is nearly symmetric where
-    W is not, and increasing, so that it has the inverse 3 / g ((1 + g (T - g / 6n))^(1/3) - 1).
+    """The inverse of Hall's transformation (1992, J. R. Stat. Soc. B 54, 221) at `reach`.
+
+    For the studentized error W = (mean - truth) / sd of data with skewness g, T = W + g W^2 / 3 + g^2 W^3 / 27 + g / 6n
+    is nearly symmetric. It is increasing, with the inverse W = 3 / g ((1 + g (T - g / 6n))^(1/3) - 1).
     """
     spread = units.std()
     skewness = np.mean(((units - units.mean()) / spread) ** 3) if spread > 0 else 0.0
     t = reach - skewness / (6 * len(units))
     root = np.cbrt(1 + skewness * t)
-    return float(3 * t / (root**2 + root + 1))  # the same, without a division by a skewness of 0
+    return float(3 * t / (root**2 + root + 1))  # equal, and defined for a skewness of 0
 
 
 def blocks(sample: np.ndarray) -> list[np.ndarray]:
-    """Consecutive blocks of about n^(1/3) tokens, the usual rate (Kuensch 1989; Hall et al. 1995)."""
+    """Consecutive blocks of about n^(1/3) tokens (Kuensch 1989; Hall et al. 1995)."""
     length = max(1, round(len(sample) ** (1 / 3)))
     return np.array_split(sample, max(1, len(sample) // length))
 
 
 def spread_warning(low: float | None, high: float | None) -> str:
-    """What to say of a timing with these quartiles; nothing where it can be trusted."""
+    """A warning about a timing with these quartiles, or an empty string."""
     if low is None or high is None or high <= WIDE * low:
         return ""
     return f"warning: quartiles spread more than {WIDE:g}x, the machine was busy; measure again"
@@ -75,13 +76,13 @@ def spread_warning(low: float | None, high: float | None) -> str:
 
 @dataclass(frozen=True)
 class PairedRatio:
-    """By what factor one positive quantity exceeds another over the same documents.
+    """The ratio of two positive quantities measured on the same documents.
 
     Attributes:
-        ratio, low, high: of geometric means, with the 95 % interval.
-        p: two-sided, of the paired t test on the logarithms.
-        detectable: the smallest ratio that these documents would have shown, at `level` with 80 % power.
-        documents_needed: how many would show this ratio; None where none is near enough to say.
+        ratio, low, high: ratio of geometric means, with its 95 % interval.
+        p: two-sided p value of the paired t test on the logarithms.
+        detectable: the smallest ratio that this many documents detect at `level` with 80 % power.
+        documents_needed: documents needed to detect this ratio; None if more than MANY.
     """
 
     ratio: float
@@ -93,16 +94,16 @@ class PairedRatio:
 
 
 POWER = 0.8
-MANY = 100_000  # documents; a ratio that needs more is none
+MANY = 100_000  # documents
 
 
 def paired_ratio(
     first: Sequence[float], second: Sequence[float], level: float = 0.05
 ) -> PairedRatio:
-    """Compare two positive quantities of the same documents on their logarithms.
+    """Paired comparison of two positive quantities of the same documents on the log scale.
 
-    KL divergences of documents are skewed and differ between documents by factors, alike under every recipe: so
-    their logarithms are paired. A rank test of few pairs cannot reach a corrected level at all.
+    KL divergences are skewed and vary between documents by factors that are common to all recipes, hence the pairing of
+    logarithms. A rank test with few pairs cannot reach a level corrected for multiple comparisons.
 
     Raises:
         ValueError: fewer than two pairs, or values that are not positive and finite.
@@ -110,7 +111,7 @@ def paired_ratio(
     values = np.array([first, second], dtype=float)
     n = values.shape[1]
     if n < 2 or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError("a paired ratio needs two pairs or more of positive, finite values")
+        raise ValueError("a paired ratio needs at least two pairs of positive, finite values")
     logs = np.log(values[0]) - np.log(values[1])
     mean, spread = float(logs.mean()), float(logs.std(ddof=1))
     error = spread / math.sqrt(n)
@@ -133,7 +134,7 @@ def paired_ratio(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values (1979), in the given order: below alpha means rejected at alpha."""
+    """Holm's adjusted p values (1979), in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(order), 0, -1)
     stepped = np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors)
@@ -143,7 +144,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] | None:
-    """Wilson score interval of a rate; None where nothing was tried."""
+    """Wilson score interval of a rate; None for n = 0."""
     if n == 0:
         return None
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
@@ -151,14 +152,14 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] |
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
-    """(problems that only `one` has right, only `other`, exact two-sided p; 1 without any difference).
+    """McNemar's exact test: (problems that only `one` solves, only `other` solves, two-sided p value).
 
     Raises:
         ValueError: no problems.
     """
     pairs = list(zip(one, other, strict=True))
     if not pairs:
-        raise ValueError("a test needs one problem or more")
+        raise ValueError("the test needs at least one problem")
     only_one = sum(a and not b for a, b in pairs)
     only_other = sum(b and not a for a, b in pairs)
     apart = only_one + only_other

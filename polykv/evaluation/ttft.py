@@ -1,8 +1,8 @@
-"""Time to first token of a receiver that gets a context by text or by card, and where the time goes.
+"""Time to first token of a receiver that gets its context as text or as a card, with the time of each stage.
 
-One model, one dtype, one runtime for every path; the paths take turns within each repeat, so that a busy
-machine slows all of them. A card path starts with the sender's full cache in memory and counts everything
-from there, as the published stages do (create + inject + generate = total).
+All paths use the same model, dtype and runtime, and take turns within each repeat, so that load on the machine affects
+all of them. A card's path starts with the sender's full cache in memory and includes everything after that, as in the
+published stages (create + inject + generate = total).
 """
 
 import tempfile
@@ -30,7 +30,7 @@ from polykv.pool import prefill
 from polykv.progress import track
 from polykv.supported import check_length, check_rope
 
-VERSION = 1  # of how times are taken
+VERSION = 1  # of the timing protocol
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 TRANSPORTS = ("memory", "file")
 WARMUP = 2
@@ -38,9 +38,9 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Route:
-    """How the context reaches the receiver: as text (store `text`), or as a card in memory or in a file.
+    """How the context reaches the receiver: as text (a policy with store `text`), or as a card in memory or in a file.
 
-    The receiver decodes a card into a cache of its own (reader `dequantize`) or attends to it in place (`in_place`).
+    The receiver decodes the card into an unshared cache (reader `dequantize`) or attends to it in place (`in_place`).
     `backend` (polykv/kernels) encodes, decodes and attends.
     """
 
@@ -52,9 +52,9 @@ class Route:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per repeat: the whole, and each stage that the path has.
+    """Milliseconds per repeat, in total and for each stage of the path: arrays (repeats,).
 
-    `mean_bits`: stored bits per cached value of the card, all metadata counted; None where text is handed on.
+    `mean_bits`: stored bits per cached value of the card, including metadata; None for text.
     """
 
     total: np.ndarray
@@ -63,7 +63,7 @@ class Timing:
 
 
 class Clock:
-    """Laps of one run; on CUDA a lap ends when the device is done."""
+    """A stopwatch with named laps in milliseconds; synchronizes with a CUDA device at the end of each."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -96,17 +96,16 @@ def measure(
     repeats: int,
     key: SigningKey | None = None,
 ) -> list[Timing]:
-    """One Timing per path, for the context `ids_T` (tokens,) whose last `n_turn` are the receiver's own turn.
+    """One Timing per path, for the context `ids_T` (tokens,) whose last `n_turn` tokens are the receiver's own turn.
 
-    With a `key` cards in files are signed (part of the stage `serialize`), and their signatures checked
-    (`verify`). From here on this process keeps the memory that it frees, as a server that has run for a while
-    does (`keep_freed_memory`).
+    With a `key`, cards in files are signed (in stage `serialize`) and their signatures verified (`verify`). From here
+    on the process keeps freed memory (`keep_freed_memory`), like a server that has run for a while.
 
     Raises:
-        PolyKVError: more tokens than the model has positions, or fewer than two repeats, which have no spread.
+        PolyKVError: more tokens than the model has positions, or fewer than two repeats.
     """
     if repeats < 2:
-        raise PolyKVError(f"repeats={repeats}, and quartiles need two or more; raise it")
+        raise PolyKVError(f"repeats={repeats}, and quartiles need at least two; raise it")
     check_length(model.config, len(ids_T), f"context={len(ids_T)}")
     check_rope(model.config, len(ids_T) - n_turn, len(ids_T), f"context={len(ids_T)}")
     keep_freed_memory()
@@ -130,7 +129,7 @@ def seal(
     budget_bits: float,
     backend: str,
 ) -> CacheCard:
-    """The card whose receiver is timed and scored: the first half of its tokens is the shared segment."""
+    """A card as timed and scored here: the first half of its tokens counts as the shared segment."""
     topology = Topology(n_shared=len(known_T) // 2)
     settings = (policy, budget_bits, topology)
     return CacheCard.seal(cache, known_T, model, tokenizer, *settings, backend=backend)

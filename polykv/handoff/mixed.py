@@ -123,7 +123,7 @@ class MixedCodec:
             if tier == EXACT:
                 parts[tier] = kernels.encode(self.codec(tier), x_BHTD, self.backend)
                 continue
-            even = channels.taken_off(x_BHTD) if channels else x_BHTD.float()
+            even = channels.normalize(x_BHTD) if channels else x_BHTD.float()
             # In torch for every backend, so that all of them round to the same codes.
             turned = even @ rotation(dim, SEED, device)
             part = kernels.encode(self._uniform(tier), turned, self.backend)
@@ -151,7 +151,7 @@ class MixedCodec:
                 )
                 x_BHTD = turned @ rotation(dim, SEED, device).T
                 if mixed.channels:
-                    x_BHTD = mixed.channels.heads(span).put_back(x_BHTD)
+                    x_BHTD = mixed.channels.heads(span).denormalize(x_BHTD)
                 out[:, span].index_copy_(2, at, saturated(x_BHTD, mixed.dtype))
         return out
 

@@ -1,8 +1,8 @@
-"""Fast paths for encoding, decoding and attending, and the choice between them.
+"""Backends with faster kernels for encoding, decoding and attention, and the choice between them.
 
-The torch path (polykv/codecs, polykv/attention) runs everywhere and defines the truth. A kernel module does
-the same work faster where it can, and answers None where it cannot: then the torch path does it. Modules load
-on first use, so that nobody waits for a compiler whose kernels are not asked for.
+The torch code (polykv/codecs, polykv/attention) runs everywhere and is the reference implementation. A kernel module
+computes the same faster for the inputs it supports and returns None for others, which then take the torch path. Kernel
+modules are imported (and compiled) on first use.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from polykv.errors import PolyKVError
 from polykv.segment import Segment
 
 TORCH = "torch"
-# The kernel module made for a type of device.
+# Device type -> kernel module.
 FAST = {"cpu": "cpu", "cuda": "triton"}
 BACKENDS = (TORCH, *FAST.values())
 
 
 def check_backend(name: str) -> None:
-    """Refuse a name that is no backend.
+    """Validate a backend's name.
 
     Raises:
-        PolyKVError: lists those that are.
+        PolyKVError: an unknown name; lists the known ones.
     """
     if name not in ("auto", *BACKENDS):
         raise PolyKVError(f"no backend named {name!r}; there are: auto, {', '.join(BACKENDS)}")
 
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """The backend to use on `device`. "auto" is the fast one, or torch (with one warning) where that is missing.
+    """The backend to use on `device`: "auto" is the fast one, or torch (with a warning) if that is not available.
 
     Raises:
-        PolyKVError: an unknown name, or a named backend that cannot be had here.
+        PolyKVError: an unknown name, or a backend requested by name that is not available on this machine.
     """
     check_backend(name)
     if name == TORCH or (name == "auto" and device.type not in FAST):
@@ -50,8 +50,8 @@ def pick_backend(name: str, device: torch.device) -> str:
     if reason is None:
         return wanted
     if name != "auto":
-        raise PolyKVError(f"backend={name} cannot be had: {reason}; use backend=auto or torch")
-    _warn_once(f"backend {wanted} cannot be had ({reason}); using torch, which is slower")
+        raise PolyKVError(f"backend={name} is not available: {reason}; use backend=auto or torch")
+    _warn_once(f"backend {wanted} is not available ({reason}); using torch, which is slower")
     return TORCH
 
 
@@ -75,13 +75,13 @@ def _module(backend: str) -> ModuleType:
 
 
 def encode(codec: Codec, x_BHTD: Tensor, backend: str) -> Packed:
-    """`codec.encode(x_BHTD)`; codes may differ where a value lies within rounding of a decision boundary."""
+    """`codec.encode(x_BHTD)`; codes may differ where rounding moves a value across a decision boundary."""
     packed = None if backend == TORCH else _module(backend).encode(codec, x_BHTD)
     return codec.encode(x_BHTD) if packed is None else packed
 
 
 def decode_rotated(codec: Codec, packed: Packed, backend: str) -> Tensor:
-    """`codec.decode_rotated(packed)`: fp32 (B, H, T, D) in the domain in which the codec keeps its codes."""
+    """`codec.decode_rotated(packed)`: fp32 (B, H, T, D) in the codec's rotated domain."""
     y_BHTD = None if backend == TORCH else _module(backend).decode_rotated(codec, packed)
     return codec.decode_rotated(packed) if y_BHTD is None else y_BHTD
 
@@ -89,9 +89,9 @@ def decode_rotated(codec: Codec, packed: Packed, backend: str) -> Tensor:
 def attend(
     q_HQD: Tensor, segment: Segment, scaling: float, backend: str
 ) -> tuple[Tensor, Tensor] | None:
-    """Attention of all queries to a whole segment, or None where there is no kernel for its codec pair.
+    """Attention of all queries to a whole segment, or None if there is no kernel for its codec pair.
 
-    `q_HQD` is (kv_heads, queries, head_dim), contiguous. Gives the output (kv_heads, queries, head_dim) in fp32,
-    rotated back to the model's domain, and the natural log of the sum of exp(scaling * q.k), fp32.
+    `q_HQD` is (kv_heads, queries, head_dim), contiguous. Returns the output (kv_heads, queries, head_dim), rotated
+    back, and the natural log of the sum of exp(scaling * q.k) (kv_heads, queries), both fp32.
     """
     return None if backend == TORCH else _module(backend).attend(q_HQD, segment, scaling)

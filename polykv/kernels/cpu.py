@@ -1,7 +1,7 @@
-"""The fast CPU path: Int8, Q8_0, TurboQuantMSE and Uniform in vector registers; Identity is attended to.
+"""Vectorized CPU kernels for Int8, Q8_0, TurboQuantMSE and Uniform; attention supports Identity too.
 
-The arithmetic is C++ (csrc/), compiled once on this machine and called through ctypes with the addresses of
-tensors. Where a function answers None, the torch path does the work, errors included.
+The arithmetic is C++ (csrc/), compiled once on this machine and called through ctypes with the addresses of tensors.
+Where a function returns None, the caller takes the torch path, which also raises the errors.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from polykv.kernels.cpu_layout import (
 )
 from polykv.segment import Segment
 
-# As MAX_DIM in csrc (rotate.h).
+# Up to MAX_DIM of csrc/rotate.h.
 DIMS = range(16, 257, 16)
 BITS = {TurboQuantMSE: (2, 3, 4), Uniform: (2, 3, 4, 8)}
-BLOCK_STEP = 16  # values, of which a block of Uniform is a multiple
+BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 
-# Starting a thread takes as long as this many values take to encode, or products to sum.
+# Work per thread, below which starting another one costs more than it saves.
 VALUES_PER_THREAD = 1 << 17
 PRODUCTS_PER_THREAD = 1 << 21
-TILE = 64  # queries at a time
-# Of a split: attention is split along tokens only where heads and tiles are too few.
-MIN_TOKENS = 512
+TILE = 64  # queries per job
+MIN_TOKENS = 512  # per split: attention is split along tokens if there are fewer (head, tile) jobs than threads
 
 
 @lru_cache
 def _library() -> Any:
-    """The compiled functions, or why they cannot be had."""
+    """The compiled library, or the reason why it is not available."""
     try:
         loaded = ctypes.CDLL(str(library()))
     except (BuildError, OSError) as error:
@@ -59,15 +58,15 @@ def _library() -> Any:
 
 
 def available() -> str | None:
-    """None where the kernels can run; they are compiled now if they never were."""
+    """None if the kernels can run, else the reason; compiles them on first use."""
     found = _library()
     return found if isinstance(found, str) else None
 
 
 def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
-    """`codec.encode`, or None: another codec, dtype or layout, or values that cannot be encoded.
+    """`codec.encode`, or None for another codec, dtype or layout, or values that cannot be encoded.
 
-    Codes differ from those of the torch path only where a rotated value lies within rounding of a boundary.
+    Codes differ from the torch path's only where rounding moves a rotated value across a decision boundary.
     """
     if x_BHTD.dtype not in DTYPES or x_BHTD.ndim != 4 or 0 in x_BHTD.shape:
         return None
@@ -93,10 +92,10 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
 
 
 def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor] | None:
-    """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), fp32, of queries in fp32, bf16 or
-    fp16 that all see the whole segment; None for another codec pair or layout, or batches.
+    """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), both fp32; no mask.
 
-    Memory beyond the result is 0.3 MiB a thread, whatever the context.
+    Queries are fp32, bf16 or fp16. None for other codec pairs, layouts, or batches. Temporary memory is 0.3 MiB per
+    thread at any context length.
     """
     key, value = segment.key, segment.value
     heads, queries, dim = q_HQD.shape
@@ -132,7 +131,7 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
 
 
 def _takes(codec: Any, shape: Shape) -> bool:
-    # Not isinstance: a subclass may quantize in another way.
+    # Not isinstance: a subclass may quantize differently.
     kind = type(codec)
     if kind in BITS and codec.bits not in BITS[kind]:
         return False
@@ -142,7 +141,7 @@ def _takes(codec: Any, shape: Shape) -> bool:
 
 
 def _readable(*tensors: Tensor) -> bool:
-    """Vectors of consecutive values in this machine's memory."""
+    """Whether all tensors are in CPU memory, contiguous along the last dimension."""
     return all(t.device.type == "cpu" and (t.shape[-1] == 1 or t.stride(-1) == 1) for t in tensors)
 
 

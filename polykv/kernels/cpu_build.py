@@ -1,6 +1,6 @@
-"""The machine's own build of csrc/: compiled on first use, kept in the user's cache folder.
+"""Compilation of csrc/ for this machine, on first use, into the user's cache folder.
 
-Plain C++17 without any headers of torch: a build takes seconds, and serves every version of torch and Python.
+Plain C++17 without torch's headers: a build takes seconds and works with every version of torch and Python.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from polykv import cache_folder
+
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-shared", "-pthread"),
 )
-# Some compilers do not know the machine that they run on.
+# Not every compiler supports -march=native.
 ARCHITECTURES = (("-march=native",), ())
 
 
 class BuildError(Exception):
-    """There is no compiler, or it fails; the message is one line."""
+    """There is no compiler, or compilation failed; the message is one line."""
 
 
 def library() -> Path:
-    """The shared library of this machine, compiled if it is not there yet.
+    """Path of this machine's shared library, compiled if necessary.
 
-    The file is named by what it is made from and for, and appears at once and whole: any number of processes may
-    ask for it at the same time.
+    Its name is a digest of sources, compiler, flags and processor, and it is renamed into place: any number of
+    processes may call this at the same time.
 
     Raises:
-        BuildError: no compiler, a compiler that fails, or a cache folder that cannot be written.
+        BuildError: no compiler, a compilation that fails, or a cache folder that is not writable.
     """
-    compiler, folder = _compiler(), _cache_folder()
+    compiler, folder = _compiler(), cache_folder.find()
     try:
         identity = [_version(compiler), _processor(), *(f.read_text() for f in _sources())]
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,8 @@ def _sources() -> list[Path]:
     return sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "polykv"
-
-
 def _compiler() -> list[str]:
-    """CXX, which may hold options, or else the system's C++ compiler."""
+    """$CXX, which may contain options, or the system's C++ compiler."""
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["c++", "g++", "clang++"]:
         program, *options = shlex.split(name)
@@ -81,7 +78,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on; a cache folder may be shared by several machines."""
+    """What -march=native depends on: several machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -91,7 +88,7 @@ def _processor() -> str:
 
 
 def _compile(command: list[str], path: Path) -> str:
-    """Make `path`; gives the first error, or nothing where all went well."""
+    """Compile into `path`; returns the first error line, or an empty string."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         source = str(SOURCES / "kernels.cpp")

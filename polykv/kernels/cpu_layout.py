@@ -1,4 +1,4 @@
-"""What csrc reads and writes: its structs, and the tensors of a codec in them."""
+"""The C structs of csrc, and their construction from a codec's tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.bitpack import packed_size
 from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.ggml import BLOCK
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
-from polykv.codecs.q8_0 import BLOCK
 from polykv.codecs.rotation import random_signs
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
 
-# As in csrc: Dtype (vector.h) and Kind (rows.h).
+# The enums Dtype (vector.h) and Kind (rows.h) of csrc.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INT8_TENSOR, INT8_TOKEN, Q8, TURBOQUANT, UNIFORM, EXACT = range(6)
 
 
 class Input(ctypes.Structure):
-    """A tensor (batch, heads, tokens, dim) to encode: Input of encode.h."""
+    """`Input` of encode.h: a tensor (batch, heads, tokens, dim) to encode."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -36,7 +36,7 @@ class Input(ctypes.Structure):
 
 
 class PackedStruct(ctypes.Structure):
-    """A codec's tensors: Packed of rows.h."""
+    """`Packed` of rows.h: a codec's tensors."""
 
     _fields_ = [
         ("kind", ctypes.c_int32),
@@ -55,7 +55,7 @@ class PackedStruct(ctypes.Structure):
 
 
 class Queries(ctypes.Structure):
-    """Queries (heads, count, dim): Queries of attend.h."""
+    """`Queries` of attend.h: queries (heads, count, dim)."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -66,7 +66,7 @@ class Queries(ctypes.Structure):
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Bytes along (batch, heads, tokens); 0 where all share one entry."""
+    """Strides in bytes along (batch, heads, tokens); 0 along dimensions of size 1, which broadcast."""
     item = tensor.element_size()
     batch, heads, tokens = (
         s * item if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)
@@ -75,7 +75,7 @@ def strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
-    """What `codec.encode` keeps of (batch, heads, tokens, dim), yet to be written."""
+    """Uninitialized tensors for what `codec.encode` stores of a tensor of this shape."""
     dim = shape[3]
     if isinstance(codec, TurboQuantMSE):
         codes = torch.empty((*shape[:3], packed_size(dim, codec.bits)), dtype=torch.uint8)
@@ -92,7 +92,7 @@ def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
 
 
 def described(codec: Codec, packed: Packed) -> Any:
-    """The struct that csrc reads, by reference; it lives as long as `packed` does for its addresses."""
+    """Reference to a PackedStruct with the addresses of the tensors of `packed`, which has to stay alive."""
     codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
     told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
     if isinstance(codec, Identity):
@@ -122,7 +122,7 @@ def _kind_of_scaled(codec: Codec) -> int:
 
 @lru_cache
 def _codebook(bits: int) -> tuple[Tensor, Tensor]:
-    """Levels and boundaries in fp32, each filled up to 16 entries."""
+    """Levels and boundaries in fp32, each zero-padded to 16 entries."""
     book = lloyd_max(bits)
     tables = torch.zeros(2, 16, dtype=torch.float32, device="cpu")
     tables[0, : len(book.levels)] = torch.tensor(book.levels)

@@ -1,7 +1,7 @@
-"""Triton kernels for NVIDIA GPUs: which codecs they take, and when they can be had.
+"""Triton kernels for NVIDIA GPUs: which codecs and shapes they support, and whether they are available.
 
-The kernels themselves are in triton_*.py, which import triton and are therefore imported on first use. Where a
-function answers None, the torch path does the work, errors included.
+The kernels are in triton_*.py, which import triton and are therefore imported on first use. Where a function returns
+None, the caller takes the torch path, which also raises the errors.
 """
 
 import importlib
@@ -21,14 +21,14 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
 from polykv.segment import Segment
 
-# Widths, and the alignment of what is loaded: of 3 bits words of 4 bytes where a row is whole words, else bytes.
+# Bits -> alignment of loads in bytes. At 3 bits, words of 4 bytes if a row is whole words, else single bytes.
 ALIGNMENT = {2: 2, 3: 4, 4: 4}
 MAX_DIM = 256
 LEAST_CAPABILITY = (8, 0)  # matrix products in bf16
 
 
 def available() -> str | None:
-    """None where the kernels can run: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
+    """None if the kernels can run (on a GPU, or under TRITON_INTERPRET=1 anywhere), else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if _interpreted():
@@ -41,7 +41,7 @@ def available() -> str | None:
 
 
 def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
-    """`codec.encode` in one pass, or None: another codec or shape, or values that cannot be encoded."""
+    """`codec.encode` in one pass; None for another codec or shape, or values that cannot be encoded."""
     if x_BHTD.dtype not in INPUT_DTYPES or x_BHTD.ndim != 4 or 0 in x_BHTD.shape:
         return None
     dim = x_BHTD.shape[3]
@@ -52,7 +52,7 @@ def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
     with torch.cuda.device_of(x_BHTD):
         packed = _kernels(codec).encode(codec, x_BHTD)
         metadata = packed.tensors["norm" if isinstance(codec, TurboQuantMSE) else "scale"]
-        # What is wrong with the values, the torch path finds out and says.
+        # The torch path raises the error for values that are not finite.
         return packed if metadata.isfinite().all() else None
 
 
@@ -66,10 +66,10 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
 
 
 def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor] | None:
-    """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), fp32, of queries in fp32, bf16
-    or fp16 that all see the whole segment; None for another codec pair, another shape, or batches.
+    """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), both fp32; no mask.
 
-    fp16 queries that rotation takes beyond fp16 give NaN with TurboQuant keys: a norm of 65,504 or more.
+    Queries are fp32, bf16 or fp16. None for other codec pairs, shapes, or batches. With TurboQuant keys, fp16 queries
+    that overflow fp16 when rotated (a norm of 65,504 or more) give NaN.
     """
     if segment.key.shape[0] != 1 or scaling <= 0:
         return None
@@ -99,7 +99,7 @@ def _reachable(tensor: Tensor) -> bool:
 def _takes(codec: Codec, dim: int, tensor: Tensor) -> bool:
     if not _reachable(tensor):
         return False
-    if type(codec) is TurboQuantMSE:  # not isinstance: a subclass may quantize in another way
+    if type(codec) is TurboQuantMSE:  # not isinstance: a subclass may quantize differently
         alignment = ALIGNMENT.get(codec.bits)
         if alignment is None or dim % 8 or dim > MAX_DIM:
             return False
@@ -112,7 +112,7 @@ def _takes(codec: Codec, dim: int, tensor: Tensor) -> bool:
 
 
 def _holds_rotation(device: torch.device) -> bool:
-    """Whether shared memory takes the 256 x 256 rotation and the tiles beside it, as Hopper's does."""
+    """Whether the 256 x 256 rotation and the tiles fit into shared memory, as on Hopper."""
     if device.type != "cuda":
         return True
     properties: Any = torch.cuda.get_device_properties(device)

@@ -1,13 +1,11 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
 """Triton: attention of all agents' queries against one packed prefix.
 
-Flash-decoding (Dao et al. 2023): the prefix is cut into as many splits as keep the device busy; every program
-streams one split's codes past a tile of queries, and a second kernel merges the splits by their log-sum-exp.
-Codes become numbers in registers (triton_sides.py); the prefix is never rebuilt. Where a token has one scale or
-norm, bare codes are scored and the scale is applied to the score, or to the weight. Values of a rotating codec are
-accumulated in the rotated domain, and the merged output is rotated back once.
-
-Imported only where triton is there (see triton.py).
+Flash-decoding (Dao et al. 2023): the prefix is cut into enough splits to keep the device busy; each program streams
+the codes of one split past a tile of queries, and a second kernel merges the splits by their log-sum-exp. Codes are
+dequantized in registers (triton_sides.py); the prefix never exists in full precision. If a token has a single scale or
+norm, it is applied to the score or the weight instead of the codes. Values of a rotating codec are accumulated in the
+rotated domain, and the merged output is rotated back once.
 """
 
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from polykv.kernels.triton_sides import Side, load_codes, numbers
 from polykv.segment import Segment
 
 LN_2 = tl.constexpr(log(2))
-LEAST_SCALE = tl.constexpr(2.0**-126)  # keys of zeros have the scale 0, and -inf * 0 is NaN
+LEAST_SCALE = tl.constexpr(2.0**-126)  # all-zero keys have scale 0, and -inf * 0 is NaN
 MERGED_ROWS = 16
 
 
@@ -44,7 +42,7 @@ def _attend_splits(
     VALUES: tl.constexpr, V_BITS: tl.constexpr, V_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of queries over the same tokens run side by side, so that L2 serves all but the first.
+    # Programs of the same tokens and different query tiles are adjacent, so that all but the first hit L2.
     tile, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.arange(0, PAD)
     rows = tile * QUERIES + tl.arange(0, QUERIES)
@@ -86,13 +84,13 @@ def _step(
     DIM: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, K_BITS: tl.constexpr, K_BLOCK: tl.constexpr,
     VALUES: tl.constexpr, V_BITS: tl.constexpr, V_BLOCK: tl.constexpr, TOKENS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens of the online softmax; scores in units of 1 / k_factor, exponentials to base 2."""
+    """The online softmax's update for one block of tokens; scores in units of 1 / k_factor, base-2 exponentials."""
     t = tl.arange(0, TOKENS)
     here_T = t < (stop - start if MASKED else TOKENS)
-    # Bases move, offsets stay: all address arithmetic but one addition leaves the loop.
+    # Only base pointers depend on the loop index, so that offsets are computed once outside the loop.
     k_codes, k_scale = k_codes + start * k_t, k_scale + start * ks_t
     v_codes, v_scale = v_codes + start * v_t, v_scale + start * vs_t
-    # Asked for now, needed after the scores.
+    # Issued early; needed only after the scores.
     v_first, v_second, v_third = load_codes(v_codes, t, v_t, here_T, DIM, PAD, V_BITS)
     if VALUES == "token":
         v_scale_T = tl.load(v_scale + t * vs_t, here_T, 0.0).to(tl.float32)
@@ -122,8 +120,8 @@ def _step(
 
 @triton.constexpr_function
 def weights_dtype(dtype, values):
-    """Of weights and values in their product. fp16 holds norms and scales, and no weight times one is larger; what
-    is a value already keeps the queries' range."""
+    """The dtype in which weights are multiplied with values: fp16 suffices for a weight times a norm or scale, which
+    are fp16 themselves; values that are not scaled by token need the queries' range."""
     return tl.float16 if values == "token" and dtype != tl.float32 else dtype
 
 
@@ -138,7 +136,8 @@ def _merge_splits(
     m_Q = tl.full((ROWS,), float("-inf"), tl.float32)
     l_Q = tl.zeros((ROWS,), tl.float32)
     o_QD = tl.zeros((ROWS, PAD), tl.float32)
-    # A step is small and few programs run: as many in flight as shared memory takes (48 KiB) hide L2's latency.
+    # Steps are small and programs few: use as many pipeline stages as fit into 48 KiB of shared memory to hide L2's
+    # latency.
     for split in tl.range(0, n_splits, num_stages=768 // PAD):
         row_Q = (split * n_heads + head) * n_queries + rows
         part_Q = tl.load(part_lse + row_Q, asked_Q, 0.0)
@@ -158,7 +157,7 @@ def _merge_splits(
 
 @dataclass(frozen=True)
 class Launch:
-    """How the splits are run: the queries and tokens of a step, warps, and steps whose loads are in flight."""
+    """Launch parameters: queries and tokens per step, warps, pipeline stages, and programs per multiprocessor."""
 
     queries: int
     tokens: int
@@ -168,7 +167,7 @@ class Launch:
 
     @classmethod
     def of(cls, n_queries: int, dim: int, dtype: torch.dtype) -> "Launch":
-        """What fits into the registers and shared memory of most GPUs (99 KiB); on Hopper without spills in 16 bits.
+        """Parameters that fit most GPUs (99 KiB of shared memory), and on Hopper do not spill in 16 bits.
 
         `benchmarks/gpu/attention_kernels.py --sweep` times the alternatives.
         """
@@ -176,7 +175,7 @@ class Launch:
         most = 2**14 // row_bytes if wide else 128 if row_bytes <= 256 else 64
         queries = max(16, min(triton.next_power_of_2(n_queries), most))
         if queries == 32 and not wide:
-            queries = 64  # four warps' wgmma; mma of 32 rows takes more instructions, and spills at head_dim 256
+            queries = 64  # one wgmma of four warps; mma with 32 rows is slower, and spills at head_dim 256
         tokens = min(64, 2**14 // row_bytes)
         return cls(queries, tokens, 8 if queries == 128 else 4, 2 if wide else 3, 2)
 
@@ -186,8 +185,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output (kv_heads, queries, head_dim), rotated back, and log-sum-exp (kv_heads, queries), both fp32.
 
-    Keys are of any codec of triton.py, values of TurboQuantMSE, Uniform or Identity. Memory beyond the result is
-    that of the splits' outputs: bounded by the number of programs, whatever the number of tokens.
+    Keys may be of any codec of triton.py, values of TurboQuantMSE, Uniform or Identity. Temporary memory is that of the
+    splits' outputs, which is bounded by the number of programs and does not grow with the tokens.
     """
     q_HQD, (heads, n_queries, dim) = q_HQD.contiguous(), q_HQD.shape
     device, n_tokens, v_codec = q_HQD.device, segment.key.shape[2], segment.value_codec
@@ -196,9 +195,9 @@ def attend(
     keys = Side.of(segment.key_codec, segment.key, q_HQD.dtype, q_HQD.dtype)
     token_dtype = (
         torch.float32 if q_HQD.dtype == torch.float32 else torch.float16
-    )  # see `weights_dtype`
+    )  # `weights_dtype`
     values = Side.of(v_codec, segment.value, q_HQD.dtype, token_dtype)
-    factor = scaling / log(2)  # turns the raw scores into log2 of the weights
+    factor = scaling / log(2)  # the kernel uses base-2 exponentials
     if isinstance(segment.key_codec, TurboQuantMSE):
         q_HQD = segment.key_codec.rotate(q_HQD.float(), segment.key.tensors).to(q_HQD.dtype)
         factor *= dim**-0.5

@@ -1,10 +1,7 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: the 8-bit codecs, encoded in one pass and decoded.
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
+"""Triton kernels that encode (in one pass) and decode Int8 and Q8_0.
 
-Bound by memory: every value is read once and every byte written once; a scale for the whole tensor needs a
-pass over the values before.
-
-Imported only where triton is there (see triton.py).
+Memory-bound: every value is read once and every byte written once; a per-tensor scale takes a pass of its own.
 """
 
 from typing import Any
@@ -15,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from polykv.codecs.base import Packed
+from polykv.codecs.ggml import BLOCK
 from polykv.codecs.int8 import Int8
-from polykv.codecs.q8_0 import BLOCK, Q8_0
+from polykv.codecs.q8_0 import Q8_0
 from polykv.kernels.triton_bits import rows_contiguous, tile_shape
 
 BELOW_HALF = tl.constexpr(0.5 - 2**-25)  # see codecs/q8_0.py
-ROUND = tl.constexpr(1.5 * 2**23)  # x + this holds round(x), halves to even, in its low bits
+ROUND = tl.constexpr(1.5 * 2**23)  # the low bits of x + ROUND are round(x), halves to even
 TINY = tl.constexpr(2.0**-126)  # the smallest normal fp32
 
-# SHARED_BY: what one scale of 8-bit codes is for: a "tensor", a "token" and head, or a "block" of 32 values.
+# SHARED_BY: the values that share a scale: a "tensor", a "token" (per head), or a "block" of 32 values.
 
 
 @triton.jit
@@ -31,7 +29,7 @@ def _absmax(
     x, top, stride_b, stride_h, stride_t, n_heads, n_tokens,
     DIM: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Largest |x| of the whole tensor, as the bits of an fp32: torch's own takes a pass and seven small kernels."""
+    """Largest |x| of the whole tensor, as fp32 bits, in one kernel (torch takes a pass and seven small kernels)."""
     cols, head = tl.arange(0, PAD), tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = x + head // n_heads * stride_b + head % n_heads * stride_h
@@ -73,7 +71,7 @@ def _encode(
         else:
             one = tl.div_rn(tl.load(top).to(tl.float32, bitcast=True), 127.0)
             one = tl.where(one < TINY, 0.0, one)  # its inverse might overflow
-            tl.store(scale, one)  # every program the same
+            tl.store(scale, one)  # every program stores the same value
             scale_T = tl.zeros((ROWS,), tl.float32) + one
         x_TD *= tl.div_rn(1.0, tl.where(scale_T > 0, scale_T, 1.0))[:, None]
         x_TD = tl.minimum(tl.maximum(x_TD, -127.0), 127.0)
@@ -83,13 +81,13 @@ def _encode(
 
 @triton.jit
 def absmax(x, axis: tl.constexpr):
-    """Largest |x| along `axis`; NaN wins."""
+    """Largest |x| along `axis`; NaN propagates."""
     return tl.max(bits_of_size(x), axis=axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def bits_of_size(x):
-    """|x| in fp32, its bits taken as an integer: in the same order, and NaN above infinity."""
+    """The bits of |x| as an integer, which orders like |x|, with NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -118,7 +116,7 @@ def _decode(
 
 
 def encode(codec: Int8 | Q8_0, x_BHTD: Tensor) -> Packed:
-    """`codec.encode`; what is not finite is left in the scales for the caller to find."""
+    """`codec.encode`; values that are not finite show in the scales, which the caller checks."""
     x_BHTD, (batch, heads, n_tokens, dim) = rows_contiguous(x_BHTD), x_BHTD.shape
     shared_by = scale_shared_by(codec)
     codes = x_BHTD.new_empty(x_BHTD.shape, dtype=torch.int8)
@@ -143,7 +141,7 @@ def decode_rotated(codec: Int8 | Q8_0, packed: Packed) -> Tensor:
     """`codec.decode_rotated`."""
     batch, heads, n_tokens, dim = packed.shape
     codes = packed.tensors["codes"]
-    scale = packed.tensors["scale"].expand(batch, heads, -1, -1)  # strides of 0 where it is shared
+    scale = packed.tensors["scale"].expand(batch, heads, -1, -1)  # stride 0 along shared dimensions
     out_BHTD = codes.new_empty(packed.shape, dtype=torch.float32)
     tile = tile_shape(dim)
     _decode[(triton.cdiv(n_tokens, tile["ROWS"]), batch * heads)](
@@ -154,5 +152,5 @@ def decode_rotated(codec: Int8 | Q8_0, packed: Packed) -> Tensor:
 
 
 def scale_shared_by(codec: Any) -> str:
-    """What one scale of 8-bit codes is for."""
+    """SHARED_BY of a codec."""
     return "block" if isinstance(codec, Q8_0) else codec.granularity

@@ -1,11 +1,9 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: how attention reads keys and values of any codec: what is loaded, and the numbers that it stands for.
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
+"""Triton: loading and dequantization of keys and values of any codec within attention.
 
-What one scale is for says how it is applied. One for the whole "tensor", or for a "token" and head, is a factor
-of the score, or of the weight, and the numbers are bare codes or levels. One for a "block" of a vector is put into
-the numbers. "exact" values have none.
-
-Imported only where triton is there (see triton.py).
+A side's kind says how its scale is applied. A scale per "tensor" or per "token" (and head) multiplies the score or the
+weight, and the dequantized numbers are codes or levels without it. A scale per "block" of a vector multiplies the
+numbers. "exact" values have no scale.
 """
 
 from dataclasses import dataclass
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from polykv.codecs.base import Codec, Packed
 from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.ggml import BLOCK
 from polykv.codecs.identity import Identity
-from polykv.codecs.q8_0 import BLOCK
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
 from polykv.kernels.triton_bits import INTERPRETED, level_table, levels_of
@@ -26,12 +24,12 @@ from polykv.kernels.triton_int8 import scale_shared_by
 from polykv.kernels.triton_stream import fetch, words
 
 FP16_MAX = tl.constexpr(65504.0)
-MIDDLE = tl.constexpr(127.5)  # of the 256 levels of 8-bit Uniform
+MIDDLE = tl.constexpr(127.5)  # the centre of the 256 levels of 8-bit Uniform
 
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values as the kernel takes them; `table` is for `load_table`, where codes have less than 8 bits."""
+    """Arguments of the kernel for keys or values; `table` is for `load_table` if codes have less than 8 bits."""
 
     kind: str
     codes: Tensor
@@ -44,7 +42,7 @@ class Side:
     def of(
         cls, codec: Codec, packed: Packed, dtype: torch.dtype, token_dtype: torch.dtype
     ) -> "Side":
-        """`dtype` is that of the numbers, `token_dtype` where a token has one scale."""
+        """`dtype`: that of the numbers; `token_dtype`: that of the levels if a token has a single scale."""
         heads, dim = packed.shape[1], packed.shape[3]
         if isinstance(codec, Identity):
             values = packed.tensors["values"]
@@ -68,7 +66,7 @@ class Side:
 def load_codes(
     codes, t, stride_t, here_T, DIM: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr
 ):
-    """What is kept of tokens `t`, for `numbers`: loads that nothing waits for yet."""
+    """Issue the loads of the codes of tokens `t`, for `numbers`."""
     if BITS < 8:
         return fetch(codes, t, stride_t, here_T, DIM, PAD, BITS)
     else:
@@ -84,7 +82,7 @@ def numbers(
     KIND: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     DIM: tl.constexpr, PAD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What `load_codes` gave as numbers (T, D) in DTYPE, up to the factor that a token's all share."""
+    """Dequantize the result of `load_codes` to (T, D) in DTYPE, without the scale per token or tensor."""
     if BITS < 8:
         x_TD = levels_of(words(first, second, third, BITS), table, BITS, DTYPE)
     elif first.dtype == tl.uint8:
@@ -96,7 +94,7 @@ def numbers(
         here_TD = here_T[:, None] & (cols < DIM)[None, :]
         scale_TD = tl.load(scale + t[:, None] * scale_t + cols[None, :] // BLOCK, here_TD, 0.0)
         x_TD = x_TD.to(tl.float32) * scale_TD.to(tl.float32)
-        if tl.float16 == DTYPE:  # a scale that was rounded up may lead beyond it
+        if tl.float16 == DTYPE:  # a scale that was rounded up may overflow it
             x_TD = tl.minimum(tl.maximum(x_TD, -FP16_MAX), FP16_MAX)
         x_TD = x_TD.to(DTYPE)
     return x_TD
@@ -104,8 +102,8 @@ def numbers(
 
 @triton.jit
 def as_float(values, DTYPE: tl.constexpr):
-    """int8 codes, which every 16-bit float holds exactly, or exact values."""
-    if INTERPRETED:  # it knows no cast from integers to bf16
+    """Cast of int8 codes (exact in every 16-bit float) or of exact values."""
+    if INTERPRETED:  # which cannot cast integers to bf16
         return values.to(tl.float32).to(DTYPE)
     else:
         return values.to(DTYPE)

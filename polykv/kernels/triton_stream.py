@@ -1,11 +1,9 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: packed codes in and out of registers.
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
+"""Triton: loading and storing of bit-packed codes.
 
-Shapes are powers of two: D is head_dim padded, G = D / 8 the groups of eight codes, which are whole bytes at
-every width and every row's alignment. Streams are addressed (G, T), groups first: Triton lets neighbouring
-threads walk along the first dimension, so that a warp reads whole rows of packed bytes.
-
-Imported only where triton is there (see triton.py).
+Shapes are powers of two: D is the padded head_dim, G = D / 8 the number of groups of eight codes, which are whole bytes
+at every width. Packed rows are addressed (G, T), groups first: Triton assigns neighbouring threads along the first
+dimension, so that a warp reads whole rows of packed bytes.
 """
 
 import triton
@@ -14,11 +12,11 @@ import triton.language as tl
 
 @triton.jit
 def fetch(codes, t, stride_t, here_T, DIM: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
-    """Loads of the packed rows of tokens `t`, not yet put together, so that nothing waits for them.
+    """Issue the loads of the packed rows of tokens `t`; `words` combines them later.
 
-    2 and 4 bits are one load of 2 or 4 bytes a group. 32 codes of 3 bits are three loads of 4 bytes, which Triton
-    can have in flight steps ahead (cp.async takes 4 bytes or more); where a row holds no whole words, eight codes
-    are three loads of one byte.
+    2 and 4 bits take one load of 2 or 4 bytes per group. 32 codes of 3 bits take three loads of 4 bytes, which Triton
+    can pipeline (cp.async takes 4 bytes or more); if a row is not made of whole words, eight codes take three loads of
+    one byte.
     """
     if BITS == 3 and DIM % 32 == 0:
         units = tl.arange(0, PAD // 32)
@@ -44,7 +42,7 @@ def fetch(codes, t, stride_t, here_T, DIM: tl.constexpr, PAD: tl.constexpr, BITS
 
 @triton.jit
 def words(first, second, third, BITS: tl.constexpr):
-    """Eight codes as one int32 (G, T), from what `fetch` gave. What is above them is left to who reads them."""
+    """Eight codes per int32 (G, T), from the result of `fetch`. Bits above the codes are arbitrary."""
     if BITS == 3 and first.dtype == tl.uint32:
         # Bits 0 to 23, 24 to 47, 48 to 71 and 72 to 95.
         pair_ac = tl.join(first, (second >> 16) | (third << 16))
@@ -60,7 +58,7 @@ def words(first, second, third, BITS: tl.constexpr):
 
 @triton.jit
 def codes_of(word_GT, BITS: tl.constexpr):
-    """Words of eight codes -> codes (T, D) in int32. A group stays in one thread: every shift is a constant."""
+    """Words of eight codes -> codes (T, D) in int32. A group stays in one thread, and all shifts are constants."""
     codes = tl.join(word_GT, word_GT >> (4 * BITS))
     codes = tl.join(codes, codes >> (2 * BITS))
     codes = tl.join(codes, codes >> BITS) & ((1 << BITS) - 1)
@@ -69,11 +67,11 @@ def codes_of(word_GT, BITS: tl.constexpr):
 
 @triton.jit
 def store_codes(row_T, codes_TG8, here_T, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Pack codes (T, G, 8) in int32 to where each row's first byte is pointed to."""
+    """Pack codes (T, G, 8) in int32 and store them; `row_T` points to the first byte of each row."""
     N_TOKENS: tl.constexpr = codes_TG8.shape[0]
     N_GROUPS: tl.constexpr = codes_TG8.shape[1]
     word_TG = tl.sum(codes_TG8 << (BITS * tl.arange(0, 8))[None, None, :], axis=2)
-    if BITS == 3 and DIM % 32 == 0:  # 96 bits of four words of 24 are three stores, not twelve
+    if BITS == 3 and DIM % 32 == 0:  # four words of 24 bits take three stores, not twelve
         units = tl.arange(0, N_GROUPS // 4)
         stream_TU = (row_T[:, None] + units[None, :] * 12).to(tl.pointer_type(tl.int32))
         here_TU = here_T[:, None] & (units < DIM // 32)[None, :]

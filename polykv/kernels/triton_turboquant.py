@@ -1,10 +1,8 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: TurboQuantMSE encoded in one pass (norm, rotate, quantize, pack) and decoded to the rotated domain.
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
+"""Triton kernels that encode (in one pass: norm, rotation, quantization, packing) and decode TurboQuantMSE.
 
-A code may differ from the torch path's only where the value lies within rounding of a decision boundary. Bound
-by memory: every value is read once and every byte written once.
-
-Imported only where triton is there (see triton.py).
+A code differs from the torch path's only where rounding moves a value across a decision boundary. Memory-bound:
+every value is read once and every byte written once.
 """
 
 from functools import lru_cache
@@ -29,7 +27,7 @@ from polykv.kernels.triton_bits import (
 )  # fmt: skip
 from polykv.kernels.triton_stream import codes_of, fetch, store_codes, words
 
-PROGRAMS_PER_SM = 3  # of encoding: what fits into shared memory at head_dim 128
+PROGRAMS_PER_SM = 3  # of encoding: as many as fit into shared memory at head_dim 128
 
 
 @triton.jit
@@ -41,14 +39,14 @@ def _encode(
     cols = tl.arange(0, PAD)
     rotation = tl.load(matrix + cols[:, None] * PAD + cols[None, :])
     tiles_per_head = tl.cdiv(n_tokens, ROWS)
-    # The rotation is as large as a few tiles: a fixed number of programs load it once and walk over tiles.
+    # The rotation is as large as a few tiles, so a fixed number of programs load it once and loop over tiles.
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         head = (tile // tiles_per_head).to(tl.int64)
         t = tile % tiles_per_head * ROWS + tl.arange(0, ROWS)
         source = x + head // n_heads * stride_b + head % n_heads * stride_h
         inside = (t < n_tokens)[:, None] & (cols < DIM)[None, :]
         x_TD = tl.load(source + t[:, None] * stride_t + cols[None, :], inside, 0.0)
-        # The signs' rows are 1 / matrix_scale long, and so is y; the boundaries are scaled, not the values.
+        # The sign matrix lacks the factor matrix_scale, and so does y; the boundaries are scaled instead.
         y_TD = rotate(x_TD, rotation)
         norm_T = tl.sqrt(tl.sum(y_TD * y_TD, axis=1)) * matrix_scale
         tl.store(norm + head * n_tokens + t, norm_T.to(tl.float16), t < n_tokens)
@@ -62,8 +60,8 @@ def _encode(
 
 @triton.jit
 def nearest_level(y_TD, boundaries, unit_T, BITS: tl.constexpr):
-    """Index of the level nearest to y / unit, in int32. The codebook is even: |y| is sought among the
-    2**(BITS-1) - 1 boundaries above zero by halving, then mirrored.
+    """Index of the level nearest to y / unit, in int32: binary search of |y| among the 2**(BITS-1) - 1 positive
+    boundaries of the symmetric codebook, then mirrored by sign.
     """
     size_TD, unit_T1 = tl.abs(y_TD), unit_T[:, None]
     if BITS == 2:
@@ -112,7 +110,7 @@ def _decode(
 
 
 def encode(codec: TurboQuantMSE, x_BHTD: Tensor) -> Packed:
-    """`codec.encode`, 2 to 4 bits; what is not finite is left in the norms for the caller to find."""
+    """`codec.encode`, 2 to 4 bits; values that are not finite show in the norms, which the caller checks."""
     x_BHTD, (batch, heads, n_tokens, dim) = rows_contiguous(x_BHTD), x_BHTD.shape
     n_bytes = packed_size(dim, codec.bits)
     codes = x_BHTD.new_empty((batch, heads, n_tokens, n_bytes), dtype=torch.uint8)
@@ -142,11 +140,11 @@ def decode_rotated(codec: TurboQuantMSE, packed: Packed) -> Tensor:
 
 @lru_cache
 def mma_ordered(dim: int, seed: int | None, device: torch.device) -> Tensor:
-    """`sign_matrix`, its columns in the order in which four threads hold a row of a matrix product.
+    """`sign_matrix` with its columns permuted for the register layout of matrix products.
 
-    Thread c of the four holds columns 8j + 2c and 8j + 2c + 1 for every j (PTX ISA: accumulators of mma and
-    wgmma). With the logical columns c * padded / 4 + 2j + i there, it holds whole groups of eight codes, and
-    packs them without an exchange. On hardware with another layout this is slower, not wrong.
+    Four threads share a row of an accumulator; thread c holds columns 8j + 2c and 8j + 2c + 1 for every j (PTX ISA, mma
+    and wgmma). With the logical columns c * padded / 4 + 2j + i in these places a thread holds whole groups of eight
+    codes and packs them without exchanging data. With another layout the result is the same, only slower.
     """
     matrix = sign_matrix(dim, seed, device)
     return matrix.unflatten(1, (4, -1, 2)).transpose(1, 2).flatten(1).contiguous()

@@ -1,9 +1,7 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own: only constexpr is one)
-"""Triton: Uniform's evenly spaced levels (symmetric, 2, 4 or 8 bits), encoded in one pass and decoded.
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton evaluates annotations; only constexpr is allowed)
+"""Triton kernels that encode (in one pass) and decode symmetric Uniform at 2, 4 or 8 bits.
 
-What a card's quantized tokens are: a whole cache is two calls, where the torch path takes some forty passes over it.
-
-Imported only where triton is there (see triton.py).
+Used for the quantized tokens of cards: a whole cache takes two calls, where torch takes some forty passes over it.
 """
 
 import torch
@@ -37,7 +35,7 @@ def _encode(
     scale_TN = (absmax(x_TNB, 2) * step_of_top).to(tl.float16)
     tl.store(scale + row_T[:, None] * BLOCKS + blocks[None, :], scale_TN, here_T[:, None])
     step_TN = scale_TN.to(tl.float32)
-    # A true division, as in torch: cards hold the same bits whoever made them.
+    # A true division, as in torch, so that every backend writes the same bits.
     y_TNB = tl.div_rn(x_TNB, tl.where(step_TN > 0, step_TN, 1.0)[:, :, None]) + TOP / 2
     y_TD = tl.minimum(tl.maximum(tl.reshape(y_TNB, (ROWS, PAD)), 0.0), TOP * 1.0)
     codes_TD = (y_TD + ROUND).to(tl.int32, bitcast=True) & TOP
@@ -78,13 +76,13 @@ def _decode(
 
 
 def takes(codec: Uniform, dim: int) -> bool:
-    """Whole blocks, as many as a power of two, of vectors that are not padded."""
+    """Whether head_dim needs no padding and is a whole number of blocks."""
     whole = dim == padded(dim) and dim % codec.block_size(dim) == 0
     return whole and codec.symmetric and codec.bits in (2, 4, 8)
 
 
 def encode(codec: Uniform, x_BHTD: Tensor) -> Packed:
-    """`codec.encode`; what is not finite is left in the scales for the caller to find."""
+    """`codec.encode`; values that are not finite show in the scales, which the caller checks."""
     x_BHTD, (batch, heads, n_tokens, dim) = rows_contiguous(x_BHTD), x_BHTD.shape
     n_blocks, tile = dim // codec.block_size(dim), tile_shape(dim)
     n_bytes = packed_size(dim, codec.bits)

@@ -28,5 +28,5 @@ def matches(answer_text: str, expected: str) -> bool:
     """
     answer, wanted = (text.split("<eot>")[0] for text in (answer_text, expected))
     if numerals.n_marks(wanted):
-        return numerals.marked(answer)[:1] == [numerals.gold(wanted)]
+        return numerals.marked_numbers(answer)[:1] == [numerals.gold(wanted)]
     return begins(answer, wanted)

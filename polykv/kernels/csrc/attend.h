@@ -1,10 +1,10 @@
-// Attention of a tile of queries against a packed segment, block of tokens by block of tokens.
+// Attention of a tile of queries to a packed segment, in blocks of tokens.
 #pragma once
 
 #include "rows.h"
 
 constexpr int BLOCK = 64;  // tokens decoded at a time
-constexpr int TILE = COLUMNS * LANES;  // queries at a time, one a lane
+constexpr int TILE = COLUMNS * LANES;  // queries at a time, one per lane
 
 struct Queries {  // (heads, count, dim), contiguous
     const uint8_t* data;
@@ -13,22 +13,22 @@ struct Queries {  // (heads, count, dim), contiguous
     float scaling;
 };
 
-struct Job {  // what a thread does at a time
+struct Job {  // a thread's unit of work
     int64_t head;
     int64_t first, count;  // queries, at most TILE
     int64_t start, stop;   // tokens
     float *out, *lse;      // (count, dim) in the model's domain, (count)
 };
 
-struct Scratch {  // all that one thread needs, whatever the context
+struct Scratch {  // a thread's buffers, of fixed size
     alignas(64) float queries[MAX_DIM * TILE];  // (dim, queries)
-    float keys[BLOCK * MAX_DIM], values[BLOCK * MAX_DIM];  // (tokens, dim), up to a factor per token
+    float keys[BLOCK * MAX_DIM], values[BLOCK * MAX_DIM];  // (tokens, dim), without the factor per token
     float weights[BLOCK * TILE];  // (tokens, queries): scores, then probabilities
-    float sums[MAX_DIM * TILE];  // (dim, queries): values, summed in their rotated domain
+    float sums[MAX_DIM * TILE];  // (dim, queries): weighted values, in their rotated domain
     float key_factor[BLOCK], value_factor[BLOCK];
 };
 
-// Rows of a product with N vectors of columns, so many that their sums fill the registers.
+// Rows of a product with N vectors of columns, such that its sums fit the registers.
 template <int N>
 constexpr int ROWS = N * 8 <= COLUMNS * 4 ? 8 : 4;
 
@@ -50,7 +50,7 @@ static inline void product(const float* a, int64_t row_stride, int64_t stride, c
         }
 }
 
-// Scores to probabilities relative to the running maximum; `sums` and `total` follow the maximum.
+// Scores to weights relative to the running maximum; rescales `sums` and `total` to the new maximum.
 template <int N>
 static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floats* most, Floats* total) {
     for (int c = 0; c < N; c++) {
@@ -77,7 +77,7 @@ static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floa
     }
 }
 
-// One job, whose queries are at most N vectors.
+// A job of at most N vectors of queries.
 template <int N>
 static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
                            const Job& job) {
@@ -98,7 +98,7 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
         const int n = job.stop - t0 < BLOCK ? int(job.stop - t0) : BLOCK;
         decode_rows(key, job.head, t0, n, s.keys, s.key_factor);
         decode_rows(value, job.head, t0, n, s.values, s.value_factor);
-        for (int t = 0; t < n; t += ROWS<N>)  // the last may go beyond n, to scores that nobody reads
+        for (int t = 0; t < n; t += ROWS<N>)  // may overrun n: those scores are not read
             product<N, false>(s.keys + t * dim, dim, 1, s.queries, dim, s.weights + t * N * LANES);
         soften<N>(s, n, dim, q.scaling, most, total);
         for (int d = 0; d < dim; d += ROWS<N>)
@@ -113,7 +113,7 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
     }
 }
 
-// The same with as few vectors as hold the queries.
+// Dispatches to the smallest number of vectors that holds the queries.
 static void attend_job(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
                        const Job& job) {
     auto* run = attend_vectors<COLUMNS>;

@@ -1,4 +1,4 @@
-// The encoders, row by row in registers; formats and rounding as in polykv/codecs.
+// Encoders of one row (one token of one head); formats and rounding as in polykv/codecs.
 #pragma once
 
 #include "rows.h"
@@ -10,8 +10,8 @@ struct Input {  // (batch, heads, tokens, dim); strides in bytes along the first
     int64_t strides[3];
 };
 
-// Largest magnitude of `n` values as bits: magnitudes order like integers, and infinity and NaN
-// come out as INFINITE or more.
+// Bits of the largest magnitude of `n` values: magnitudes order like integers, and infinity and NaN
+// give INFINITE or more.
 constexpr int32_t INFINITE = 0x7f800000;
 constexpr uint16_t INFINITE_HALF = 0x7c00;
 
@@ -38,7 +38,7 @@ static inline void encode_int8(const uint8_t* from, Dtype dtype, int dim, float 
     }
 }
 
-// Each encoder takes one row and gives its codes and scales; false where it cannot be kept.
+// Each encoder writes the codes and scales of one row; false if a value or scale is not finite.
 
 static inline bool encode_int8_token(const uint8_t* from, Dtype dtype, int dim, int8_t* codes,
                                      uint16_t* scale) {

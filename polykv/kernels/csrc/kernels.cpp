@@ -1,5 +1,5 @@
-// What Python calls (polykv/kernels/cpu.py). Pointers and strides are those of tensors; nothing is
-// allocated but one block's scratch a thread.
+// The functions that Python calls (polykv/kernels/cpu.py), on the memory of tensors; only one Scratch
+// per thread is allocated.
 
 #include <atomic>
 #include <memory>
@@ -12,7 +12,7 @@
 
 constexpr int64_t PART = 256;  // tokens of a head that a thread takes at a time
 
-// work(next) on `threads` threads at once; next() hands out 0, 1, ... below n, and then -1.
+// Run work(next) on `threads` threads; next() returns 0, 1, ... n - 1, each once, and then -1.
 template <typename Work>
 static void spread(int64_t n, int64_t threads, const Work& work) {
     std::atomic<int64_t> taken{0};
@@ -23,13 +23,13 @@ static void spread(int64_t n, int64_t threads, const Work& work) {
     std::vector<std::thread> others;
     try {
         for (int64_t i = 1; i < threads && i < n; i++) others.emplace_back([&] { work(next); });
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it all
+    } catch (const std::system_error&) {  // no more threads available: the existing ones do all the work
     }
     work(next);
     for (auto& other : others) other.join();
 }
 
-// part(head, start, stop) for every head's tokens, in parts; false if one is false.
+// Run part(head, start, stop) on parts of every head's tokens; false if any call is.
 template <typename Part>
 static bool each_part(int64_t heads, int64_t tokens, int64_t threads, const Part& part) {
     const int64_t parts = (tokens + PART - 1) / PART;
@@ -43,7 +43,7 @@ static bool each_part(int64_t heads, int64_t tokens, int64_t threads, const Part
     return good;
 }
 
-// row(from, number) for every row of `x`, `number` counting them in the order of the output.
+// Run row(from, number) on every row of `x`, numbered in the order of the output.
 template <typename Row>
 static bool each_row(const Input& x, int64_t threads, const Row& row) {
     return each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
@@ -75,8 +75,8 @@ static bool encode_int8_tensor(const Input& x, const Packed& to, int64_t threads
 
 extern "C" {
 
-// Encode `input` into the contiguous tensors of `to`. Returns 0 where a value, scale or norm is not
-// finite; what was written is then of no use.
+// Encode `input` into the contiguous tensors of `packed`. Returns 0 if a value, scale or norm is not
+// finite; the output is then invalid.
 int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
     const Input x = *input;
     const Packed to = *packed;
@@ -110,8 +110,8 @@ void polykv_decode(const Packed* packed, float* out, int64_t threads) {
     });
 }
 
-// Attend to a segment in `splits` equal parts, at most as many as tokens: `out` (splits, heads, queries,
-// dim) in the model's domain, `lse` (splits, heads, queries) the natural log of the sum of
+// Attend to a segment in `splits` equal parts (at most one per token). Writes `out` (splits, heads,
+// queries, dim), rotated back, and `lse` (splits, heads, queries), the natural log of the sum of
 // exp(scaling * q.k).
 void polykv_attend(const Queries* queries, const Packed* key, const Packed* value, int64_t splits,
                    float* out, float* lse, int64_t threads) {

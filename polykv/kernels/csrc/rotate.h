@@ -1,4 +1,4 @@
-// The orthonormal Hadamard rotation of rotation.py as butterflies in registers.
+// The orthonormal Hadamard rotation of codecs/rotation.py, as butterflies.
 #pragma once
 
 #include <cmath>
@@ -62,7 +62,7 @@ static inline void rotate(float* x, const float* signs, int dim) {
     for (int i = 0; i < dim; i++) x[i] *= hadamard_scale(dim);
 }
 
-// And back: y @ R.T.
+// The inverse: y @ R.T.
 static inline void unrotate(float* y, const float* signs, int dim) {
     hadamard_blocks(y, dim);
     for (int i = 0; i < dim; i++) y[i] *= hadamard_scale(dim);

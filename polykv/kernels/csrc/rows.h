@@ -10,7 +10,7 @@ struct Packed {
     Kind kind;
     int32_t bits;   // of a code (TURBOQUANT, UNIFORM)
     int32_t block;  // values that share a scale (UNIFORM)
-    Dtype dtype;    // of the values that stand in place of codes (EXACT)
+    Dtype dtype;    // of the values (EXACT)
     int64_t batch, heads, tokens, dim;
     uint8_t* codes;
     int64_t code_strides[3];
@@ -20,7 +20,7 @@ struct Packed {
     const float* signs;                // of the rotation, or null
 };
 
-// Where (batch, head) number `head` begins; `owner` has the number of heads.
+// Address of (batch, head) number `head`; `owner` has the number of heads.
 template <typename Byte, typename Owner>
 static inline Byte* head_of(Byte* base, const int64_t* strides, const Owner& owner, int64_t head) {
     return base + head / owner.heads * strides[0] + head % owner.heads * strides[1];
@@ -78,8 +78,8 @@ static inline void exact_row(const uint8_t* values, Dtype dtype, int dim, float*
     for (int i = 0; i < dim; i += LANES) store(out + i, load_floats(values + i * bytes_of(dtype), dtype));
 }
 
-// Decode `n` tokens of (batch, head) number `head` into `out` (n, dim), up to the factor that all
-// values of a token share: `factor` (n).
+// Decode `n` tokens of (batch, head) number `head` into `out` (n, dim), without the factor common to
+// all values of a token, which goes to `factor` (n).
 static inline void decode_rows(const Packed& p, int64_t head, int64_t first, int n, float* out,
                                float* factor) {
     const uint8_t* codes = head_of(p.codes, p.code_strides, p, head) + first * p.code_strides[2];

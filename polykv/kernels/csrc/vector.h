@@ -1,11 +1,11 @@
-// The machine's float vector in the vector extensions of GCC and Clang, and the number formats.
-// Its width is the only thing that differs between machines; everything else is written once.
+// Float vectors in the vector extensions of GCC and Clang, and conversions between number formats.
+// Only the width of a vector (LANES) depends on the machine.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// LANES floats in a vector; COLUMNS vectors of sums in each row of a product that fits the registers.
+// LANES floats per vector; COLUMNS vectors per row of a product whose sums are held in registers.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int LANES = 16, COLUMNS = 4;
 #elif defined(__AVX__)
@@ -23,7 +23,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <typename V>
-static inline V load(const void* from) {  // from any address
+static inline V load(const void* from) {  // unaligned
     V v;
     memcpy(&v, from, sizeof v);
     return v;
@@ -72,7 +72,7 @@ static inline V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-// Bytes to floats and back, by halving steps: that is how GCC finds the machine's conversions.
+// Bytes to floats and back through intermediate widths, which GCC compiles to vector conversions.
 static inline Ints whole(Bytes b) {
     return __builtin_convertvector(__builtin_convertvector(b, Shorts), Ints);
 }
@@ -83,7 +83,7 @@ static inline Bytes low_bytes(Ints v) {
     return __builtin_convertvector(__builtin_convertvector(v, Shorts), Bytes);
 }
 
-// A product that must be rounded before it is added to: the compiler may not fuse the two.
+// A product rounded by itself: keeps the compiler from fusing it with a following addition.
 static inline Floats rounded(Floats product) {
 #if defined(__x86_64__)
     asm("" : "+x"(product));
@@ -95,7 +95,7 @@ static inline Floats rounded(Floats product) {
     return product;
 }
 
-// table[index] for an index below `size`; the table is filled up to 16 entries.
+// table[index] for indices below `size`; the table is padded to 16 entries.
 static inline Floats lookup(const float* table, Ints index, int size) {
 #ifdef __clang__
     Floats found;
@@ -130,13 +130,13 @@ enum Dtype : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 static inline float float_of_half(uint16_t half) {
     uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
-    // The exponent's bias is put right by a product, which also gives the subnormal halves.
+    // A product corrects the exponent's bias, also for subnormal halves.
     float value = bits_as<float>(magnitude << 13) * bits_as<float>(0x77800000u);
     if (magnitude >= 0x7c00) value = bits_as<float>(magnitude << 13 | 0x7f800000u);
     return bits_as<float>(bits_as<uint32_t>(value) | sign);
 }
 
-// Nearest half of a finite or infinite value >= 0, ties to even; what is beyond it gives infinity.
+// Nearest half of a value >= 0, ties to even; infinity on overflow.
 static inline uint16_t half_of_float(float value) {
     if (!(value < 65520.0f)) return 0x7c00;
     if (value < 6.103515625e-5f)  // subnormal halves are multiples of 2^-24
@@ -145,7 +145,7 @@ static inline uint16_t half_of_float(float value) {
     return uint16_t((bits - 0x38000000u + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-// LANES values from address `from`, which holds them in `dtype`.
+// Load LANES values of `dtype`.
 static inline Floats load_floats(const uint8_t* from, Dtype dtype) {
     if (dtype == FLOAT32) return load<Floats>(from);
     Ints half = __builtin_convertvector(load<Halves>(from), Ints);
