@@ -1,6 +1,6 @@
 """Recipes at equal stored bits: the ranks that documents leave open, the Pareto front, trends over context and agents.
 
-All of it from compare's rows. Seeds, which draw documents and rotations, are taken together.
+All of it from compare's rows. Seeds, which draw rotations and the generator's documents, are taken together.
 """
 
 import math
@@ -23,6 +23,7 @@ from analysis.statistics import (
     Pairs,
     Value,
     bits_of_ratio,
+    documents,
     exponential,
     largest,
     mean,
@@ -47,6 +48,7 @@ MEASURES = {
     **{f"kl_{name}": Measure("kl", {"statistic": name}) for name in KL},
     **{f"delta_p_{name}": Measure("delta_p", {"statistic": name}) for name in DELTA_P},
 }
+SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
 
 
@@ -101,17 +103,22 @@ def measured(rows: pd.DataFrame, name: str) -> Value:
 
 
 def perplexity_ratio(rows: pd.DataFrame) -> Value:
-    """The ratio of perplexities with the interval of llama.cpp's tool: tokens are paired and taken as independent."""
+    """The ratio of perplexities with the interval of llama.cpp's tool: tokens are paired and taken as independent.
+
+    Seeds that read the same texts are averaged first, the variance of a token's difference too: theirs is at most that.
+    """
     mine = rows[rows["metric"] == "nll_delta"]
-    cells = [part for _, part in mine.groupby("seed", dropna=False)]
-    means = [MEASURES["nll_delta"].of(cell) for cell in cells]
-    spreads = [Measure("nll_delta", {"statistic": "sd"}).of(cell) for cell in cells]
-    if gone := [value for value in (*means, *spreads) if value.value is None]:
-        return gone[0]
-    m, s, n = (np.array([getattr(v, of) for v in found], dtype=float)
-               for found, of in ((means, "value"), (spreads, "value"), (means, "n")))  # fmt: skip
+    each = []
+    for _, of_seed in mine.groupby("seed", dropna=False):
+        at, spread = (measure.of(of_seed) for measure in (MEASURES["nll_delta"], SPREAD))
+        if at.value is None or spread.value is None:
+            return at if at.value is None else spread
+        texts = frozenset(documents(of_seed[of_seed["sample"].notna()]))
+        each.append((texts, at.value, spread.value**2, at.n))
+    found = pd.DataFrame(each, columns=["texts", "mean", "variance", "n"]).groupby("texts").mean()
+    m, variance, n = (found[name].to_numpy() for name in ("mean", "variance", "n"))
     at = float(np.average(m, weights=n))
-    squares = ((n - 1) * s**2 + n * (m - at) ** 2).sum()
+    squares = ((n - 1) * variance + n * (m - at) ** 2).sum()
     reach = NORMAL * math.sqrt(squares / (n.sum() - 1) / n.sum())
     return Value(at, at - reach, at + reach, n=int(n.sum())).map(exponential)
 
@@ -150,8 +157,7 @@ def compared(rows: pd.DataFrame) -> list[Comparison]:
 
 
 def _compare(setting: str, rows: pd.DataFrame) -> Comparison:
-    documents = samples_of(rows, "kl", ["seed", "recipe"])
-    pairs = pairs_of(documents.reorder_levels(["seed", "sample", "recipe"]))
+    pairs = pairs_of(samples_of(rows, "kl", ["recipe"]).swaplevel())
     each = [Standing(recipe, part) for recipe, part in rows.groupby("recipe")]
     each = [s for s in each if None not in s.spot]
     each.sort(key=lambda s: (s.spot[1], s.recipe))
@@ -198,8 +204,7 @@ def trend(contexts: Sequence[float], deltas: Sequence[float]) -> Value:
 
 def deltas_of(rows: pd.DataFrame) -> pd.Series:
     """One recipe's perplexity delta of each document in percent, by context."""
-    found = samples_of(rows, "nll_delta", ["context_tokens", "seed"]).dropna()
-    return found.droplevel(["seed", "sample"]).map(percent)
+    return samples_of(rows, "nll_delta", ["context_tokens"]).dropna().droplevel("text").map(percent)
 
 
 def over_contexts(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
@@ -262,9 +267,9 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
     caption = (
         "Recipes by mean KL divergence to the uncompressed cache. Ranks that paired tests leave open (t on log KL "
         "of the same documents, Holm over all pairs, 5 %): 3-6 is a tie of four; table recipe_pairs has each pair. "
-        "Bits per value count every byte kept. Intervals: skewness-corrected t over the documents of all seeds; a "
-        "seed draws documents and rotations. Perplexity ratio: paired standard error over tokens, as llama.cpp's "
-        "perplexity tool."
+        "Bits per value count every byte kept. Intervals: skewness-corrected t over the documents; a text that several "
+        "seeds read is one document, at the mean over its rotations. Perplexity ratio: paired standard error over "
+        "tokens, as llama.cpp's perplexity tool."
     )  # fmt: skip
     return _table("recipe_frontier", caption, scores(rows), columns, lines)
 

@@ -104,19 +104,13 @@ def _unequal(mine: pd.DataFrame) -> tuple[str, str] | None:
         return None
     two = [widths[8, 3], widths[3, 8]]
     keys, values = (measured(part, "kl_mean") for part in two)
-    pairs = _pairs(pd.concat(two))
+    pairs = pairs_of(samples_of(pd.concat(two), "kl", ["recipe"]).swaplevel())
     p = next(iter(pairs.p.values()), None)
     tied = p is None or p >= ALPHA
     better = REPRODUCED if pairs.names[0] == two[0]["recipe"].iloc[0] else NOT_REPRODUCED
     return INCONCLUSIVE if tied else better, (
         f"At equal bits: mean KL {_said(keys, '.3g')} with keys at 8 and values at 3, {_said(values, '.3g')} the other "
         f"way round{_p(p)}{MORE * tied}."
-    )
-
-
-def _pairs(rows: pd.DataFrame) -> Pairs:
-    return pairs_of(
-        samples_of(rows, "kl", ["seed", "recipe"]).reorder_levels(["seed", "sample", "recipe"])
     )
 
 

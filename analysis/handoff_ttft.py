@@ -80,9 +80,9 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
     times = rows[rows["metric"] == "time"]
     total = times[times["stage"] == "total"]
     text, cards = (total[(total["transport"] == TEXT) == is_text] for is_text in (True, False))
-    text = text[["cell", "sample", "value"]].rename(columns={"value": "text"})
+    text = text[["cell", "sample", "value"]].rename(columns={"value": "_text"})
     gains = cards.merge(text, on=["cell", "sample"])
-    gains = gains.assign(metric="speedup", unit="x", value=gains.pop("text") / gains["value"])
+    gains = gains.assign(metric="speedup", unit="x", value=gains.pop("_text") / gains["value"])
     found = ordered(pd.concat([times, gains]) if len(gains) else times)
     route = found["transport"] + np.where(found["reader"] == IN_PLACE, SUFFIX, "")
     if found.loc[found["transport"] != TEXT, "backend"].nunique() > 1:

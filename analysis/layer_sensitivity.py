@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from analysis.frontier import about, by_setting
 from analysis.render import Column, Table, fixed, keys, significant
-from analysis.statistics import QUALITY, Measure, Value, mean_of_answers
+from analysis.statistics import QUALITY, Measure, Value, plain_mean
 from analysis.style import (
     Marks,
     Picture,
@@ -25,15 +25,9 @@ PARTS = ("key", "value", "logits", "output")
 SIDES = ("key", "value")
 
 
-def _mean(rows: pd.DataFrame) -> Value:
-    """The mean over documents and heads, without an interval."""
-    found = mean_of_answers(rows)
-    return Value(found.value, note="" if found.value is not None else found.note)
-
-
 MEASURES = {
     "layer_kl": QUALITY["kl_mean"],
-    **{f"error_{part}": Measure("error", {"part": part}, _mean) for part in PARTS},
+    **{f"error_{part}": Measure("error", {"part": part}, plain_mean) for part in PARTS},
     **{
         f"{name}_{part}": Measure(name, {"part": part})
         for name in ("gaussian_error", "dc_share", "peak_to_rms")

@@ -3,10 +3,12 @@
 Every interval and test of the project is computed here from rows; polykv/evaluation/statistics.py has the formulas.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,96 +58,120 @@ class Value:
 UNMEASURED = Value(None, note="not measured")
 
 
-def mean(rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Value:
-    """The mean over all tokens, from each document's (`sample`) mean of `n` tokens, with its interval.
+Reduce = Callable[[pd.DataFrame], Value]
 
-    The interval's sample are the documents, or blocks of tokens where there are fewer than MIN_DOCUMENTS. A mean of
+
+def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
+    """`reduce`, but "not measured" without rows, and the reason of the first missing value where one is missing."""
+
+    @functools.wraps(reduce)
+    def checked(rows: pd.DataFrame, *arguments: Any) -> Value:
+        if rows.empty:
+            return UNMEASURED
+        missing = rows["value"].isna()
+        if missing.any():
+            return Value(None, note=rows.loc[missing, "note"].iloc[0])
+        return reduce(rows, *arguments)
+
+    return checked
+
+
+def documents(rows: pd.DataFrame) -> pd.Series:
+    """The document of each row: its text; where that is unknown, its place among those of its seed."""
+    place = rows["seed"].astype(str) + "/" + rows["sample"].astype(str)
+    return rows["text"].where(rows["text"] != "", place) if "text" in rows else place
+
+
+def by_document(rows: pd.DataFrame, *within: str) -> pd.DataFrame:
+    """Mean value and tokens `n` of each document (and block or agent `within` it).
+
+    A text that several seeds read is one document: seeds that draw only rotations add no observation, so the values
+    under them are averaged (they weigh the same, as the text has the same tokens under each).
+    """
+    groups = rows.assign(text=documents(rows)).groupby(["text", *within], sort=False)
+    return groups.agg(value=("value", "mean"), n=("n", "max"))
+
+
+def mean(rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Value:
+    """The mean over all tokens, from each document's mean of `n` tokens, with its interval.
+
+    The interval's sample is the documents, or blocks of tokens where there are fewer than MIN_DOCUMENTS. A mean of
     which a document is missing is missing.
     """
-    whole = rows[rows["block"].isna()] if "block" in rows else rows
-    if whole.empty:
-        return UNMEASURED
-    if whole["value"].isna().any():
-        return Value(None, note=whole.loc[whole["value"].isna(), "note"].iloc[0])
-    values, weights = whole["value"].to_numpy(float), whole["n"].fillna(1).to_numpy(float)
-    few = len(whole) < MIN_DOCUMENTS
-    units = (
-        rows[rows["block"].notna()]["value"].to_numpy(float) if few and "block" in rows else values
-    )
-    interval = skewed_interval(units, bounds) or (None, None)
+    is_block = rows["block"].notna() if "block" in rows else pd.Series(False, rows.index)
+    return _mean(rows[~is_block], rows[is_block], bounds)
+
+
+@of_present
+def _mean(whole: pd.DataFrame, blocks: pd.DataFrame, bounds: tuple[float, float]) -> Value:
+    found = by_document(whole)
+    few = len(found) < MIN_DOCUMENTS
+    units = by_document(blocks, "block") if few and "block" in blocks else found
+    interval = skewed_interval(units["value"].to_numpy(float), bounds) or (None, None)
     over = (BLOCKS if few else DOCUMENTS) if interval[0] is not None else ""
-    n = whole["n"].sum() if whole["n"].notna().all() else len(whole)
-    return Value(float(np.average(values, weights=weights)), *interval, n=int(n), over=over)
+    value = float(np.average(found["value"], weights=found["n"].fillna(1).to_numpy(float)))
+    n = found["n"].sum() if found["n"].notna().all() else len(found)
+    return Value(value, *interval, n=int(n), over=over)
 
 
+@of_present
 def mean_of_answers(
     rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Value:
-    """The mean over answers (`sample`: document, `agent`), with an interval from MIN_DOCUMENTS answers up."""
-    if rows.empty:
-        return UNMEASURED
-    if rows["value"].isna().any():
-        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
-    samples = [part.to_numpy(float) for _, part in rows.groupby("sample", sort=True)["value"]]
-    n = sum(map(len, samples))
-    value = float(np.concatenate(samples).mean())
+    """The mean over answers (of each document and `agent`), with an interval from MIN_DOCUMENTS answers up."""
+    answers = by_document(rows, "agent")["value"]
+    samples = [of.to_numpy(float) for _, of in answers.groupby(level="text", sort=False)]
+    n, value = len(answers), float(answers.mean())
     if n < MIN_DOCUMENTS:
         return Value(value, note=f"no interval: {n} answers, and it takes {MIN_DOCUMENTS}", n=n)
     over = DOCUMENTS if len(samples) >= MIN_DOCUMENTS else "answers"
     return Value(value, *(document_interval(samples, bounds) or (None, None)), n=n, over=over)
 
 
+@of_present
 def mean_of_samples(
     rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Value:
     """The mean over samples (problems), each of which counts the same, with its interval."""
-    if rows.empty:
-        return UNMEASURED
-    if rows["value"].isna().any():
-        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
     values = rows["value"].to_numpy(float)
     interval = skewed_interval(values, bounds) or (None, None)
     return Value(float(values.mean()), *interval, n=len(values), over="problems")
 
 
+@of_present
+def plain_mean(rows: pd.DataFrame) -> Value:
+    """The mean of all rows, without an interval."""
+    return Value(float(rows["value"].mean()), n=len(rows))
+
+
+@of_present
 def rate(rows: pd.DataFrame) -> Value:
     """The share of samples that are 1, with Wilson's interval."""
-    if rows.empty:
-        return UNMEASURED
-    if rows["value"].isna().any():
-        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
     right, n = int(rows["value"].sum()), len(rows)
     return Value(right / n, *(wilson(right, n) or (None, None)), n=n, over="problems")
 
 
+@of_present
 def median(rows: pd.DataFrame) -> Value:
     """The median of repeats (`sample`), with quartiles as its ends."""
-    if rows.empty:
-        return UNMEASURED
-    if rows["value"].isna().any():
-        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
     low, mid, high = (float(x) for x in np.percentile(rows["value"], (25, 50, 75)))
     return Value(mid, low, high, n=len(rows), over="quartiles")
 
 
-def single(rows: pd.DataFrame) -> Value:
-    """The last value of what has no samples (arithmetic, bytes, statistics of all tokens); of cells their mean."""
-    if rows.empty:
-        return UNMEASURED
-    last = rows.groupby("cell", sort=False).tail(1)
-    if last["value"].isna().any():
-        return Value(None, note=last.loc[last["value"].isna(), "note"].iloc[0])
-    n = int(last["n"].sum()) if last["n"].notna().all() else None
-    return Value(float(last["value"].mean()), note=last["note"].iloc[-1], n=n)
-
-
+@of_present
 def largest(rows: pd.DataFrame) -> Value:
     """The largest of the samples."""
-    if rows.empty:
-        return UNMEASURED
-    if rows["value"].isna().any():
-        return Value(None, note=rows.loc[rows["value"].isna(), "note"].iloc[0])
     return Value(float(rows["value"].max()), n=len(rows))
+
+
+def single(rows: pd.DataFrame) -> Value:
+    """The last value of what has no samples (arithmetic, bytes, statistics of all tokens); of cells their mean."""
+    return _mean_of_cells(rows.groupby("cell", sort=False).tail(1))
+
+
+@of_present
+def _mean_of_cells(last: pd.DataFrame) -> Value:
+    return Value(float(last["value"].mean()), note=last["note"].iloc[-1])
 
 
 @dataclass(frozen=True)
@@ -160,14 +186,14 @@ class Measure:
 
     metric: str
     where: Mapping[str, str] = field(default_factory=dict)
-    reduce: Callable[[pd.DataFrame], Value] = single
+    reduce: Reduce = single
     form: Callable[[float], float] | None = None
 
     def of(self, rows: pd.DataFrame, over: Sequence[str] = ()) -> Value:
         """The figure, from the rows of one cell or of cells of one line, of which the newest counts.
 
-        Cells that differ in the columns `over` are taken together: `["seed"]` gives a mean over the documents of all
-        seeds.
+        Cells that differ in the columns `over` are taken together: `["seed"]` gives a mean over the distinct
+        documents of all seeds.
         """
         mine = rows[rows["metric"] == self.metric]
         for column, wanted in ({"statistic": ""} | dict(self.where)).items():
@@ -184,12 +210,12 @@ class Measure:
         return shown
 
 
-def within(low: float, high: float) -> Callable[[pd.DataFrame], Value]:
+def within(low: float, high: float) -> Reduce:
     """`mean` of what cannot leave these bounds."""
     return lambda rows: mean(rows, (low, high))
 
 
-def samples_within(low: float, high: float) -> Callable[[pd.DataFrame], Value]:
+def samples_within(low: float, high: float) -> Reduce:
     """`mean_of_samples` of what cannot leave these bounds."""
     return lambda rows: mean_of_samples(rows, (low, high))
 
@@ -233,7 +259,7 @@ QUALITY: Mapping[str, Measure] = {
     "bertscore_f1": Measure(
         "bertscore_f1", reduce=lambda rows: mean_of_answers(_scored(rows), (-1, 1))
     ),
-    "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: _plain_mean(_scored(rows))),
+    "bertscore_floor": Measure("bertscore_floor", reduce=lambda rows: plain_mean(_scored(rows))),
 }
 BYTES: Mapping[str, Measure] = {
     "nominal_ratio": Measure("compression_ratio", {"accounting": "nominal"}),
@@ -260,11 +286,6 @@ def _scored(rows: pd.DataFrame) -> pd.DataFrame:
     """The pairs that have a score: two empty answers have none, and are left out unless all pairs are of them."""
     scored = rows[rows["value"].notna()]
     return rows if scored.empty else scored
-
-
-def _plain_mean(rows: pd.DataFrame) -> Value:
-    found = mean_of_answers(rows)
-    return found if found.value is None else Value(found.value, n=found.n)
 
 
 def newest(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -328,12 +349,12 @@ def pairs_of(values: pd.Series) -> Pairs:
 
 
 def samples_of(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.Series:
-    """Values of `metric` by `by` and `sample`: one a document, the newest cell's; no blocks, no statistics."""
+    """Values of `metric` by `by` and document (`by_document`), the newest cell's; no blocks, no statistics."""
     mine = rows[(rows["metric"] == metric) & rows["sample"].notna()]
     for column in ("block", "statistic"):
         if column in mine:
             mine = mine[mine[column].isna() | (mine[column] == "")]
-    mine = mine.sort_values("created_at", kind="stable").drop_duplicates(
-        [*by, "sample"], keep="last"
-    )
-    return mine.set_index([*by, "sample"])["value"]
+    place = list(dict.fromkeys([*by, "seed", "sample"]))
+    mine = mine.sort_values("created_at", kind="stable").drop_duplicates(place, keep="last")
+    mine = mine.assign(text=documents(mine))
+    return mine.groupby([*by, "text"], dropna=False, sort=False)["value"].mean()

@@ -95,7 +95,8 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     about |= {"quantization": loading.quantized(cfg.model)}
     rows = settings.new_rows(cfg, COLUMNS, **about)
     if cfg.get("outside"):
-        write.add_scores(rows, _outside(rows, cfg, session))
+        texts = [full.document.digest for full in session.full_readings(cfg)]
+        write.add_scores(rows, _outside(rows, cfg, session), texts)
         return rows
     readings = session.readings(cfg)
     write.add_ratio(rows, readings[0].pool)
@@ -121,7 +122,8 @@ def _together(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Compari
         rest_BT = reading.document.rest_BT
         comparisons.append(continuation.compare(full.log_probs_TV, together_NTV[-1], rest_BT))
         why = continuation.why_not_finite(comparisons[-1:])
-        rows.add("agent_spread", apart, "nats", why=why, sample=sample)
+        about = {"sample": sample, "text": reading.document.digest}
+        rows.add("agent_spread", apart, "nats", why=why, **about)
     return comparisons
 
 

@@ -140,6 +140,7 @@ def add_quality(
     """
     scored, why = score(cfg, session)
     dtype = loading.dtype_label(scoring_model(cfg))
+    texts = [document.digest for document in documents_of(cfg, session)] if scored else []
     for policy, reader in product(policies_of(cfg), cfg.readers):
         about = _of_card(cfg, policy, reader)
         rows.add("mean_bits", bits[policy.name, reader], "bits", **about)
@@ -149,12 +150,12 @@ def add_quality(
                 rows.add(metric, None, unit, why=why, dtype=dtype, **about)
         else:
             found = [of_document[policy.name, reader] for of_document in scored]
-            write.add_scores(rows, found, COSTS, dtype=dtype, **about)
+            write.add_scores(rows, found, texts, COSTS, dtype=dtype, **about)
     for reader in cfg.readers if scored else ():
         if reader != "dequantize":
             floors = [of_document[None, reader] for of_document in scored]
             about = {"reader": reader, "backend": cfg.backend, "dtype": dtype}
-            write.add_reader_floor(rows, floors, **about)
+            write.add_reader_floor(rows, floors, texts, **about)
 
 
 def score(cfg: DictConfig, session: Session) -> tuple[list[card_quality.Scored], str]:

@@ -42,13 +42,14 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 def _add_errors(rows: Rows, full: Sequence[Reading], readings: Sequence[Reading]) -> None:
     """Of each document, layer and head, the relative squared error of each part."""
     for sample, (exact, read) in enumerate(zip(full, readings, strict=True)):
+        of_text = {"sample": sample, "text": exact.document.digest}
         queries = layers.queries_of(exact.model, exact.pool, exact.document.rest_BT)
         for layer, of_layer in enumerate(queries):
             pair = (one.pool.decode_layer(layer) for one in (exact, read))
             for part, by_head in layers.head_errors(of_layer, *pair).items():
                 for head, value in enumerate(by_head.tolist()):
-                    place = {"sample": sample, "layer": layer, "head": head, "part": part}
-                    rows.add("error", value, "relative", why=ZEROS, **place)
+                    place = {"layer": layer, "head": head, "part": part}
+                    rows.add("error", value, "relative", why=ZEROS, **of_text, **place)
 
 
 def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
@@ -67,7 +68,7 @@ def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
 
 def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
     """The divergence when one layer alone is compressed."""
-    exact = load_recipe("full")
+    exact, texts = load_recipe("full"), [reading.document.digest for reading in full]
     for layer in track(range(full[0].pool.n_layers), "compressing one layer alone"):
         found = []
         for reading in full:
@@ -77,7 +78,7 @@ def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
             )
             log_probs_TV = score_rest(reading.model, pool.dequantize(), rest_BT)
             found.append(continuation.compare(reading.log_probs_TV, log_probs_TV, rest_BT))
-        write.add_scores(rows, found, ("kl",), layer=layer)
+        write.add_scores(rows, found, texts, ("kl",), layer=layer)
 
 
 STUDY = Study(

@@ -25,10 +25,11 @@ from polykv.results import Rows
 
 # accounting: nominal, stored, paper or resident. synthetic: the cache is random and of the model's geometry.
 BYTES = {"accounting": str, "head_dim": int, "n_tokens": int, "synthetic": bool}
-# statistic: of all tokens, where a row is no mean of a document; block: a run of tokens within the document;
-# quantization: the format of the model's weights, where they are quantized.
-SCORES = {"statistic": str, "block": int, "quantization": str}
-ANSWERS = {"agent": int, "scorer": str}
+# text: the digest of the document that a sample is (documents of several seeds may be of one text); statistic: of all
+# tokens, where a row is no mean of a document; block: a run of tokens within the document; quantization: the format of
+# the model's weights, where they are quantized.
+SCORES = {"text": str, "statistic": str, "block": int, "quantization": str}
+ANSWERS = {"text": str, "agent": int, "scorer": str}
 # Metrics whose intervals rest on blocks of tokens where there are few documents.
 BLOCKED = ("nll_delta", "kl", "same_top1", "delta_p")
 FLOORS = ("nll_delta", "kl")  # what is said of a reader's floor
@@ -81,29 +82,33 @@ def add_readings(
 
     `comparisons` are the scores, where they are not those of a reader alone.
     """
+    texts = [one.document.digest for one in readings]
     if comparisons is None:
         comparisons = [one.comparison for one in track(readings, "scoring")]
-    add_scores(rows, comparisons)
+    add_scores(rows, comparisons, texts)
     if readings[0].reader != "dequantize":
-        add_reader_floor(rows, [one.reader_floor for one in readings])
+        add_reader_floor(rows, [one.reader_floor for one in readings], texts)
 
 
-def add_reader_floor(rows: Rows, floors: Sequence[Comparison], **about: Any) -> None:
+def add_reader_floor(
+    rows: Rows, floors: Sequence[Comparison], texts: Sequence[str], **about: Any
+) -> None:
     """What a reader costs by itself: the uncompressed cache read by it, against an unshared copy of the same."""
-    add_scores(rows, floors, FLOORS, "reader_floor_", **about)
+    add_scores(rows, floors, texts, FLOORS, "reader_floor_", **about)
 
 
 def add_scores(
     rows: Rows,
     comparisons: Sequence[Comparison],
+    texts: Sequence[str],
     metrics: Sequence[str] = tuple(continuation.UNITS),
     prefix: str = "",
     **about: Any,
 ) -> None:
     """Each document's mean over its scored tokens of `metrics` (of continuation.UNITS), and statistics of all tokens.
 
-    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest. `about` are further
-    columns, and `prefix` opens the metrics' names.
+    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest. `texts` are the
+    documents' digests, `about` further columns, and `prefix` opens the metrics' names.
 
     Raises:
         PolyKVError: not one token was scored.
@@ -111,14 +116,14 @@ def add_scores(
     if not sum(len(c.kl) for c in comparisons):
         raise PolyKVError("no token was scored, so nothing can be compared; give more text")
     few = sum(len(c.kl) > 0 for c in comparisons) < MIN_DOCUMENTS
-    for sample, comparison in enumerate(comparisons):
+    for sample, (comparison, text) in enumerate(zip(comparisons, texts, strict=True)):
         if not len(comparison.kl):
             continue
         why = continuation.why_not_finite([comparison])
         for metric, tokens in comparison.per_token().items():
             if metric not in metrics:
                 continue
-            place = {"sample": sample, "unit": continuation.UNITS[metric], **about}
+            place = {"sample": sample, "text": text, "unit": continuation.UNITS[metric], **about}
             _add_mean(rows, prefix + metric, tokens, why, **place)
             if few and metric in BLOCKED and np.isfinite(tokens).all():
                 for block, run in enumerate(blocks(tokens)):
@@ -156,14 +161,15 @@ def add_answers(rows: Rows, cfg: DictConfig, session: Session) -> None:
         "dtype": answer_dtype(cfg),
     }
     phase("BERTScore")
-    _add_bertscore(rows, said, references, cfg.scorer.name, about)
+    texts = [document.digest for document in documents]
+    _add_bertscore(rows, said, references, texts, cfg.scorer.name, about)
     for sample, parts in enumerate(zip(questions, references, said, strict=True)):
         for agent, (question, reference, answer) in enumerate(zip(*parts, strict=True)):
             asked_of = {"document": sample, "agent": agent, "question": question.text}
             told = {"gold": question.answer, "reference": reference, "answer": answer}
             rows.answers.append(asked_of | told)
             if question.answer is not None:
-                place = {"sample": sample, "agent": agent, **about}
+                place = {"sample": sample, "text": texts[sample], "agent": agent, **about}
                 for metric, is_right in RIGHT.items():
                     rows.add(metric, float(is_right(answer, question.answer)), "rate", n=1, **place)
     if all(answer["gold"] is None for answer in rows.answers):
@@ -176,24 +182,26 @@ def _add_bertscore(
     rows: Rows,
     answers: list[list[str]],
     references: list[list[str]],
+    texts: list[str],
     scorer: str,
     about: dict[str, int | str],
 ) -> None:
+    of_all = {"scorer": scorer, **about}
     for sample, pair in enumerate(zip(answers, references, strict=True)):
         empty = [np.array([bertscore.is_empty(text, scorer) for text in side]) for side in pair]
         for agent, score in enumerate(bertscore.f1(*pair, scorer)):
-            place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
+            place = {"sample": sample, "text": texts[sample], "agent": agent, **of_all}
             rows.add("bertscore_f1", float(score), "f1", why=BOTH_EMPTY, n=1, **place)
             for metric, side in zip(EMPTY, empty, strict=True):
                 rows.add(metric, float(side[agent]), "rate", n=1, **place)
     pairs = bertscore.floor_pairs(answers, references)
     if not pairs:
         why = "no two reference answers differ, so no pair is mismatched; use more agents"
-        rows.add("bertscore_floor", None, "f1", why=why, scorer=scorer, **about)
+        rows.add("bertscore_floor", None, "f1", why=why, **of_all)
         return
     samples, agents, mine, others = zip(*pairs, strict=True)
     for sample, agent, score in zip(
         samples, agents, bertscore.f1(list(mine), list(others), scorer), strict=True
     ):
-        place = {"sample": sample, "agent": agent, "scorer": scorer, **about}
+        place = {"sample": sample, "text": texts[sample], "agent": agent, **of_all}
         rows.add("bertscore_floor", float(score), "f1", why=BOTH_EMPTY, n=1, **place)

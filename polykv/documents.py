@@ -1,5 +1,6 @@
 """Documents: what the pool holds, what perplexity scores, and what the agents ask."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -67,6 +68,11 @@ class Document:
         """The same of `asked_BT`: a chat template may leave it out."""
         opening_BT = self.ids_BT[:, : self.n_opening]
         return self.bos and torch.equal(self.asked_BT[:, : self.n_opening], opening_BT)
+
+    @cached_property
+    def digest(self) -> str:
+        """8 hex digits of the SHA-256 of its token ids: two documents of one text share it, whatever the seed."""
+        return hashlib.sha256(self.ids_BT.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:8]
 
     @cached_property
     def prefix_BT(self) -> Tensor:

@@ -14,7 +14,7 @@ from analysis.load import load
 from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.statistics import pairs_of, samples_of
 from experiments.compare import STUDY
-from polykv.evaluation.statistics import document_interval
+from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval
 from polykv.results import Rows, Store
 
 # recipe: (stored bits, mean KL); `twin` differs from `cheap` by noise only.
@@ -23,8 +23,10 @@ TRUTH = {"cheap": (3.0, 1e-2), "twin": (3.0, 1e-2), "good": (4.0, 1e-3), "poor":
 TOKENS = 50  # of a document
 
 
-def store(root, recipe, kl, delta=None, bits=4.0, spread=None, config=None, tag="", **about):
-    """One cell: KL and difference of log-probabilities of each document."""
+def store(
+    root, recipe, kl, delta=None, bits=4.0, spread=None, config=None, tag="", text="", **about
+):
+    """One cell: KL and difference of log-probabilities of each document; `text` names the texts, "" leaves them out."""
     place = {"context_tokens": 512, "n_agents": 1, "seed": 0, "reader": "dequantize"} | about
     rows = Rows(STUDY.columns, model="m", weights="reference", document="d", recipe=recipe, dtype="float32",
                 device="cpu", **place)  # fmt: skip
@@ -33,7 +35,19 @@ def store(root, recipe, kl, delta=None, bits=4.0, spread=None, config=None, tag=
     delta = np.zeros(len(kl)) if delta is None else delta
     for metric, values in (("kl", kl), ("nll_delta", delta), ("same_top1", 0.9 + 0 * kl)):
         for sample, value in enumerate(values):
-            rows.add(metric, float(value), "nats", sample=sample, n=TOKENS)
+            of = {"text": f"{text}{sample}"} if text else {}
+            rows.add(metric, float(value), "nats", sample=sample, n=TOKENS, **of)
+            if len(kl) < MIN_DOCUMENTS:
+                for block in range(3):
+                    rows.add(
+                        metric,
+                        float(value) * (1 + block / 9),
+                        "nats",
+                        sample=sample,
+                        block=block,
+                        n=9,
+                        **of,
+                    )
     for sample, value in enumerate(spread or ()):
         rows.add("agent_spread", float(value), "nats", sample=sample)
     n = TOKENS * len(kl)
@@ -128,10 +142,64 @@ def test_documents_of_all_seeds_are_one_sample(tmp_path):
     (found,) = compared(rows)
     assert found.pairs.documents == 10
     mine = rows[(rows["recipe"] == "poor") & (rows["metric"] == "kl") & rows["sample"].notna()]
+    mine = mine[mine["block"].isna()]
     kl = measured(rows[rows["recipe"] == "poor"], "kl_mean")
     assert kl.value == pytest.approx(mine["value"].mean())
     each = [np.array([value]) for value in mine["value"]]
     assert (kl.low, kl.high) == pytest.approx(document_interval(each, (0, np.inf)))
+
+
+@pytest.mark.parametrize("n_documents", [4, 8])  # below 8 the intervals are over blocks of tokens
+def test_one_text_under_several_seeds_is_one_document(tmp_path, n_documents):
+    """Seeds that draw rotations only: intervals, pairs and counts are those of the texts' means over the seeds."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.lognormal(0, 1, n_documents)
+    drawn = {
+        recipe: difficulty * mean * rng.lognormal(0, 0.3, (4, n_documents))
+        for recipe, mean in (("a", 1e-3), ("b", 2e-3))
+    }
+    for recipe, of_seeds in drawn.items():
+        for seed, kl in enumerate(of_seeds):
+            store(tmp_path / "seeds", recipe, kl, kl / 2, seed=seed, text="window")
+        mean = of_seeds.mean(0)
+        store(tmp_path / "one", recipe, mean, mean / 2, text="window")
+    (several,), (one,) = (compared(load(tmp_path / name).rows) for name in ("seeds", "one"))
+    assert several.heading == one.heading and several.pairs.documents == n_documents
+    for mine, alone in zip(several.standings, one.standings, strict=True):
+        assert mine.rank == alone.rank
+        for name in ("kl_mean", "perplexity_delta", "perplexity_ratio"):
+            got, wanted = mine[name], alone[name]
+            assert [got.value, got.low, got.high] == pytest.approx(
+                [wanted.value, wanted.low, wanted.high], rel=1e-9
+            )
+            assert got.n == wanted.n == n_documents * TOKENS
+    assert several.pairs.p == pytest.approx(one.pairs.p)
+
+
+def test_distinct_texts_of_several_seeds_are_one_sample(tmp_path):
+    """As generated documents are: their number and the interval are those of all of them."""
+    kl = 0.01 * np.random.default_rng(0).lognormal(0, 1, (4, 8))
+    for seed, of_seed in enumerate(kl):
+        store(tmp_path, "a", of_seed, seed=seed, text=f"{seed}-")
+    got = measured(load(tmp_path).rows, "kl_mean")
+    assert got.n == 32 * TOKENS
+    each = [np.array([value]) for value in kl.ravel()]
+    assert (got.low, got.high) == pytest.approx(document_interval(each, (0, np.inf)))
+
+
+def test_the_slope_over_contexts_counts_a_text_once(tmp_path):
+    for seed, context in product(range(3), (128, 256, 512)):
+        delta = 0.02 - context / 1e5 + np.arange(9) / 1e4
+        store(
+            tmp_path,
+            "a",
+            np.full(9, 0.01),
+            delta,
+            context_tokens=context,
+            seed=seed,
+            text=f"{context}-",
+        )
+    assert len(frontier.deltas_of(load(tmp_path).rows)) == 27
 
 
 def test_a_cell_measured_again_counts_once(tmp_path):

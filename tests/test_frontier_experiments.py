@@ -57,6 +57,15 @@ def test_the_seed_draws_the_rotation_too(checkpoint):
     assert (own.recipe.key.seed, own.recipe.value.seed) == (3, 7)
 
 
+def test_every_sample_names_its_text_which_is_the_same_under_every_seed(checkpoint):
+    def texts(seed):
+        rows = rows_of(*local(checkpoint, "recipe_frontier", "recipe=q4_0_rotated", f"seed={seed}"))
+        samples = [row for row in rows if row.get("sample") is not None]
+        return {row["sample"]: row["text"] for row in samples}
+
+    assert texts(0) == texts(7) and len(set(texts(0).values())) == 8
+
+
 def test_added_exemptions_are_named_and_the_recipes_own_are_not(checkpoint):
     def name(*overrides):
         return settings.label(cell(checkpoint, "recipe_frontier", *overrides), "recipe")

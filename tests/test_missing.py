@@ -26,7 +26,7 @@ def comparison(nll_full, nll, kl, same_top1=None):
 def rows_of(*comparisons):
     """(metric, statistic) -> row of the only document; each is a finite value, or none and a reason."""
     rows = Rows(SCORES)
-    add_scores(rows, comparisons)
+    add_scores(rows, comparisons, [f"{n}" for n in range(len(comparisons))])
     for row in rows:
         assert row["value"] is None and row["note"] or math.isfinite(row["value"]), row
     whole = [row for row in rows if row.get("block") is None]
@@ -58,7 +58,7 @@ def test_one_scored_token_is_a_row_and_none_is_an_error():
     assert found["nll_delta", None]["value"] == 0.5
     for none in ([], [comparison([], [], [])]):
         with pytest.raises(PolyKVError, match="no token was scored"):
-            add_scores(Rows(SCORES), none)
+            add_scores(Rows(SCORES), none, ["text"] * len(none))
 
 
 def test_kl_over_masked_vocabulary():

@@ -38,7 +38,7 @@ def stored(tmp_path, made: Rows, config: dict | None = None, cell: str = "abc") 
 def test_the_analysis_computes_from_samples_what_the_tokens_give(tmp_path, n_documents):
     found = comparisons(n_documents, 50)
     made = Rows(SCORES, model="m", recipe="r", reader="dequantize", dtype="float32")
-    add_scores(made, found)
+    add_scores(made, found, [f"{n}" for n in range(len(found))])
     rows = stored(tmp_path, made)
     kl = QUALITY["kl_mean"].of(rows)
     tokens = [c.kl.astype(float) for c in found]
@@ -56,7 +56,7 @@ def test_the_analysis_computes_from_samples_what_the_tokens_give(tmp_path, n_doc
 def test_documents_of_different_lengths_weigh_by_their_tokens(tmp_path):
     made = Rows(SCORES, model="m", recipe="r")
     found = [c for n in (10, 90) for c in comparisons(1, n)]
-    add_scores(made, found)
+    add_scores(made, found, [f"{n}" for n in range(len(found))])
     mean = np.concatenate([c.kl for c in found]).astype(float).mean()
     assert QUALITY["kl_mean"].of(stored(tmp_path, made)).value == pytest.approx(mean, rel=1e-12)
 
@@ -65,7 +65,7 @@ def test_a_document_that_is_not_finite_makes_the_mean_missing_with_its_reason(tm
     found = comparisons(2, 20)
     found[1].nll[3] = np.nan
     made = Rows(SCORES, model="m", recipe="r")
-    add_scores(made, found)
+    add_scores(made, found, [f"{n}" for n in range(len(found))])
     value = QUALITY["perplexity_delta"].of(stored(tmp_path, made))
     assert value.value is None and "1 of 20" in value.note
 
