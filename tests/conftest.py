@@ -1,7 +1,12 @@
 """Tiny random models of every supported architecture, and a tokenizer trained on the spot."""
 
+import io
 import os
+import runpy
 import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # The tests prove that no hub is needed, on machines that have one too.
@@ -18,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments import sweep
-from polykv.config import CONF
+from polykv.config import CONF, REPO
 
 torch.set_num_threads(1)
 # Started in the background by a script, they would ignore Ctrl-C, and so would all processes that they start.
@@ -87,6 +92,42 @@ def checkpoint(tmp_path_factory, llama, tokenizer) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
+
+
+def run_py(*overrides: str) -> subprocess.CompletedProcess:
+    """`python run.py OVERRIDES`, called in this process: it costs nothing to import again."""
+    from experiments import processes
+    from experiments.session import of_process
+
+    command = [str(REPO / "run.py"), *overrides]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.chdir(REPO)
+        patch.setattr(sys, "argv", command)
+        patch.setattr(of_process(), "storage_failed", "")
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # run.py sets it: what was there comes back
+        patch.setattr(sweep, "ended", None)
+        patch.setattr(
+            processes, "second_interrupt_quits", lambda: None
+        )  # for good, in this process
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(command[0], run_name="__main__")
+    return subprocess.CompletedProcess(command, end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def run_process(*overrides: str) -> subprocess.CompletedProcess:
+    """`python run.py OVERRIDES` as a user starts it."""
+    command = [sys.executable, str(REPO / "run.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPO)
+
+
+@pytest.fixture(params=["called", pytest.param("process", marks=pytest.mark.slow)])
+def run_either(request):
+    """Runs run.py: called in this process, and, where slow tests are run, as a process of its own too."""
+    return run_py if request.param == "called" else run_process
 
 
 def checked_cell(*overrides):

@@ -3,10 +3,10 @@
 import shlex
 
 import pytest
+from conftest import run_py
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run import run
 
 from experiments import command_line
 from polykv.errors import PolyKVError
@@ -29,13 +29,13 @@ def test_a_path_with_such_a_character_is_refused_with_quotes_that_work(name, tmp
     plain = f"model.path={tmp_path / name}"
     arguments = ["experiment=polykv_quality", "model=local", "document=moon_landing", "context=100",
                  f"results_dir={tmp_path}/results"]  # fmt: skip
-    done = run(*arguments, plain)
+    done = run_py(*arguments, plain)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ")
     (quoted,) = [
         word for word in shlex.split(last) if word.startswith("model.path=") and '"' in word
     ]
-    again = run(*arguments, quoted).stderr.strip().splitlines()[-1]
+    again = run_py(*arguments, quoted).stderr.strip().splitlines()[-1]
     assert f"no model in {tmp_path / name}" in again
 
 

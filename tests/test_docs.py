@@ -85,6 +85,7 @@ def pages(site):
     return {path: Page(path) for path in site.rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_every_internal_link_leads_somewhere(site, pages):
     broken, followed = [], 0
     for path, page in pages.items():
@@ -101,6 +102,7 @@ def test_every_internal_link_leads_somewhere(site, pages):
     assert followed > 1000
 
 
+@pytest.mark.slow
 def test_no_page_asks_the_network_for_anything(pages):
     for path, page in pages.items():
         assert not [link for link in page.loaded if urlsplit(link).scheme in ("http", "https")], (
@@ -113,6 +115,7 @@ def study_of(path):
         return compose("config", [f"experiment={path.stem}"]).study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", studies())
 def test_every_study_has_a_page_with_its_question_and_all_its_presets(site, name):
     text = Page(site / "studies" / f"{name}.html").text
@@ -148,6 +151,7 @@ def test_packed_results_are_drawn_on_their_studys_page(tmp_path, monkeypatch):
     assert "results/mine" not in pages.study(studies()["capacity"], folders, tmp_path / "figures")
 
 
+@pytest.mark.slow
 def test_every_family_of_models_is_listed(site):
     text = (site / "families.html").read_text(encoding="utf-8")
     families = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
@@ -156,6 +160,7 @@ def test_every_family_of_models_is_listed(site):
     assert not [name for name in names if f"<code>{name}</code>" not in text]
 
 
+@pytest.mark.slow
 def test_every_public_name_is_documented(site):
     page = Page(site / "polykv.html")
     for name in polykv.__all__:

@@ -41,6 +41,7 @@ def test_every_example_is_tested_and_short():
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_agents_that_share_a_document_answer_from_one_small_copy():
     text = output_of("share_a_document")
     assert text.count("(right)") == 6
@@ -52,6 +53,7 @@ def test_agents_that_share_a_document_answer_from_one_small_copy():
     assert unshared / pool == pytest.approx(6 * 2.844, rel=1e-3)  # README: polykv at head_dim 64
 
 
+@pytest.mark.slow
 def test_a_hand_off_crosses_processes_and_a_damaged_card_is_refused():
     text = output_of("hand_off")
     sender, receiver = re.findall(r"process (\d+)", text)
@@ -68,6 +70,7 @@ def test_a_hand_off_crosses_processes_and_a_damaged_card_is_refused():
     assert "one bit flipped on the way: the card was altered" in text
 
 
+@pytest.mark.slow
 def test_a_pool_in_a_pipeline_keeps_every_token():
     text = output_of("transformers_pipeline")
     answers = dict(re.findall(r"^(\w+) +[\d,]+ bytes.* (\d+) of 6 answers", text, re.M))
@@ -94,6 +97,7 @@ def test_a_claim_is_tested_on_rows(tmp_path, shown):
     assert f"the claim is shown for {shown} of 6 pairs" in text
 
 
+@pytest.mark.slow
 def test_a_recipe_from_outside_runs_beside_the_known_ones():
     text = output_of("own_recipe")
     lines = dict(re.findall(r"^(\w+) +(\d\.\d{3}) +0\.\d{5} \[", text, re.M))

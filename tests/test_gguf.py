@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, checked_cell, tiny_model
+from conftest import TEXT, checked_cell, run_py, tiny_model
 from gguf_files import CHAT, tensors_of, vocabulary_of, write
 from omegaconf import OmegaConf
 from test_identity import prepared
@@ -324,13 +324,9 @@ def test_a_run_refuses_before_any_cell_with_exit_code_2(tmp_path, files, cache):
     path = tmp_path / "model.gguf"
     path.write_bytes(files["Q8_0"].read_bytes()[:-100])
     results = tmp_path / "results"
-    done = subprocess.run(
-        [sys.executable, str(REPO / "run.py"), "experiment=polykv_quality", "model=gguf",
-         f"model.path={path}", "document=moon_landing", f"results_dir={results}"],
-        capture_output=True, text=True, cwd=REPO, timeout=300,
-    )  # fmt: skip
-    said = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # progress
-    assert done.returncode == 2 and len(said) == 1
+    done = run_py("experiment=polykv_quality", "model=gguf", f"model.path={path}",
+                  "document=moon_landing", f"results_dir={results}")  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert str(path) in done.stderr and "cut short" in done.stderr
     assert not cache.exists() and not [p for p in results.rglob("*") if p.is_file()]
 
@@ -463,6 +459,7 @@ def test_the_requirement_that_make_installs_is_the_models_own():
     assert declared.sha256 == SMOLLM2
 
 
+@pytest.mark.slow
 def test_smollm2_speaks_as_its_file_does():
     """The packaged model, greedily continued, against plain transformers on the same file."""
     declared = config.load_group("model", "smollm2-135m").packaged

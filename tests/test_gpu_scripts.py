@@ -60,6 +60,7 @@ def test_codec_kernels(tmp_path):
     assert cell["config"]["state"]["before"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_attention_kernels(tmp_path):
     pytest.importorskip("triton", reason="triton has wheels for Linux only")
     run(tmp_path, "attention_kernels")
@@ -72,6 +73,7 @@ def test_attention_kernels(tmp_path):
     assert rows_of(tmp_path, "gpu_attention_sweep")["note"].str.startswith("Launch").all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak resident memory is read on Linux only")
 def test_concurrency(tmp_path):
     run(tmp_path, "concurrency")
@@ -90,6 +92,7 @@ def test_concurrency(tmp_path):
     assert (rows_of(tmp_path, "gpu_largest")["value"] == 4).all()
 
 
+@pytest.mark.slow
 def test_handoff_ttft(tmp_path):
     # 300 tokens of 2 layers with 2 heads of 64: 4.25 bits with scales, 4 exact tokens, channels of the keys, maps, ids.
     bits = 4.25 + 4 / 300 * 11.75 + 16 / 300 + 2 / 256 + 32 / 512

@@ -116,6 +116,7 @@ def planned(folder, results):
     return next(line for line in done.stdout.splitlines() if "cells:" in line)
 
 
+@pytest.mark.slow
 def test_a_quantizer_of_ones_own_is_measured_again_when_its_source_changes(own_codec, tmp_path):
     assert "2 to run" in planned(own_codec, tmp_path / "results")
     assert "0 to run" in planned(own_codec, tmp_path / "results")

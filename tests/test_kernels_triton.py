@@ -70,29 +70,34 @@ def unpacked(codec, packed):
     return unpack(codes, codec.bits, packed.shape[3]) if hasattr(codec, "bits") else codes
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("dim", DIMS)
-def test_encode_differs_from_torch_only_at_decision_boundaries(name, dim):
+# Every codec at three head_dims, each with a dtype of its own; the others in `make test-all`.
+ENCODED = [
+    pytest.param(name, dim, dtype, marks=() if (i + j + k) % 5 == 0 else pytest.mark.slow)
+    for i, name in enumerate(CODECS)
+    for j, dim in enumerate(DIMS)
+    for k, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("name", "dim", "dtype"), ENCODED)
+def test_encode_differs_from_torch_only_at_decision_boundaries(name, dim, dtype):
     codec = CODECS[name]
-    for number, dtype in enumerate(DTYPES):
-        x = values(1, 2, 67, dim, seed=number, dtype=dtype)
-        ours, theirs = triton_kernels.encode(codec, x), codec.encode(x)
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        for key, tensor in theirs.tensors.items():
-            assert (ours.tensors[key].shape, ours.tensors[key].dtype) == (
-                tensor.shape,
-                tensor.dtype,
-            )
-            if key != "codes":  # norms and scales: as the sum's order leaves them
-                torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-3, atol=0)
-        off = unpacked(codec, ours).int() - unpacked(codec, theirs).int()
-        assert off.abs().max() <= 1
-        y, boundaries = unrounded(codec, x)
-        y = y[off != 0]
-        distance = (y[:, None] - boundaries.double()).abs().amin(dim=-1)
-        # Q8_0 rounds against the fp32 scale and keeps it in fp16, to 11 bits.
-        assert (distance < (1e-1 if isinstance(codec, Q8_0) else 1e-4)).all()
-        assert len(y) <= 0.005 * off.numel()
+    x = values(1, 2, 67, dim, seed=DTYPES.index(dtype), dtype=dtype)
+    ours, theirs = triton_kernels.encode(codec, x), codec.encode(x)
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    for key, tensor in theirs.tensors.items():
+        mine = ours.tensors[key]
+        assert (mine.shape, mine.dtype) == (tensor.shape, tensor.dtype)
+        if key != "codes":  # norms and scales: as the sum's order leaves them
+            torch.testing.assert_close(mine, tensor, rtol=1e-3, atol=0)
+    off = unpacked(codec, ours).int() - unpacked(codec, theirs).int()
+    assert off.abs().max() <= 1
+    y, boundaries = unrounded(codec, x)
+    y = y[off != 0]
+    distance = (y[:, None] - boundaries.double()).abs().amin(dim=-1)
+    # Q8_0 rounds against the fp32 scale and keeps it in fp16, to 11 bits.
+    assert (distance < (1e-1 if isinstance(codec, Q8_0) else 1e-4)).all()
+    assert len(y) <= 0.005 * off.numel()
 
 
 def test_encode_takes_any_layout_and_a_batch():
@@ -214,21 +219,37 @@ def assert_attention(q, segment, scaling, atol):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("number", range(len(SHAPES)))
-def test_attend_is_attention_over_the_decoded_segment(dim, number):
-    heads, n_queries, n_tokens = SHAPES[number]
+# Every shape and every head_dim once, in fp32 and in 16 bits; the others in `make test-all`.
+ATTENDED = [
+    pytest.param(shape, dim, dtype, marks=() if (3 * i - j) % 5 == 0 else pytest.mark.slow)
+    for i, shape in enumerate(SHAPES)
+    for j, dim in enumerate(DIMS)
+    for dtype in (torch.float32, (torch.bfloat16, torch.float16)[i % 2])
+]
+
+
+@pytest.mark.parametrize(("shape", "dim", "dtype"), ATTENDED)
+def test_attend_is_attention_over_the_decoded_segment(shape, dim, dtype):
+    heads, n_queries, n_tokens = shape
     # Every pair meets every head_dim, and every shape.
-    pair = PAIRS[(DIMS.index(dim) + number) % len(PAIRS)]
+    pair = PAIRS[(DIMS.index(dim) + SHAPES.index(shape)) % len(PAIRS)]
     k, v = values(1, heads, n_tokens, dim, seed=1) / 3, values(1, heads, n_tokens, dim, seed=2) / 3
     q = values(heads, n_queries, dim, seed=3) / 2
     segment = make_segment(pair, k, v)
-    assert_attention(q, segment, dim**-0.5, 1e-5)
-    assert_attention(q.to((torch.bfloat16, torch.float16)[number % 2]), segment, dim**-0.5, 2e-2)
+    assert_attention(q.to(dtype), segment, dim**-0.5, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("dim", (64, 128))
-@pytest.mark.parametrize("pair", CARD_PAIRS, ids=str)
+# One for each way that a tier is stored; the others in `make test-all`.
+CARDS = [
+    pytest.param(
+        pair, dim, marks=() if (i, dim) in ((0, 64), (1, 128), (4, 64)) else pytest.mark.slow
+    )
+    for i, pair in enumerate(CARD_PAIRS)
+    for dim in (64, 128)
+]
+
+
+@pytest.mark.parametrize(("pair", "dim"), CARDS, ids=str)
 def test_attend_is_attention_over_a_cards_tokens(pair, dim):
     k, v, q = (
         values(1, 2, 150, dim, seed=1) / 3,
@@ -244,7 +265,13 @@ def test_attend_is_attention_over_a_cards_tokens(pair, dim):
         assert_attention((q / 2).to(dtype), segment, dim**-0.5, 2e-2)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{type(pair[0]).__name__}-{pair[1].bits}")
+# The first three have values of 3, 2 and 4 bits.
+LOOKED_UP = [*PAIRS[:3], *(pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS[3:])]
+
+
+@pytest.mark.parametrize(
+    "pair", LOOKED_UP, ids=lambda pair: f"{type(pair[0]).__name__}-{pair[1].bits}"
+)
 def test_attend_looks_every_code_up_exactly(pair):
     # One token: the output is its value vector, whatever the score. Small norms do not vanish.
     for size in (1e-3, 1, 1e3):

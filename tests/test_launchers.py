@@ -106,7 +106,10 @@ def sequential(launch, kept) -> Path:
     return kept
 
 
-@pytest.mark.parametrize("launcher", ["launcher=submitit_local", "hydra/launcher=joblib"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("launcher=submitit_local", marks=pytest.mark.slow), "hydra/launcher=joblib"],
+)
 def test_24_cells_give_the_same_table_under_every_launcher(launcher, launch, sequential, tmp_path):
     n_jobs = ["hydra.launcher.n_jobs=2"] if "joblib" in launcher else []
     ended = launch(tmp_path, *CELLS, launcher, *n_jobs)
@@ -114,6 +117,7 @@ def test_24_cells_give_the_same_table_under_every_launcher(launcher, launch, seq
     pd.testing.assert_frame_equal(table(tmp_path), table(sequential))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_finished_cell(launch, report, sequential, tmp_path):
     def kill() -> None:
         workers = []
@@ -317,6 +321,7 @@ def test_a_second_interrupt_quits_native_code_at_once():
     hung.stdout.close()
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_a_sweep_and_keeps_its_cells(tmp_path):
     command = [sys.executable, str(REPO / "run.py"), *CELLS, f"results_dir={tmp_path}"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

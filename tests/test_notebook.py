@@ -40,6 +40,7 @@ def said(tmp_path_factory):
     return printed(notebook.cells)
 
 
+@pytest.mark.slow
 def test_three_recipes_are_compared_at_their_stored_bits(said):
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()}
     damage = []
@@ -51,6 +52,7 @@ def test_three_recipes_are_compared_at_their_stored_bits(said):
     assert damage[0] < min(damage[1:]), "8.5 bits lose less than 5.6 and 3.3"
 
 
+@pytest.mark.slow
 def test_agents_answer_over_one_pool_that_is_smaller_by_their_number_and_the_ratio(said):
     answered, expected = said.count("   agent: "), said.count("   text:  ")
     assert answered == expected > 1

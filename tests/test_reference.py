@@ -275,6 +275,7 @@ TINY = train.Size(
 )
 
 
+@pytest.mark.slow
 def test_training_resumes_to_identical_weights(tmp_path):
     def run(folder, *stops):
         folder.mkdir()
@@ -293,12 +294,14 @@ def test_training_resumes_to_identical_weights(tmp_path):
     assert not torch.equal(start, whole.model.state_dict()["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     state = train.Run(TINY, 0, "cpu")
     losses = [state.train_step(10**9)["loss"] for _ in range(60)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_untrained_model_already_finds_values_by_their_keys():
     """The built-in circuit against chance (1 of about 30 values), at two sizes."""
     words = vocabulary_ids()
@@ -312,6 +315,7 @@ def test_untrained_model_already_finds_values_by_their_keys():
         assert right.float().mean() > 0.7
 
 
+@pytest.mark.slow
 def test_batches_drawn_ahead_are_the_same():
     ahead, here = train.Batches(TINY, 0, workers=1), train.Batches(TINY, 0, workers=0)
     for key in ((0, 0), (0, 1), (1, 2)):

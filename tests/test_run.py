@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import run_process, run_py
 
 from polykv.config import REPO
 from polykv.results import load_rows
@@ -18,16 +19,6 @@ from polykv.results import load_rows
 PROGRESS = re.compile(r"\[ *\d+ (s|min|h)")
 SWEEP = ["experiment=polykv_quality", "context=160", "n_agents=2,3", "recipe=full,polykv,turboquant_2bit",
          "max_new_tokens=4"]  # fmt: skip
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, str(REPO / "run.py"), *overrides]
-
-
-def run(*overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*overrides), capture_output=True, text=True, timeout=300, cwd=REPO
-    )
 
 
 def local(checkpoint: Path, results: Path) -> list[str]:
@@ -44,24 +35,24 @@ def numbers(root: Path) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint, tmp_path_factory) -> tuple[Path, str]:
     results = tmp_path_factory.mktemp("undisturbed")
-    done = run(*local(checkpoint, results))
+    done = run_process(*local(checkpoint, results))
     assert done.returncode == 0, done.stderr
     return results, done.stdout
 
 
-def test_help_is_quick_and_names_the_axes():
-    start = time.monotonic()
-    done = run("--help")
-    # Ten times what it takes on an idle machine would still mean that torch was imported for it.
-    assert "import torch" not in done.stderr and time.monotonic() - start < 10
-    assert done.returncode == 0
+def test_help_names_the_axes_and_needs_no_torch():
+    code = """if True:
+        import runpy, sys
+        sys.argv = ["run.py", "--help"]
+        try:
+            runpy.run_path("run.py", run_name="__main__")
+        finally:
+            assert not {"torch", "transformers"} & sys.modules.keys()
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for word in ("recipe", "polykv_memory", "n_agents"):
         assert word in done.stdout
-
-
-def test_help_needs_no_torch():
-    code = "import sys, run; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 
 def test_own_model_and_text_end_to_end(undisturbed, checkpoint):
@@ -71,16 +62,13 @@ def test_own_model_and_text_end_to_end(undisturbed, checkpoint):
     assert set(frame.model) == {f"local {checkpoint.name}"}
     assert set(frame.document) == {"file text.txt"}
     assert frame.cell.nunique() == 6
-    found = set(frame.metric)
-    assert {"perplexity", "perplexity_delta", "kl_mean", "same_top1", "bertscore_f1"} <= found
-    scored = frame[frame.metric == "bertscore_f1"]
-    assert set(scored.protocol) == {"bertscore minilm"}
-    full = frame[(frame.recipe == "full") & (frame.metric == "kl_mean")]
-    assert (full.value == 0).all()
-    damaged = frame[(frame.recipe == "turboquant_2bit") & (frame.metric == "kl_mean")]
-    assert (damaged.value > 0).all() and (damaged.ci_high > damaged.value).all()
+    assert {"nll", "nll_delta", "kl", "same_top1", "bertscore_f1"} <= set(frame.metric)
+    assert set(frame[frame.metric == "bertscore_f1"].scorer) == {"minilm"}
+    kl = frame[(frame.metric == "kl") & frame["sample"].notna()]
+    assert (kl[kl.recipe == "full"].value == 0).all()
+    assert (kl[kl.recipe == "turboquant_2bit"].value > 0).all()
     missing = frame[frame.value.isna()]
-    assert missing.note.notna().all()
+    assert (missing.note != "").all()
     for folder in ("tables", "figures"):
         assert str(results / folder) in printed
         assert any((results / folder).iterdir())
@@ -89,17 +77,21 @@ def test_own_model_and_text_end_to_end(undisturbed, checkpoint):
 def test_a_finished_sweep_runs_nothing_again(undisturbed, checkpoint):
     results, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in results.glob("cells/*/*.json")}
-    done = run(*local(checkpoint, results))
+    done = run_py(*local(checkpoint, results))
     assert "6 cells: 6 done before, 0 to run" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in results.glob("cells/*/*.json")}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_table(undisturbed, checkpoint, tmp_path):
     cells = tmp_path / "cells" / "polykv_quality"
     kept: dict[Path, bytes] = {}
     for n_wanted in (0, 1, 4):  # kill before the first cell, in the second, in the fifth
         sweep = subprocess.Popen(
-            command(*local(checkpoint, tmp_path)), stdout=subprocess.PIPE, text=True, cwd=REPO
+            [sys.executable, str(REPO / "run.py"), *local(checkpoint, tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
         )
         for line in sweep.stdout:
             if "cells:" in line:
@@ -112,7 +104,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(undisturbed, checkpoin
         done = {path: path.read_bytes() for path in cells.glob("*.json")}
         assert kept.items() <= done.items()  # what was done was neither lost nor run again
         kept = done
-    finished = run(*local(checkpoint, tmp_path))
+    finished = run_process(*local(checkpoint, tmp_path))
     assert finished.returncode == 0, finished.stderr
     assert kept.items() <= {path: path.read_bytes() for path in cells.glob("*.json")}.items()
     pd.testing.assert_frame_equal(numbers(tmp_path), numbers(undisturbed[0]))
@@ -130,8 +122,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(undisturbed, checkpoin
         (["model=llama-3-8"], "llama-3-8b"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_line_in_a_process_of_its_own(overrides, message, tmp_path):
-    done = run(*overrides, f"results_dir={tmp_path}")
+def test_bad_input_is_one_clear_line(overrides, message, tmp_path, run_either):
+    done = run_either(*overrides, f"results_dir={tmp_path}")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
@@ -141,7 +133,7 @@ def test_bad_input_is_one_clear_line_in_a_process_of_its_own(overrides, message,
 
 def test_where_every_cell_fails_the_cause_comes_first(tmp_path):
     too_many = f"+recipe.layer_bits={[[8, 4]] * 99}".replace(" ", "")
-    done = run("experiment=polykv_ratio", "model=reference", "recipe=uniform,uniform_rotated", too_many,
+    done = run_py("experiment=polykv_ratio", "model=reference", "recipe=uniform,uniform_rotated", too_many,
                "context=64", f"results_dir={tmp_path}")  # fmt: skip
     assert done.returncode == 1
     first, *others = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]
@@ -152,7 +144,7 @@ def test_where_every_cell_fails_the_cause_comes_first(tmp_path):
 
 def test_a_missing_file_is_named(checkpoint, tmp_path):
     arguments = [*local(checkpoint, tmp_path), "document.path=/nowhere/text.txt"]
-    done = run(*arguments)
+    done = run_py(*arguments)
     assert done.returncode != 0
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: cannot read document.path=/nowhere")
@@ -162,7 +154,7 @@ def test_a_missing_file_is_named(checkpoint, tmp_path):
 def test_a_results_folder_that_is_a_file_is_refused(checkpoint, tmp_path):
     blocked = tmp_path / "results"
     blocked.write_text("not a folder")
-    done = run(*local(checkpoint, blocked))
+    done = run_py(*local(checkpoint, blocked))
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: cannot write into") and "results_dir" in last
