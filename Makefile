@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run frontier report gpu test test-all faults audit lint format docs reference clean
+.PHONY: help run frontier report gpu test test-all faults audit lint format docs new-recipe new-study reference clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -73,6 +73,12 @@ format: $(INSTALLED)  ## ruff: mend what can be mended
 
 docs: $(INSTALLED)  ## the documentation: API, examples and a page per experiment, into site/
 	$(BIN)/python docs/build.py
+
+new-recipe: $(INSTALLED)  ## the files of a quantizer of your own, NAME=my_codec, which run as written
+	$(BIN)/python -m experiments.scaffold recipe '$(NAME)'
+
+new-study: $(INSTALLED)  ## the files of a study of your own, NAME=my_study: experiment, table, figure, claims, test
+	$(BIN)/python -m experiments.scaffold study '$(NAME)'
 
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
 	$(BIN)/python -m reference_model.train

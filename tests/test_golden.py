@@ -8,7 +8,6 @@ import json
 
 import pytest
 
-from polykv.config import available
 from polykv.errors import PolyKVError
 from tests.golden.make import FILE, measure
 
@@ -39,8 +38,3 @@ def test_a_recipe_has_its_golden_numbers(found, recipe):
 def test_cards_have_their_golden_size(found):
     sizes = {name: card["bytes"] for name, card in found["cards"].items()}
     assert sizes == {name: card["bytes"] for name, card in GOLDEN["cards"].items()}
-
-
-@pytest.mark.slow
-def test_every_recipe_has_golden_numbers():
-    assert set(available("recipe")) <= set(GOLDEN["recipes"])
