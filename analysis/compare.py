@@ -8,8 +8,18 @@ import pandas as pd
 from analysis.load import SETTING as SET
 from analysis.load import swept
 from analysis.points import MEASURES, RECIPES, tidied
-from analysis.render import Column, Table, compact, describe, fixed, keys
-from analysis.statistics import BASELINE, FEW, UNMEASURED, Pairs, Value, pairs_of, samples_of
+from analysis.render import Column, Table, compact, describe, fixed, keys, significant
+from analysis.statistics import (
+    BASELINE,
+    FEW,
+    UNMEASURED,
+    Measure,
+    Pairs,
+    Value,
+    mean,
+    pairs_of,
+    samples_of,
+)
 from analysis.style import Marks, Picture, colours, picture, sheet, styled
 from polykv.evaluation.statistics import PairedRatio
 
@@ -68,11 +78,12 @@ def table(rows: pd.DataFrame) -> Table | None:
     apart = swept(found)
     vary = [name for name in SWEPT if found.loc[found["recipe"] != BASELINE, name].nunique() > 1]
     about = [*SWEPT, *apart, "recipe"]
+    columns = [*COLUMNS, *_further(found)]
     lines = []
     for key, part in found.groupby(about, dropna=False, sort=False):
-        lines.append(dict(zip(about, map(_whole, key), strict=True)) | _measured(part))
+        lines.append(dict(zip(about, map(_whole, key), strict=True)) | _measured(part, columns))
     lines.sort(key=_order)
-    present = [c for c in COLUMNS if any(line[c.name] not in ABSENT for line in lines)]
+    present = [c for c in columns if any(line[c.name] not in ABSENT for line in lines)]
     named = [
         Column(name, HEADERS.get(name, name.removeprefix(SET)), key=True)
         for name in (*vary, *apart)
@@ -83,16 +94,24 @@ def table(rows: pd.DataFrame) -> Table | None:
     return Table("compare", _caption(found, vary), columns, shown, legend)
 
 
-def _measured(part: pd.DataFrame) -> dict[str, Value]:
+def _further(found: pd.DataFrame) -> list[Column]:
+    """Metrics of documents that have no column above, such as a new one of polykv/evaluation/per_token."""
+    known = {measure.metric for measure in MEASURES.values()}
+    own = found[found["sample"].notna() & found["n"].notna() & ~found["metric"].isin(known)]
+    own = own[own["agent"].isna()] if "agent" in own else own
+    return [Column(name, name, significant) for name in sorted(set(own["metric"]))]
+
+
+def _measured(part: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Value]:
     base = part["recipe"].iloc[0] == BASELINE
     return {
         column.name: BASE if base and column.name in RELATIVE else _figure(part, column.name)
-        for column in COLUMNS
+        for column in columns
     }
 
 
 def _figure(part: pd.DataFrame, name: str) -> Value:
-    found = MEASURES[name].of(part)
+    found = MEASURES.get(name, Measure(name, reduce=mean)).of(part)
     factor = SCALED.get(name)
     return found.map(lambda value: value * factor) if factor else found
 

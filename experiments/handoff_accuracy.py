@@ -17,6 +17,7 @@ from polykv import models
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
+from polykv.evaluation.per_token import same_top1
 from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
@@ -40,7 +41,7 @@ from polykv.tokens import opening
 RELAY = {"n_hops": int, "reseal": str}
 COLUMNS = {**RELAY, "extraction": str}
 CARDS = (mixed, allocate, signals)
-MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation)
+MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, same_top1)
 # Settings on which the fp16 relays depend; cells that agree in them share these.
 SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
 SETTINGS = (*SHARED, "weights", "policy", "budget_bits", "reseal", "signed")

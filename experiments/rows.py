@@ -30,8 +30,8 @@ BYTES = {"accounting": str, "head_dim": int, "n_tokens": int, "synthetic": bool}
 # the model's weights, where they are quantized.
 SCORES = {"text": str, "statistic": str, "block": int, "quantization": str}
 ANSWERS = {"text": str, "agent": int, "scorer": str}
-# Metrics whose intervals rest on blocks of tokens where there are few documents.
-BLOCKED = ("nll_delta", "kl", "same_top1", "delta_p")
+# Metrics whose intervals rest on blocks of tokens where there are few documents: those that compare two runs.
+BLOCKED = [metric for metric in continuation.UNITS if metric not in ("nll_full", "nll")]
 FLOORS = ("nll_delta", "kl")  # what is said of a reader's floor
 EMPTY = (
     "empty_answer",

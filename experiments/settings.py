@@ -12,6 +12,7 @@ from polykv.attention import cascade
 from polykv.documents import check_document
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, statistics
+from polykv.evaluation.per_token import METRICS
 from polykv.pool import check_reader
 from polykv.recipe import Recipe
 from polykv.reference import documents as generated
@@ -28,7 +29,7 @@ POOL = (
     "seed", "device",
 )  # fmt: skip
 # Modules that make the documents and scores of a pool.
-SCORES = (texts, generated, cascade, continuation, statistics)
+SCORES = (texts, generated, cascade, continuation, *METRICS.values(), statistics)
 POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
 # Settings that name a file, and where the digest of what it holds goes.
 FILES = (

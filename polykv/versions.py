@@ -53,7 +53,9 @@ def _targets(node: Any) -> Iterator[str]:
 # Once a process: what it has imported goes on running, though its file be edited.
 @cache
 def _of_target(target: str) -> dict[str, int | str]:
-    """Of a class or function: versions of ours, with those that it inherits; a digest of a user's own source."""
+    """Versions of a class of ours and of those that it inherits, or of a function's module; of a user's own code, a
+    digest of its source.
+    """
     try:
         made = targets.find(target)
     except PolyKVError:  # refused with a better message where it is instantiated
@@ -62,7 +64,10 @@ def _of_target(target: str) -> dict[str, int | str]:
     for part in getattr(made, "__mro__", (made,)):
         module = getattr(part, "__module__", "builtins")
         if module.partition(".")[0] == PACKAGE:
-            found |= {part.__name__: part.version} if "version" in vars(part) else {}
+            if "version" in vars(part):
+                found[part.__name__] = part.version
+            elif part is made and hasattr(sys.modules[module], "VERSION"):
+                found[_short(module)] = sys.modules[module].VERSION
         elif part is made:  # what it inherits of a user's own, its source imports
             found[module] = _source(module)
     return found

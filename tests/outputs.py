@@ -12,8 +12,9 @@ import math
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from polykv.attention import cascade
 from polykv.codecs.base import Codec
 from polykv.config import available, load_group
 from polykv.evaluation import answers, continuation, gsm8k, layers, statistics
+from polykv.evaluation.per_token import METRICS
 from polykv.handoff import allocate, mixed, signals
 from polykv.reference import documents as generated
 
@@ -101,7 +103,13 @@ def of_continuation() -> Output:
     draw = torch.Generator().manual_seed(0)
     full, other = torch.randn(2, 9, 12, generator=draw).log_softmax(-1)
     found = continuation.compare(full, other, torch.arange(10)[None])
-    return output([found.nll_full, found.nll, found.kl, found.delta_p, found.same_top1])
+    return output([found.nll_full, found.nll, found.kl, found.delta_p])
+
+
+def of_metric(metric: ModuleType) -> Output:
+    draw = torch.Generator().manual_seed(0)
+    full, other = torch.randn(2, 9, 12, generator=draw).log_softmax(-1)
+    return output([metric.of(full, other, torch.arange(9)[:, None])])
 
 
 def of_statistics() -> Output:
@@ -167,6 +175,7 @@ PARTS: dict[Any, Callable[[], Output]] = {
     mixed: of_cards,
     signals: of_signals,
     generated: of_generated,
+    **{metric: partial(of_metric, metric) for metric in METRICS.values()},
 }
 
 

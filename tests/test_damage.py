@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiments.session import Session
+from experiments.study import studies
 from polykv import config
 from polykv.config import CONF
-from polykv.evaluation import outside, readings
+from polykv.evaluation import bertscore, continuation, gsm8k, outside, readings
 from polykv.evaluation.statistics import MIN_DOCUMENTS, skewed_interval
 from polykv.handoff.card import CacheCard
 from polykv.models import load_weights
@@ -31,8 +32,9 @@ from polykv.recipe import Recipe
 from polykv.reference.documents import generate_document
 from polykv.results import Rows
 
-# Studies of bytes and time, which no content changes.
-NO_QUALITY = {"capacity", "concurrency", "polykv_memory"}
+# Studies made by none of these measure bytes and time, which no content changes.
+SCORES = {bertscore, continuation, gsm8k}
+NO_QUALITY = {name for name, study in studies().items() if not SCORES & {*study.made_by}}
 # What rows say beside quality: bytes, time, theory, what the uncompressed cache is like, what unrelated answers score,
 # which answers are empty or of more than one mark.
 NOT_QUALITY = {
@@ -173,6 +175,9 @@ CASES = {
         partial(cards, policy="uniform"),
     ),
 }  # fmt: skip
+# Other studies of quality compare recipes on documents.
+OTHERS = {*studies()} - NO_QUALITY - {name.partition(" ")[0].rstrip(",") for name in CASES}
+CASES |= {name: Case((f"experiment={name}", *SCORED), recipes) for name in sorted(OTHERS)}
 
 
 def run(case: Case, folder: Path) -> Rows:

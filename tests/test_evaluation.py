@@ -78,14 +78,15 @@ def test_divergence_of_known_distributions():
     assert found.kl == pytest.approx([0.5 * math.log(2) - 0.25 * math.log(2), 0], abs=1e-6)
     assert found.nll == pytest.approx([-math.log(0.25), -math.log(0.8)])
     assert found.nll_full == pytest.approx([-math.log(0.5), -math.log(0.8)])
-    assert found.same_top1.tolist() == [False, True]
+    assert found.others["same_top1"].tolist() == [False, True]
 
 
 def test_perplexity_delta_is_the_ratio_of_perplexities():
     rng = np.random.default_rng(0)
     full = [rng.uniform(1, 3, 50) for _ in range(10)]
     rows = Rows(SCORES)
-    add_scores(rows, [Comparison(f, f + 0.01, np.full(50, 0.2), np.ones(50, bool)) for f in full])
+    same = {"same_top1": np.ones(50, bool)}
+    add_scores(rows, [Comparison(f, f + 0.01, np.full(50, 0.2), same) for f in full])
     got = figures(rows)
     ratio = got["perplexity"].value / got["perplexity_full"].value
     assert ratio == pytest.approx(math.exp(0.01))

@@ -20,7 +20,7 @@ INF, NAN = math.inf, math.nan
 
 def comparison(nll_full, nll, kl, same_top1=None):
     top1 = np.ones(len(kl), bool) if same_top1 is None else np.array(same_top1)
-    return Comparison(*(np.array(x, np.float32) for x in (nll_full, nll, kl)), top1)
+    return Comparison(*(np.array(x, np.float32) for x in (nll_full, nll, kl)), {"same_top1": top1})
 
 
 def rows_of(*comparisons):

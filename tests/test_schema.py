@@ -26,7 +26,10 @@ def comparisons(n_documents: int, n_tokens: int) -> list[Comparison]:
     rng = np.random.default_rng(n_documents)
     full, other = rng.exponential(2, (2, n_documents, n_tokens)).astype(np.float32)
     kl = rng.exponential(0.01, (n_documents, n_tokens)).astype(np.float32)
-    return [Comparison(a, b, k, k < 0.01) for a, b, k in zip(full, other, kl, strict=True)]
+    return [
+        Comparison(a, b, k, {"same_top1": k < 0.01})
+        for a, b, k in zip(full, other, kl, strict=True)
+    ]
 
 
 def stored(tmp_path, made: Rows, config: dict | None = None, cell: str = "abc") -> pd.DataFrame:

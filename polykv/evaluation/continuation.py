@@ -6,13 +6,14 @@ not scored. Every statistic is paired with the same pass over the uncompressed c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from polykv.evaluation.per_token import METRICS
 from polykv.supported import check_length, check_rope
 
 # Metric of `Comparison.per_token` -> unit.
@@ -21,7 +22,7 @@ UNITS = {
     "nll": "nats",
     "nll_delta": "nats",
     "kl": "nats",
-    "same_top1": "rate",
+    **{name: metric.UNIT for name, metric in METRICS.items()},
     "delta_p": "probability",
 }
 # Metric -> percentiles over the tokens of all documents, as llama.cpp's perplexity tool prints them.
@@ -30,7 +31,7 @@ PERCENTILES: Mapping[str, Mapping[str, float]] = {
     "delta_p": {"p01": 1, "p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99},
 }
 
-VERSION = 1  # of perplexity, divergence and same-top-1
+VERSION = 1  # of perplexity and divergence
 
 
 @torch.no_grad()
@@ -52,17 +53,15 @@ def score_rest(model: PreTrainedModel, cache: Cache | None, rest_BT: Tensor) -> 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run under a recipe against the uncompressed run, per scored token of one document: arrays (tokens,)."""
+    """A run under a recipe against the uncompressed run, per scored token of one document: arrays (tokens,).
+
+    `others` has the metrics of polykv/evaluation/per_token by name.
+    """
 
     nll_full: np.ndarray
     nll: np.ndarray
     kl: np.ndarray
-    same_top1: np.ndarray
-
-    @property
-    def top1(self) -> np.ndarray:
-        """`same_top1` as 0 and 1; NaN where one of the runs is NaN."""
-        return np.where(np.isnan(self.nll + self.nll_full), np.nan, self.same_top1)
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def delta_p(self) -> np.ndarray:
@@ -77,9 +76,11 @@ class Comparison:
                 "nll": self.nll,
                 "nll_delta": self.nll.astype(float) - self.nll_full,
                 "kl": self.kl,
-                "same_top1": self.top1,
                 "delta_p": self.delta_p,
             }
+            undefined = np.isnan(self.nll + self.nll_full)  # where a run is NaN, it ranks nothing
+            for metric, values in self.others.items():
+                found[metric] = np.where(undefined, np.nan, values)
         return {metric: values.astype(float) for metric, values in found.items()}
 
 
@@ -116,7 +117,10 @@ def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
         nll=_numpy(-other_TV.gather(1, labels_T1).squeeze(1)),
         # Rounding can give a tiny negative sum where the runs agree.
         kl=_numpy(kl_T.clamp_min(0)),
-        same_top1=_numpy(full_TV.argmax(-1) == other_TV.argmax(-1)),
+        others={
+            name: _numpy(metric.of(full_TV, other_TV, labels_T1))
+            for name, metric in METRICS.items()
+        },
     )
 
 
