@@ -98,7 +98,11 @@ def _measured(cfg: DictConfig) -> pd.DataFrame:
     """The rows of `concurrency` in the folder given, else in this sweep's own, in an order of their own.
 
     Raises:
-        PolyKVError: the folder's packed rows are damaged.
+        PolyKVError: one of them is damaged.
     """
-    rows, _ = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, QUOTED)
+    rows, damaged = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, QUOTED)
+    if damaged:
+        raise PolyKVError(
+            f"damaged: {damaged[0]}; measure it again (experiment={QUOTED}), or remove it"
+        )
     return rows.sort_values("cell", kind="stable") if len(rows) else rows

@@ -8,11 +8,23 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polykv.cellfile import COLUMNS, FORMAT, STAMPED, Cell, read_cells, types_of, write_atomically
+from polykv.cellfile import (
+    COLUMNS,
+    FORMAT,
+    STAMPED,
+    Cell,
+    check,
+    digest,
+    read_cells,
+    reason,
+    types_of,
+    write_atomically,
+)
 from polykv.errors import PolyKVError
 
 ROWS, CELLS = "rows.csv.gz", "cells.json.gz"
@@ -33,11 +45,10 @@ def pack(root: Path) -> tuple[int, tuple[str, ...]]:
     text = _csv(cells)
     content = {
         "format": FORMAT,
-        "digest": _digest(text),
-        "studies": {cell.study["name"]: cell.study for cell in cells},
+        "rows": hashlib.sha256(text.encode()).hexdigest(),
         "cells": [
             {
-                "study": cell.study["name"],
+                "study": cell.study,
                 "cell": cell.name,
                 "config": cell.config,
                 "provenance": cell.provenance,
@@ -46,6 +57,7 @@ def pack(root: Path) -> tuple[int, tuple[str, ...]]:
             for cell in cells
         ],
     }
+    content |= {"digest": digest(content)}
     try:
         write_atomically(root / ROWS, gzip.compress(text.encode(), mtime=0))
         write_atomically(root / CELLS, gzip.compress(json.dumps(content).encode(), mtime=0))
@@ -83,13 +95,18 @@ def unpack(root: Path) -> Sequence[Cell]:
         content = json.loads(gzip.decompress((root / CELLS).read_bytes()))
         if content["format"] != FORMAT:
             raise ValueError("its format is another version's")
-        if content["digest"] != _digest(text):
+        if content["digest"] != digest(content):
+            raise ValueError(f"{CELLS} was changed since it was written")
+        if content["rows"] != hashlib.sha256(text.encode()).hexdigest():
             raise ValueError(f"{ROWS} is not what {CELLS} was written with")
         return _cells(text, content)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (
+        *(OSError, EOFError, zlib.error, csv.Error, RecursionError),
+        *(ValueError, KeyError, TypeError, AttributeError),
+    ) as error:
         raise PolyKVError(
-            f"the packed rows of {root} cannot be read ({type(error).__name__}: {error}); restore "
-            f"{ROWS} and {CELLS} as they were committed"
+            f"the packed rows of {root} cannot be read ({reason(error)}); restore {ROWS} and {CELLS} "
+            "as they were committed"
         ) from error
 
 
@@ -112,16 +129,18 @@ def _cells(text: str, content: dict[str, Any]) -> list[Cell]:
         lines.setdefault((line["study"], line["cell"]), []).append(line)
     found = []
     for about in content["cells"]:
-        study, name = content["studies"][about["study"]], about["cell"]
-        mine = lines.get((about["study"], name), [])
+        study, name = about["study"], about["cell"]
+        mine = lines.pop((study["name"], name), [])
         rows = {
             column: [_read(line[column], kind) for line in mine]
             for column, kind in types_of(study).items()
             if column not in STAMPED
         }
-        found.append(
-            Cell(study, name, about["config"], about["provenance"], rows, about["answers"])
-        )
+        cell = Cell(study, name, about["config"], about["provenance"], rows, about["answers"])
+        check(cell)
+        found.append(cell)
+    if lines or len({_place(cell) for cell in found}) < len(found):
+        raise ValueError(f"{ROWS} and {CELLS} do not list the same cells, each once")
     return found
 
 
@@ -129,12 +148,8 @@ def _read(text: str, kind: type) -> Any:
     """A value of a cell's row; what is empty is none."""
     if not text:
         return None
-    return text == "True" if kind is bool else kind(text)
+    return {"True": True, "False": False}[text] if kind is bool else kind(text)
 
 
 def _place(cell: Cell) -> tuple[str, str]:
     return cell.study["name"], cell.name
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

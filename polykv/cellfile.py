@@ -26,15 +26,32 @@ COLUMNS: Mapping[str, type] = {
 }  # fmt: skip
 STAMPED = ("study", "cell", "commit", "created_at")  # told once in the file, for all of its rows
 TYPES = {kind.__name__: kind for kind in (str, int, float, bool)}
+# What readers rely on, in the whole cell, in its study's declaration and in its provenance; these may hold more.
+_CELL = {"name": str, "config": dict, "rows": dict, "answers": list}
+_STUDY = {
+    "name": str,
+    "title": str,
+    "question": str,
+    "answers": list,
+    "settings": list,
+    "columns": dict,
+}
+_PROVENANCE = {"commit": str, "created_at": str}
 FORMAT = 2  # of the file; 1 had rows with columns `protocol`, `ci_low` and `ci_high`
 
 MAX_BYTES = 1 << 25  # of a cell's file; the largest that any study writes has 2 MB
+MAX_REASON = 300  # characters of what is said of a damaged file
 # Half characters: JSON can hold them, and no table could be written.
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
 class DamagedCell(Exception):
     """The file is not what was written; the message says how it shows."""
+
+
+def reason(error: Exception) -> str:
+    """An error in one printable line, whatever text of a damaged file it quotes."""
+    return ascii(f"{type(error).__name__}: {error}")[1:-1][:MAX_REASON]
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,8 @@ class Cell:
     Attributes:
         study: the declaration: `name`, `title`, `question`, `answers` and `columns` (name -> type's name).
         name: the cell's identity.
-        rows: column -> values, equally many in each; None where a row has none. Without the STAMPED ones.
+        rows: column -> values, equally many in each; None where a row has none. Without the STAMPED ones. `metric` is
+            among them, unless there is no row.
         answers: what agents were asked and said, a dict each.
     """
 
@@ -66,16 +84,47 @@ def types_of(study: Mapping[str, Any]) -> dict[str, type]:
     return {**COLUMNS, **{name: TYPES[kind] for name, kind in study["columns"].items()}}
 
 
+def check(cell: Cell) -> None:
+    """Refuse a cell whose parts are not of the types that every reader relies on.
+
+    Raises:
+        ValueError, KeyError: names what is missing or of another type.
+    """
+    for part, kinds in ((vars(cell), _CELL), (cell.study, _STUDY), (cell.provenance, _PROVENANCE)):
+        for key, needed in kinds.items():
+            if not isinstance(part[key], needed):
+                raise ValueError(f"its {key} is not a {needed.__name__}")
+    for column in cell.study["columns"]:
+        if column in COLUMNS or not column.isidentifier():
+            raise ValueError(f"its study declares a column {ascii(column)[:40]}")
+    if not all(isinstance(said, dict) for said in cell.answers):
+        raise ValueError("its answers are not a list of objects")
+    about = [cell.study, cell.name, cell.config, cell.provenance, cell.answers]
+    if _HALVES.search(json.dumps(about, ensure_ascii=False)):
+        raise ValueError("a text in it cannot be written as UTF-8")
+    types, n_rows = cell.columns, len(cell.rows["metric"]) if cell.rows else 0
+    for column, values in cell.rows.items():
+        kind = types[column]
+        if column in STAMPED:
+            raise ValueError(f"{column} is told once, not in every row")
+        if len(values) != n_rows:
+            raise ValueError(f"{column} has {len(values)} values for {n_rows} rows")
+        for value in values:
+            check_type(column, value, kind)
+    if None in cell.rows.get("metric", ()):
+        raise ValueError("a row of it has no metric")
+
+
 def compose(cell: Cell) -> str:
     """The text of a cell's file.
 
     Raises:
-        ValueError: a number that is not finite.
+        ValueError, KeyError: it is not a cell that could be read again.
     """
-    content = {"format": FORMAT, "study": dict(cell.study), "cell": cell.name}
+    check(cell)
+    content = {"format": FORMAT, "study": cell.study, "cell": cell.name}
     content |= {"config": cell.config, "provenance": cell.provenance}
-    content |= {"rows": {name: _folded(values) for name, values in cell.rows.items()}}
-    content |= {"n_rows": len(next(iter(cell.rows.values()), ()))}
+    content |= {"rows": {name: _folded(name, values) for name, values in cell.rows.items()}}
     content |= {"answers": list(cell.answers)} if cell.answers else {}
     return json.dumps(content | {"digest": digest(content)}, allow_nan=False)
 
@@ -103,7 +152,7 @@ def read(path: Path) -> Cell:
     except IsADirectoryError as error:
         raise DamagedCell("a folder, not a file") from error
     except (ValueError, RecursionError) as error:
-        raise DamagedCell(f"{type(error).__name__}: {error}") from error
+        raise DamagedCell(reason(error)) from error
     if (cell.study["name"], cell.name) != (path.parent.name, path.stem):
         other = f"{cell.name} of {cell.study['name']}"
         raise DamagedCell(f"it is cell {ascii(other[:80])[1:-1]}")
@@ -121,20 +170,20 @@ def parse(content: Any) -> Cell:
             raise DamagedCell("its format is another version's; measure it again")
         if content["digest"] != digest(content):
             raise DamagedCell("changed since it was written: its digest does not match")
-        types, n_rows = types_of(content["study"]), content["n_rows"]
+        rows = content["rows"]
+        metrics = rows["metric"] if rows else []
+        if not isinstance(metrics, list):
+            raise DamagedCell("its metrics are not a list")
         rows = {
-            name: _unfolded(name, values, types[name], n_rows)
-            for name, values in content["rows"].items()
+            name: values if isinstance(values, list) else [values] * len(metrics)
+            for name, values in rows.items()
         }
-        answers = content.get("answers", [])
-        if not all(isinstance(said, dict) for said in answers):
-            raise DamagedCell("its answers are no list of objects")
-        study, cell = content["study"], content["cell"]
-        return Cell(study, cell, content["config"], content["provenance"], rows, answers)
-    except KeyError as error:
-        raise DamagedCell(f"it has no {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCell(f"{type(error).__name__}: {error}") from error
+        study, name, config = content["study"], content["cell"], content["config"]
+        cell = Cell(study, name, config, content["provenance"], rows, content.get("answers", []))
+        check(cell)
+        return cell
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCell(reason(error)) from error
 
 
 def read_cells(root: str | Path, study: str = "*") -> tuple[list[Cell], list[str]]:
@@ -202,18 +251,10 @@ def check_type(column: str, value: Any, kind: type) -> None:
         )
 
 
-def _folded(values: list[Any]) -> Any:
-    """One value for all rows where they agree: most columns are of this kind."""
-    return values[0] if values and all(value == values[0] for value in values) else values
-
-
-def _unfolded(column: str, values: Any, kind: type, n_rows: int) -> list[Any]:
-    values = values if isinstance(values, list) else [values] * n_rows
-    if len(values) != n_rows:
-        raise ValueError(f"{column} has {len(values)} values for {n_rows} rows")
-    for value in values:
-        check_type(column, value, kind)
-    return values
+def _folded(column: str, values: list[Any]) -> Any:
+    """One value for all rows where they agree, as in most columns; `metric` stays a list and says how many rows."""
+    agree = column != "metric" and all(value == values[0] for value in values)
+    return values[0] if values and agree else values
 
 
 def _refuse_number(name: str) -> NoReturn:

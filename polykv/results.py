@@ -264,7 +264,8 @@ def frame(cells: Sequence[Cell]) -> pd.DataFrame:
         for name, kind in cell.columns.items():
             if types.setdefault(name, kind) is not kind:
                 raise PolyKVError(
-                    f"column {name} of {cell.study['name']} has another type elsewhere"
+                    f"column {name} of {cell.study['name']} is of two types: cell {cell.name} has it as "
+                    f"{kind.__name__}, others as {types[name].__name__}; measure the older cells again"
                 )
     stamped = [
         pd.DataFrame(cell.rows, columns=list(types), dtype=object).assign(

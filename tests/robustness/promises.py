@@ -1,6 +1,7 @@
 """What the readers of cards and results promise for any bytes: a one-line refusal, or something that works.
 
-Both within bounded memory and time. The fuzzers and the tests check the same functions.
+Both within bounded memory and time. The fuzzers and the tests check the same functions. `python -m
+robustness.promises`, in tests/, writes the committed cards anew.
 """
 
 import math
@@ -15,19 +16,21 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from analysis.load import load
 from polykv.cellfile import COLUMNS
 from polykv.errors import PolyKVError
 from polykv.handoff import fingerprint
 from polykv.handoff.card import CacheCard
 from polykv.handoff.cardfile import CardError
+from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
-from polykv.results import load_rows
+from polykv.pool import prefill
 
 MAX_TOKENS, VOCABULARY = 64, 300  # of the model that the committed cards belong to
 KEY = SigningKey(bytes(range(32)))  # signs the committed card named "signed", and nothing else
-CORPUS = Path(__file__).parent / "corpus"
-EXPERIMENT, CELL = "quickstart", "abc"  # the cell that the committed result files are of
-FOUND = "found-"  # prefix of committed files that once broke a reader, and must be refused
+CARDS = Path(__file__).parent / "cards"
+# Committed, so that cards of earlier versions are known to open.
+SEEDS = {file.name: file.read_bytes() for file in sorted(CARDS.iterdir())}
 
 MULTIPLE = 4  # times the file's size: bytes that the interpreter may allocate
 FLOOR = 4 << 20  # bytes that are always granted: parsing the largest header that is accepted
@@ -52,21 +55,12 @@ def tiny_model() -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def committed(kind: str, found: bool = False) -> dict[str, bytes]:
-    """The committed valid files of a kind, `card` or `cell`; with `found`, those that must be refused."""
-    files = sorted((CORPUS / kind).iterdir())
-    return {f.name: f.read_bytes() for f in files if f.name.startswith(FOUND) == found}
-
-
-SIGNED = committed("card")["signed"]
-
-
 class OverLimit(Exception):
     """One run took more memory or time than the limits grant."""
 
 
 @contextmanager
-def bounded(n_bytes: int) -> Iterator[None]:
+def bounded(n_bytes: int, multiple: int = MULTIPLE, floor: int = FLOOR) -> Iterator[None]:
     """Everything inside must stay within the limits for a file of `n_bytes`.
 
     Raises:
@@ -78,12 +72,12 @@ def bounded(n_bytes: int) -> Iterator[None]:
     held, resident, began = tracemalloc.get_traced_memory()[0], _resident(), time.process_time()
     try:
         yield
+    finally:
         taken, grown = tracemalloc.get_traced_memory()[1] - held, _resident() - resident
         seconds = time.process_time() - began
-    finally:
         if not traced:  # it slows everything that comes after
             tracemalloc.stop()
-    if taken > MULTIPLE * n_bytes + FLOOR or grown > RESIDENT or seconds > SECONDS:
+    if taken > multiple * n_bytes + floor or grown > RESIDENT or seconds > SECONDS:
         raise OverLimit(f"{n_bytes} bytes: {taken} allocated, {grown} resident, {seconds:.1f} s")
 
 
@@ -114,30 +108,37 @@ def check_card(content: bytes, model: PreTrainedModel) -> str | None:
         CacheCard.from_bytes(bytearray(content), model, None, KEY)
     except CardError:
         return None
-    assert content == SIGNED, "a signature was forged"
+    assert content == SEEDS["signed"], "a signature was forged"
     return None
 
 
 def check_cell(content: bytes, root: Path) -> str | None:
-    """Load the rows of one cell's file below `root`: the line that names it as damaged, or None.
+    """`check_results` of a folder with the file of cell abc of study compare."""
+    file = root / "cells" / "compare" / "abc.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return check_results(root)
+
+
+def check_results(root: Path) -> str | None:
+    """Load a folder of one cell, or of packed ones: the line that names what is damaged, or None.
 
     Raises:
         AssertionError: the reader breaks its promise.
         OverLimit: it takes too much memory or time.
     """
-    file = root / "cells" / EXPERIMENT / f"{CELL}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    with bounded(len(content)):
+    with bounded(sum(file.stat().st_size for file in root.rglob("*") if file.is_file())):
         try:
-            rows, damaged = load_rows(root)
+            results = load(root)
         except PolyKVError as error:
+            assert str(root) in str(error), "what is damaged is not named"
             return _one_line(error)
-    assert not damaged and list(rows.columns) == list(COLUMNS), "neither read nor damaged"
-    for column in ("value", "ci_low", "ci_high", "budget_bits"):
-        for number in rows[column].dropna():
-            assert isinstance(number, int | float) and math.isfinite(number), column
-    rows.to_csv()
+    rows = results.rows
+    assert not results.damaged and list(rows.columns[: len(COLUMNS)]) == list(COLUMNS)
+    for number in (*rows["value"].dropna(), *rows["budget_bits"].dropna()):
+        assert math.isfinite(number)
+    assert (rows["metric"] != "").all() and results.studies
+    rows.to_csv().encode()
     return None
 
 
@@ -150,3 +151,27 @@ def _one_line(error: PolyKVError) -> str:
     line = str(error)
     assert line.isprintable() and len(line) < 1000, "not one printable line"
     return line
+
+
+def main() -> None:
+    """Seal one card of every policy and tier, one that was continued, and one that is signed."""
+    budgets = {"full": (0.0,), "fp16": (0.0,), "uniform": (3.5, 6.0, 8.0, 12.0, 16.0)}
+    budgets |= {"topology": (6.0, 9.0), "sinks_recent": (10.0,)}
+    budgets |= {policy: (8.0,) for policy in ("local", "inverse", "random")}
+    model = tiny_model()
+    ids_T = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_seed(0))
+    cache, topology = prefill(model, ids_T[None]), Topology(10, 2)
+    found = {}
+    for policy, budget in ((policy, b) for policy, each in budgets.items() for b in each):
+        card = CacheCard.seal(cache, ids_T, model, None, policy, budget, topology, "agent-1")
+        found[f"{policy}-{budget:g}"] = card.to_bytes()
+    first = CacheCard.seal(prefill(model, ids_T[None, :12]), ids_T[:12], model, None, "local", 9.0)
+    found["appended"] = first.append(cache, ids_T, model, None, "local", 9.0).to_bytes()
+    found["signed"] = first.to_bytes(KEY)
+    for name, content in found.items():
+        (CARDS / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    with any_model:
+        main()

@@ -2,7 +2,7 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import cycle, islice
 from threading import Barrier
 
 import pytest
@@ -32,51 +32,53 @@ N_AGENTS = 4
 SLACK_BYTES = 64 << 20  # weights touched first, the allocator, threads' scratch
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return polykv.load_model("reference")
+def answering(model, tokenizer, recipe, reader):
+    """(what answers a question, the pool that it reads)"""
+    pool = SharedKVPool.from_text(model, tokenizer, TEXT, polykv.load_recipe(recipe))
+    ask = lambda text: pool.ask(model, tokenizer, [text, "Who?"], NEW_TOKENS, reader)  # noqa: E731
+    return ask, pool
 
 
-def at_once(work):
-    """What N_THREADS threads, started together, get or raise; they share out the work over and over."""
+def together(ways):
+    """(what each way gives for each question, in turn; what N_THREADS threads, started together, get or raise)"""
+    work = [(way, question) for question in QUESTIONS for way in ways]
     gate = Barrier(N_THREADS)
 
-    def one(number):
-        way, question = work[number % len(work)]
+    def one(job):
         gate.wait()
         try:
-            return way(question)
-        except Exception as error:
+            return job[0](job[1])
+        except PolyKVError as error:
             return error
 
+    alone = [way(question) for way, question in work]
     with ThreadPoolExecutor(N_THREADS) as threads:
-        return list(threads.map(one, range(N_THREADS)))
-
-
-def in_turn(work):
-    """What the same work gives without threads."""
-    return [way(question) for way, question in work] * (N_THREADS // len(work))
+        found = list(threads.map(one, islice(cycle(work), N_THREADS)))
+    return list(islice(cycle(alone), N_THREADS)), found
 
 
 @pytest.mark.parametrize("round_", first(1, range(10)))
-def test_threads_that_read_pools_and_the_model(round_, reference):
-    model, tokenizer = reference
-    recipes = map(polykv.load_recipe, ("polykv", "turboquant_4bit"))
-    pools = [SharedKVPool.from_text(model, tokenizer, TEXT, recipe) for recipe in recipes]
+def test_threads_that_read_pools_and_the_model_and_seal_cards(round_):
+    model, tokenizer = polykv.load_model("reference")
+    made = [("polykv", "dequantize"), ("polykv", "in_place"), ("turboquant_4bit", "in_place")]
+    ways, pools = zip(*(answering(model, tokenizer, *each) for each in made), strict=True)
     before = [pool.decode_layer(0) for pool in pools]
 
     def plain(question):
         ids = tokenizer(TEXT + question, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-        return tokenizer.batch_decode(out)
+        return model.generate(
+            **ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        ).tolist()
 
-    def ask(pool, reader, question):
-        return pool.ask(model, tokenizer, [question, "Who?"], NEW_TOKENS, reader)
+    def seal(question):
+        ids_BT = encode(tokenizer, question + TEXT, begins=True)
+        card = polykv.CacheCard.seal(
+            prefill(model, ids_BT), ids_BT[0], model, tokenizer, "local", 4.5
+        )
+        return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
 
-    ways = [partial(ask, pools[0], "dequantize"), partial(ask, pools[0], "in_place")]
-    ways += [partial(ask, pools[1], "in_place"), plain]
-    work = [(way, question) for question in QUESTIONS for way in ways]
-    assert at_once(work) == in_turn(work)
+    alone, found = together([*ways, plain, seal])
+    assert found == alone
     for pool, layer in zip(pools, before, strict=True):
         assert all(map(torch.equal, pool.decode_layer(0), layer))
 
@@ -86,30 +88,11 @@ def test_threads_that_read_a_model_of_eager_attention(round_):
     model, tokenizer = polykv.load_model("reference")
     own = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    pool = SharedKVPool.from_text(model, tokenizer, TEXT, polykv.load_recipe("polykv"))
-
-    def ask(reader, question):
-        return pool.ask(model, tokenizer, [question], NEW_TOKENS, reader)
-
-    work = [(partial(ask, reader), q) for q in QUESTIONS for reader in ("dequantize", "in_place")]
-    for got, want in zip(at_once(work), in_turn(work), strict=True):
+    ways = [answering(model, tokenizer, "polykv", way)[0] for way in ("dequantize", "in_place")]
+    for want, got in zip(*together(ways), strict=True):
         assert isinstance(got, PolyKVError) or got == want
     assert model.config._attn_implementation == "eager"
     model.set_attn_implementation(own)
-
-
-@pytest.mark.parametrize("round_", first(1, range(10)))
-def test_threads_that_seal_cards(round_, reference):
-    model, tokenizer = reference
-
-    def seal(text):
-        ids_BT = encode(tokenizer, text, begins=True)
-        cache = prefill(model, ids_BT)
-        card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "local", 4.5)
-        return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
-
-    work = [(seal, TEXT[first_:]) for first_ in (0, 4, 8, 12)]
-    assert at_once(work) == in_turn(work)
 
 
 def make_pools(times):
@@ -149,10 +132,10 @@ def grown(make, times) -> int:
     return meter.peak()
 
 
-@pytest.mark.parametrize("times", first(1, [100, 1000]))
+@pytest.mark.faults
 @pytest.mark.parametrize("make", [make_pools, make_cards], ids=lambda make: make.__name__)
-def test_memory_does_not_grow(make, times):
-    assert in_fresh_process(grown, make=make, times=times) <= GROWTH_BYTES
+def test_memory_does_not_grow(make):
+    assert in_fresh_process(grown, make=make, times=1000) <= GROWTH_BYTES
 
 
 def test_a_leak_is_found():
@@ -187,7 +170,8 @@ def peaks(source) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize(("n_layers", "heads"), first(1, [(4, 2), (16, 8)]))
+@pytest.mark.faults
+@pytest.mark.parametrize(("n_layers", "heads"), [(4, 2), (16, 8)])
 def test_memory_of_a_long_prefix(n_layers, heads):
     sizes = {"hidden_size": 64 * heads, "intermediate_size": 64, "num_hidden_layers": n_layers}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 300}

@@ -5,20 +5,22 @@ import signal
 import time
 from functools import partial
 
-import psutil
 import pytest
+from analysis_rows import cell, write
 
 from polykv import results
-from robustness import injected, stage
+from robustness import stage
 from robustness.stage import first
 
+pytestmark = stage.ONE_WORKER
 MIB = 1 << 20
 # Two cells of a few MB; between them, in the order of a sweep, one whose cache alone takes 260 MB.
 GEOMETRIES = ("experiment=polykv_ratio", "model=smollm2-135m", "recipe=full", "context=100,8000,90")
 
 
+@pytest.mark.faults
 def test_one_cell_that_runs_out_of_memory(tmp_path):
-    limit = partial(injected.little_memory, 160 * MIB)
+    limit = partial(stage.little_memory, 160 * MIB)
     answer = stage.run((*GEOMETRIES, f"results_dir={tmp_path}"), limit)
     assert answer.code == 1 and "failed: " in answer.err, answer
     assert len(stage.finished(tmp_path)) == 2
@@ -29,21 +31,21 @@ def test_one_cell_that_runs_out_of_memory(tmp_path):
 @pytest.mark.parametrize("number", range(5))
 def test_a_worker_that_is_killed(number, tmp_path):
     root, place = tmp_path / "results", tmp_path / "phase"
-    watched = [partial(injected.traced, place), *stage.FORKS["joblib"]]
-    sweep = stage.Run(stage.in_folder(root, *stage.LAUNCHERS["joblib"]), watched)
-    while injected.phase(place) != "measuring" and not sweep.wait(0.01):
+    sweep = stage.Run(
+        stage.in_folder(root, "joblib"), partial(stage.traced, place), *stage.FORKS["joblib"]
+    )
+    while stage.phase(place) != "measuring" and not sweep.wait(0.01):
         pass
     sweep.wait(0.2 * number)
-    workers = psutil.Process(sweep.pid).children()
-    worker = next(w for w in workers if "resource_tracker" not in " ".join(w.cmdline()))
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(sweep.workers()[0].pid, signal.SIGKILL)
     answer = sweep.end()
     assert answer.code == 1 and "error: " in answer.err and "Traceback" not in answer.err, answer
     stage.resume(root, "joblib")
 
 
+@pytest.mark.faults
 def test_a_clock_that_jumps(tmp_path):
-    answer = stage.run(stage.in_folder(tmp_path), injected.jumping_clock)
+    answer = stage.run(stage.in_folder(tmp_path), stage.jumping_clock)
     assert answer.code == 0, answer
     stage.assert_undisturbed(tmp_path)
     lost, *kept = stage.finished(tmp_path)
@@ -54,7 +56,7 @@ def test_a_clock_that_jumps(tmp_path):
     stage.resume(tmp_path)
 
 
-@pytest.mark.parametrize("n_processes", first(1, [2] * 6 + [4] * 4))
+@pytest.mark.parametrize("n_processes", first(1, [2, 2, 2, 4, 4]))
 def test_processes_that_run_the_same_sweep_at_once(n_processes, tmp_path):
     sweeps = [stage.Run(stage.in_folder(tmp_path)) for _ in range(n_processes)]
     for answer in [sweep.end() for sweep in sweeps]:
@@ -87,14 +89,16 @@ def _hold(root):
 
 
 def test_a_table_that_differs_in_one_digit_is_noticed(tmp_path, monkeypatch):
-    row = dict.fromkeys(results.COLUMNS) | {"metric": "perplexity", "value": 2.5, "unit": "ppl"}
-    for folder, value in (("right", 2.5), ("wrong", 2.5000000000000004)):
-        results.Store(tmp_path / folder).write("e", "c", {}, [row | {"value": value}])
-    right = stage.table(tmp_path / "right")
-    monkeypatch.setattr(stage, "undisturbed", lambda sweep: right)
-    stage.assert_undisturbed(tmp_path / "right")
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for root, value in ((right, 2.5), (wrong, 2.5000000000000004)):
+        made = cell("e", "c")
+        made[3].add("perplexity", value, "ppl")
+        write(root, [made])
+    table = stage.table(right)
+    monkeypatch.setattr(stage, "undisturbed", lambda sweep: table)
+    stage.assert_undisturbed(right)
     with pytest.raises(AssertionError):
-        stage.assert_undisturbed(tmp_path / "wrong")
-    (tmp_path / "right" / "cells" / "e" / ".c.json.0123").write_text("half")
+        stage.assert_undisturbed(wrong)
+    (right / "cells" / "e" / ".c.json.0123").write_text("half")
     with pytest.raises(AssertionError):
-        stage.assert_undisturbed(tmp_path / "right")
+        stage.assert_undisturbed(right)
