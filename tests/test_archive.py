@@ -18,7 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.results import Rows, Store, frame, load_rows
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(VALUES[float], ABOUT), min_size=1, max_size=4), VALUES[str])
 def test_packed_rows_are_the_rows(tmp_path_factory, observed, note):
     root = tmp_path_factory.mktemp("packed")
@@ -62,6 +62,16 @@ def test_the_same_cells_give_the_same_bytes_and_a_later_one_joins(tmp_path):
     assert len(load(tmp_path).cells) == 4 and pack(tmp_path)[0] == 4
 
 
+def test_cells_of_one_study_keep_their_own_columns(tmp_path):
+    for name, columns in (("a", {"layer": "int"}), ("b", {})):
+        rows = Rows({"layer": int} if columns else {})
+        rows.add("kl", 1.0, "nats", **dict.fromkeys(columns, 3))
+        Store(tmp_path).write({**DECLARED, "columns": columns}, name, {}, rows)
+    before = load_rows(tmp_path)[0]
+    pack(tmp_path)
+    pd.testing.assert_frame_equal(frame(unpack(tmp_path)), before)
+
+
 def edit(path, change):
     path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
 
@@ -76,6 +86,7 @@ def edit(path, change):
         lambda root: edit(root / ROWS, lambda text: text.replace(b"2.9", b"3.9", 1)),
         lambda root: edit(root / CELLS, lambda text: json.dumps(json.loads(text) | {"format": 1}).encode()),
         lambda root: edit(root / CELLS, lambda text: b"[]"),
+        lambda root: edit(root / CELLS, lambda text: text.replace(b'"commit": "', b'"commit": "0', 1)),
     ],
 )  # fmt: skip
 def test_damaged_or_edited_rows_are_refused_in_one_line(tmp_path, capsys, damage):

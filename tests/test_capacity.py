@@ -448,6 +448,14 @@ def test_only_rows_of_this_model_and_recipe_are_quoted_and_the_newest_of_a_line(
     assert len(again) == len(once) and (again["value"] >= once["value"]).all()
 
 
+def test_damaged_rows_are_not_left_out_of_what_is_quoted(tmp_path):
+    write(tmp_path, extra_bytes=0)
+    with (tmp_path / "cells" / "concurrency" / "half.json").open("w") as half:
+        half.write("{")
+    with pytest.raises(PolyKVError, match="half.json"):
+        rows_of(*SMALL, f"measured={tmp_path}")
+
+
 def test_packed_rows_are_the_same_cell_and_what_was_measured_belongs_to_it(tmp_path):
     where, packed = write(tmp_path / "a", extra_bytes=0), tmp_path / "packed"
     pack(where)

@@ -58,7 +58,7 @@ def together(ways):
 
 
 @pytest.mark.parametrize("round_", first(1, range(10)))
-def test_threads_that_read_pools_and_the_model_and_seal_cards(round_):
+def test_threads_that_read_pools_and_the_model(round_):
     model, tokenizer = polykv.load_model("reference")
     made = [("polykv", "dequantize"), ("polykv", "in_place"), ("turboquant_4bit", "in_place")]
     ways, pools = zip(*(answering(model, tokenizer, *each) for each in made), strict=True)
@@ -70,17 +70,24 @@ def test_threads_that_read_pools_and_the_model_and_seal_cards(round_):
             **ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         ).tolist()
 
-    def seal(question):
-        ids_BT = encode(tokenizer, question + TEXT, begins=True)
-        card = polykv.CacheCard.seal(
-            prefill(model, ids_BT), ids_BT[0], model, tokenizer, "local", 4.5
-        )
-        return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
-
-    alone, found = together([*ways, plain, seal])
+    alone, found = together([*ways, plain])
     assert found == alone
     for pool, layer in zip(pools, before, strict=True):
         assert all(map(torch.equal, pool.decode_layer(0), layer))
+
+
+@pytest.mark.parametrize("round_", first(1, range(10)))
+def test_threads_that_seal_cards(round_):
+    model, tokenizer = polykv.load_model("reference")
+
+    def seal(question):
+        ids_BT = encode(tokenizer, question + TEXT, begins=True)
+        cache = prefill(model, ids_BT)
+        card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "local", 4.5)
+        return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
+
+    alone, found = together([seal])
+    assert found == alone
 
 
 @pytest.mark.parametrize("round_", first(1, range(10)))
