@@ -16,7 +16,6 @@ from polykv.evaluation.process import CpuMeter, in_fresh_process
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
 from polykv.pool import SharedKVPool, prefill
-from polykv.recipe import load_recipe
 from polykv.tokens import encode
 from robustness.stage import first
 
@@ -157,7 +156,7 @@ def test_a_leak_is_found():
 def peaks(source) -> dict[str, tuple[int, int]]:
     """Of pooling and of decoding: bytes at the peak above the loaded model, and bytes computed for it."""
     model, _ = source.load("cpu")
-    geometry, recipe = Geometry.of(model.config), load_recipe("polykv")
+    geometry, recipe = Geometry.of(model.config), polykv.load_recipe("polykv")
     one_tensor = PREFIX_TOKENS * geometry.values_per_token // (2 * geometry.n_layers)
     meter = CpuMeter()
     meter.start()
