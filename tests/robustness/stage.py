@@ -44,8 +44,6 @@ N_CELLS = 4
 LAUNCHERS = {"sequential": (), "joblib": ("launcher=joblib", "hydra.launcher.n_jobs=2")}
 PATIENCE_S = 240  # after which a run counts as hanging; generous, as machines are shared
 TRIES = 10  # to run again, each a second later, while workers that outlived their sweep hold a cell
-# Where pytest-xdist runs with --dist loadgroup, one worker has all these tests, and one process imports for them.
-ONE_WORKER = pytest.mark.xdist_group("stage")
 
 _PRELOADED = ("run", "joblib", "robustness.warm", "transformers.processing_utils", "pyarrow.pandas_compat",
               *(f"{package.__name__}.{module.name}" for package in (analysis, experiments, hydra_plugins)

@@ -5,7 +5,6 @@ import torch
 
 from robustness import stage
 
-pytestmark = stage.ONE_WORKER
 SMALL_LLAMA = (
     b'{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}'
 )

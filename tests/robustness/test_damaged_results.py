@@ -12,7 +12,6 @@ from robustness.promises import check_cell, check_results
 from robustness.stage import N_CELLS, first
 from robustness.test_damaged_cards import FAST
 
-pytestmark = stage.ONE_WORKER
 AT_ONCE = N_CELLS - 1  # kinds in one folder, each of another cell
 NAMES = list(forge.CELLS)
 

@@ -13,7 +13,6 @@ from polykv.results import load_rows
 from robustness import stage
 from robustness.stage import N_CELLS, first
 
-pytestmark = stage.ONE_WORKER
 # From less than the probe before a sweep needs, over room for some cells, to all but the last figures.
 SIZES_KIB = (128, 48, 96, 112, 160, 192, 224, 256, 320, 384, 448, 512)
 ROOMY = "64m"

@@ -13,7 +13,6 @@ import pytest
 from robustness import stage
 from robustness.stage import FORKS, LAUNCHERS, N_CELLS, OF_A_CELL, PHASES
 
-pytestmark = stage.ONE_WORKER
 PROMPT_S = 3.0  # in which a second Ctrl-C is answered
 
 

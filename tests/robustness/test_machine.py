@@ -12,7 +12,6 @@ from polykv import results
 from robustness import stage
 from robustness.stage import first
 
-pytestmark = stage.ONE_WORKER
 MIB = 1 << 20
 # Two cells of a few MB; between them, in the order of a sweep, one whose cache alone takes 260 MB.
 GEOMETRIES = ("experiment=polykv_ratio", "model=smollm2-135m", "recipe=full", "context=100,8000,90")
