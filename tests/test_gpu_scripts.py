@@ -46,6 +46,7 @@ def rows_of(out, experiment):
     return rows[rows["study"] == experiment]
 
 
+@pytest.mark.slow
 def test_codec_kernels(tmp_path):
     pytest.importorskip("triton", reason="triton has wheels for Linux only")
     run(tmp_path, "codec_kernels")

@@ -10,7 +10,8 @@ from polykv import kernels
 from polykv.codecs.base import Codec, Packed
 from polykv.codecs.bitpack import unpack
 from polykv.codecs.codebook import lloyd_max
-from polykv.codecs.q8_0 import BLOCK, Q8_0
+from polykv.codecs.ggml import BLOCK
+from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.segment import Segment
 
