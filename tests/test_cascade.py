@@ -62,7 +62,14 @@ def unshared_copies(pool, n_agents):
     return DynamicCache([tuple(t.repeat(n_agents, 1, 1, 1) for t in layer) for layer in layers])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# One of each way to place positions and heads: rotary, learned, rotary on a part of head_dim.
+FEW = ("llama", "gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [*FEW, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in FEW)],
+)
 def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
     model = tiny_model(architecture)
     pool = pooled(model, tokenizer)
@@ -73,11 +80,12 @@ def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
     assert len(set(injected)) > 10  # the answers depend on the queries
 
 
+@pytest.mark.parametrize("n_tokens", [4, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", polykv.available_recipes())
-def test_every_recipe_says_what_injected_agents_say(name, llama, tokenizer):
+def test_every_recipe_says_what_injected_agents_say(name, n_tokens, llama, tokenizer):
     pool = pooled(llama, tokenizer, name)
-    injected = pool.ask(llama, tokenizer, QUERIES[::5], max_new_tokens=12)
-    assert pool.ask(llama, tokenizer, QUERIES[::5], 12, reader="in_place") == injected
+    injected = pool.ask(llama, tokenizer, QUERIES[::5], n_tokens)
+    assert pool.ask(llama, tokenizer, QUERIES[::5], n_tokens, reader="in_place") == injected
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -145,7 +153,7 @@ def test_padding_changes_nothing(pool, llama, tokenizer):
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", FEW)
 def test_several_turns_with_agents_that_stop_early(architecture, tokenizer):
     """Two turns of three agents, one batch, against each agent alone with its own full cache."""
     model = tiny_model(architecture)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,10 +179,13 @@ OTHERS = {*studies()} - NO_QUALITY - {name.partition(" ")[0].rstrip(",") for nam
 CASES |= {name: Case((f"experiment={name}", *SCORED), recipes) for name in sorted(OTHERS)}
 
 
-def run(case: Case, folder: Path) -> Rows:
-    """The rows of the case's cell, nothing of which was kept from another run."""
-    study, settled = checked_cell(*case.overrides, "device=cpu", f"results_dir={folder}")
-    return study.run(settled, Session())
+def run(overrides: tuple[str, ...]) -> dict[tuple, dict[tuple, float | None]]:
+    """The rows of a cell `by_place`, nothing of which was kept from another run."""
+    study, settled = checked_cell(*overrides, "device=cpu")
+    return by_place(study.run(settled, Session()))
+
+
+undamaged = cache(run)  # cases share cells
 
 
 def named(row: dict) -> str:
@@ -220,12 +222,12 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_metric_sees_another_documents_values(name, tmp_path):
+def test_every_metric_sees_another_documents_values(name):
     case = CASES[name]
-    right = by_place(run(case, tmp_path / "right"))
+    right = undamaged(case.overrides)
     with pytest.MonkeyPatch.context() as patch:
         case.damage(patch)
-        wrong = by_place(run(case, tmp_path / "wrong"))
+        wrong = run(case.overrides)
     assert right.keys() == wrong.keys()
     # What is compared with a damaged policy is not damaged.
     held = {place for place in right if place[0] in case.held or place[1]}
@@ -236,6 +238,7 @@ def test_every_metric_sees_another_documents_values(name, tmp_path):
     assert {place: wrong[place] for place in held} == {place: right[place] for place in held}
 
 
+@cache
 def kind(*overrides: str) -> tuple[str, bool, bool]:
     """The study, and what makes it take another way through the cache."""
     with initialize_config_dir(str(CONF), version_base="1.3"):

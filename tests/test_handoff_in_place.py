@@ -80,13 +80,18 @@ def test_a_card_of_one_tier_is_read_without_a_copy():
     )
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
-def model(request):
-    return tiny_model(request.param)
+# Every policy with one architecture, every architecture with one or more policies.
+ARCHITECTURES = ("llama", "gpt2", "qwen3")
+CASES = [
+    pytest.param(policy, name, marks=() if (i - j) % 3 == 0 else pytest.mark.slow)
+    for i, policy in enumerate(CARDS)
+    for j, name in enumerate(ARCHITECTURES)
+]
 
 
-@pytest.mark.parametrize("policy", CARDS)
-def test_a_receiver_in_place_computes_what_the_injected_one_does(policy, model, tokenizer):
+@pytest.mark.parametrize(("policy", "architecture"), CASES)
+def test_a_receiver_in_place_computes_what_the_injected_one_does(policy, architecture, tokenizer):
+    model = tiny_model(architecture)
     ids = torch.randint(300, (N_TOKENS,), generator=torch.Generator().manual_seed(1))
     # Six bits: head_dim 8 to 16 makes scales dear, and tiers should mix.
     card = CacheCard.seal(prefill(model, ids[None]), ids, model, tokenizer, policy, 6.0)

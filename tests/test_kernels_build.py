@@ -35,7 +35,9 @@ def rebuilt(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
-@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize(
+    "narrower", [pytest.param("-mno-avx512f", marks=pytest.mark.slow), "-mno-avx"]
+)
 def test_other_vector_widths_give_the_same(rebuilt, narrower):
     assert rebuilt(f"c++ {narrower}") is None
     for codec in CODECS:
@@ -100,6 +102,7 @@ def test_auto_falls_back_to_torch_with_one_warning(tmp_path):
     assert err.count("CXX=/nonexistent is not a program") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_that_compile_at_once_share_the_build(tmp_path):
     code = "from polykv.kernels import cpu, cpu_build; assert cpu.available() is None; print(cpu_build.library())"
     both = [run_python(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]

@@ -106,10 +106,9 @@ def sequential(launch, kept) -> Path:
     return kept
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [pytest.param("launcher=submitit_local", marks=pytest.mark.slow), "hydra/launcher=joblib"],
-)
+# joblib's processes in `make test` are those of robustness/test_kills.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["launcher=submitit_local", "hydra/launcher=joblib"])
 def test_24_cells_give_the_same_table_under_every_launcher(launcher, launch, sequential, tmp_path):
     n_jobs = ["hydra.launcher.n_jobs=2"] if "joblib" in launcher else []
     ended = launch(tmp_path, *CELLS, launcher, *n_jobs)

@@ -208,7 +208,14 @@ def test_lines_end_at_line_feeds_alone_and_a_mark_is_no_text(tmp_path, tokenizer
     assert torch.equal(document.ids_BT, plain[:, :100])
 
 
-@pytest.mark.parametrize(("context", "n"), [(100, 16), (20_000, 16), (400_000, 2)])
+@pytest.mark.parametrize(
+    ("context", "n"),
+    [
+        (100, 16),
+        pytest.param(20_000, 16, marks=pytest.mark.slow),
+        pytest.param(400_000, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_wikitext2_needs_no_hub_and_begins_with_articles(context, n, tokenizer):
     found = load_documents(settings("wikitext2", context=context, n_documents=16), tokenizer)
     assert len(found) == n and {document.n_tokens for document in found} == {context}

