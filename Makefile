@@ -50,10 +50,10 @@ gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDI
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
 test: $(INSTALLED)  ## the test suite, but for the slow part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
 test-all: test  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not faults"
 
 faults: $(INSTALLED)  ## every fault on purpose: kills, full disks, hostile files, load (seconds=120 of fuzzing each)
 	OMP_NUM_THREADS=1 FUZZ_SECONDS=$(or $(seconds),120) $(BIN)/python -m pytest tests/robustness -m ""

