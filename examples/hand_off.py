@@ -43,7 +43,7 @@ def receive(path: str) -> None:
     card = polykv.CacheCard.open(path, model, tokenizer)
     ids_T = encode(tokenizer, QUERY)[0]
     (answer,) = generate(model, tokenizer, card.dequantize(), [ids_T], 24)
-    print(f"process {os.getpid()} opened the card of {card.about.sender!r} and was asked")
+    print(f"process {os.getpid()} opened the card of {card.metadata.sender!r} and was asked")
     print(f"   {QUERY}{answer}")
     content = card.to_bytes()
     content[-1] ^= 1

@@ -1,14 +1,14 @@
-"""polykv: shared and handed-off KV caches, measured.
+"""polykv: compressed KV caches that agents share (pools) or hand on (cards), and their evaluation.
 
-`load_model` and `load_recipe` give a model with its tokenizer, and how its cache is to be compressed. A `SharedKVPool`
-holds a document's cache, compressed once, for many agents: each rebuilds an unshared cache from it, or all attend to
-the one copy (`CascadeCache`, within `attend_in_place`). A `CacheCard` is a cache sealed into a file and handed on.
+`load_model` returns a model with its tokenizer, `load_recipe` says how its KV cache is compressed. A `SharedKVPool`
+holds a document's cache, compressed once, for many agents: each decompresses an unshared copy, or all attend to the
+compressed one (`CascadeCache`, within `attend_in_place`). A `CacheCard` is a cache sealed into a file, to hand on.
 
-What the caller can mend is a `PolyKVError` of one line that says how; a card that cannot be trusted or read is a
-`CardError`. Tensors are (batch, kv_heads, tokens, head_dim); sizes are bytes, ratios are to fp16, a cache's own dtype
-is the model's. The folder examples/ shows each of them at work.
+Errors that the caller can fix are a `PolyKVError`, with a one-line message that says how; for cards that cannot be read
+or trusted it is a `CardError`. Tensors are (batch, kv_heads, tokens, head_dim), sizes are in bytes, and compression
+ratios are relative to fp16. The folder examples/ has a program for each use.
 
-The names load on first use, so that `import polykv` (and `run.py --help`) need not wait for torch.
+Names are imported on first use, so that `import polykv` (and `run.py --help`) does not import torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The user's cache folder: what is made once from a user's files, and can be made again. Torch-free."""
+"""The user's cache folder, for files that can be made again: converted models, compiled kernels. Torch-free."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import platformdirs
 
 
 def find() -> Path:
-    """$POLYKV_CACHE, or else the platform's cache folder; it need not be there yet."""
+    """$POLYKV_CACHE, or the platform's cache folder; it may not exist yet."""
     return Path(
         os.environ.get("POLYKV_CACHE") or platformdirs.user_cache_dir("polykv")
     ).expanduser()

@@ -1,8 +1,8 @@
-"""Instruct models asked in their chat format: the document in the user's turn, and questions that continue that turn.
+"""Chat format for instruct models: the document opens the user's turn, and questions continue that turn.
 
-What agents share (a pool, a card) are the chat template's tokens up to the end of the document: the system turn, where
-the template writes one by default, and the beginning of the user's. A question brings the rest: itself, the end of the
-user's turn, and the header of the assistant's. Special tokens, BOS among them, are those that the template writes: the
+Agents share (in a pool or card) the chat template's tokens up to the end of the document: the system turn, if the
+template writes one by default, and the beginning of the user's turn. A question adds the rest: itself, the end of the
+user's turn, and the header of the assistant's. Special tokens, including BOS, are those that the template writes; the
 tokenizer adds none.
 """
 
@@ -18,42 +18,43 @@ from polykv.tokens import encode
 STYLES = ("chat", "plain", "auto")
 SEPARATOR = "\n\n"  # between document and question
 PLAIN = "use question_style=plain"
-# Questions, and whether they are asked on another day, that must not move the prefix. A tokenizer may join line breaks
-# before a letter otherwise than before a digit.
+# (question, asked on another day): the prefix must be the same for all of these. A tokenizer may merge line breaks
+# differently before a letter and before a digit.
 PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
-# A template writes today's date with a function of transformers'; its own of that name comes first.
+# Templates write today's date with a function of transformers, which a macro of the same name overrides.
 OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
 
 
 def settle(model: Any) -> None:
-    """Leave `question_style` out of a model config where nothing is asked in chat: results from before there was
-    one stay valid. Random weights come with a tokenizer that has no template.
+    """Remove `question_style` from a model config (mapping of conf/model) if no question is asked in chat format.
+
+    Cells then keep the identity they had before the setting existed. The tokenizer of random weights has no template.
     """
     if model.get("question_style") == "plain" or model.weights == "random":
         model.pop("question_style", None)
 
 
 def is_wanted(style: str, tokenizer: Any) -> bool:
-    """Whether a `question_style` means chat: `auto` does where the tokenizer has a chat template.
+    """Whether questions are asked in chat format; with style `auto`, if the tokenizer has a chat template.
 
     Raises:
-        PolyKVError: an unknown style, or chat without a template.
+        PolyKVError: an unknown style, or `chat` without a template.
     """
     if style not in STYLES:
         raise PolyKVError(f"question_style={style!r} is not known; there are: {', '.join(STYLES)}")
     if style == "chat" and not tokenizer.chat_template:
-        raise PolyKVError(f"question_style=chat, and the tokenizer has no chat template; {PLAIN}")
+        raise PolyKVError(f"question_style=chat, but the tokenizer has no chat template; {PLAIN}")
     return style != "plain" and bool(tokenizer.chat_template)
 
 
 class Chat:
-    """A document as a tokenizer's chat template puts it before whatever is asked about it.
+    """A document as the shared prefix of chats about it.
 
-    `ids_BT` (1, tokens) and the tokens of `prompt(question)`, encoded without special tokens, are together exactly
-    the template's of the conversation [user: document, question], up to the assistant's header.
+    `ids_BT` (1, tokens), followed by the tokens of `prompt(question)` encoded without special tokens, is exactly the
+    chat template's encoding of [user: document, question] up to the assistant's header.
 
     Raises:
-        PolyKVError: an empty document, or a template of which `ids_BT` is no fixed prefix; names the token.
+        PolyKVError: an empty document, or a template whose prefix depends on question or date; names the token.
     """
 
     def __init__(self, tokenizer: Any, document: str) -> None:
@@ -65,16 +66,18 @@ class Chat:
         self.ids_BT: Tensor = torch.tensor([_encode(tokenizer, self._opening)])
 
     def prompt(self, question: str) -> str:
-        """The rest of the conversation: the question, the end of the user's turn, the assistant's header.
+        """The text after the shared prefix: the question, the end of the user's turn, the assistant's header.
 
         Raises:
-            PolyKVError: an empty question, or one that moves the prefix.
+            PolyKVError: an empty question, or one that changes the prefix.
         """
         if not question.strip():
             raise PolyKVError("a question is empty; an agent has to ask something")
         whole = self._render(question.strip())
         if not whole.startswith(self._opening):
-            raise PolyKVError(f"the question {question!r} moves the document in the chat; {PLAIN}")
+            raise PolyKVError(
+                f"the question {question!r} changes the shared prefix of the chat; {PLAIN}"
+            )
         return whole[len(self._opening) :]
 
     def _render(self, question: str, other_day: bool = False) -> str:
@@ -82,13 +85,13 @@ class Chat:
         return _render(self._tokenizer, [("user", content)], True, other_day)
 
     def _cut(self, conversations: list[str]) -> str:
-        """The part of all conversations that is shared: as much of it as no token reaches beyond."""
+        """The longest common prefix of the conversations that ends at a token boundary in all of them."""
         start = conversations[0].find(self._document + SEPARATOR)
         if start < 0:
-            raise PolyKVError(f"the chat template changes the text that it is given; {PLAIN}")
+            raise PolyKVError(f"the chat template changes the text of the document; {PLAIN}")
         end = start + len(self._document)
         expected = [_encode(self._tokenizer, whole) for whole in conversations]
-        # Some tokenizers merge a full stop with line breaks, others only line breaks with each other.
+        # Tokenizers may merge the separator's line breaks with each other, or with a full stop before them.
         for n_kept in range(len(SEPARATOR), -1, -1):
             opening = conversations[0][: end + n_kept]
             ids = _encode(self._tokenizer, opening)
@@ -105,20 +108,20 @@ class Chat:
                 if len(set(pair)) == 2:
                     shared, whole = self._tokenizer.convert_ids_to_tokens(pair)
                     return (
-                        f"the prefix of the chat template moves: token {index} is {shared!r}, and "
-                        f"{whole!r} where {question!r} is asked, or on another day"
+                        f"the prefix of the chat template moves: token {index} is {shared!r}, but "
+                        f"{whole!r} if {question!r} is asked, or on another day"
                     )
-        return "the chat template is tokenised otherwise in two parts than as a whole"
+        return "the chat template is tokenised differently in two parts and as a whole"
 
 
 def text_of(tokenizer: Any, ids_T: Tensor) -> str:
-    """The text of a window of tokens (tokens,), without a character that its ends cut apart."""
+    """The text of a window of tokens (tokens,), without characters cut by its ends."""
     text = tokenizer.decode(ids_T.tolist(), clean_up_tokenization_spaces=False)
     return text.strip("\N{REPLACEMENT CHARACTER}")
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends an assistant's turn, where it does."""
+    """The special token with which the chat template ends an assistant's turn, if there is one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:

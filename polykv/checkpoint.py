@@ -1,8 +1,7 @@
-"""What is refused of a checkpoint: weights that are not its model's, an adapter, a tokenizer that does not fit.
+"""Validation of checkpoints: complete weights, no adapter, a tokenizer that matches the model.
 
-transformers fills weights that it misses with random numbers, drops those that it does not know, leaves an adapter
-out where peft is not installed, and makes a tokenizer of special tokens alone where there are no files of one. Where
-it says so at all, it warns.
+transformers initializes missing weights randomly, drops unknown ones, ignores an adapter if peft is not installed, and
+makes a tokenizer of special tokens only if the tokenizer's files are missing, with a warning at most.
 """
 
 import logging
@@ -16,14 +15,19 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 
 from polykv.errors import PolyKVError
 
-# For `from_pretrained`: it returns which weights it did not find as well, and leaves all refusals to `check_whole`.
+# Options of `from_pretrained`: return the missing weights too, and do not raise; `check_whole` does.
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-BARE = "give a checkpoint of the whole bare model, as save_pretrained writes it"
-NAMED = 3  # of many weights or tokens
+BARE = "give a checkpoint of the whole model, as save_pretrained writes it"
+NAMED = 3  # weights or tokens named in a message
 
 
 def check_whole(found: Mapping[str, Any], holder: object, mend: str) -> None:
-    """Refuse a model some of whose weights are not its checkpoint's, by what `from_pretrained` says (REPORTED).
+    """Check that all weights of a model come from its checkpoint.
+
+    Args:
+        found: the loading info of `from_pretrained` (REPORTED).
+        holder: the checkpoint, for the message.
+        mend: what to do about it, for the message.
 
     Raises:
         PolyKVError: missing, unexpected or mismatched weights; names the `holder` and some of them.
@@ -47,11 +51,11 @@ def check_whole(found: Mapping[str, Any], holder: object, mend: str) -> None:
 
 @contextmanager
 def report_as_refusal() -> Iterator[None]:
-    """Within it, transformers does not print as a table what `check_whole` refuses in one line."""
+    """Context in which transformers does not log the table of problems that `check_whole` raises for."""
 
     def is_wanted(record: logging.LogRecord) -> bool:
         refused = record.funcName == "log_state_dict_report"
-        return not refused or "CONVERSION" in record.getMessage()  # its error refers to the table
+        return not refused or "CONVERSION" in record.getMessage()  # an error refers to this table
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(is_wanted)
@@ -62,35 +66,35 @@ def report_as_refusal() -> Iterator[None]:
 
 
 def check_adapter(place: str | Path, **revision: str) -> None:
-    """Refuse a folder or hub id that holds an adapter, alone or beside its base model.
+    """Check that a folder or hub repository contains no adapter.
 
     Raises:
-        PolyKVError: names the place.
+        PolyKVError: names the folder or repository.
     """
     if find_adapter_config_file(place, **revision):
         raise PolyKVError(
-            f"{place} holds an adapter ({ADAPTER_CONFIG_NAME}), which is not applied here; merge it into its "
+            f"{place} holds an adapter ({ADAPTER_CONFIG_NAME}), which would not be applied; merge it into its "
             "base model (peft: merge_and_unload, then save_pretrained), or give a folder without it"
         )
 
 
 def check_vocabulary(tokenizer: Any, holder: object) -> None:
-    """Refuse a tokenizer that has special tokens alone.
+    """Check that a tokenizer has other tokens than special ones.
 
     Raises:
         PolyKVError: names the `holder`.
     """
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.added_tokens_decoder):
         raise PolyKVError(
-            f"no tokenizer in {holder}; put the files of the model's beside its weights (tokenizer.json, "
-            "tokenizer_config.json)"
+            f"no tokenizer in {holder}; put the files of the model's tokenizer beside its weights "
+            "(tokenizer.json, tokenizer_config.json)"
         )
 
 
 def check_rows(model: PreTrainedModel, tokenizer: Any, holder: object) -> None:
-    """Refuse a tokenizer with tokens that the model's embedding has no row for.
+    """Check that the model's embedding has a row for every token of the tokenizer.
 
-    Added tokens, as for padding or images, may be such where neither the tokenizer nor its chat template puts them.
+    Added tokens (for padding or images, say) are exempt if neither the tokenizer nor its chat template inserts them.
 
     Raises:
         PolyKVError: names the `holder` and some of the tokens.

@@ -1,4 +1,4 @@
-"""The YAML files of `conf/`, read one at a time for the library's own use (run.py composes them with Hydra)."""
+"""Reading of single YAML files of `conf/` for the library's own use (run.py composes them with Hydra)."""
 
 import difflib
 from pathlib import Path
@@ -19,10 +19,10 @@ def available(group: str) -> list[str]:
 
 
 def load_group(group: str, name: str) -> DictConfig:
-    """One YAML file of `conf/`, with those of its group that it is based on.
+    """One YAML file of `conf/`, merged with the files of its group that its `defaults` list.
 
     Raises:
-        PolyKVError: there is no such name; the message lists those that are.
+        PolyKVError: an unknown name; lists the known ones.
     """
     if name not in available(group):
         raise PolyKVError(f"no {group} named {name!r}{did_you_mean(name, available(group))}")
@@ -33,7 +33,7 @@ def load_group(group: str, name: str) -> DictConfig:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """The end of an error message: the nearest name, and all of them."""
+    """The end of an error message about an unknown name: the nearest one, and all of them."""
     near = difflib.get_close_matches(name, names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{guess} there are: {', '.join(names)}"

@@ -1,7 +1,7 @@
-"""Digests of local files, so that a cell's identity knows what they hold and not only where they lie. Torch-free.
+"""Digests of local files, so that a cell's identity depends on their content and not only on their path. Torch-free.
 
-Every byte is read. That of a large file is kept in the user's cache folder (polykv/cache_folder.py), for as long as the
-file's path, size, inode and times of change are the same.
+Files are read completely. The digest of a large file is kept in the user's cache folder (polykv/cache_folder.py) and
+used while the file's path, size, inode and modification times stay the same.
 """
 
 import hashlib
@@ -16,32 +16,33 @@ from polykv import cache_folder
 from polykv.errors import PolyKVError
 from polykv.progress import phase
 
-LARGE = 1 << 26  # bytes from which reading takes long enough to be kept and shown
+LARGE = 1 << 26  # bytes from which a digest is kept on disk and progress is shown
 CHUNK = 1 << 24
-# A file system may give two changes within a tick of its clock the same time: what changed so recently is not kept.
+# Two changes within a tick of the file system's clock have the same time: digests of files changed just now are not
+# kept.
 SETTLED_NS = 2 * 10**9
 SHA256 = re.compile("[0-9a-f]{64}")
 
-Version = tuple[int, ...]  # what changes when a file does: size, inode, times of change
+Version = tuple[int, ...]  # size, inode and modification times
 _known: dict[tuple[Path, Version], str] = {}
 
 
 def of_file(path: Path, setting: str) -> str:
-    """`sha256`, shortened to what a cell's identity needs. Raises as `sha256`."""
+    """`sha256` shortened to 12 digits, for a cell's identity. Raises as `sha256`."""
     return sha256(path, setting)[:12]
 
 
 def of_files(paths: Iterable[Path], setting: str) -> str:
-    """Of several files of one folder, by name. Raises as `sha256`."""
+    """A short digest of several files of one folder and their names. Raises as `sha256`."""
     named = [f"{path.name} {of_file(path, setting)}" for path in sorted(paths)]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()[:12]
 
 
 def sha256(path: Path, setting: str) -> str:
-    """SHA-256 of all of a file; read once, unless it changes.
+    """SHA-256 of a file, which is read again only if it changes.
 
     Raises:
-        PolyKVError: it cannot be read; names the `setting` that holds its path.
+        PolyKVError: it cannot be read; names the `setting` with its path.
     """
     try:
         place = path.resolve()
@@ -49,13 +50,13 @@ def sha256(path: Path, setting: str) -> str:
         return _known.get((place, version)) or _of_version(place, version)
     except OSError as error:
         raise PolyKVError(
-            f"cannot read {setting}={path} ({error.strerror}); give the path of a file that can be read"
+            f"cannot read {setting}={path} ({error.strerror}); give the path of a readable file"
         ) from error
 
 
 def _version(path: Path) -> Version:
     status = path.stat()
-    # The inode's time of change tells also where the file's own was set back.
+    # ctime also changes when mtime is set back.
     return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -83,7 +84,7 @@ def _read(path: Path, shown: bool) -> str:
 
 
 def _kept(place: Path) -> str | None:
-    """What `_keep` wrote, if it did and the file is whole."""
+    """The digest written by `_keep`, or None if there is no valid one."""
     try:
         digest = place.read_text(encoding="ascii")
     except (OSError, ValueError):
@@ -92,7 +93,7 @@ def _kept(place: Path) -> str | None:
 
 
 def _keep(place: Path, digest: str) -> None:
-    """Whole or not at all; where the folder takes nothing, the next process reads the file again."""
+    """Write a digest atomically. If the folder is not writable, the next process reads the file again."""
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f"{place.name}.{os.getpid()}")

@@ -1,4 +1,8 @@
-"""Documents: what the pool holds, what perplexity scores, and what the agents ask."""
+"""Documents: token ids to pool and to score, and the agents' questions.
+
+Functions that take a `cfg` take the settings of a cell, as run.py composes them from conf/: `document` and `model` (the
+YAMLs of these groups), `context`, `n_documents`, `prefix_fraction`, `n_agents`, `seed`.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,17 +21,20 @@ from polykv.reference.documents import generate_document
 from polykv.reference.text import join_words
 from polykv.tokens import encode, opening
 
-VERSION = 1  # of the documents that are made of a text, with windows.py and chat.py
-# As many as the paper has agents, so that a sweep over n_agents asks the same documents.
+VERSION = 1  # of documents made from a text, with windows.py and chat.py
+# As many as the paper's agents, so that documents are the same for every n_agents.
 N_QUESTIONS = 15
-SLOT = "{question}"  # where a template takes the question; other braces are its text
+SLOT = "{question}"  # the placeholder of a template; other braces are literal
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one agent asks: the prompt that follows what agents share, the right answer where known, the bare question.
+    """A question of one agent.
 
-    `prompt` goes on behind the document's `asked_BT` (polykv.tokens.encode).
+    Attributes:
+        prompt: continues the document's `asked_BT` (encoded by polykv.tokens.encode).
+        answer: the correct answer, if known.
+        text: the question without template.
     """
 
     prompt: str
@@ -37,10 +44,13 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Token ids (1, tokens) of a plain text: the first `n_prefix` are prefilled and pooled, the rest is scored.
+    """A document: token ids whose first part is pooled and whose rest is scored, and questions about it.
 
-    `asked_BT` (1, tokens) is what agents share when they are asked: the plain prefix itself (None says so), or the
-    same text in a chat (polykv/chat.py). The first `n_opening` ids are what the tokenizer puts before a text (BOS).
+    Attributes:
+        ids_BT: (1, tokens) of a plain text: the first `n_prefix` are prefilled and pooled, the rest is scored.
+        asked_BT: (1, tokens) that agents share for questions: the plain prefix (None), or the same text in chat format
+            (polykv/chat.py).
+        n_opening: number of ids at the start that the tokenizer adds to a text (BOS).
     """
 
     name: str
@@ -60,12 +70,12 @@ class Document:
 
     @property
     def bos(self) -> bool:
-        """Whether it begins as the tokenizer has a text begin, where that takes a token."""
+        """Whether it begins with the tokenizer's BOS."""
         return self.n_opening > 0
 
     @property
     def asked_bos(self) -> bool:
-        """The same of `asked_BT`: a chat template may leave it out."""
+        """Whether `asked_BT` begins with BOS: a chat template may leave it out."""
         opening_BT = self.ids_BT[:, : self.n_opening]
         return self.bos and torch.equal(self.asked_BT[:, : self.n_opening], opening_BT)
 
@@ -84,12 +94,12 @@ class Document:
 
 
 def prefix_tokens(context: int, prefix_fraction: float) -> int:
-    """Tokens that are prefilled: PolyKV cuts down (1,837 x 0.7 -> 1,285).
+    """Number of tokens to prefill, rounded down as in PolyKV (1,837 x 0.7 -> 1,285).
 
     Raises:
-        PolyKVError: a part would be empty; the rest needs two tokens, as the first is not scored.
+        PolyKVError: no token to prefill, or less than two after it (the first of them is not scored).
     """
-    # The product of a decimal fraction can fall just below a whole number (600 x 0.7).
+    # Products with decimal fractions can be just below an integer (600 x 0.7).
     n_prefix = int(round(context * prefix_fraction, 6))
     if n_prefix < 1 or context - n_prefix < 2:
         raise PolyKVError(
@@ -100,26 +110,27 @@ def prefix_tokens(context: int, prefix_fraction: float) -> int:
 
 
 def load_documents(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """Documents of `cfg.context` tokens each (null: one, the whole text): of `generated` `cfg.n_documents`, of a text
-    as many as fit, up to that.
+    """Up to `cfg.n_documents` documents of `cfg.context` tokens each (None: one document, the whole text).
+
+    `cfg.document._target_` names the function that makes them, one of those below or a user's own.
 
     Raises:
-        PolyKVError: missing file, too short a text, fewer questions than agents, no hub, or no chat template that
-            could be shared.
+        PolyKVError: a missing file, a text that is too short, fewer questions than agents, an unreachable hub, or a
+            chat template without a common prefix.
     """
     return targets.find(cfg.document._target_)(cfg, tokenizer)
 
 
 def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """Held-out documents of the reference generator; every answer is known."""
+    """Held-out documents of the reference generator, with known answers."""
     if cfg.context is None:
-        raise PolyKVError("document=generated has no length of its own; set context=512 or so")
+        raise PolyKVError("document=generated has no length of its own; set context=512, say")
     documents, n_opening = [], len(opening(tokenizer))
     for index in range(cfg.n_documents):
         made = generate_document(
             tokenizer,
             cfg.context - n_opening,
-            # Any seed of a sweep has documents of its own.
+            # Every seed has documents of its own.
             seed=cfg.seed * 100_003 + index,
             n_questions=max(N_QUESTIONS, cfg.n_agents),
             prefix_fraction=cfg.prefix_fraction,
@@ -140,14 +151,14 @@ def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:
 
 
 def own(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """A text of this project's with questions of its own."""
+    """A text written for this project, with questions and answers."""
     content = yaml.safe_load(shipped.read(cfg.document.name))
     questions = [(item["question"], item["answer"]) for item in content["questions"]]
     return _consecutive(cfg, tokenizer, content["text"], questions)
 
 
 def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """A text file of the user's, with questions of their own or general ones."""
+    """A user's text file, with their questions or generic ones."""
     text = read_text(cfg.document, "path")
     questions = _generic_questions()
     if cfg.document.get("questions") is not None:
@@ -157,12 +168,12 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
 
 
 def wikitext2(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """WikiText-2's test split as the package brings it: tokenised, rare words as <unk>."""
+    """WikiText-2's test split from this package: tokenised, with rare words as <unk>."""
     return _articles(cfg, tokenizer, shipped.read("wikitext2"))
 
 
 def wikitext2_raw(cfg: DictConfig, tokenizer: Any) -> list[Document]:
-    """Its raw variant, from a local file or the hub."""
+    """WikiText-2's raw test split, from a local file or the hub."""
     if cfg.document.path is not None:
         return _articles(cfg, tokenizer, read_text(cfg.document, "path"))
     return _articles(cfg, tokenizer, hub_wikitext2(cfg.document.revision))
@@ -173,24 +184,24 @@ WIKITEXT = "Salesforce/wikitext"
 
 @lru_cache(maxsize=1)
 def hub_wikitext2(revision: str) -> str:
-    """The raw test split as its file has it (`wiki.test.raw`), whose blank lines the hub stores empty.
+    """The raw test split as in its original file `wiki.test.raw` (the hub stores its blank lines as empty strings).
 
     Raises:
         PolyKVError: the hub cannot be reached.
     """
     mend = "use document=wikitext2, which needs none, or a local copy: document.path=/path/to/wiki.test.raw"
     hub.check_reachable(WIKITEXT, "dataset", mend, revision)
-    from datasets import load_dataset  # seconds to import, needed here only
+    from datasets import load_dataset  # takes seconds to import
 
     split = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test", revision=revision)
     return "".join(line or " \n" for line in split["text"])
 
 
 def read_text(document: DictConfig, key: str) -> str:
-    """The text of the file that a document's setting names.
+    """The text of the file that a setting of the document names.
 
     Raises:
-        PolyKVError: not set, not there, not UTF-8, or empty.
+        PolyKVError: the setting is missing, or the file is missing, not UTF-8, or empty.
     """
     if OmegaConf.is_missing(document, key):
         raise PolyKVError(f"document={document.name} needs document.{key}=/path/to/a/text/file")
@@ -198,25 +209,24 @@ def read_text(document: DictConfig, key: str) -> str:
 
 
 def question_template(cfg: DictConfig) -> str:
-    r"""The text that plain questions are put into. On a command line, `\n` in it is a newline.
+    r"""The template of plain questions. `\n` in it, as from a command line, becomes a newline.
 
     Raises:
-        PolyKVError: it has no place for the question.
+        PolyKVError: it has no placeholder for the question.
     """
     template = cfg.model.question_template
     if not isinstance(template, str) or SLOT not in template:
         raise PolyKVError(
-            f"model.question_template={template!r} has no {SLOT}; put that where the question goes"
+            f"model.question_template={template!r} has no {SLOT}; put it where the question goes"
         )
     return template.replace(r"\n", "\n")
 
 
 def check_document(cfg: DictConfig) -> None:
-    """What can be refused before a model is loaded.
+    """Check, before a model is loaded, what `load_documents` needs.
 
     Raises:
-        PolyKVError: a file that is not there, a hub that cannot be reached, an empty split, or a template without
-            a question.
+        PolyKVError: a missing file, an unreachable hub, an empty part, or a template without placeholder.
     """
     question_template(cfg)
     if cfg.context is not None:
@@ -239,7 +249,7 @@ def _consecutive(
 def _articles(cfg: DictConfig, tokenizer: Any, text: str) -> list[Document]:
     if cfg.context is None:
         raise PolyKVError(
-            f"document={cfg.document.name} has articles of many lengths; set context=1024 or so"
+            f"document={cfg.document.name} has articles of different lengths; set context=1024, say"
         )
     found = windows.of_articles(tokenizer, text, cfg.context, cfg.n_documents)
     return _documents(cfg, tokenizer, text, found, _generic_questions())
@@ -262,7 +272,7 @@ def _documents(
     if cfg.n_agents > len(questions):
         raise PolyKVError(
             f"document={name} has {len(questions)} questions and n_agents={cfg.n_agents}; "
-            "lower n_agents, or bring more with document.questions"
+            "lower n_agents, or give more with document.questions"
         )
     n_prefix = prefix_tokens(found[0].shape[1], cfg.prefix_fraction)
     if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):

@@ -1,5 +1,5 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for errors that the user can fix."""
 
 
 class PolyKVError(Exception):
-    """Bad input. The message is one line that names the thing and the mend."""
+    """Invalid input. The message is one line that names the problem and how to fix it."""

@@ -1,4 +1,4 @@
-"""Geometry: what the size of a KV cache depends on, layer by layer."""
+"""Geometry: the shapes on which the size of a KV cache depends, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from polykv.probe import LayerShape, probe
 
 @dataclass(frozen=True)
 class Geometry:
-    """The layers of a cache, as a token of the architecture fills them (polykv/probe.py)."""
+    """The layers of a KV cache, found by running one token (polykv/probe.py)."""
 
     layers: tuple[LayerShape, ...]
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Geometry":
-        """Of an architecture whose cache is of full-attention layers.
+        """The geometry of an architecture with full-attention layers.
 
         Raises:
-            PolyKVError: it keeps something else in its cache, or its config says otherwise.
+            PolyKVError: its cache holds something else, or disagrees with its config.
         """
         geometry = cls(probe(config).layers)
         geometry._check(config.get_text_config(decoder=True))
@@ -27,11 +27,11 @@ class Geometry:
 
     @classmethod
     def even(cls, n_layers: int, n_kv_heads: int, head_dim: int) -> "Geometry":
-        """Layers that are all alike."""
+        """A geometry of equal layers."""
         return cls((LayerShape(n_kv_heads, head_dim),) * n_layers)
 
     def _check(self, config: PretrainedConfig) -> None:
-        """Against what the config says of itself, where it says anything."""
+        """Compare with the attributes of the config, where it has them."""
         found = {
             "num_hidden_layers": {self.n_layers},
             "num_key_value_heads": {layer.n_kv_heads for layer in self.layers},
@@ -41,8 +41,8 @@ class Geometry:
             said = getattr(config, name, None)
             if said is not None and values != {said}:
                 raise PolyKVError(
-                    f"{config.model_type} says {name}={said}, and its cache shows {sorted(values)}; "
-                    "correct its config, or use another model"
+                    f"the config of {config.model_type} has {name}={said}, but its cache {sorted(values)}; "
+                    "correct the config, or use another model"
                 )
 
     @property
@@ -51,7 +51,7 @@ class Geometry:
 
     @property
     def values_per_token(self) -> int:
-        """Keys and values of all layers and heads."""
+        """Number of values per token: keys and values of all layers and heads."""
         return 2 * sum(layer.n_kv_heads * layer.head_dim for layer in self.layers)
 
     @property
@@ -64,6 +64,6 @@ class Geometry:
         shapes = {(layer.n_kv_heads, layer.head_dim) for layer in self.layers}
         if len(shapes) > 1:
             raise PolyKVError(
-                f"layers differ in (kv heads, head_dim): {sorted(shapes)}; use a model whose layers are alike"
+                f"layers differ in (kv heads, head_dim): {sorted(shapes)}; use a model with equal layers"
             )
         return shapes.pop()

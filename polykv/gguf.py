@@ -1,7 +1,7 @@
-"""GGUF models by transformers' own reader, converted once into a plain model in the user's cache folder.
+"""GGUF models: read by transformers, and converted once into a safetensors checkpoint in the user's cache folder.
 
-The folder is $POLYKV_CACHE, or else the platform's. A converted model keeps the dequantized numbers in float32, in
-which nothing of them is lost whatever `model.dtype` they are loaded in; it takes 4 bytes a parameter.
+The folder is $POLYKV_CACHE, or the platform's. A converted model holds the dequantized weights in float32, which is
+exact for every `model.dtype`, and takes 4 bytes per parameter.
 """
 
 import os
@@ -34,16 +34,24 @@ from polykv.errors import PolyKVError
 from polykv.gguf_header import Header
 from polykv.supported import check_model
 
-VERSION = 1  # of what a conversion writes: raise it when that changes, and files are converted anew
+VERSION = 1  # of the conversion's output: files are converted again when it is raised
 CHECKPOINT = "use model=local with the original checkpoint"
 # How a byte-level tokenizer splits text before merges apply (tokenizer.ggml.pre; llama.cpp, src/llama-vocab.cpp).
-# transformers 5.23 splits all that it does not know as GPT-2 did, which is wrong for those that part digits.
+# transformers 5.23 splits unknown kinds as GPT-2 did, which is wrong for those that separate digits.
 AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion")
-PARTS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-# Of these, a piece that is in the vocabulary is one token whatever the merges say, and a text begins with BOS unless
-# the file denies it. transformers 5.23 knows neither.
+SEPARATES_DIGITS = (
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+)
+# Of these, a piece in the vocabulary is one token regardless of merges, and a text begins with BOS unless the file says
+# otherwise. transformers 5.23 implements neither.
 AS_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
-# Llama 3.1 and later: the only scaling of rotary frequencies that files give as factors (`factor` is their largest).
+# Llama 3.1 and later: the only scaling of rotary frequencies that files store as factors (`factor` is the largest).
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -53,30 +61,30 @@ LLAMA3 = {
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The architecture that a GGUF file states; nothing is converted.
+    """The architecture of a GGUF file, without converting it.
 
     Raises:
-        PolyKVError: as `gguf_header.read`, or transformers cannot read such a model.
+        PolyKVError: as `gguf_header.read`, or a model that transformers cannot read.
     """
     return deepcopy(_config(gguf_header.read(path)))
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer that a GGUF file holds, with its chat template; nothing is converted.
+    """The tokenizer of a GGUF file, with its chat template, without converting the file.
 
     Raises:
-        PolyKVError: as `load_config`, or its way of splitting text is not known.
+        PolyKVError: as `load_config`, or an unknown way of splitting text.
     """
     return deepcopy(_tokenizer(gguf_header.read(path)))
 
 
 def converted(path: Path) -> Path:
-    """The folder of the plain model that a GGUF file is, made on first use: config, tokenizer, safetensors.
+    """The folder of a GGUF file's converted model (config, tokenizer, safetensors), made on first use.
 
-    It appears at once and whole; any number of processes may ask for it at the same time.
+    It is renamed into place; any number of processes may call this at the same time.
 
     Raises:
-        PolyKVError: as `load_tokenizer`, an architecture that cannot be pooled, or no room.
+        PolyKVError: as `load_tokenizer`, an unsupported architecture, or no disk space.
     """
     header = gguf_header.read(path)
     place = _place(header)
@@ -92,7 +100,7 @@ def converted(path: Path) -> Path:
     except OSError as error:
         raise PolyKVError(
             f"{path} cannot be converted into {place.parent} ({error.strerror or error}); set POLYKV_CACHE "
-            f"to a folder with {4 * header.n_values / 1e9:.1f} GB of room"
+            f"to a folder with {4 * header.n_values / 1e9:.1f} GB of free space"
         ) from error
     return place
 
@@ -124,7 +132,7 @@ def _tokenizer(header: Header) -> Any:
 
 @contextmanager
 def _read_alone(header: Header) -> Iterator[dict[str, str]]:
-    """What `from_pretrained` takes to read this file and no other: a tokenizer.json beside it would win.
+    """Arguments of `from_pretrained` for this file alone: a tokenizer.json beside it would take precedence.
 
     Raises:
         PolyKVError: transformers cannot read it.
@@ -134,9 +142,7 @@ def _read_alone(header: Header) -> Iterator[dict[str, str]]:
         link.symlink_to(header.path.absolute())
         try:
             yield {"pretrained_model_name_or_path": folder, "gguf_file": str(link)}
-        except (
-            Exception
-        ) as error:  # it has none of its own for this: KeyError, ValueError, TypeError ...
+        except Exception as error:  # transformers raises KeyError, ValueError, TypeError, ...
             why = " ".join(str(error).split()) or type(error).__name__
             raise PolyKVError(
                 f"{header.path} holds a {header.architecture!r} model that transformers cannot read ({why}); "
@@ -145,10 +151,10 @@ def _read_alone(header: Header) -> Iterator[dict[str, str]]:
 
 
 def _set_rope(header: Header, config: PretrainedConfig) -> None:
-    """Set the scaled rotary frequencies that a model was trained with, which transformers' reader leaves out.
+    """Set the scaling of rotary frequencies in the config, which transformers' reader ignores.
 
     Raises:
-        PolyKVError: they are not scaled as Llama 3's are.
+        PolyKVError: another scaling than Llama 3's.
     """
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling == "none" and not header.rope:
@@ -162,20 +168,20 @@ def _set_rope(header: Header, config: PretrainedConfig) -> None:
         if factors.shape == scaled.shape and np.allclose(unscaled / scaled, factors, rtol=1e-4):
             return
     raise PolyKVError(
-        f"{header.path} scales its rotary frequencies in a way that is not read here; {CHECKPOINT}"
+        f"{header.path} scales its rotary frequencies in an unsupported way; {CHECKPOINT}"
     )
 
 
 def _set_split(header: Header, tokenizer: Any) -> None:
-    """Have a byte-level tokenizer split text as its vocabulary was learned.
+    """Make a byte-level tokenizer split text as in the training of its vocabulary.
 
     Raises:
-        PolyKVError: the file does not say how, or in a way that is not known.
+        PolyKVError: the file does not say how, or names an unknown way.
     """
     if header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return
     split, backend = header.metadata.get("tokenizer.ggml.pre", "unset"), tokenizer.backend_tokenizer
-    if split in PARTS_DIGITS:
+    if split in SEPARATES_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, as_gpt2])
@@ -184,16 +190,16 @@ def _set_split(header: Header, tokenizer: Any) -> None:
         tokenizer.add_bos_token = header.metadata.get("tokenizer.ggml.add_bos_token", True)
     elif split not in AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
         raise PolyKVError(
-            f"{header.path} has a tokenizer that splits text in a way that is not known here "
+            f"{header.path} has a tokenizer that splits text in an unknown way "
             f"(tokenizer.ggml.pre={split}); {CHECKPOINT}"
         )
 
 
 def _convert(header: Header, config: PretrainedConfig, tokenizer: Any, place: Path) -> None:
-    """Write the plain model into a folder beside `place`, then rename it: a killed conversion is not believed."""
+    """Write the converted model into a temporary folder, then rename it to `place`."""
     print(f"converting {header.path} once, into {place}", file=sys.stderr, flush=True)
     partial = place.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
         for part in (_dequantized(header, config), tokenizer):
             part.save_pretrained(partial)
@@ -206,10 +212,10 @@ def _convert(header: Header, config: PretrainedConfig, tokenizer: Any, place: Pa
 
 
 def _dequantized(header: Header, config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32, without the traces of quantization that keep transformers from saving it.
+    """The model in float32, without the attributes of quantization that keep transformers from saving it.
 
     Raises:
-        PolyKVError: a tensor of the model is not in the file, or the other way round.
+        PolyKVError: the tensors of model and file do not match.
     """
     with _read_alone(header) as options, checkpoint.report_as_refusal():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -221,7 +227,7 @@ def _dequantized(header: Header, config: PretrainedConfig) -> PreTrainedModel:
             trust_remote_code=False,
         )
     checkpoint.check_whole(found, header.path, CHECKPOINT)
-    # Tensors that transformers' reader has no name for are not in its report.
+    # transformers does not report tensors of the file whose names it does not know.
     n_values = sum(parameter.numel() for parameter in model.parameters())
     if n_values != header.n_values:
         raise PolyKVError(

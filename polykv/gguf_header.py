@@ -1,4 +1,4 @@
-"""What a GGUF file holds, to the byte, or why it is not taken. Reads its header alone; torch-free."""
+"""Reading and validation of the header of a GGUF file. Torch-free."""
 
 import re
 from collections import Counter
@@ -17,16 +17,19 @@ from polykv.errors import PolyKVError
 MAGIC = b"GGUF"
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf")
 PROJECTORS = ("clip", "mmproj")
-ROPE = (
-    "rope_"  # how tensors begin that scale the rotary embedding and are no parameters of the model
-)
+ROPE = "rope_"  # prefix of tensors that scale rotary frequencies and are not parameters
 
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """`sha256` is of the whole file; `metadata` are its keys, lists left out; `file_type` is such as Q4_K_M.
+    """The header of a GGUF file.
 
-    `n_values` counts the numbers of its tensors, those in `rope` left out.
+    Attributes:
+        sha256: of the whole file.
+        file_type: llama.cpp's name of the quantization, such as Q4_K_M.
+        metadata: key -> value, without lists.
+        n_values: number of weights, without those in `rope`.
+        rope: tensors that scale rotary frequencies, by name.
     """
 
     path: Path
@@ -39,7 +42,7 @@ class Header:
 
 
 class _Reader(gguf.GGUFReader):
-    """GGUFReader that steps over lists: it takes a vocabulary apart string by string, for seconds."""
+    """GGUFReader that skips lists: parsing a vocabulary string by string takes seconds."""
 
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
@@ -63,10 +66,10 @@ class _Reader(gguf.GGUFReader):
 
 
 def find(path: str | Path) -> Path:
-    """The GGUF file at `path`: itself, or the only one in that folder.
+    """The GGUF file at `path`, or the only one in that folder.
 
     Raises:
-        PolyKVError: nothing is there, or a folder that holds none or several.
+        PolyKVError: no such path, or a folder with no or several GGUF files.
     """
     given = Path(path).expanduser()
     if given.is_file():
@@ -82,17 +85,17 @@ def find(path: str | Path) -> Path:
 
 
 def read(path: Path) -> Header:
-    """The header of a file that can be a model; read once per process, unless the file changes.
+    """The header of a GGUF model; read once per process, unless the file changes.
 
     Raises:
-        PolyKVError: no GGUF, damaged or cut short, one part of several, or no language model.
+        PolyKVError: not a GGUF file, damaged or truncated, one part of a split model, or not a language model.
     """
     try:
         status = path.stat()
         return _read(path, status.st_size, status.st_mtime_ns, status.st_ino)
     except OSError as error:
         raise PolyKVError(
-            f"cannot read {path} ({error.strerror}); give a GGUF file that can be read"
+            f"cannot read {path} ({error.strerror}); give a readable GGUF file"
         ) from error
 
 
@@ -100,7 +103,7 @@ def read(path: Path) -> Header:
 def _read(path: Path, *_of_version: int) -> Header:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise PolyKVError(f"{path} is no GGUF file; give one, or a folder with model=local")
+            raise PolyKVError(f"{path} is not a GGUF file; give one, or a folder with model=local")
     try:
         reader = _Reader(path)
         metadata = {
@@ -109,7 +112,7 @@ def _read(path: Path, *_of_version: int) -> Header:
             if field.types[0] != gguf.GGUFValueType.ARRAY
         }
         architecture = str(metadata["general.architecture"])
-    except Exception as error:  # the reader has no error of its own: damage can raise any
+    except Exception as error:  # damage can raise anything in the reader
         what = " ".join(str(error).split()) or type(error).__name__
         raise PolyKVError(f"{path} is damaged or cut short ({what}); download it again") from error
     _check_kind(path, metadata, len(reader.tensors))
@@ -142,12 +145,12 @@ def _check_kind(path: Path, metadata: Mapping[str, Any], n_tensors: int) -> None
         )
     if kind != "model" or n_tensors == 0:
         raise PolyKVError(
-            f"{path} holds no model (its type is {kind!r}, with {n_tensors} tensors); give the file of a model"
+            f"{path} holds no model (its type is {kind!r}, with {n_tensors} tensors); give a model's file"
         )
 
 
 def _file_type(metadata: Mapping[str, Any], tensors: list[gguf.ReaderTensor]) -> str:
-    """llama.cpp's name of how the file is quantized; where it does not say, the type of most of its numbers."""
+    """llama.cpp's name of the quantization; if the file does not say, the type of most of its weights."""
     try:
         name = gguf.LlamaFileType(metadata["general.file_type"]).name
     except (KeyError, ValueError):

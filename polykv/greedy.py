@@ -1,8 +1,8 @@
-"""Greedy answers: each next token is the likeliest one, whatever else the hub recommends for a model.
+"""Greedy decoding without a model's generation_config.
 
-A loop of our own, because `generate(do_sample=False)` goes on applying the model's generation_config: penalties of
-repetition (over the prefix's ids, which a cache does not have), suppressed tokens, least lengths. A
-GenerationConfig passed to it does not help, whose unset values transformers takes from the model's.
+`generate(do_sample=False)` still applies the model's generation_config: repetition penalties (over ids of the prefix,
+which a cache does not have), suppressed tokens, minimum lengths. Passing another GenerationConfig does not help, since
+transformers fills its unset values from the model's.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ def greedy(
     limit: int,
     tokenizer: Any = None,
 ) -> list[Tensor]:
-    """The ids (tokens,) that follow each row's prompt, up to an end token or `limit` of them.
+    """Generate greedily after each row's prompt; ids (tokens,) per row, up to an end token or `limit` tokens.
 
-    End tokens are those of the model and, where one is given, of the tokenizer (`end_tokens`).
-    Each prompt (tokens,) continues its row of the cache, every token of which it sees. Afterwards the cache
-    holds all but the last token.
+    Args:
+        cache: a row per prompt, all of whose tokens the prompt attends to; grows by all tokens but the last.
+        prompts: ids (tokens,) per row.
+        tokenizer: if given, its end tokens count too (`end_tokens`).
 
     Raises:
-        PolyKVError: prompts of different lengths for a model whose answers depend on their padding, or rotary
-            frequencies that change on the way.
+        PolyKVError: prompts of different lengths for a model whose outputs depend on padding, or rotary frequencies
+            that change along the tokens.
     """
     n_past, longest = cache.get_seq_length(), max(len(ids_T) for ids_T in prompts)
     check_rope(model.config, n_past, n_past + longest + limit, "an answer")
@@ -42,7 +43,7 @@ def greedy(
     mask_BT = ids_BT.new_ones(len(prompts), n_past + longest)
     for row, ids_T in enumerate(prompts):
         mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
-    # Models count positions in the cache, padding among them.
+    # By default positions count all tokens of the cache, padding included.
     padded = not mask_BT.all()
     if padded:
         check_padding(model.config)
@@ -62,7 +63,7 @@ def greedy(
         written.append(ids_BT)
         ended_B |= torch.isin(ids_BT[:, 0], stops)
         mask_BT = F.pad(mask_BT, (0, 1), value=1)
-    # A row that has ended is fed on until all have; what it says then is no answer.
+    # Finished rows keep decoding until all rows have finished; their further tokens are discarded.
     rows_BT = torch.cat(written, dim=1)
     is_end_BT = torch.isin(rows_BT, stops).long()
     n_ended_BT = is_end_BT.cumsum(-1) - is_end_BT
@@ -71,10 +72,10 @@ def greedy(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
-    """The tokens that end an answer: one, several or none.
+    """Ids of the tokens that end an answer, possibly none.
 
-    A model read from GGUF has no generation_config of its own. Its tokenizer knows the end of a sequence, and its
-    chat template that of a turn, which need not be the same.
+    A GGUF model has no generation_config; its tokenizer has an end-of-sequence token, and its chat template an
+    end-of-turn token, which may differ.
     """
     stops = model.generation_config.eos_token_id
     found = set(stops if isinstance(stops, list) else [stops])

@@ -1,4 +1,4 @@
-"""Is the hub there? Asked once, quickly, before long work starts."""
+"""Availability of hub repositories, checked once and quickly before long work starts."""
 
 import re
 from functools import lru_cache
@@ -10,17 +10,17 @@ from huggingface_hub.errors import CacheNotFound
 
 from polykv.errors import PolyKVError
 
-SECONDS = 5
+SECONDS = 5  # timeout
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None) -> None:
-    """Pass when `repo` is in the local cache, at `revision` where one is given, or the hub answers.
+    """Check that `repo` (at `revision`, if given) is in the local cache or the hub answers.
 
     Raises:
         PolyKVError: neither; the message ends with `mend`.
     """
-    if not can_be_had(repo, revision):
+    if not is_available(repo, revision):
         wanted = f"{repo} at {revision[:12]}" if revision else repo
         raise PolyKVError(
             f"{kind} {wanted} is not in the hub's local cache and the hub at {constants.ENDPOINT} "
@@ -29,13 +29,13 @@ def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None
 
 
 @lru_cache(maxsize=32)
-def can_be_had(repo: str, revision: str | None = None) -> bool:
-    """True when `repo` is in the local cache or the hub answers; asked once per process."""
+def is_available(repo: str, revision: str | None = None) -> bool:
+    """Whether `repo` is in the local cache or the hub answers; checked once per process."""
     return in_cache(repo, revision) or answers()
 
 
 def commit(repo: str, revision: str) -> str:
-    """The commit that a revision of a model was when it was cached; else the revision as it is given."""
+    """The commit of a model's revision in the local cache; the revision itself if it is not cached."""
     if COMMIT.fullmatch(revision):
         return revision
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
@@ -43,7 +43,7 @@ def commit(repo: str, revision: str) -> str:
 
 
 def in_cache(repo: str, revision: str | None = None) -> bool:
-    """True when the hub's local cache holds `repo`: at a commit or branch, or (None) at any."""
+    """Whether the local cache holds `repo` at a commit or branch (None: at any)."""
     try:
         kept = [
             r for entry in scan_cache_dir().repos if entry.repo_id == repo for r in entry.revisions
@@ -55,7 +55,7 @@ def in_cache(repo: str, revision: str | None = None) -> bool:
 
 @lru_cache(maxsize=1)
 def answers() -> bool:
-    """True when the hub answers within a few seconds."""
+    """Whether the hub answers within a few seconds."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:

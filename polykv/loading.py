@@ -1,7 +1,7 @@
-"""How a model is loaded: the bits of its weights, the devices of its layers, its attention (conf/model).
+"""Settings of how a model is loaded: quantization of weights, placement on devices, attention, threads.
 
-Each is a setting of the model's YAML and may be absent there. All of them enter a cell's identity, except where
-they say what transformers does anyway.
+Functions that take a `cfg` take a model config (polykv/models.py), from which each of these settings may be absent.
+They are part of a cell's identity unless they equal transformers' defaults.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from polykv.errors import PolyKVError
 
-# quantization: what the `dtype` of a row calls the weights.
+# Setting `quantization` -> name of the format in rows.
 QUANTIZED = {"bnb_4bit": "nf4", "bnb_8bit": "int8"}
 FLASH = {"flash_attention_3": "flash-attn-3", "flash_attention_2": "flash-attn"}  # best first
 ATTENTIONS = ("sdpa", "eager", *FLASH)
@@ -28,8 +28,9 @@ HOPPER = (9, 0)  # compute capability; FlashAttention 3 needs it
 
 
 def settle(cfg: DictConfig, device: torch.device) -> None:
-    """Put what `auto` is on this machine into a model config, and leave defaults out: results from before a
-    setting existed stay valid.
+    """Resolve `auto` for this machine in a model config, in place, and remove settings that are defaults.
+
+    Cells then keep the identity they had before a setting existed.
     """
     if "attn_implementation" in cfg:
         cfg.attn_implementation = attention(cfg, device)
@@ -39,10 +40,10 @@ def settle(cfg: DictConfig, device: torch.device) -> None:
 
 
 def check(cfg: DictConfig, device: torch.device) -> None:
-    """Refuse settings that cannot be had, before anything is loaded.
+    """Validate the settings before anything is loaded.
 
     Raises:
-        PolyKVError: an unknown value, a package that is not installed, or what does not go together.
+        PolyKVError: an unknown value, a missing package, or settings that cannot be combined.
     """
     _check_quantization(cfg, device)
     _check_device_map(cfg, device)
@@ -56,7 +57,7 @@ def check(cfg: DictConfig, device: torch.device) -> None:
 
 
 def options(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What these settings are to `from_pretrained`. With a `device_map` it places the model itself."""
+    """The settings as arguments of `from_pretrained`, which places the model itself if they have a `device_map`."""
     chosen: dict[str, Any] = {}
     if (name := attention(cfg, device)) != DEFAULTS["attn_implementation"]:
         chosen["attn_implementation"] = name
@@ -67,7 +68,7 @@ def options(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[s
     elif cfg.get("quantization") == "bnb_8bit":
         chosen["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if cfg.get("device_map"):
-        # On device=cpu all of it stays there, also on a machine with GPUs.
+        # With device=cpu the whole model stays there, even on a machine with GPUs.
         chosen["device_map"] = "auto" if device.type == "cuda" else device.type
     elif cfg.get("quantization"):
         chosen["device_map"] = {"": device}
@@ -75,18 +76,18 @@ def options(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> dict[s
 
 
 def dtype_label(cfg: DictConfig) -> str:
-    """The `dtype` of a row: that of computation and cache, and the weights' own where they are quantized."""
+    """The column `dtype` of rows: dtype of computation and cache, and the format of quantized weights."""
     weights = quantized(cfg)
     return f"{cfg.dtype}, weights {weights}" if weights else cfg.dtype
 
 
 def quantized(cfg: DictConfig) -> str:
-    """The format of a model's weights as a row names it; "" where they are not quantized on loading."""
+    """The format of weights that are quantized on loading, as named in rows; else an empty string."""
     return QUANTIZED[cfg.quantization] if cfg.get("quantization") else ""
 
 
 def attention(cfg: DictConfig, device: torch.device) -> str:
-    """The attention implementation of a model config; `auto` is FlashAttention where it can run, else sdpa."""
+    """The attention implementation of a model config; `auto` is FlashAttention if it can run, else sdpa."""
     named = cfg.get("attn_implementation") or DEFAULTS["attn_implementation"]
     if named != "auto":
         return named

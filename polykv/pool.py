@@ -1,8 +1,8 @@
 """SharedKVPool: one document's KV cache, compressed once, read by N agents (PolyKV, arXiv 2604.24971, section 3).
 
-A pool is immutable after it is written, so any number of threads may read it. `dequantize` is the published way
-of reading: the agent rebuilds an unshared full-precision cache. `reader` gives the other: the agents attend
-together to the one compressed copy (polykv/attention/cascade.py).
+Pools are immutable, so any number of threads may read one. There are two read modes: with `dequantize`, as published,
+each agent rebuilds an unshared full-precision cache; with `in_place` (`reader`) all agents attend to the one compressed
+copy (polykv/attention/cascade.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +25,11 @@ from polykv.supported import check_cache, check_length, check_model, check_rope
 from polykv.tokens import encode
 
 READERS = ("dequantize", "in_place")
-COPIES = 2 << 30  # bytes of full-precision caches that a batch of agents may hold
+COPIES = 2 << 30  # bytes of full-precision caches in a batch of agents
 
 
 class SharedKVPool:
-    """A document's cache under a recipe. Make one with `from_text`, `from_cache` or `from_layers`.
+    """A document's KV cache, compressed under a recipe; made by `from_text`, `from_cache` or `from_layers`.
 
     `backend` encodes the cache and attends to it: "auto", "torch", "cpu" or "triton" (polykv/kernels).
     """
@@ -62,14 +62,14 @@ class SharedKVPool:
         backend: str = "auto",
         style: str = "plain",
     ) -> "SharedKVPool":
-        """Prefill `text`, compress its cache, forget the full cache. It begins with BOS if the tokenizer adds one.
+        """Prefill `text` (with BOS, if the tokenizer adds one) and compress its cache.
 
-        `style` "chat" is for instruct models: the text stands in the user's turn of the tokenizer's chat template,
-        and `ask` takes bare questions, which continue that turn. "auto": chat where there is a template.
+        `style` "chat" is for instruct models: the text goes into the user's turn of the tokenizer's chat template, and
+        `ask` takes plain questions, which continue that turn. "auto" is "chat" if there is a template, else "plain".
 
         Raises:
-            PolyKVError: empty text, text beyond the model's positions, an unsupported architecture, or a chat
-                template that cannot be shared (polykv/chat.py).
+            PolyKVError: empty text, more tokens than the model has positions, an unsupported architecture, or a chat
+                template without a common prefix (polykv/chat.py).
         """
         chat = Chat(tokenizer, text) if is_wanted(style, tokenizer) else None
         if not text:
@@ -81,7 +81,7 @@ class SharedKVPool:
 
     @classmethod
     def from_cache(cls, cache: Cache, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """Compress a transformers cache of full-attention layers; the cache itself is left as it is.
+        """Compress a transformers cache of full-attention layers, which is not modified.
 
         Raises:
             PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches.
@@ -98,18 +98,18 @@ class SharedKVPool:
         n_layers: int | None = None,
         backend: str = "auto",
     ) -> "SharedKVPool":
-        """Compress layer by layer: (keys, values), each (batch, kv_heads, tokens, head_dim).
+        """Compress (keys, values) layer by layer, each (batch, kv_heads, tokens, head_dim).
 
-        `layers` may be a generator, so that only one layer need exist at full size; say `n_layers` then.
+        `layers` may be a generator, so that only one layer exists at full size at a time; then give `n_layers`.
 
         Raises:
-            PolyKVError: what no codec takes, or the recipe's does not; names the layer, and keys or values.
+            PolyKVError: a tensor that the recipe's codec cannot encode; names the layer, and keys or values.
         """
         if n_layers is None:
             layers = list(layers)
             n_layers = len(layers)
         encoded: list[list[Segment]] = []
-        # Not enumerate, which keeps hold of a layer while the next is made.
+        # Not enumerate, which keeps a reference to a layer while the next is made.
         for k_BHTD, v_BHTD in layers:
             index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
             try:
@@ -124,27 +124,27 @@ class SharedKVPool:
 
     @property
     def n_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers."""
         return len(self._layers)
 
     @property
     def head_dim(self) -> int:
-        """Values in a head's vector."""
+        """Size of a head's vectors."""
         return self._layers[0][0].key.shape[3]
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of every tensor kept: codes, scales, norms."""
+        """Bytes of all stored tensors: codes, scales, norms."""
         return sum(segment.nbytes for segment in self._segments())
 
     @property
     def nominal_ratio(self) -> float:
-        """fp16 bits over payload bits (the papers' "2.91x"); metadata is not counted."""
+        """fp16 bits over payload bits, without metadata (the papers' "2.91x")."""
         return self.recipe.nominal_ratio(self.dtype)
 
     @property
     def stored_ratio(self) -> float:
-        """fp16 bytes of the same cache over `stored_bytes`."""
+        """fp16 bytes of the cache over `stored_bytes`."""
         return 2 * self.n_values / self.stored_bytes
 
     def decode_layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class SharedKVPool:
         return decode_segments(self._layers[index])
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """A pool of the same cache, as this one decodes it, under another recipe or backend."""
+        """A pool of this pool's decoded cache under another recipe or backend."""
         backend = kernels.pick_backend(backend, self.device)
         if (recipe, backend) == (self.recipe, self.backend):
             return self
@@ -160,9 +160,9 @@ class SharedKVPool:
         return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)
 
     def dequantize(self, n_agents: int = 1) -> DynamicCache:
-        """A full-precision DynamicCache, ready to continue the document: a row for each of `n_agents`.
+        """A full-precision DynamicCache with a row for each of `n_agents`, ready to continue the document.
 
-        The rows are views of one decoded copy; the first tokens that are added to them make each its own.
+        Rows are views of one decoded copy until the first tokens are appended, which copies them.
         """
         layers = (self.decode_layer(index) for index in range(self.n_layers))
         return DynamicCache(
@@ -172,11 +172,10 @@ class SharedKVPool:
     def reader(self, n_agents: int) -> CascadeCache:
         """A cache in which `n_agents` attend to this pool in place, within `attend_in_place(model)`.
 
-        It refers to the pool's tensors and keeps the agents' own tokens only: one pool serves any number of
-        readers at the cost of one.
+        It references the pool's tensors and stores only the agents' own tokens.
 
         Raises:
-            PolyKVError: no agents, or a pool of several documents.
+            PolyKVError: n_agents < 1, or a pool of several documents.
         """
         return CascadeCache(self._layers, n_agents, self.backend)
 
@@ -188,14 +187,14 @@ class SharedKVPool:
         max_new_tokens: int = 64,
         reader: str = "dequantize",
     ) -> list[str]:
-        """Each agent's greedy answer to its own query, which continues the document directly, or in chat.
+        """Greedy answers of agents, one per query; a query continues the document directly, or in chat format.
 
-        `reader` "dequantize": each from a full-precision cache of its own, as many agents in one batch as COPIES
-        bytes hold; "in_place": all agents in one batch that attends to the compressed copy.
+        With read mode `reader` "dequantize" each agent has a full-precision cache, in batches of up to COPIES bytes;
+        with "in_place" all agents attend to the compressed copy in one batch.
 
         Raises:
-            PolyKVError: unknown reader, an empty query, no token to generate, no room left in the model's
-                positions, or a model that other threads read the other way (`attend_in_place`).
+            PolyKVError: an unknown read mode, an empty query, max_new_tokens < 1, more tokens than the model has
+                positions, or a model that other threads are using in another read mode (`attend_in_place`).
         """
         check_reader(reader)
         if self.chat:
@@ -220,10 +219,10 @@ class SharedKVPool:
 
 
 def check_reader(name: str) -> None:
-    """Refuse a name that is no reader.
+    """Validate the name of a read mode.
 
     Raises:
-        PolyKVError: lists those that are.
+        PolyKVError: an unknown name; lists the known ones.
     """
     if name not in READERS:
         raise PolyKVError(f"no reader named {name!r}; there are: {', '.join(READERS)}")
@@ -231,7 +230,7 @@ def check_reader(name: str) -> None:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids_BT: Tensor) -> DynamicCache:
-    """The full cache of the tokens (1, tokens), in the model's own dtype.
+    """The KV cache of tokens (1, tokens), in the model's dtype.
 
     Raises:
         PolyKVError: no tokens, more tokens than positions, or an unsupported architecture.
@@ -252,9 +251,13 @@ def encode_queries(
     n_prefix: int,
     max_new_tokens: int,
 ) -> list[Tensor]:
-    """Each query's ids (tokens,), checked to have room after `n_prefix` tokens."""
+    """Token ids (tokens,) of each query.
+
+    Raises:
+        PolyKVError: an empty query, max_new_tokens < 1, or no positions left after `n_prefix` tokens.
+    """
     if max_new_tokens < 1:
-        raise PolyKVError(f"max_new_tokens={max_new_tokens}; an answer takes 1 token or more")
+        raise PolyKVError(f"max_new_tokens={max_new_tokens}; give 1 or more")
     encoded = []
     for number, query in enumerate(queries):
         ids_T = encode(tokenizer, query)[0]
@@ -274,6 +277,6 @@ def generate(
     queries_ids: Sequence[Tensor],
     max_new_tokens: int,
 ) -> list[str]:
-    """Continue each row of a cache with its query (tokens,); the new text of each, greedily."""
+    """Greedy answers: continue each row of a cache with its query (tokens,) and return the generated texts."""
     answers = greedy(model, cache, queries_ids, max_new_tokens, tokenizer)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)

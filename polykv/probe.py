@@ -1,8 +1,8 @@
-"""What one token shows of an architecture: its cache layer by layer, and whether its attention can be replaced.
+"""Probing of an architecture with one token: shapes of its KV cache, and whether its attention can be replaced.
 
-The whole architecture is built on the meta device, which takes no memory, and reads one token. What it hands to
-its cache is the truth about kv heads and head_dim; the names of a config's attributes differ between families,
-and their absence may mean multi-head or multi-query attention.
+The architecture is built on the meta device, which takes no memory, and reads one token. The tensors that it passes to
+its cache show kv heads and head_dim reliably; attributes of configs have different names in different families, and
+their absence may mean multi-head or multi-query attention.
 """
 
 import copy
@@ -25,8 +25,8 @@ from transformers.masking_utils import sdpa_mask
 from polykv.errors import PolyKVError
 
 NAME = "polykv_probe"
-FAR = 1 << 20  # a position whose query still has to see the first token
-# What a model may ask of its attention and plain attention does not do.
+FAR = 1 << 20  # position of a query that still has to see the first token
+# Arguments of attention functions that plain attention does not support.
 UNSUPPORTED = {
     "softcap": "caps its attention scores",
     "s_aux": "has attention sinks",
@@ -38,7 +38,7 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer of a cache. `n_heads`: of the queries; None where the model keeps its attention to itself."""
+    """Shape of one layer of a cache. `n_heads`: query heads; None if the model's attention cannot be replaced."""
 
     n_kv_heads: int
     head_dim: int
@@ -47,14 +47,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """Every layer, and why the attention cannot be replaced by another of the same result (None: it can)."""
+    """All layers, and the reason why attention cannot be replaced by an equivalent function (None if it can)."""
 
     layers: tuple[LayerShape, ...]
     not_plain: str | None
 
 
 class _Layer(DynamicLayer):
-    """Keeps the token, and lets the attention function say what it was given."""
+    """A cache layer that records what the attention function was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _fault(layer: _Layer, value: Tensor, mask: Any, options: dict[str, Any]) -> 
 
 
 def _mask(*args: Any, mask_function: Any = None, **options: Any) -> Tensor:
-    """sdpa's mask, never left out, that tells what a query sees: the next token, and from afar the first one."""
+    """sdpa's mask, never None, with two attributes: whether a query sees the next token, and a far one the first."""
     options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
     mask = sdpa_mask(*args, mask_function=mask_function, **options)
     zero, one, far = (torch.tensor(place, device="cpu") for place in (0, 1, FAR))
@@ -118,10 +118,10 @@ _known: dict[str, Probe] = {}
 
 
 def probe(config: PretrainedConfig) -> Probe:
-    """The probe of a config whose cache is of full-attention layers (polykv/supported.py); made once in a process.
+    """Probe an architecture with full-attention layers (polykv/supported.py); cached per process.
 
     Raises:
-        PolyKVError: names the architecture that does not keep one token's keys and values in each layer.
+        PolyKVError: an architecture that does not store a token's keys and values in each layer.
     """
     key = config.to_json_string()
     if key not in _known:
@@ -132,7 +132,7 @@ def probe(config: PretrainedConfig) -> Probe:
 @torch.no_grad()
 def _probe(config: PretrainedConfig) -> Probe:
     name, config = config.model_type, copy.deepcopy(config)
-    # The weights are not there, so neither is their quantization; experts one by one would ask for data.
+    # There are no weights to quantize, and looping over experts would need their data.
     config.quantization_config, config._experts_implementation = None, "batched_mm"
     layers = [_Layer() for _ in DynamicCache(config=config).layers]
     try:
@@ -142,7 +142,7 @@ def _probe(config: PretrainedConfig) -> Probe:
             ).eval()
             model.set_attn_implementation(NAME)
             ids_BT = torch.zeros(1, 1, dtype=torch.long)
-            # Without a mask some models search the token for padding.
+            # Without a mask some models look for padding in the ids, which have no data.
             given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
             model(**given, past_key_values=Cache(layers=layers), use_cache=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a long computation is doing now, for a program that wants to show it. Without a listener it costs nothing."""
+"""Progress reports of long computations, for a program that shows them; without a listener they do nothing."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of work, such as prefilling the documents: `done` of `total` items, where they are counted."""
+    """The current kind of work (prefilling the documents, say), with `done` of `total` items if they are counted."""
 
     name: str
     done: int = 0
@@ -20,19 +20,19 @@ _listener: Callable[[Phase], None] | None = None
 
 
 def listen(listener: Callable[[Phase], None] | None) -> None:
-    """Tell `listener` of every phase of this process from now on; None: nobody."""
+    """Set the listener of this process, which is called with every phase; None removes it."""
     global _listener
     _listener = listener
 
 
 def phase(name: str, done: int = 0, total: int | None = None) -> None:
-    """Say what is being done from now on."""
+    """Report what is being done from now on."""
     if _listener:
         _listener(Phase(name, done, total))
 
 
 def track(items: Collection[Item], name: str) -> Iterator[Item]:
-    """The items, each of them announced as one step of the phase `name`."""
+    """Iterate over items, reporting each as a step of the phase `name`."""
     for done, item in enumerate(items):
         phase(name, done, len(items))
         yield item

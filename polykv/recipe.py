@@ -1,4 +1,4 @@
-"""Recipe: the codec pair for keys and values, and which tokens and layers stay exact."""
+"""Recipe: codecs for keys and values, and exemptions of tokens and layers."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -19,7 +19,7 @@ SIDES = ("keys", "values")
 
 @dataclass(frozen=True)
 class Exempt:
-    """What is kept in fp16 whatever the codecs are: counts of tokens and of layers."""
+    """Numbers of tokens and layers that are kept in fp16: at the start, at the end."""
 
     sinks: int = 0
     recent: int = 0
@@ -29,15 +29,15 @@ class Exempt:
     def __post_init__(self) -> None:
         for name, count in vars(self).items():
             if not isinstance(count, int) or count < 0:
-                raise PolyKVError(f"exempt.{name}={count!r}; it takes a whole number from 0 up")
+                raise PolyKVError(f"exempt.{name}={count!r}; give a whole number from 0 up")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a cache is compressed: a codec for keys, one for values, and the exemptions.
+    """How a cache is compressed: a codec for keys, one for values, and exemptions.
 
-    `layer_bits`, if any, tabulates (key bits, value bits) over the depth, as KVTuner does
-    (arXiv 2502.04420); each entry is for an equal share of the layers and replaces the codecs' `bits`.
+    `layer_bits`, if not empty, is a table of (key bits, value bits) over the depth, as in KVTuner (arXiv 2502.04420);
+    each entry is for an equal share of the layers and replaces the codecs' `bits`.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Recipe:
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Recipe":
-        """A recipe from its YAML (conf/recipe).
+        """Built from the settings of a YAML of conf/recipe (a DictConfig).
 
         Raises:
-            PolyKVError: a key is missing or unknown, or a codec does not take the options that the YAML gives it.
+            PolyKVError: a missing or unknown setting, or options that a codec does not accept.
         """
         known = [field.name for field in fields(cls)]
         for name in map(str, cfg):
@@ -81,16 +81,16 @@ class Recipe:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PolyKVError(
                 f"recipe {cfg.get('name')!r} cannot be built: {reason}; "
-                f"mend conf/recipe/{cfg.get('name')}.yaml or the override"
+                f"correct conf/recipe/{cfg.get('name')}.yaml or the override"
             ) from error
 
     @property
     def is_full(self) -> bool:
-        """True for the baseline: nothing is compressed, nothing changes its dtype."""
+        """Whether it is the baseline: no compression, and no change of dtype."""
         return all(isinstance(c, Identity) and c.dtype is None for c in (self.key, self.value))
 
     def nominal_ratio(self, dtype: torch.dtype) -> float:
-        """fp16 bits over payload bits, metadata and exemptions left out: K 8 + V 3 gives 32/11."""
+        """fp16 bits over payload bits, without metadata and exemptions: K 8 + V 3 gives 32/11."""
         n_layers = len(self.layer_bits) or 1
         codecs = [codec for layer in range(n_layers) for codec in self.codecs(layer, n_layers)]
         return 16 * len(codecs) / sum(codec.payload_bits(dtype) for codec in codecs)
@@ -99,14 +99,14 @@ class Recipe:
         """The key and value codec of one layer.
 
         Raises:
-            PolyKVError: a table of bits for more layers than the model has.
+            PolyKVError: `layer_bits` has more entries than the model layers.
         """
         if not self.layer_bits:
             return self.key, self.value
         if len(self.layer_bits) > n_layers:
             raise PolyKVError(
                 f"layer_bits of recipe {self.name!r} has {len(self.layer_bits)} entries and the model "
-                f"{n_layers} layers; give at most one entry a layer"
+                f"{n_layers} layers; give at most one entry per layer"
             )
         key_bits, value_bits = self.layer_bits[layer * len(self.layer_bits) // n_layers]
         return with_bits(self.key, key_bits), with_bits(self.value, value_bits)
@@ -116,10 +116,10 @@ class Recipe:
     ) -> list[Segment]:
         """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim).
 
-        `backend` is one that `kernels.pick_backend` gave.
+        `backend` comes from `kernels.pick_backend`.
 
         Raises:
-            PolyKVError: NaN, infinity, or what overflows fp16 (polykv/codecs/base.py); names keys or values.
+            PolyKVError: NaN, infinity, or an overflow of fp16 (polykv/codecs/base.py); names keys or values.
         """
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
@@ -131,7 +131,7 @@ class Recipe:
                 try:
                     packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend))
                 except PolyKVError as error:
-                    # Of all tokens: the codec counts those of its run.
+                    # Name tokens of the whole layer: the codec counts within its run.
                     said = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
                     raise PolyKVError(f"{side}: {said}") from error
             keys, values = packed
@@ -139,7 +139,7 @@ class Recipe:
         return segments
 
     def _runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:
-        """(start, stop, exact) runs that cover the tokens of a layer."""
+        """(start, stop, exact) of the runs that cover the tokens of a layer."""
         if layer < self.exempt.first_layers or layer >= n_layers - self.exempt.last_layers:
             return [(0, n_tokens, True)]
         sinks = min(self.exempt.sinks, n_tokens)
@@ -149,30 +149,34 @@ class Recipe:
 
 
 def _codec(given: Any) -> Codec:
-    """The codec of a YAML's mapping: the class that `_target_` names, built from the other keys.
+    """The codec of a mapping: the class named by `_target_`, with the other keys as options.
 
-    A mapping among these is the codec inside it (Rotated has one).
+    A nested mapping is an inner codec (Rotated has one).
     """
     if not isinstance(given, dict) or "_target_" not in given:
-        raise PolyKVError(f"a recipe's key and value take a codec with a _target_, not {given!r}")
+        raise PolyKVError(
+            f"a recipe's key and value have to be a codec with a _target_, not {given!r}"
+        )
     found = targets.find(given["_target_"])
     if not (isinstance(found, type) and issubclass(found, Codec)):
-        raise PolyKVError(f"_target_: {given['_target_']} is no codec (polykv.codecs.base.Codec)")
+        raise PolyKVError(
+            f"_target_: {given['_target_']} is not a codec (polykv.codecs.base.Codec)"
+        )
     options = {name: option for name, option in given.items() if name != "_target_"}
     return found(**{k: _codec(v) if isinstance(v, dict) else v for k, v in options.items()})
 
 
 def with_bits(codec: Any, bits: int) -> Codec:
-    """The same codec, or the one inside it, at another width.
+    """A codec with other `bits`, which may be those of its inner codec.
 
     Raises:
-        PolyKVError: it has no `bits`, or not these.
+        PolyKVError: it has no `bits`, or does not support these.
     """
     if hasattr(codec, "codec"):
         return replace(codec, codec=with_bits(codec.codec, bits))
     if not hasattr(codec, "bits"):
         raise PolyKVError(
-            f"{type(codec).__name__} has no bits to set; take a codec that has, such as Uniform"
+            f"{type(codec).__name__} has no bits to set; use a codec that has, such as Uniform"
         )
     return replace(codec, bits=bits)
 
@@ -186,6 +190,6 @@ def load_recipe(name: str) -> Recipe:
     """A recipe by its name in conf/recipe.
 
     Raises:
-        PolyKVError: unknown name, or a YAML that its codec does not take.
+        PolyKVError: an unknown name, or an invalid YAML.
     """
     return Recipe.from_config(config.load_group("recipe", name))

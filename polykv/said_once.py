@@ -1,10 +1,10 @@
-"""Warnings of a library that polykv loads: none is muted, and each is printed once and not for every cell."""
+"""Deduplication of a library's log messages: each is printed once per process, not for every cell."""
 
 import logging
 
 
-def by(library: str) -> None:
-    """Have the handlers of a library's logger print each message once in this process."""
+def deduplicate(library: str) -> None:
+    """Make the handlers of a library's logger print each message once per process."""
     for handler in logging.getLogger(library).handlers:
         handler.addFilter(_Once())
 

@@ -1,4 +1,4 @@
-"""Segment: what a recipe makes of a run of tokens, and what attention reads."""
+"""Segment: a run of compressed tokens, the unit of which pools and cards consist and that attention reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from polykv.codecs.channels import Channels
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of a layer's tokens under one codec pair.
+    """A run of a layer's tokens under one pair of codecs.
 
-    `channels`: the keys were encoded as (key - mean) / spread; None: as they are.
+    `channels`: the normalization of keys before encoding; None if there was none.
     """
 
     key_codec: Codec

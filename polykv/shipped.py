@@ -1,4 +1,4 @@
-"""The texts and problems that the package brings (polykv/texts; sources and licences in its README). Torch-free."""
+"""Texts and problems in this package (polykv/texts; sources and licences in its README). Torch-free."""
 
 import gzip
 from functools import lru_cache
@@ -7,7 +7,7 @@ from pathlib import Path
 from polykv import digests
 
 TEXTS = Path(__file__).parent / "texts"
-# By the name of the document (conf/document) or relay (conf/relay).
+# Name of the document (conf/document) or relay (conf/relay) -> file.
 FILES = {
     "moon_landing": "moon_landing.yaml",
     "packet_networks": "packet_networks.yaml",
@@ -18,11 +18,11 @@ FILES = {
 
 @lru_cache(maxsize=4)
 def read(name: str) -> str:
-    """What the file of a document or relay holds, unpacked."""
+    """The text of a document or relay, decompressed."""
     content = (TEXTS / FILES[name]).read_bytes()
     return (gzip.decompress(content) if FILES[name].endswith(".gz") else content).decode("utf-8")
 
 
 def digest(name: str) -> str:
-    """Of that file, for a cell's identity (polykv/digests.py)."""
+    """Digest of a document's or relay's file, for a cell's identity."""
     return digests.of_file(TEXTS / FILES[name], name)

@@ -1,6 +1,6 @@
-"""Which caches and models can be pooled or handed on: plain full attention, within the model's positions.
+"""Checks of which caches and models are supported: plain full attention, within the model's positions.
 
-What is said here of families of transformers is kept true by tests/test_families.py, and listed in docs/families.yaml.
+tests/test_families.py verifies them on the model families of transformers; docs/families.yaml lists the results.
 """
 
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from transformers.cache_utils import DynamicLayer
 from polykv.errors import PolyKVError
 from polykv.probe import probe
 
-# Encoders that transformers can turn into decoders. They attend both ways unless told otherwise (is_decoder), and
-# most count positions from their padding, so that an agent's answer would depend on the others' queries.
+# Encoders that transformers can run as decoders. They attend in both directions by default (is_decoder), and most count
+# positions from the padding, so that an agent's answer would depend on the other queries.
 ENCODERS = {
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
     "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
 }  # fmt: skip
-# Their distances between tokens (ALiBi, a window of some layers) count the padding of a shorter query.
+# Distances between tokens (ALiBi, windows of some layers) include the padding of shorter queries.
 COUNT_PADDING = {"gpt_neo", "mpt"}
 
 
 def check_cache(cache: Cache) -> None:
-    """Refuse every cache that is not made of plain full-attention layers.
+    """Check that a cache consists of plain full-attention layers.
 
     Raises:
-        PolyKVError: names the first thing that is not supported.
+        PolyKVError: names the first layer that is not supported.
     """
     if isinstance(cache, EncoderDecoderCache):
         raise PolyKVError("encoder-decoder caches cannot be pooled; use a decoder-only model")
     for index, layer in enumerate(cache.layers):
-        # Subclasses of DynamicLayer (sliding window, hybrid, quantized) hold something else than all tokens.
+        # Subclasses of DynamicLayer (sliding window, hybrid, quantized) do not hold all tokens as they are.
         if type(layer) is not DynamicLayer:
             raise PolyKVError(
                 f"layer {index} is a {type(layer).__name__}, not full attention with a DynamicCache; "
@@ -49,11 +49,11 @@ def check_cache(cache: Cache) -> None:
 
 
 def check_model(model_config: Any) -> None:
-    """Refuse architectures whose cache is not plain full attention, before any work.
+    """Check that an architecture's cache is that of plain full attention.
 
     Raises:
         PolyKVError: encoders, encoder-decoders, latent attention (MLA), sliding-window or hybrid layers, or layers
-            that do not keep every token's keys and values.
+            that do not store every token's keys and values.
     """
     name = model_config.model_type
     text_config = model_config.get_text_config(decoder=True)
@@ -78,22 +78,22 @@ def check_model(model_config: Any) -> None:
 
 
 def check_attention(model_config: Any, mend: str) -> None:
-    """Refuse architectures whose attention cannot be replaced by one that gives the same, before any work.
+    """Check that an architecture's attention can be replaced by an equivalent function.
 
     Raises:
-        PolyKVError: it is not plain, or the model keeps it to itself; ends in `mend`.
+        PolyKVError: it is not plain, or not taken from transformers' registry; the message ends with `mend`.
     """
     if fault := probe(model_config).not_plain:
         raise PolyKVError(f"{model_config.model_type} {fault}; {mend}")
 
 
 def max_positions(model_config: Any) -> int | None:
-    """The longest sequence the model takes, or None where its config sets no limit."""
+    """The model's maximum sequence length, or None if its config has no limit."""
     return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def check_length(model_config: Any, n_tokens: int, what: str) -> None:
-    """Refuse more tokens than the model has positions.
+    """Check that the model has positions for `n_tokens`.
 
     Raises:
         PolyKVError: with both numbers.
@@ -107,10 +107,10 @@ def check_length(model_config: Any, n_tokens: int, what: str) -> None:
 
 
 def check_rope(model_config: Any, n_cached: int, n_tokens: int, what: str) -> None:
-    """Refuse to grow a cache of `n_cached` tokens to `n_tokens` where the rotary frequencies change between them.
+    """Check that a cache can grow from `n_cached` to `n_tokens` tokens without a change of rotary frequencies.
 
-    longrope has one set of frequencies up to a length and another beyond it, dynamic NTK one for every length
-    beyond. Cached keys keep those that they were written with; later queries have the others.
+    longrope has one set of frequencies up to a certain length and another beyond it, dynamic NTK a different one for
+    each longer length. Cached keys keep the frequencies with which they were written; later queries would have others.
 
     Raises:
         PolyKVError: with the lengths.
@@ -122,19 +122,19 @@ def check_rope(model_config: Any, n_cached: int, n_tokens: int, what: str) -> No
             mend = f"keep the whole within {limit} tokens"
             mend += ", or the prefix beyond" if rope == "longrope" else ""
             raise PolyKVError(
-                f"{what} grows a cache of {n_cached} tokens to {n_tokens}, and beyond {limit} "
+                f"{what} grows a cache of {n_cached} tokens to {n_tokens}, but beyond {limit} "
                 f"{model_config.model_type} has other rotary frequencies ({rope}); {mend}"
             )
 
 
 def _rope_limits(config: Any) -> Iterator[tuple[str, int]]:
-    """(kind, the most tokens with the frequencies of a short text) of each rotary embedding that has two."""
+    """(kind, length up to which frequencies are those of short texts) of each rotary embedding that changes them."""
     given = getattr(config, "rope_parameters", None) or {}
     for rope in given.values() if all(isinstance(v, dict) for v in given.values()) else [given]:
         kind = rope.get("rope_type", "default")
         if kind == "longrope":
             yield kind, rope["original_max_position_embeddings"]
-        # Hunyuan's checkpoints say dynamic and mean a fixed base (`alpha`).
+        # Hunyuan's checkpoints are labelled dynamic but have a fixed base (`alpha`).
         elif "dynamic" in kind and not (
             config.model_type.startswith("hunyuan") and rope.get("alpha")
         ):
@@ -142,7 +142,7 @@ def _rope_limits(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def check_padding(model_config: Any) -> None:
-    """Refuse queries of different lengths in one batch where padding would change an answer.
+    """Check that queries of different lengths can be padded to one batch without changing answers.
 
     Raises:
         PolyKVError: names the architecture.

@@ -1,4 +1,4 @@
-"""The classes and functions that a YAML names as `_target_`. Torch-free."""
+"""Import of the classes and functions that a YAML names as `_target_`. Torch-free."""
 
 from importlib import import_module
 from typing import Any
@@ -7,10 +7,10 @@ from polykv.errors import PolyKVError
 
 
 def find(name: str) -> Any:
-    """The class or function of a dotted name: polykv.codecs.uniform.Uniform, or one of a user's own on PYTHONPATH.
+    """The class or function of a dotted name, such as polykv.codecs.uniform.Uniform or a user's own on PYTHONPATH.
 
     Raises:
-        PolyKVError: there is none, or its module cannot be imported.
+        PolyKVError: no such name, or a module that cannot be imported.
     """
     module, _, attribute = str(name).rpartition(".")
     if not module:

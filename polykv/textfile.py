@@ -1,6 +1,6 @@
-"""Text files of the user: UTF-8 with or without a byte order mark, lines that end in `\\n` or `\\r\\n`. Torch-free.
+"""Reading of users' text files: UTF-8 with or without byte order mark, lines ending in `\\n` or `\\r\\n`. Torch-free.
 
-`str.splitlines` ends lines at U+2028, form feeds and more, which JSON and prose hold inside of a line.
+`str.splitlines` is not used: it also splits at U+2028, form feeds and others, which may occur within a line.
 """
 
 import json
@@ -14,10 +14,10 @@ Record = TypeVar("Record")
 
 
 def read(path: Path, setting: str) -> str:
-    """The text of a file, with `\\n` at every line's end.
+    """The text of a file, with lines ending in `\\n`.
 
     Raises:
-        PolyKVError: it cannot be read (names the `setting` that holds its path), is not UTF-8, or is empty.
+        PolyKVError: it cannot be read (names the `setting` with its path), is not UTF-8, or is empty.
     """
     try:
         content = path.read_bytes()
@@ -28,7 +28,7 @@ def read(path: Path, setting: str) -> str:
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        # Where there is a mark, places are counted behind it.
+        # Offsets are counted after a byte order mark.
         line = error.object[: error.start].count(b"\n") + 1
         raise PolyKVError(
             f"{path}, line {line}, is not UTF-8 text ({error.reason}); convert it first"
@@ -39,15 +39,15 @@ def read(path: Path, setting: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text that has `\\n` at their ends, without those that are blank."""
+    """The lines of a text that are not blank."""
     return [line for line in text.split("\n") if line.strip()]
 
 
 def read_jsonl(path: Path, setting: str, parse: Callable[[Mapping], Record]) -> list[Record]:
-    """What `parse` makes of each line's JSON object; blank lines are passed over.
+    """The records that `parse` makes of the JSON object on each line; blank lines are skipped.
 
     Raises:
-        PolyKVError: as `read`, or a line is no JSON object, or `parse` refuses it; names file and line.
+        PolyKVError: as `read`, a line that is not a JSON object, or one that `parse` rejects; names file and line.
     """
     records = []
     for number, line in enumerate(read(path, setting).split("\n"), start=1):
@@ -56,7 +56,7 @@ def read_jsonl(path: Path, setting: str, parse: Callable[[Mapping], Record]) -> 
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise PolyKVError("it is no JSON object")
+                raise PolyKVError("not a JSON object")
             records.append(parse(record))
         except (ValueError, RecursionError, PolyKVError) as error:
             raise PolyKVError(f"{path}, line {number}: {error}") from error

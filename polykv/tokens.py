@@ -1,9 +1,8 @@
-"""Text as token ids, the same way everywhere: BOS where a sequence begins, if the tokenizer adds one; EOS never.
+"""Tokenization of texts: with BOS at the start of a sequence, if the tokenizer adds one, and never with EOS.
 
-A tokenizer may put tokens before a text (BOS, for most that do) and behind it (EOS). What comes before belongs to the
-input that a model was trained on, and without it some models are far worse (Gemma). What comes behind ends the
-sequence, while here a question, an answer or the rest of a document always follows. Text in a chat gets what the chat
-template writes and nothing else (polykv/chat.py).
+Tokenizers may add tokens before a text (usually BOS) and after it (EOS). Models are trained with the former, and some
+(Gemma) are far worse without. The latter would end the sequence, whereas here a question, an answer or the rest of a
+document always follows. Text in chat format has exactly the special tokens of the chat template (polykv/chat.py).
 """
 
 from typing import Any
@@ -17,8 +16,7 @@ PROBE = "The first of 2."
 
 
 def encode(tokenizer: Any, text: str, begins: bool = False) -> Tensor:
-    """Ids (1, tokens) of a text; one that `begins` a sequence has the `opening` before it. It may be longer than the
-    model: windows are cut from it.
+    """Ids (1, tokens) of a text, with the `opening` if it `begins` a sequence. Not limited to the model's length.
 
     Raises:
         PolyKVError: as `opening`.
@@ -29,15 +27,15 @@ def encode(tokenizer: Any, text: str, begins: bool = False) -> Tensor:
 
 
 def opened(tokenizer: Any, ids_BT: Tensor) -> Tensor:
-    """Ids (1, tokens) with the `opening` before them."""
+    """Ids (1, tokens) with the `opening` prepended."""
     return torch.cat([torch.tensor([opening(tokenizer)], dtype=torch.long), ids_BT], dim=1)
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts before a text: BOS, nothing, or what else its post-processor or flags say.
+    """The ids that a tokenizer adds before a text, as its post-processor or flags say: usually BOS, or none.
 
     Raises:
-        PolyKVError: it is ambiguous which tokens of the encoded text they are.
+        PolyKVError: they cannot be determined from an encoded text.
     """
     own = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids

@@ -1,7 +1,7 @@
-"""What a cell's numbers depend on beside its settings: which code makes them.
+"""Versions of the code that produces a cell's numbers, for its identity.
 
-In this package a class of codecs declares `version`, and a module that makes numbers VERSION: integers that are raised
-when other numbers come out (tests/outputs.py tells when). Of a user's own code, the source itself tells.
+In this package each codec declares `version`, and each module that produces numbers VERSION: integers that are raised
+when the numbers change (tests/outputs.py checks that). For a user's code, a digest of its source is used.
 """
 
 import ast
@@ -21,9 +21,9 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def of(settings: Mapping[str, Any], made_by: Iterable[ModuleType]) -> dict[str, int | str]:
-    """What belongs to the identity of a cell with these resolved settings, made by these modules of its study.
+    """Versions on which a cell with these resolved settings depends; `made_by` are the modules that its study names.
 
-    Integers are versions, under the name of their class or module; strings are digests of source, under its module's.
+    Integers are versions, by name of the class or module; strings are digests of source, by name of the module.
 
     Raises:
         PolyKVError: source that cannot be read.
@@ -40,7 +40,7 @@ def _short(name: str) -> str:
 
 
 def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_`, however deep."""
+    """All `_target_` of nested settings."""
     if isinstance(node, Mapping):
         if isinstance(target := node.get("_target_"), str):
             yield target
@@ -50,15 +50,13 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(child)
 
 
-# Once a process: what it has imported goes on running, though its file be edited.
+# Cached: an imported module keeps running as it is, even if its file is edited.
 @cache
 def _of_target(target: str) -> dict[str, int | str]:
-    """Versions of a class of ours and of those that it inherits, or of a function's module; of a user's own code, a
-    digest of its source.
-    """
+    """Versions of our classes, with those that they inherit, or of a function's module; digest of a user's source."""
     try:
         made = targets.find(target)
-    except PolyKVError:  # refused with a better message where it is instantiated
+    except PolyKVError:  # instantiating it raises a better message
         return {}
     found: dict[str, int | str] = {}
     for part in getattr(made, "__mro__", (made,)):
@@ -68,13 +66,13 @@ def _of_target(target: str) -> dict[str, int | str]:
                 found[part.__name__] = part.version
             elif part is made and hasattr(sys.modules[module], "VERSION"):
                 found[_short(module)] = sys.modules[module].VERSION
-        elif part is made:  # what it inherits of a user's own, its source imports
+        elif part is made:  # a user's base classes are imported by its source
             found[module] = _source(module)
     return found
 
 
 def _source(name: str) -> str:
-    """Digest of a user's module, of those beside it that it imports, and of the versions of ours that these use."""
+    """Digest of a user's module, of the user's modules that it imports, and of the versions of ours among them."""
     path = Path(sys.modules[name].__file__ or "")
     home = path.parents[name.count(".") + (path.name == "__init__.py")]
     lines, seen, left = [], set(), [name]
@@ -92,7 +90,7 @@ def _source(name: str) -> str:
 
 
 def _beside(home: Path, name: str, other: str) -> Path | None:
-    """The source of `other`, if it is of the same package as `name` or lies in the same folder of a user's."""
+    """The source file of `other`, if it belongs to the same package or user's folder as `name`."""
     installed = home.name in ("site-packages", "dist-packages")
     if installed and other.partition(".")[0] != name.partition(".")[0]:
         return None
@@ -104,7 +102,7 @@ def _beside(home: Path, name: str, other: str) -> Path | None:
 
 
 def _imports(name: str, path: Path) -> Iterator[str]:
-    """What a module's source imports, wherever in it: modules, and what may be one (`from a import b` is a and a.b)."""
+    """Names that a module's source imports anywhere in it; `from a import b` gives a and a.b, which may be a module."""
     if path.suffix != ".py":  # compiled
         return
     parents = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
@@ -119,7 +117,7 @@ def _imports(name: str, path: Path) -> Iterator[str]:
 
 
 def _declared(name: str) -> list[tuple[str, int]]:
-    """The versions of one of our modules and of its classes; none where the name is no module's."""
+    """The versions of one of our modules and its classes; empty if the name is not a module."""
     members = vars(sys.modules.get(name, object)).items()
     classes = [
         (key, vars(one)["version"])

@@ -1,4 +1,4 @@
-"""Weights & Biases: how a run is opened, by the tracking of cells and by the analysis. Torch-free."""
+"""Opening of Weights & Biases runs, for the tracking of cells and for the analysis. Torch-free."""
 
 import os
 import shlex
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wandb import Run
 
-SECONDS_TO_WAIT = 30  # for a server to answer, and for the last bytes to reach it
+SECONDS_TO_WAIT = 30  # for the server, at the start and at the end of a run
 
 
 def open_run(folder: str | Path, **about: Any) -> "Run":
-    """A run that keeps its files in FOLDER/wandb; `about` goes to `wandb.init`.
+    """A run with its files in FOLDER/wandb; `about` are further arguments of `wandb.init`.
 
-    WANDB_MODE and `wandb offline` are obeyed. Else it is online where there is a key (WANDB_API_KEY,
-    netrc) and the server answers, and offline where not. Nobody is asked for a key.
+    WANDB_MODE and `wandb offline` are respected. Otherwise the run is online if there is a key (WANDB_API_KEY, netrc)
+    and the server answers, else offline. It never prompts for a key.
     """
     import wandb
 
     place = Path(folder).resolve()
     place.mkdir(parents=True, exist_ok=True)
-    # What an offline run has yet to send would else stay behind in this machine's home.
+    # Otherwise an offline run stages artifacts in the home folder.
     os.environ.setdefault("WANDB_DATA_DIR", str(place / "wandb"))
     quiet = wandb.Settings(
         silent=True,
         console="off",
-        disable_git=True,  # the provenance says it
+        disable_git=True,  # it is in the provenance
         x_disable_stats=True,
         init_timeout=SECONDS_TO_WAIT,
         finish_timeout=SECONDS_TO_WAIT,
@@ -45,12 +45,12 @@ def open_run(folder: str | Path, **about: Any) -> "Run":
     except wandb.errors.CommError as error:
         reason = " ".join(str(error).split())
         print(f"warning: wandb runs are kept offline from here on ({reason})", file=sys.stderr)
-        os.environ["WANDB_MODE"] = "offline"  # the next cell need not wait again
+        os.environ["WANDB_MODE"] = "offline"  # so that the next cell does not wait
         return opened("offline")
 
 
 def unsynced(folder: str | Path) -> str:
-    """What is kept offline below FOLDER and how to send it, or "" where there is nothing."""
+    """A message about offline runs below FOLDER and how to upload them; "" if there are none."""
     runs = [
         run
         for run in Path(folder).glob("wandb/offline-run-*")

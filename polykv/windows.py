@@ -1,7 +1,7 @@
-"""Windows of tokens that documents are cut from: consecutive ones of a plain text, or one an article of WikiText.
+"""Windows of tokens for documents: consecutive ones of a plain text, or one per article of WikiText.
 
-Every window is a sequence of its own. Where the tokenizer puts BOS before a text, each window begins with it, and it
-counts: `context` tokens are BOS and `context` - 1 of the text, and the next window goes on with the token after them.
+Every window is a sequence of its own. If the tokenizer adds BOS, each window begins with it and includes it in its
+length: `context` tokens are BOS and `context` - 1 tokens of the text.
 """
 
 import re
@@ -13,23 +13,22 @@ from torch import Tensor
 from polykv.errors import PolyKVError
 from polykv.tokens import encode, opened, opening
 
-# An article's title stands alone between blank lines. Sections have more than one `=`, and lines of formulas, which
-# may look like a title, stand in the text.
+# An article's title is a line between blank lines. Titles of sections have more than one `=`; lines of formulas may
+# look like a title but are not between blank lines.
 TITLE = re.compile(r"(?:\A|^ *\n) = (?!= )[^\n]+(?<! =) = *\n *$", re.MULTILINE)
-CHARACTERS = 8  # read a token, at first
-MARGIN = 64  # tokens behind the last one that is needed, so that no cut is near it
-# Between two cuts of a text. More than the longest word that tokenizers cut in pieces (100 characters), and prime, as
-# some count digits in groups from the end of a number.
+CHARACTERS = 8  # per token, in the first attempt
+MARGIN = 64  # tokens between the last one needed and a cut of the text
+# Characters between two cuts of a text. More than the longest word that tokenizers split (100 characters), and prime,
+# since some group digits from the end of a number.
 APART = 509
 
 
 def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
-    """The text's first `n_tokens` ids (1, tokens), or all where it has fewer; of a long text no more is tokenised
-    than that takes.
+    """The first `n_tokens` ids (1, tokens) of a text, or all if it has fewer, without tokenising all of a long text.
 
-    What follows a cut can change the tokens before it: those of the word that it cuts, and of texts without spaces
-    all that merge with their neighbours. So two beginnings of different lengths must agree on all tokens but the
-    last MARGIN of the shorter one; where they do not, more is read.
+    A cut can change the tokens before it: those of the word that it splits, and in texts without spaces many more. So
+    two beginnings of different lengths have to agree on all tokens but the last MARGIN of the shorter one; otherwise
+    more text is tokenised.
     """
     n_characters = CHARACTERS * (n_tokens + MARGIN)
     while n_characters + APART < len(text):
@@ -44,10 +43,10 @@ def first_tokens(tokenizer: Any, text: str, n_tokens: int) -> Tensor:
 
 
 def consecutive(tokenizer: Any, text: str, context: int | None, limit: int) -> list[Tensor]:
-    """As many windows (1, context) from the text's start as fit, up to `limit`. None: one window, the whole text.
+    """Up to `limit` consecutive windows (1, context) of a text; with context None one window, the whole text.
 
     Raises:
-        PolyKVError: a context that has no room for text.
+        PolyKVError: a context without room for text.
     """
     if context is None:
         return [encode(tokenizer, text, begins=True)]
@@ -58,7 +57,7 @@ def consecutive(tokenizer: Any, text: str, context: int | None, limit: int) -> l
 
 
 def own_tokens(tokenizer: Any, context: int) -> int:
-    """Tokens of the text itself in a window of `context` tokens.
+    """Tokens of the text in a window of `context` tokens.
 
     Raises:
         PolyKVError: there is no room for any.
@@ -66,24 +65,24 @@ def own_tokens(tokenizer: Any, context: int) -> int:
     n_own = context - len(opening(tokenizer))
     if n_own < 1:
         raise PolyKVError(
-            f"context={context} is no more than what this tokenizer puts before a text; raise it"
+            f"context={context} has no room for text after the tokens that this tokenizer adds; raise it"
         )
     return n_own
 
 
 def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Tensor]:
-    """As many windows (1, context) as fit, up to `limit`, each the start of an article of WikiText.
+    """Up to `limit` windows (1, context), each starting at an article of WikiText.
 
-    Where `limit` articles are long enough, a window holds one article. Where they are fewer, windows run on into
-    the articles that follow, none of which is then used again.
+    If at least `limit` articles are long enough, each window lies within one article. Otherwise windows continue into
+    the following articles, which are then not used again.
 
     Raises:
-        PolyKVError: a text without a title, or a context that has no room for text.
+        PolyKVError: a text without a title, or a context without room for text.
     """
     starts = [found.start() for found in TITLE.finditer(text)]
     if not starts:
         raise PolyKVError(
-            "the text is not of WikiText's form: no line ' = Title = ' stands between blank lines; "
+            "the text is not in WikiText's format: it has no line ' = Title = ' between blank lines; "
             "use document=file"
         )
     n_own, ends = own_tokens(tokenizer, context), [*starts[1:], len(text)]

@@ -213,7 +213,7 @@ def test_hydra_leaves_the_libraries_loggers_alone():
 def test_a_warning_is_printed_once_and_another_one_too(capfd):
     logger = logging.getLogger("library_of_a_test")
     logger.addHandler(logging.StreamHandler())
-    said_once.by("library_of_a_test")
+    said_once.deduplicate("library_of_a_test")
     child = logging.getLogger("library_of_a_test.part")
     for text in ("one", "one", "two", "one"):
         child.warning("part %s", text)

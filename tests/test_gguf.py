@@ -238,8 +238,8 @@ def cut(at):
 
 
 HOSTILE = {
-    "an empty file": (lambda write, path: path.write_bytes(b""), "no GGUF file"),
-    "a text": (lambda write, path: path.write_text("a text\n" * 99), "no GGUF file"),
+    "an empty file": (lambda write, path: path.write_bytes(b""), "not a GGUF file"),
+    "a text": (lambda write, path: path.write_text("a text\n" * 99), "not a GGUF file"),
     "a header alone": (cut(24), "cut short"),
     "no tensors": (lambda write, path: write(tensors=None, bare=True), "no model"),
     "an architecture that nobody knows": (
@@ -283,7 +283,7 @@ def test_a_file_cut_anywhere_is_refused(files, tmp_path, cache):
     places = np.random.default_rng(0).integers(1, end, 60)
     for place in [1, 3, 4, 23, 24, end - 1, *places.tolist()]:
         path.write_bytes(whole[:place])
-        refused(path, "no GGUF file|damaged or cut short")
+        refused(path, "not a GGUF file|damaged or cut short")
     assert not cache.exists()
 
 
@@ -412,7 +412,7 @@ def test_without_a_hub_the_package_is_taken(site, tiny, files):
 
 
 def test_the_hub_comes_first(site, tiny, monkeypatch):
-    monkeypatch.setattr(hub, "can_be_had", lambda *_: True)
+    monkeypatch.setattr(hub, "is_available", lambda *_: True)
     models.settle(tiny)
     assert models.weights_label(tiny) == "hub@" + "a" * 12 and "packaged" not in tiny
 

@@ -74,7 +74,7 @@ def test_round_trip_is_bit_identical(policy, model, tokenizer, ids, tmp_path):
     card.save(tmp_path / "a" / "card.safetensors")
     again = polykv.CacheCard.open(tmp_path / "a" / "card.safetensors", model, tokenizer)
     assert same_tensors(card, again) and same_cache(card.dequantize(), again.dequantize())
-    assert again.about == card.about and again.digest == card.digest
+    assert again.metadata == card.metadata and again.digest == card.digest
     assert again.n_tokens == 200 and again.mean_bits == card.mean_bits
     assert again.to_bytes() == card.to_bytes()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["card.safetensors"]
@@ -96,7 +96,7 @@ def test_half_precision_models_round_trip(dtype, model, tokenizer, ids):
     again = CacheCard.from_bytes(card.to_bytes(), half, tokenizer)
     assert same_tensors(card, again)
     # The exact tier of a bf16 model is bf16: a cast to fp16 would only add an error.
-    assert card.about.exact == str(dtype).removeprefix("torch.")
+    assert card.metadata.exact == str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("policy", BUDGETED)
@@ -203,9 +203,9 @@ def test_append_keeps_the_parents_bits(model, tokenizer, ids):
                     assert torch.equal(kept, tensor)
         for a, b in zip(child.decode(), card.decode(), strict=True):
             assert all(torch.equal(x[:, :, : card.n_tokens], y) for x, y in zip(a, b, strict=True))
-        assert child.nominal_bits <= 4.0 and child.about.parent == card.digest
+        assert child.nominal_bits <= 4.0 and child.metadata.parent == card.digest
         assert all(map(torch.equal, child.key.channels, card.key.channels))
-        assert child.about.hop == card.about.hop + 1
+        assert child.metadata.hop == card.metadata.hop + 1
         card = CacheCard.from_bytes(child.to_bytes(), model, tokenizer)
 
 

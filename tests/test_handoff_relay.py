@@ -89,7 +89,7 @@ def test_five_handoffs_by_append_lose_no_more_than_one(policy, model, tokenizer)
     first = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     for hops_left in (4, 3, 2, 1):
         cache = passing(cache, ids, Topology(len(ids), hops_left))
-    assert passing.card.about.hop == 5
+    assert passing.card.metadata.hop == 5
     for layer, (keys, values) in zip(cache.layers, first, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
@@ -164,7 +164,7 @@ def test_more_problems_come_from_the_hub_after_the_same_first_ones(monkeypatch):
     problems = gsm8k.load(None, 1319, seed=0)
     assert problems[:300] == gsm8k.load(None, 300, seed=0)
     assert {p.question for p in problems} == {row["question"] for row in rows}
-    monkeypatch.setattr(hub, "can_be_had", lambda *what: True)
+    monkeypatch.setattr(hub, "is_available", lambda *what: True)
     gsm8k.check_available(None, 1319)
     with pytest.raises(PolyKVError, match="1319 problems and n_problems=1320"):
         gsm8k.load(None, 1320, seed=0)

@@ -50,7 +50,7 @@ def test_a_signed_card_says_what_is_known_of_it(model):
     card, content = signed_and_not(model)
     for key, verified in ((None, False), (KEY, True)):
         again = CacheCard.from_bytes(bytearray(content), model, None, key)
-        assert again.signed and again.verified is verified and again.about == card.about
+        assert again.signed and again.verified is verified and again.metadata == card.metadata
         assert again.to_bytes() == content  # it keeps its signature
     assert not card.signed and not card.verified and card.to_bytes() == SEED
     assert 64 < len(content) - len(SEED) < 100  # in the file's bytes, and counted
@@ -137,7 +137,7 @@ def test_a_label_cannot_pose_as_a_digest_or_signature(model):
             budget_bits=16,
         )
         again = CacheCard.from_bytes(card.to_bytes(KEY), model, None, KEY)
-        assert again.about.sender == sender and again.verified
+        assert again.metadata.sender == sender and again.verified
 
 
 def test_a_file_larger_than_any_card_is_refused_before_it_is_read(model, tmp_path):
@@ -152,7 +152,7 @@ def test_a_file_larger_than_any_card_is_refused_before_it_is_read(model, tmp_pat
 def test_pipes_and_folders_are_no_cards(model, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(CardError, match="is no file"):
+        with pytest.raises(CardError, match="is not a file"):
             CacheCard.open(place, model, None)
 
 

@@ -90,7 +90,7 @@ def test_intervals_and_tests_of_nothing_or_one():
     assert document_interval([np.array([]), np.arange(9.0)]) == document_interval([np.arange(9.0)])
     assert skewed_interval(np.ones(1)) is skewed_interval(np.array([1, NAN])) is None
     assert mcnemar([True], [False]) == (1, 0, 1.0)
-    with pytest.raises(ValueError, match="one problem or more"):
+    with pytest.raises(ValueError, match="at least one problem"):
         mcnemar([], [])
 
 

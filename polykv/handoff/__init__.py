@@ -1,1 +1,1 @@
-"""Handoff of one agent's cache to the next (QKVShare, arXiv 2605.03884): signals, bits, cards, relays."""
+"""Handoff of an agent's KV cache to the next agent (QKVShare, arXiv 2605.03884): policies, cards, relays."""

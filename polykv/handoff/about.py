@@ -1,4 +1,4 @@
-"""What a card says of itself, written by the sender and checked by the reader."""
+"""CardMetadata: the fields of a card's header, written by the sender and validated by the receiver."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from polykv.handoff.packing import DTYPE_NAMES
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
 
-MOST = 1 << 31  # of any count; what is possible for the model is checked when it is known
-LABEL = 128  # characters
+MOST = 1 << 31  # bound of all counts; limits of the model are checked in verify.py
+LABEL = 128  # characters of a label at most
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class About:
-    """What a card says of itself. `exact` is the dtype of its 16-bit tier (None: the model's own).
+class CardMetadata:
+    """The metadata of a card: model, tokenizer, geometry, policy and origin.
 
-    `sender` and `policy` are labels: printable, and safe to use as a file's name. Only a signature makes
-    any of this true (`polykv.handoff.signing`).
+    `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `sender`
+    and `policy` are labels: printable, and safe as file names. Only a signature proves that the metadata are genuine
+    (`polykv.handoff.signing`).
 
     Raises:
-        PolyKVError: a label, number or digest that no card may have.
+        PolyKVError: an invalid label, number or digest.
     """
 
     model: str
@@ -58,35 +59,35 @@ class About:
         sizes = (self.n_layers, self.n_kv_heads, self.head_dim, self.group_size, self.n_tokens)
         known = self.dtype in DTYPES and (self.exact is None or self.exact in DTYPES)
         if not all(1 <= n < MOST for n in (*sizes, self.hop)) or not known:
-            raise PolyKVError("the card's geometry, hop or dtype is not possible; seal it again")
+            raise PolyKVError("the card's geometry, hop or dtype is invalid; seal it again")
         if not 0 <= self.position_offset < MOST:
-            raise PolyKVError("position_offset of a card takes a whole number from 0 up")
+            raise PolyKVError("position_offset of a card has to be a non-negative integer")
         if self.budget_bits is not None and not 0 < self.budget_bits < math.inf:
-            raise PolyKVError("budget_bits of a card takes a number of bits such as 4.0")
+            raise PolyKVError("budget_bits of a card has to be a number of bits such as 4.0")
         if self.parent is not None and not _DIGEST.fullmatch(self.parent):
-            raise PolyKVError("the parent of a card takes the digest of another; seal it again")
+            raise PolyKVError("the parent of a card has to be a card's digest; seal it again")
         for name in ("sender", "policy"):
             label = getattr(self, name)
             odd = not label.isprintable() or label.startswith(".") or {*label} & {*"/\\"}
             if odd or len(label) > LABEL:
                 raise PolyKVError(
-                    f"the card's {name} {label[:40]!a} is no label; give up to {LABEL} printable "
-                    "characters without / and \\ that do not start with a dot"
+                    f"the card's {name} {label[:40]!a} is not a valid label; give up to {LABEL} printable "
+                    "characters without / and \\, not starting with a dot"
                 )
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> About:
-        """From the fields of a file.
+    def parse(cls, given: dict[str, Any]) -> CardMetadata:
+        """Parse the fields of a card's file.
 
         Raises:
-            CardError: a field is missing, unknown, or of another type or range.
+            CardError: a field is missing, unknown, or of the wrong type or range.
         """
         expected = {field.name: str(field.type) for field in fields(cls)}
         if set(given) != set(expected):
-            raise CardError("the card's fields are not those of its version; seal it again")
+            raise CardError("the card's fields do not match its version; seal it again")
         for name, kind in expected.items():
             if type(given[name]) not in cls._TYPES[kind]:
-                raise CardError(f"the card's field {name} is no {kind}; seal it again")
+                raise CardError(f"the card's field {name} is not of type {kind}; seal it again")
         try:
             return cls(**given)
         except PolyKVError as error:
@@ -102,8 +103,8 @@ class About:
         budget_bits: float,
         name: str,
         position_offset: int,
-    ) -> About:
-        """What a first card says; `name` is how the sender calls itself."""
+    ) -> CardMetadata:
+        """The metadata of a first card (hop 1); `name` is the sender's."""
         g = Geometry.of(sending.model.config)
         n_kv_heads, head_dim = g.shape
         return cls(
@@ -126,5 +127,5 @@ class About:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of one side, all layers: (1, layers * heads, tokens, head_dim)."""
+        """Shape of all keys, and of all values: (1, layers * heads, tokens, head_dim)."""
         return (1, self.n_layers * self.n_kv_heads, self.n_tokens, self.head_dim)

@@ -1,9 +1,8 @@
-"""Bits to tokens: greatest marginal gain per bit until the budget is spent.
+"""Allocation of bits to tokens by greatest marginal gain per bit until the budget is spent.
 
-For a distortion that is convex in its cost, taking steps by falling gain per bit is optimal: no allocation
-that costs as little as the steps taken so far has less weighted distortion (Shoham & Gersho 1988; Fox 1966).
-Steps differ in size, so a remainder can be left that the next step does not fit into; it goes to the best
-steps that do fit.
+If distortion is convex in cost, taking steps in order of decreasing gain per bit is optimal: no allocation of the same
+cost has less weighted distortion (Shoham & Gersho 1988; Fox 1966). Steps differ in size, so the next one may not fit
+into the remaining budget, which then goes to the best steps that do.
 """
 
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import numpy as np
 
 from polykv.errors import PolyKVError
 
-VERSION = 1  # of which token gets which tier
-GOLDEN = (5**0.5 - 1) / 2
+VERSION = 1  # of the allocation
+GOLDEN = (5**0.5 - 1) / 2  # multiples modulo 1 are a low-discrepancy sequence
 
 
 def allocate(
@@ -21,12 +20,13 @@ def allocate(
 ) -> np.ndarray:
     """The tier of every item: (N,) uint8, an index into `cost` and `distortion`.
 
-    An item of weight w at tier k costs cost[k] bits and adds w * distortion[k]; `budget` is for all items
-    together. Costs rise; distortion is strictly convex in them. Equal items are told apart by a
-    low-discrepancy order, so that what divides them is spread evenly over the sequence.
+    An item of weight w at tier k costs cost[k] bits and adds w * distortion[k]; `budget` is the total for all items.
+    Costs increase, and distortion is strictly convex in them. Ties are broken by a low-discrepancy order, which spreads
+    the higher tiers evenly over the sequence.
 
     Raises:
-        PolyKVError: the budget does not pay for every item's lowest tier.
+        PolyKVError: the budget is too small for the lowest tier of all items.
+        ValueError: costs that do not increase, or distortion that is not convex.
     """
     cost_K, n = np.asarray(cost, float), len(weights_N)
     steps = np.diff(cost_K)
@@ -40,7 +40,7 @@ def allocate(
             "raise budget_bits or give the policy a lower tier"
         )
     spread_N = np.arange(n) * GOLDEN % 1
-    # Flattened (tier, item); an item's own steps keep their order, for its gains fall.
+    # Flattened (tier, item). An item's own steps stay in order, since its gains decrease.
     gain_S = (gain[:, None] * weights_N[None, :]).ravel()
     step_S, item_S = np.repeat(steps, n), np.tile(np.arange(n), len(steps))
     order_S = np.lexsort((spread_N[item_S], np.repeat(np.arange(len(steps)), n), -gain_S))
@@ -59,7 +59,7 @@ def _spend_rest(
     gain: np.ndarray,
     spread_N: np.ndarray,
 ) -> np.ndarray:
-    """The best single steps that still fit, one at a time: a few rounds, for less than one step is left."""
+    """Take the best single steps that still fit; few, since less than the largest step is left."""
     padded_steps, padded_gain = np.append(steps, np.inf), np.append(gain, 0)
     while True:
         fits = np.flatnonzero(padded_steps[tiers_N] <= left)

@@ -1,7 +1,7 @@
-"""CacheCard: one agent's cache, sealed under a policy into a self-contained, verifiable file.
+"""CacheCard: an agent's KV cache, sealed under a policy into a self-contained, verifiable file.
 
-QKVShare, arXiv 2605.03884. A card names the model and the tokenizer that made it and holds everything that
-a fresh process with the same two needs to go on: packed tensors, the map of tiers, the token ids.
+QKVShare, arXiv 2605.03884. A card identifies the model and tokenizer that made it and contains all that another process
+with the same two needs to continue: packed tensors, the map of tiers, and the token ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff import cardfile, fingerprint, stores, verify
-from polykv.handoff.about import About
+from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import CardError, Stamp
 from polykv.handoff.in_place import segments_by_layer
 from polykv.handoff.mixed import Mixed, MixedCodec
@@ -36,17 +36,17 @@ ALONE = Topology()
 
 @dataclass(frozen=True, eq=False)
 class CacheCard:
-    """Make one with `seal`, `append` or `open`. Immutable.
+    """An immutable, quantized KV cache with its token ids and metadata; made by `seal`, `append` or `open`.
 
-    Cards that cross trust borders are saved and opened with a `SigningKey` (polykv.handoff.signing).
+    Save and open cards that cross trust boundaries with a `SigningKey` (polykv.handoff.signing).
     """
 
-    about: About
+    metadata: CardMetadata
     ids_T: Tensor  # (tokens,) int32, on the CPU
     key: Mixed
     value: Mixed
-    backend: str  # what decodes it, and attends to it in place
-    _stamp: Stamp | None = None  # of the file that it was read from
+    backend: str  # for decoding, and for attention in place
+    _stamp: Stamp | None = None  # of the file it was read from
 
     @classmethod
     def seal(
@@ -64,17 +64,20 @@ class CacheCard:
         seed: int = 0,
         backend: str = "auto",
     ) -> CacheCard:
-        """Quantize a whole cache; `parent`, the card that the sender had received, is only named.
+        """Quantize a whole cache.
 
-        `budget_bits` bounds the mean payload bits per cached value, as the papers count (Q4 is 4.0), of all tokens
-        but the first 4: attention rests on them, and they stay exact. What is stored, metadata and these tokens
-        counted, is `mean_bits`. Policies that keep every token in one dtype (`full`, `fp16`) have no budget.
-        `backend` (polykv/kernels) is a matter of time: all of them write the same bits. Warns of tokens that
-        get less than 4 bits.
+        Warns if tokens get less than 4 bits.
+
+        Args:
+            budget_bits: bound of the mean payload bits per cached value, as the papers count (Q4 is 4.0), of all tokens
+                except the first 4, the attention sinks, which stay exact. Policies that keep every token in one dtype
+                (`full`, `fp16`) ignore it. Stored bits, including metadata and sinks, are `mean_bits`.
+            parent: the card that the sender received; only its digest and hop are recorded.
+            backend: (polykv/kernels) affects speed only: all backends write the same bits.
 
         Raises:
-            PolyKVError: ids that do not fit the cache, another model's cache, a budget below the lowest tier, or
-                a backend that cannot be had here.
+            PolyKVError: ids that do not match the cache, another model's cache, a budget below the lowest tier, or a
+                backend that is not available.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
         ids_T = _checked(cache, token_ids, model, position_offset)
@@ -82,8 +85,10 @@ class CacheCard:
         codec = MixedCodec(exact_dtype(policy, cache), backend=backend)
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = pack(sending, policy, codec, budget_bits)
-        about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, position_offset)
-        return cls(_after(parent, about), ids_T, key, value, backend)
+        metadata = CardMetadata.of(
+            sending, tokenizer, policy, codec, budget_bits, sender, position_offset
+        )
+        return cls(_after(parent, metadata), ids_T, key, value, backend)
 
     def append(
         self,
@@ -97,13 +102,13 @@ class CacheCard:
         sender: str = "",
         seed: int = 0,
     ) -> CacheCard:
-        """A card of a cache that continues this one's tokens: these keep their packed bits, new ones are added.
+        """A card of a longer cache that begins with this card's tokens, whose packed bits are reused.
 
         Raises:
             PolyKVError: the cache does not continue this card, or too little of the budget is left.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
-        old = self.about
+        old = self.metadata
         ids_T = _checked(cache, token_ids, model, old.position_offset)
         if len(ids_T) < old.n_tokens or not torch.equal(ids_T[: old.n_tokens], self.ids_T):
             raise PolyKVError("the cache does not continue this card's tokens; use CacheCard.seal")
@@ -124,8 +129,8 @@ class CacheCard:
             new_key, new_value = pack(sending, policy, codec, budget_bits, (key, value))
             key, value = codec.extend(key, new_key), codec.extend(value, new_value)
         offset = old.position_offset
-        about = About.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
-        return CacheCard(_after(self, about), ids_T, key, value, self.backend)
+        metadata = CardMetadata.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
+        return CacheCard(_after(self, metadata), ids_T, key, value, self.backend)
 
     @classmethod
     def open(
@@ -136,14 +141,14 @@ class CacheCard:
         key: SigningKey | None = None,
         backend: str = "auto",
     ) -> CacheCard:
-        """Read and verify a card from any place that fsspec knows.
+        """Read and verify a card from any location that fsspec supports.
 
-        With a `key`, a card that was not signed with it is refused. Without one, signed and unsigned cards
-        are opened alike; `verified` says which it was.
+        With a `key`, cards that were not signed with it are refused. Without a key, signed and unsigned cards are both
+        opened, and `verified` is False.
 
         Raises:
-            CardError: missing, truncated, altered, newer than this code, of another model or tokenizer, or
-                not signed with the key.
+            CardError: missing, truncated, altered, of a newer format, of another model or tokenizer, or not signed with
+                the key.
         """
         content = stores.read(path, verify.largest(model))
         return cls.from_bytes(content, model, tokenizer, key, backend)
@@ -157,7 +162,7 @@ class CacheCard:
         key: SigningKey | None = None,
         backend: str = "auto",
     ) -> CacheCard:
-        """Verify a card; its tensors are views of `content` (copied only to another device).
+        """Verify a card's bytes; its tensors are views of `content` (copied only to another device).
 
         Raises:
             CardError: as `open`.
@@ -165,131 +170,132 @@ class CacheCard:
         backend = kernels.pick_backend(backend, model.device)
         given, tensors, stamp = cardfile.loads(content, key)
         mean_bits = given.pop("mean_bits", None)
-        about = About.parse(given)
-        if about.model != fingerprint.of_model(model):
+        metadata = CardMetadata.parse(given)
+        if metadata.model != fingerprint.of_model(model):
             raise CardError(
-                f"the card is from another model ({about.n_layers} layers, {about.n_kv_heads} kv "
+                f"the card is from another model ({metadata.n_layers} layers, {metadata.n_kv_heads} kv "
                 "heads, or other weights); load the model that sealed it"
             )
-        if about.tokenizer != fingerprint.of_tokenizer(tokenizer):
+        if metadata.tokenizer != fingerprint.of_tokenizer(tokenizer):
             raise CardError("the card is from another tokenizer; load the one that sealed it")
-        codec, dtype = MixedCodec(about.exact, about.group_size, backend), DTYPES[about.dtype]
+        codec, dtype = (
+            MixedCodec(metadata.exact, metadata.group_size, backend),
+            DTYPES[metadata.dtype],
+        )
         ids_T = tensors.pop("token_ids", None)
         sides: dict[str, dict[str, Tensor]] = {"key": {}, "value": {}}
         try:
-            verify.check_about(about, model)
-            verify.check_ids(ids_T, about.n_tokens, model)
+            verify.check_metadata(metadata, model)
+            verify.check_ids(ids_T, metadata.n_tokens, model)
             verify.check_finite(tensors)
             for name, tensor in tensors.items():
                 side, _, rest = name.partition(".")
                 if side not in sides:
                     raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
                 sides[side][rest] = tensor.to(model.device)
-            shape = about.shape
+            shape = metadata.shape
             keys, values = (
                 codec.rebuild(part, shape, dtype, side == "key") for side, part in sides.items()
             )
         except PolyKVError as error:
-            raise CardError(f"the card contradicts itself: {error}; seal it again") from error
-        card = cls(about, ids_T, keys, values, backend, stamp)
+            raise CardError(f"the card is inconsistent: {error}; seal it again") from error
+        card = cls(metadata, ids_T, keys, values, backend, stamp)
         if mean_bits != card.mean_bits:
-            raise CardError("the card's mean bits are not those of its tensors; seal it again")
+            raise CardError("the card's mean bits do not match its tensors; seal it again")
         return card
 
     def to_bytes(self, key: SigningKey | None = None) -> bytearray:
-        """The card's file, signed with `key`; without one it keeps the signature that it was read with."""
+        """The card as a file, signed with `key`; without a key it keeps the signature it was read with, if any."""
         tensors = {"token_ids": self.ids_T}
         for side, mixed in (("key", self.key), ("value", self.value)):
             tensors |= {f"{side}.{name}": tensor for name, tensor in mixed.tensors().items()}
-        fields = {**asdict(self.about), "mean_bits": self.mean_bits}
+        fields = {**asdict(self.metadata), "mean_bits": self.mean_bits}
         signature = self._stamp.signature if self._stamp else None
         return cardfile.dumps(fields, tensors, key, signature)
 
     def save(self, path: str, key: SigningKey | None = None) -> None:
-        """Write to a local path, `memory://`, or any remote that fsspec knows; whole or not at all.
+        """Write atomically to a local path, `memory://`, or any remote that fsspec supports.
 
         Raises:
-            CardError: the place cannot be written.
+            CardError: the location is not writable.
         """
         stores.write(path, self.to_bytes(key))
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
         sides = [
-            self._codec.decode(side).split(self.about.n_kv_heads, 1)
+            self._codec.decode(side).split(self.metadata.n_kv_heads, 1)
             for side in (self.key, self.value)
         ]
         return list(zip(*sides, strict=True))
 
     def dequantize(self) -> DynamicCache:
-        """A transformers cache, ready to continue."""
+        """A full-precision transformers cache, ready to be continued."""
         return DynamicCache(self.decode())
 
     def reader(self, n_agents: int = 1) -> CascadeCache:
-        """A cache in which the receiver attends to this card in place, within `attend_in_place(model)`.
+        """A cache in which `n_agents` receivers attend to this card in place, within `attend_in_place(model)`.
 
-        Nothing is decoded beforehand: what stays is packed, and a chunk of it is decoded as attention passes.
-        Several receivers may share it.
+        The card stays packed; attention decodes it chunk by chunk.
 
         Raises:
-            PolyKVError: no agents.
+            PolyKVError: n_agents < 1.
         """
-        layers = segments_by_layer(self.key, self.value, self._codec, self.about.n_kv_heads)
+        layers = segments_by_layer(self.key, self.value, self._codec, self.metadata.n_kv_heads)
         return CascadeCache(layers, n_agents, self.backend)
 
     @property
     def _codec(self) -> MixedCodec:
-        return MixedCodec(self.about.exact, self.about.group_size, self.backend)
+        return MixedCodec(self.metadata.exact, self.metadata.group_size, self.backend)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens whose cache the card holds."""
-        return self.about.n_tokens
+        """Tokens in the card."""
+        return self.metadata.n_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor: codes, scales, channels, maps, token ids; the file's JSON header is not counted."""
+        """Bytes of all tensors: codes, scales, channels, maps, token ids; without the file's JSON header."""
         return self.ids_T.nbytes + self.key.nbytes + self.value.nbytes
 
     @property
     def nominal_bits(self) -> float:
-        """Payload bits per cached value of the tokens after the sinks, which `budget_bits` bounds."""
+        """Mean payload bits per cached value of the tokens after the sinks, which `budget_bits` bounds."""
         return nominal_bits(self.key, self.value)
 
     @property
     def mean_bits(self) -> float:
-        """Stored bits per cached value, all metadata counted."""
-        return 8 * self.nbytes / (2 * math.prod(self.about.shape))
+        """Stored bits per cached value, including metadata."""
+        return 8 * self.nbytes / (2 * math.prod(self.metadata.shape))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file that it was read from, as `parent` names it in the next card.
-
-        Of a card that was not read: of the unsigned file.
-        """
+        """Digest of the file that it was read from, which is `parent` in the next card; else of the unsigned file."""
         stamp = self._stamp or cardfile.loads(self.to_bytes())[2]
         return stamp.digest
 
     @property
     def signed(self) -> bool:
-        """True for a card that was read with a signature, whoever made it."""
+        """Whether the file it was read from has a signature, verified or not."""
         return self._stamp is not None and self._stamp.signature is not None
 
     @property
     def verified(self) -> bool:
-        """True for a card that was opened with the key that it was signed with."""
+        """Whether it was opened with the key that it was signed with."""
         return self._stamp is not None and self._stamp.verified
 
 
-def _after(parent: CacheCard | None, about: About) -> About:
-    """`about` as that of the next card after `parent`."""
-    return replace(about, hop=parent.about.hop + 1, parent=parent.digest) if parent else about
+def _after(parent: CacheCard | None, metadata: CardMetadata) -> CardMetadata:
+    """`metadata` with hop and parent of the next card after `parent`."""
+    return (
+        replace(metadata, hop=parent.metadata.hop + 1, parent=parent.digest) if parent else metadata
+    )
 
 
 def _checked(
     cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedModel, position_offset: int
 ) -> Tensor:
-    """Ids (tokens,) as int32 on the CPU, if they, the cache and the model belong together."""
+    """Token ids (tokens,) as int32 on the CPU, checked against cache and model."""
     check_cache(cache)
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
     keys, g = cache.layers[0].keys, Geometry.of(model.config)

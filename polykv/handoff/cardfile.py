@@ -1,12 +1,11 @@
-"""The bytes of a card: a safetensors file whose metadata carry the card's fields and a digest of all bytes.
+"""The file format of a card: a safetensors file whose metadata hold the card's fields and a digest of all bytes.
 
-The digest is the SHA-256 of the file with the digest's own 64 characters set to "0". A signed card holds a
-signature besides: of the SHA-256 of the file with both set to "0"; its digest is the SHA-256 of that hash and
-of the signature, so that one pass over the bytes serves both.
+The digest is the SHA-256 of the file with the digest's own 64 characters set to "0". A signed card also has a signature
+of the SHA-256 of the file with both set to "0"; its digest is then the SHA-256 of that hash and the signature, so that
+one pass over the bytes computes both.
 
-Reading trusts nothing: lengths, JSON, dtypes, shapes and offsets are checked against the file's size, then
-the digest, then the signature where a key is required, and only then do tensors appear, as views of the bytes
-that were read.
+Files are not trusted: lengths, JSON, dtypes, shapes and offsets are checked against the file's size, then the digest,
+then the signature if a key is required. Only then are tensors created, as views of the bytes.
 """
 
 import hashlib
@@ -24,9 +23,9 @@ from torch import Tensor
 from polykv.errors import PolyKVError
 from polykv.handoff.signing import SigningKey
 
-VERSION = 2  # 2: keys evened out by channel, quantized vectors rotated, the first tokens exact
-KEY = "polykv_card"  # the one entry of the safetensors metadata
-MAX_HEADER = 1 << 15  # bytes; a card has up to 19 tensors, which take 3 kB
+VERSION = 2  # of the format; 2: keys normalized by channel, quantized vectors rotated, sinks exact
+KEY = "polykv_card"  # the only entry of the safetensors metadata
+MAX_HEADER = 1 << 15  # bytes; the header of a card's 19 tensors at most takes 3 kB
 MAX_TENSORS, MAX_DIMS = 32, 4
 _ZEROS = "0" * 64
 _DIGEST, _SIGNATURE = (
@@ -44,12 +43,12 @@ _DTYPES = {
 
 
 class CardError(PolyKVError):
-    """A card that is refused, with the reason."""
+    """A card that cannot be read, written or trusted; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What stands for a file's bytes. `verified`: the signature was checked with a key, and is right."""
+    """Digest and signature of a file. `verified`: the signature was checked with a key and is valid."""
 
     digest: str
     signature: str | None = None
@@ -62,7 +61,7 @@ def dumps(
     key: SigningKey | None = None,
     signature: str | None = None,
 ) -> bytearray:
-    """The file's bytes, signed with `key`, or with a `signature` that this very content had before."""
+    """The file's bytes, signed with `key`, or with an existing `signature` of the same content."""
     inner = {**fields, "version": VERSION, "digest": _ZEROS}
     if key or signature:
         inner["signature"] = _ZEROS
@@ -82,10 +81,10 @@ def dumps(
 def loads(
     content: bytearray, key: SigningKey | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor], Stamp]:
-    """(fields, tensors, stamp). The tensors share the memory of `content`.
+    """Verify a file's bytes and return (fields, tensors, stamp); the tensors share the memory of `content`.
 
     Raises:
-        CardError: truncated, altered, of another format version, not signed with `key`, or not a card at all.
+        CardError: truncated, altered, of another format version, not signed with `key`, or not a card.
     """
     header, start = _header(content)
     fields = _fields(header)
@@ -95,7 +94,7 @@ def loads(
         stamp.digest,
         stamp.signature,
     ):
-        raise _altered("its digest is not where it belongs")
+        raise _altered("its digest is in the wrong place")
     tensors = {}
     for name, (dtype, shape, begin) in table.items():
         flat = torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start + begin)
@@ -104,7 +103,7 @@ def loads(
 
 
 def _header(content: bytearray) -> tuple[dict[str, Any], int]:
-    """The safetensors header, and where the payload starts."""
+    """(safetensors header, offset of the payload)."""
     if len(content) < 8:
         raise _truncated(f"it has {len(content)} bytes")
     n_header = int.from_bytes(content[:8], "little")
@@ -121,11 +120,13 @@ def _header(content: bytearray) -> tuple[dict[str, Any], int]:
 def _fields(header: dict[str, Any]) -> dict[str, Any]:
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or set(metadata) != {KEY} or type(metadata[KEY]) is not str:
-        raise CardError("this safetensors file is no card; give a file written by CacheCard.save")
+        raise CardError(
+            "this safetensors file is not a card; give a file written by CacheCard.save"
+        )
     fields = _parsed(metadata[KEY].encode("utf-8", "replace"), "table of fields")
     version = fields.pop("version", None)
     if type(version) is not int or not 1 <= version < 1 << 16:
-        raise _altered("it names no format version")
+        raise _altered("it has no format version")
     if version > VERSION:
         raise CardError(
             f"the card has format version {version} and this code reads up to {VERSION}; update polykv"
@@ -139,23 +140,23 @@ def _fields(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON table in which no key stands twice and every number is one: two readers must read the same."""
+    """Parse a JSON object strictly: no duplicate keys, no NaN or infinity, so that all parsers agree on it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return dict(pairs)
 
     def refused(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refused)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(":")[0]
-        raise _altered(f"its {what} is no JSON ({reason})") from error
+        raise _altered(f"its {what} is not valid JSON ({reason})") from error
     if not isinstance(found, dict):
-        raise _altered(f"its {what} is no table")
+        raise _altered(f"its {what} is not a JSON object")
     return found
 
 
@@ -166,14 +167,14 @@ def _table(header: dict[str, Any], n_payload: int) -> dict[str, tuple[torch.dtyp
     spans, table = [], {}
     for name, entry in header.items():
         if not _NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != _ENTRY:
-            raise _altered("an entry of its header is not understood")
+            raise _altered("an entry of its header is invalid")
         shape, offsets = entry["shape"], entry["data_offsets"]
         dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None or not _sizes(shape, 1) or not _sizes(offsets, 0) or len(offsets) != 2:
-            raise _altered("a dtype, shape or offset of its header is not possible")
+            raise _altered("a dtype, shape or offset of its header is invalid")
         begin, end = offsets
         if end - begin != prod(shape) * dtype.itemsize:
-            raise _altered("a tensor's bytes do not fit its shape")
+            raise _altered("a tensor's size does not match its shape")
         if begin % dtype.itemsize:
             raise _altered("a tensor is not aligned")
         spans.append((begin, end))
@@ -191,17 +192,17 @@ def _table(header: dict[str, Any], n_payload: int) -> dict[str, tuple[torch.dtyp
 
 
 def _sizes(found: Any, least: int) -> bool:
-    """True for a short list of whole numbers that a file can have."""
+    """Whether it is a short list of integers in a plausible range."""
     is_list = type(found) is list and len(found) <= MAX_DIMS
     return is_list and all(type(size) is int and least <= size < 1 << 48 for size in found)
 
 
 def _verified(content: bytearray, start: int, key: SigningKey | None) -> Stamp:
-    """The stamp, if the digest is right and the signature is, where a key is required."""
+    """The stamp, after checking the digest, and the signature if a key is given."""
     head = bytes(content[:start])
     digests, signatures = _DIGEST.findall(head), _SIGNATURE.findall(head)
     if len(digests) != 1 or len(signatures) > 1:
-        raise _altered("it carries no digest")
+        raise _altered("it has no digest")
     blank = bytearray(head)
     for place in (*_DIGEST.finditer(head), *_SIGNATURE.finditer(head)):
         blank[place.start(1) : place.end(1)] = _ZEROS.encode()
@@ -219,7 +220,7 @@ def _verified(content: bytearray, start: int, key: SigningKey | None) -> Stamp:
 
 
 def _digest(plain: bytes, signature: str | None) -> str:
-    """From the SHA-256 of a file whose digest and signature are zeros."""
+    """The digest, from the SHA-256 of the file with digest and signature zeroed."""
     return hashlib.sha256(plain + signature.encode()).hexdigest() if signature else plain.hex()
 
 

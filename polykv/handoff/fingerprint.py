@@ -1,6 +1,6 @@
-"""Which model and which tokenizer made a card.
+"""Fingerprints of models and tokenizers, by which a card identifies those that made it.
 
-A fingerprint is computed once per object. Weights that are changed in place afterwards go unnoticed.
+A fingerprint is computed once per object: weights changed in place afterwards go unnoticed.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-SAMPLED = 1 << 18  # bytes of a larger tensor that are read, in equal strides
-# What says how a model was loaded or is run, and not which one it is.
+SAMPLED = 1 << 18  # bytes read of a larger tensor, at equal strides
+# Settings of how a model is loaded or run.
 _NOT_IDENTITY = ("transformers_version", "name_or_path", "use_cache", "output_attentions")
 
 _models: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
@@ -21,10 +21,10 @@ _tokenizers: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def of_model(model: PreTrainedModel) -> str:
-    """SHA-256 of config, and of every tensor's name, dtype, shape and bytes.
+    """SHA-256 of the config and of every tensor's name, dtype, shape and bytes.
 
-    Of a tensor of more than SAMPLED bytes only so many are read, in equal strides: two large models that
-    differ in a few unread weights only would look the same.
+    Of tensors larger than SAMPLED bytes only a sample of that size is read: large models that differ in a few other
+    weights only have the same fingerprint.
     """
     if model not in _models:
         config = model.config.to_dict()
@@ -38,10 +38,10 @@ def of_model(model: PreTrainedModel) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of the tokenizer's serialisation, or of its vocabulary where it has none."""
+    """SHA-256 of the tokenizer's serialization, or of its vocabulary if it has none."""
     if tokenizer not in _tokenizers:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        # Padding and truncation are set by calls and do not change what an id means.
+        # Padding and truncation are set per call and do not change the meaning of ids.
         content = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
         for setting in ("padding", "truncation") if backend else ():
             content.pop(setting, None)

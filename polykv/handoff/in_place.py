@@ -1,8 +1,8 @@
-"""A card's tokens as segments that attention reads in place: nothing of the cache is decoded beforehand.
+"""Conversion of a card into segments for attention in place.
 
-Keys and values have maps of their own, so tokens of one pair of tiers make one segment: at most sixteen, two
-where a policy gives all tokens but the sinks the same bits. Their order does not matter to attention: cached keys
-carry their positions.
+Keys and values have separate tier maps, so each segment holds the tokens of one (key tier, value tier) pair: at most
+sixteen, and two if a policy gives all tokens but the sinks the same bits. The order of tokens does not matter to
+attention, since cached keys contain their positions.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from polykv.segment import Segment
 def segments_by_layer(
     key: Mixed, value: Mixed, codec: MixedCodec, n_kv_heads: int
 ) -> list[list[Segment]]:
-    """The segments of every layer, each of `n_kv_heads` heads; views of the card where a tier is not split."""
+    """The segments of every layer, each with `n_kv_heads` heads; views of the card where a tier is not split."""
     layers: list[list[Segment]] = [[] for _ in range(key.shape[1] // n_kv_heads)]
     pairs_T = key.tiers_T * len(TIERS) + value.tiers_T
     for pair in pairs_T.unique().tolist():
@@ -36,7 +36,7 @@ def segments_by_layer(
 
 
 def _tokens(mixed: Mixed, tier: int, wanted_T: Tensor) -> Packed:
-    """Those of a tier's tokens that are wanted; all wanted ones are of this tier."""
+    """The tokens `wanted_T` (boolean, all of them in this tier) of a tier's packed tensors."""
     part = mixed.parts[tier]
     places = wanted_T[mixed.tiers_T == tier].nonzero().squeeze(1)
     if len(places) == part.shape[2]:

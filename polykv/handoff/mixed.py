@@ -1,13 +1,11 @@
-"""Token-level mixed precision: every token at 3, 4, 8 or 16 bits, keys and values apart.
+"""Token-level mixed precision: every token at 3, 4, 8 or 16 bits, separately for keys and values.
 
-A token has one tier in all layers and heads, so the map of a cache is 2 bits per token for keys and 2 for
-values. Layers are stacked along the heads, and the tokens of a tier lie together in the order of their
-positions: a whole cache is a handful of tensors, and appended tokens go to the end of their tier.
+A token has the same tier in all layers and heads, so the tier maps take 2 bits per token for keys and 2 for values.
+Layers are stacked along the heads, and the tokens of a tier are stored together in order of position: a whole cache is
+a handful of tensors, and appended tokens go to the end of their tier.
 
-What is quantized is rotated first (signed Hadamard along head_dim). Keys are centred and evened out before that:
-the mean of each channel of a layer and head, and the root of its RMS, are kept once. Models with biased keys
-(Qwen's reach 280 against content of 5 to 19) leave no levels for the rest otherwise, and what the rotation of
-positions leaves of such a bias after the mean is taken drowns the other channels.
+Vectors to be quantized are rotated (signed Hadamard along head_dim). Before that, keys are normalized by channel
+(polykv/codecs/channels.py): otherwise the large biases of some models' keys leave too few levels for the rest.
 """
 
 from __future__ import annotations
@@ -30,21 +28,21 @@ from polykv.codecs.rotation import rotation
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 
-VERSION = 1  # of what a card keeps, with packing.py and codecs/channels.py
-TIERS = (3, 4, 8, 16)  # bits; the map holds the index
+VERSION = 1  # of a card's content, with packing.py and codecs/channels.py
+TIERS = (3, 4, 8, 16)  # bits; maps hold indices into it
 EXACT = 3  # the tier that is not quantized
 MAP_BITS = 2
-GROUP = 64  # 0.25 bits per value for scales
+GROUP = 64  # values that share a scale, which takes 0.25 bits per value
 SEED = 0  # of the rotation's signs
-DECODED_AT_ONCE = 1 << 22  # values, in fp32
+DECODED_AT_ONCE = 1 << 22  # fp32 values
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """One side (keys or values) of a whole cache: the tier of every token, and each tier's tokens.
+    """One side (keys or values) of a whole cache: the tier of every token, and the packed tokens of each tier.
 
-    `tiers_T` (tokens,) uint8 indexes TIERS; `parts[tier]` holds (1, layers * heads, tokens of the tier, D), of
-    a quantized tier rotated. `channels`: how keys were evened out, from the first quantized one on.
+    `tiers_T` (tokens,) uint8 indexes TIERS; `parts[tier]` holds (1, layers * heads, tokens of the tier, D), rotated if
+    the tier is quantized. `channels`: the normalization of quantized keys.
     """
 
     tiers_T: Tensor
@@ -61,7 +59,7 @@ class Mixed:
         return kept + bitpack.packed_size(len(self.tiers_T), MAP_BITS)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything kept, by name: `map`, `BITS.NAME` per tier, and of keys `mean` and `spread`."""
+        """All stored tensors by name: `map`, `BITS.NAME` for each tier, and for keys `mean` and `spread`."""
         found = {"map": bitpack.pack(self.tiers_T, MAP_BITS)}
         found |= self.channels._asdict() if self.channels else {}
         for tier, part in self.parts.items():
@@ -71,10 +69,10 @@ class Mixed:
 
 @dataclass(frozen=True)
 class MixedCodec:
-    """The four tiers' codecs. `exact` is the dtype of the 16-bit tier; None keeps the model's own.
+    """The codecs of the four tiers. `exact` is the dtype of the 16-bit tier; None keeps the model's own.
 
-    Under None a float32 model's exact tokens take 32 bits: that is policy `full`. `backend`, one that
-    `kernels.pick_backend` gave, does the work; all of them give the same bits.
+    With None, exact tokens of a float32 model take 32 bits (policy `full`). `backend` comes from
+    `kernels.pick_backend`; all backends give the same bits.
     """
 
     exact: str | None = "float16"
@@ -82,28 +80,27 @@ class MixedCodec:
     backend: str = kernels.TORCH
 
     def codec(self, tier: int) -> Codec:
-        """What a tier's vectors go through; quantized keys come evened out."""
+        """The codec of a tier, including the rotation but not the normalization of keys."""
         return Identity(self.exact) if tier == EXACT else Rotated(self._uniform(tier), SEED)
 
     def _uniform(self, tier: int) -> Uniform:
         return Uniform(TIERS[tier], self.group_size)
 
     def relative_error(self, tier: int) -> float:
-        """Mean squared error in units of a block's absmax^2."""
+        """Mean squared error of a tier in units of a block's absmax^2."""
         return 0.0 if tier == EXACT else self._uniform(tier).relative_error
 
     def expected_error(self, tier: int, dim: int) -> float:
-        """RMS error of a vector over its RMS, for the normal values that a rotation makes of most."""
-        absmax = NormalDist().inv_cdf(
-            (1 + 0.5 ** (1 / min(self.group_size, dim))) / 2
-        )  # the median's
+        """Relative RMS error of a vector with normally distributed values, as most are after rotation."""
+        n_values = min(self.group_size, dim)
+        absmax = NormalDist().inv_cdf((1 + 0.5 ** (1 / n_values)) / 2)  # its median
         return absmax * sqrt(self.relative_error(tier))
 
     def channels_of(self, layers: Sequence[Tensor], tiers_T: Tensor) -> Channels | None:
-        """Of those keys that will be quantized, if any will: per layer (1, heads, tokens, D).
+        """The channels of the keys to be quantized, given per layer as (1, heads, tokens, D); None if there are none.
 
         Raises:
-            PolyKVError: a mean does not fit fp16.
+            PolyKVError: a mean overflows fp16.
         """
         at = (tiers_T != EXACT).nonzero().squeeze(1).to(layers[0].device)
         if not len(at):
@@ -114,7 +111,7 @@ class MixedCodec:
     def encode(
         self, layers: Sequence[Tensor], tiers_T: Tensor, channels: Channels | None = None
     ) -> Mixed:
-        """Quantize one side of a cache, per layer (1, heads, tokens, D); keys with their `channels`."""
+        """Quantize one side of a cache, given per layer as (1, heads, tokens, D); keys with their `channels`."""
         _, heads, n_tokens, dim = layers[0].shape
         device, parts = layers[0].device, {}
         for tier in tiers_T.unique().tolist():
@@ -124,7 +121,7 @@ class MixedCodec:
                 parts[tier] = kernels.encode(self.codec(tier), x_BHTD, self.backend)
                 continue
             even = channels.normalize(x_BHTD) if channels else x_BHTD.float()
-            # In torch for every backend, so that all of them round to the same codes.
+            # Rotated in torch for every backend, so that all of them round to the same codes.
             turned = even @ rotation(dim, SEED, device)
             part = kernels.encode(self._uniform(tier), turned, self.backend)
             parts[tier] = replace(part, dtype=x_BHTD.dtype)
@@ -132,7 +129,7 @@ class MixedCodec:
         return Mixed(tiers_T.cpu(), parts, shape, layers[0].dtype, channels)
 
     def decode(self, mixed: Mixed) -> Tensor:
-        """(1, layers * heads, tokens, D) in the cache's dtype; a layer is a slice along dimension 1."""
+        """Dequantize to (1, layers * heads, tokens, D) in the cache's dtype; a layer is a slice along dimension 1."""
         if list(mixed.parts) == [EXACT]:
             return self.codec(EXACT).decode(mixed.parts[EXACT])
         device = next(iter(next(iter(mixed.parts.values())).tensors.values())).device
@@ -156,7 +153,7 @@ class MixedCodec:
         return out
 
     def extend(self, mixed: Mixed, new: Mixed) -> Mixed:
-        """Old tokens followed by new ones; the old ones' codes and scales are copied, not made again."""
+        """`mixed` followed by `new`, whose codes and scales are copied as they are."""
         parts = dict(mixed.parts)
         for tier, part in new.parts.items():
             old = parts.get(tier)
@@ -172,10 +169,10 @@ class MixedCodec:
         dtype: torch.dtype,
         is_key: bool = False,
     ) -> Mixed:
-        """The inverse of `Mixed.tensors`; quantized keys have `channels`.
+        """The inverse of `Mixed.tensors`.
 
         Raises:
-            PolyKVError: names, shapes or dtypes that do not fit the map and `shape`.
+            PolyKVError: names, shapes or dtypes that do not match the map and `shape`.
         """
         left = dict(tensors)
         packed_map = left.pop("map", None)
@@ -209,7 +206,7 @@ class MixedCodec:
 
 
 def heads_of(part: Packed, span: slice) -> Packed:
-    """Some of the heads of all layers, as views."""
+    """A slice of the heads of all layers, as views."""
     tensors = {name: tensor[:, span] for name, tensor in part.tensors.items()}
     batch, _, n_tokens, dim = part.shape
     return replace(part, tensors=tensors, shape=(batch, span.stop - span.start, n_tokens, dim))

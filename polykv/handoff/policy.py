@@ -1,4 +1,4 @@
-"""A policy says what a card keeps of each token; one YAML of conf/policy each."""
+"""Policy: how a card stores its tokens; one YAML of conf/policy each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,15 +11,22 @@ from polykv.errors import PolyKVError
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.signals import DEMAND, IMPORTANCE, Sender, combined
 
-# mixed: bits by token under a budget; float16 and model: every token in that dtype; text: no card, the
-# receiver reads the text again.
+# mixed: bits by token under a budget; float16, model: every token in fp16, or in the model's own dtype; text: no card,
+# the receiver reads the text again.
 STORES = ("mixed", "float16", "model", "text")
-FLOOR = 0.01  # of the mean score: below it `inverse` does not tell tokens apart
+FLOOR = 0.01  # of the mean score, added before taking the inverse
 
 
 @dataclass(frozen=True)
 class Policy:
-    """S(t) = alpha I(t) + (1 - alpha) T(t); `inverse` serves the least important first (a control)."""
+    """How tokens are scored, S(t) = alpha I(t) + (1 - alpha) T(t), and what their bits may be.
+
+    `importance` and `demand` name the signals of I and T (polykv/handoff/signals.py). `tiers` are the bits on offer.
+    `inverse`, a control, favours the least important tokens.
+
+    Raises:
+        PolyKVError: an unknown store or signal, or an invalid alpha or tiers.
+    """
 
     name: str
     store: str = "mixed"
@@ -68,7 +75,7 @@ class Policy:
         return self.store == "mixed"
 
     def score(self, sender: Sender) -> np.ndarray:
-        """S(t), (tokens,), not negative."""
+        """S(t) of every token, (tokens,), non-negative."""
         score = combined(self.importance, IMPORTANCE, sender)
         if self.alpha < 1:
             demand = combined(self.demand, DEMAND, sender)
@@ -80,6 +87,6 @@ def load_policy(name: str) -> Policy:
     """A policy by its name in conf/policy.
 
     Raises:
-        PolyKVError: unknown name or a YAML that does not fit.
+        PolyKVError: an unknown name, or an invalid YAML.
     """
     return Policy.from_config(config.load_group("policy", name))

@@ -1,6 +1,6 @@
-"""A relay: agents work on one task in turn, each from the card that the one before handed on.
+"""A relay: agents work on a task in turn, each continuing from the card of the previous one.
 
-Each card goes through its bytes, so that every handoff is verified as it would be between processes.
+Each card is serialized and parsed, so that every handoff is verified as it would be between processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ from polykv.handoff.tasks import Task
 from polykv.supported import check_length, check_rope
 from polykv.tokens import encode
 
-VERSION = 1  # of how a relay is played
+VERSION = 1  # of the relay protocol
 RESEALS = ("append", "requantize")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one agent read and wrote: token ids."""
+    """Token ids that one agent read and wrote."""
 
     prompt_T: Tensor
     answer_T: Tensor
@@ -36,10 +36,10 @@ class Turn:
 
 @dataclass
 class Handoff:
-    """How a cache goes from one agent to the next. One per relay: it remembers the last card.
+    """The handoff of a cache to the next agent. Stateful, one per relay: `card` is the last card.
 
-    `requantize` seals everything again at each hop; `append` quantizes a token once, at its first hop. With a
-    `key` every card is signed, and no other is taken.
+    `reseal`: "requantize" seals the whole cache at each hop; "append" quantizes each token once, at its first hop. With
+    a `key` every card is signed and its signature verified.
     """
 
     model: PreTrainedModel
@@ -57,7 +57,7 @@ class Handoff:
             raise PolyKVError(f"no reseal {self.reseal!r}; there are: {', '.join(RESEALS)}")
 
     def __call__(self, cache: Cache, ids_T: Tensor, topology: Topology) -> DynamicCache:
-        """The receiver's cache."""
+        """Hand on a cache with its token ids (tokens,); returns the receiver's cache."""
         if self.policy.store == "text":
             return _read(self.model, DynamicCache(config=self.model.config), ids_T)[0]
         options = (
@@ -81,7 +81,7 @@ class Handoff:
 
 
 def play(task: Task, handoff: Handoff) -> list[Turn]:
-    """Every agent answers greedily; one Turn each."""
+    """Play a relay in which every agent answers greedily; one Turn per agent."""
     prompts = prompts_of(task, handoff.tokenizer, handoff.model.config)
     nothing = torch.empty(0, dtype=torch.long)
     script = [Turn(prompt_T, nothing) for prompt_T in prompts]
@@ -91,11 +91,10 @@ def play(task: Task, handoff: Handoff) -> list[Turn]:
 def prompts_of(
     task: Task, tokenizer: Any, model_config: Any, name: str = "the relay"
 ) -> list[Tensor]:
-    """Ids (tokens,) of each agent's prompt, of which the first begins the sequence.
+    """Token ids (tokens,) of each agent's prompt; the first begins the sequence.
 
     Raises:
-        PolyKVError: they and the longest answers are beyond the model's positions, or its rotary frequencies change
-            on the way.
+        PolyKVError: prompts and answers may exceed the model's positions, or its rotary frequencies change along them.
     """
     prompts = [
         encode(tokenizer, prompt, begins=number == 0)[0]
@@ -110,10 +109,10 @@ def prompts_of(
 def force(
     script: Sequence[Turn], handoff: Handoff, n_handoffs: int | None = None, n_passes: int = 1
 ) -> list[Tensor]:
-    """The same relay with every token given; per turn the answer's log-probabilities (tokens, vocabulary).
+    """Replay a relay with given tokens; per turn, the answer's log-probabilities (tokens, vocabulary) in fp32.
 
-    To see what depth costs on the very same tokens: `n_handoffs` leaves only the last so many handoffs, as if
-    one agent had done all before; `n_passes` passes each card on so many times by agents that add nothing.
+    To measure the cost of depth on the same tokens: `n_handoffs` performs only the last so many handoffs, as if one
+    agent had taken all turns before; `n_passes` hands each card on so many times, without adding tokens in between.
     """
     forced = _turns(script, None, handoff, n_handoffs, n_passes)
     return [log_probs for _, log_probs in forced]
@@ -122,7 +121,7 @@ def force(
 def divergence(
     script: Sequence[Turn], exact: Sequence[Tensor], other: Sequence[Tensor]
 ) -> list[Comparison]:
-    """Per turn, two forced relays over one script; turn h comes after h hops."""
+    """Per turn, the comparison of two forced relays over one script; turn h comes after h hops."""
     return [
         compare(p, q, torch.cat([turn.prompt_T[-1:], turn.answer_T])[None])
         for turn, p, q in zip(script, exact, other, strict=True)
@@ -130,7 +129,7 @@ def divergence(
 
 
 def text_of(turn: Turn, tokenizer: Any) -> str:
-    """The agent's answer."""
+    """The agent's answer as text."""
     return tokenizer.decode(turn.answer_T, skip_special_tokens=True)
 
 
@@ -142,7 +141,7 @@ def _turns(
     n_handoffs: int | None = None,
     n_passes: int = 1,
 ) -> Iterator[tuple[Turn, Tensor]]:
-    """Play (`limits`: most new tokens a turn) or force (None) a script, with a handoff between turns."""
+    """Play a script (`limits`: maximum new tokens per turn) or force it (None), with a handoff between turns."""
     model = handoff.model
     cache: Cache = DynamicCache(config=model.config)
     ids_T = torch.empty(0, dtype=torch.long)
@@ -162,12 +161,12 @@ def _turns(
 
 
 def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor) -> tuple[Cache, Tensor]:
-    """(the grown cache, logits (tokens, vocabulary))."""
+    """Read tokens; returns (the grown cache, logits (tokens, vocabulary))."""
     return cache, model(input_ids=ids_T[None].to(model.device), past_key_values=cache).logits[0]
 
 
 def _answer(handoff: Handoff, cache: Cache, prompt_T: Tensor, limit: int) -> Tensor:
-    """The agent's ids, with which the cache ends, the last of them too."""
+    """The agent's greedy answer; afterwards the cache includes its last token too."""
     (written_T,) = greedy(handoff.model, cache, [prompt_T], limit, handoff.tokenizer)
     _read(handoff.model, cache, written_T[-1:])
     return written_T

@@ -1,8 +1,7 @@
-"""What a sender's tokens mean to it, found by reading them once more beside its cache.
+"""Attention received and surprisal of a sender's tokens, computed by reading them once more.
 
-Attention received is summed in chunks of queries beside SDPA, so that no T x T matrix ever exists; surprisal
-comes from the same pass. The last window costs a forward pass over that window, the whole prefill one more
-prefill.
+Attention weights are recomputed and summed in chunks of queries next to SDPA, so that no T x T matrix exists. The last
+window takes a forward pass over that window, the whole text another prefill.
 """
 
 from threading import Lock, get_ident
@@ -17,15 +16,15 @@ from transformers.masking_utils import sdpa_mask
 from polykv.supported import check_attention, check_rope
 
 CHUNK = 256  # tokens of one forward pass
-SCORES = 1 << 22  # attention scores that exist at the same time
+SCORES = 1 << 22  # attention scores in memory at a time
 NAME = "polykv_observed"
 
 
 class AttentionReceived:
-    """While entered, the model attends by SDPA and the attention each token receives is summed.
+    """Context in which the model attends with SDPA and the attention that each token receives is summed.
 
-    `received_T`: over all layers, heads and queries seen, one entry per position. What transformers calls is
-    registered for the whole process, so one thread at a time is in here; what others run of the model is not summed.
+    `received_T` (tokens,): the sum over all layers, heads and queries. transformers' registry of attention functions is
+    global, so one thread at a time may enter; forward passes of other threads are not counted.
     """
 
     _turn = Lock()
@@ -79,16 +78,16 @@ class AttentionReceived:
 
 @torch.no_grad()
 def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Read tokens [start, T) again after the cache of those before; the cache itself is left as it is.
+    """Read tokens [start, T) again after the cached tokens [0, start); `cache` is not modified.
 
-    Returns (attention received per token (T,), surprisal in nats of tokens (start, T), aligned to T with NaN
-    where the model was not asked), both float64 on the CPU.
+    Returns the attention received per token and the surprisal in nats (NaN up to `start`), both (T,) in float64 on the
+    CPU.
 
     Raises:
-        PolyKVError: the model does not show its attention, or its rotary frequencies change along the tokens.
+        PolyKVError: the model's attention cannot be replaced, or its rotary frequencies change along the tokens.
     """
     n_tokens = len(ids_T)
-    check_attention(model.config, "use a policy that looks at no attention or surprisal")
+    check_attention(model.config, "use a policy without signals of attention or surprisal")
     check_rope(model.config, start or min(CHUNK, n_tokens), n_tokens, "reading the tokens again")
     past = DynamicCache(config=model.config)
     if start:

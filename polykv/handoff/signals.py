@@ -1,8 +1,7 @@
-"""How much each token matters: importance I(t) to the sender, demand T(t) downstream.
+"""Signals that score tokens: importance I(t) to the sender, and expected demand T(t) downstream.
 
-QKVShare (arXiv 2605.03884) scores tokens by S(t) = alpha I(t) + (1 - alpha) T(t) and does not publish the
-signals' exact form; those below are our choice. A signal is (tokens,) and not negative; before it is mixed
-it is scaled to mean 1, so that alpha weighs equal amounts.
+QKVShare (arXiv 2605.03884) scores tokens by S(t) = alpha I(t) + (1 - alpha) T(t) without publishing the exact signals;
+those below are our choice. A signal is a non-negative array (tokens,), scaled to mean 1 before it is combined.
 """
 
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from polykv.handoff.replay import replay
 
 VERSION = 1  # of the signals, with policy.py
 WINDOW = 64  # last tokens whose attention counts
-SINKS, RECENT = 4, 64
-ANCHORS = 0.05  # share of tokens that count as attention anchors
+SINKS, RECENT = 4, 64  # tokens at either end
+ANCHORS = 0.05  # fraction of tokens that are attention anchors
 BACKGROUND = 0.25  # demand for a token outside the shared segment
 
 
 @dataclass(frozen=True)
 class Topology:
-    """What the sender knows of the relay: tokens of the shared segment (the first ones), handoffs to come."""
+    """What the sender knows of the relay: length of the shared segment (the first tokens), and remaining handoffs."""
 
     n_shared: int = 0
     hops_left: int = 1
@@ -34,7 +33,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Sender:
-    """What a signal may look at. Reading the tokens again is done at most once, and only if asked for."""
+    """The inputs of signals. Tokens are read again at most once, and only if a signal needs it."""
 
     model: Any
     cache: Cache
@@ -72,7 +71,7 @@ def value_norm(sender: Sender) -> np.ndarray:
 
 
 def surprisal(sender: Sender) -> np.ndarray:
-    """-log p of the token; the first one, which nothing predicts, gets the mean."""
+    """-log p of the token in nats; the first token, which is not predicted, gets the mean."""
     nats = sender.whole[1].numpy()
     mean = np.nanmean(nats) if len(nats) > 1 else 1.0
     return np.where(np.isnan(nats), mean, nats)
@@ -85,18 +84,18 @@ def sinks_recent(sender: Sender) -> np.ndarray:
 
 
 def random(sender: Sender) -> np.ndarray:
-    """Noise: the control that every signal has to beat. Token t gets the same draw at every hop."""
+    """Random scores, a control. A token gets the same score at every hop."""
     return np.random.default_rng(sender.seed).exponential(size=sender.n_tokens)
 
 
 def shared(sender: Sender) -> np.ndarray:
-    """The shared problem segment is read at every hop that is left; other tokens count as BACKGROUND."""
+    """Remaining hops for tokens of the shared segment, which is read at each of them; BACKGROUND for others."""
     inside = np.arange(sender.n_tokens) < sender.topology.n_shared
     return np.where(inside, float(max(sender.topology.hops_left, 1)), BACKGROUND)
 
 
 def anchors(sender: Sender) -> np.ndarray:
-    """The ANCHORS share of tokens with the most attention from the last window; others BACKGROUND."""
+    """1 for the fraction ANCHORS of tokens with the most attention from the last window; BACKGROUND for others."""
     received = attention_window(sender)
     is_anchor = received >= np.quantile(received, 1 - ANCHORS)
     return np.where(is_anchor, 1.0, BACKGROUND)
@@ -119,7 +118,7 @@ DEMAND: dict[str, Callable[[Sender], np.ndarray]] = {
 
 
 def combined(names: tuple[str, ...], known: dict, sender: Sender) -> np.ndarray:
-    """The mean of the named signals, each scaled to mean 1; no names: all tokens are equal."""
+    """The mean of the named signals, each scaled to mean 1; ones if there are no names."""
     if not names:
         return np.ones(sender.n_tokens)
     return np.mean([_mean_one(known[name](sender)) for name in names], axis=0)

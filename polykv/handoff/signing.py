@@ -1,14 +1,14 @@
-"""Signatures on cards that cross trust borders: HMAC-SHA256 with a key that sender and receiver hold.
+"""Signatures of cards that cross trust boundaries: HMAC-SHA256 with a key shared by sender and receiver.
 
-Any card may come with a right digest: a digest finds damage, it proves no origin. A receiver that requires
-a key refuses every card that a holder of this key did not sign, before any tensor is looked at. A signature
-covers the whole file: token ids, tensors, sender, hop and parent cannot be changed, nor moved to another card.
+A digest detects damage but not forgery, since anyone can compute it. A receiver that requires a key refuses all cards
+that were not signed with it, before it looks at any tensor. The signature covers the whole file: token ids, tensors,
+sender, hop and parent cannot be changed or moved to another card.
 
 It does not protect against
-- reading: cards are not encrypted, and hold the text that the agents saw;
-- replay: a signed card stays valid. Who must take each card once keeps the digests that were taken, and
-  compares `about.parent` with the digest that was expected;
-- a holder of the key: the key is shared, so each can sign as any `sender`, and can sign bad content;
+- reading: cards are not encrypted, and contain the text that the agents saw;
+- replay: a signed card stays valid. To accept each card once, store the digests of accepted cards, and compare
+  `metadata.parent` with the expected digest;
+- holders of the key, who can sign as any `sender` and can sign malicious content;
 - removal: a receiver without a key opens signed and unsigned cards alike, and `CacheCard.verified` is False.
 """
 
@@ -21,13 +21,13 @@ from pathlib import Path
 from polykv.errors import PolyKVError
 
 LEAST, MOST = 32, 4096  # bytes of a key
-OTHERS = stat.S_IRWXO | stat.S_IWGRP  # who may not have access: everyone, and the group to write
-_CONTEXT = b"polykv card 1\0"  # so that the key signs nothing else by accident
+OTHERS = stat.S_IRWXO | stat.S_IWGRP  # forbidden: any access by others, writing by the group
+_CONTEXT = b"polykv card 1\0"  # domain separation
 
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A secret of at least 32 random bytes; it never shows in messages or results."""
+    """A secret of at least 32 random bytes, which never appears in messages or results."""
 
     secret: bytes = field(repr=False)
 
@@ -40,10 +40,10 @@ class SigningKey:
 
     @classmethod
     def read(cls, path: str | Path) -> "SigningKey":
-        """All bytes of a file, a last newline included.
+        """The key in a file: all of its bytes, including a trailing newline.
 
         Raises:
-            PolyKVError: no such file, too short or too long, or readable by everyone.
+            PolyKVError: no such file, too short or too long, or accessible to others.
         """
         place = Path(path).expanduser()
         try:
@@ -68,13 +68,13 @@ class SigningKey:
         return cls(secret)
 
     def sign(self, digest: bytes) -> str:
-        """64 hexadecimal digits."""
+        """The signature: 64 hexadecimal digits."""
         return hmac.digest(self.secret, _CONTEXT + digest, "sha256").hex()
 
     def signed(self, digest: bytes, signature: str) -> bool:
-        """True where this key made the signature; takes the same time wherever the two differ."""
+        """Whether this key made the signature, compared in constant time."""
         return hmac.compare_digest(self.sign(digest), signature)
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe has no end to wait for
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # do not block on a pipe

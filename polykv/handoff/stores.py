@@ -1,4 +1,4 @@
-"""Where cards are kept: a local path, `memory://`, or any remote that fsspec knows."""
+"""Reading and writing of card files: a local path, `memory://`, or any remote that fsspec supports."""
 
 import math
 import uuid
@@ -7,14 +7,14 @@ import fsspec
 
 from polykv.handoff.cardfile import CardError
 
-READ = 1 << 24  # bytes asked for at once
+READ = 1 << 24  # bytes per read
 
 
 def write(path: str, content: bytes | bytearray) -> None:
-    """Write under another name, then rename: nothing half-written is ever seen under `path`.
+    """Write atomically: to a temporary name, then rename.
 
     Raises:
-        CardError: the place cannot be written.
+        CardError: the location is not writable.
     """
     try:
         fs, place = fsspec.url_to_fs(str(path))
@@ -26,27 +26,27 @@ def write(path: str, content: bytes | bytearray) -> None:
             file.write(content)
         fs.mv(temporary, place)
     except (OSError, ValueError, ImportError) as error:
-        raise CardError(f"cannot write {path} ({_first(error)}); give another place") from error
+        raise CardError(f"cannot write {path} ({_first(error)}); give another location") from error
 
 
 def read(path: str, most: float = math.inf) -> bytearray:
-    """The whole content of a file of at most `most` bytes.
+    """The content of a file of at most `most` bytes.
 
     Raises:
-        CardError: there is no such file, it is no file, larger than `most`, or cannot be read.
+        CardError: no such file, not a regular file, larger than `most`, or unreadable.
     """
     try:
         fs, place = fsspec.url_to_fs(str(path))
         info = fs.info(place)
         size = info["size"] or 0
         if info["type"] != "file":
-            raise CardError(f"{path} is no file; check the path")
+            raise CardError(f"{path} is not a file; check the path")
         if size > most:
             raise CardError(
-                f"{path} has {size} bytes, and the model's largest card {most}; fetch it again, or "
+                f"{path} has {size} bytes, more than the {most} of the model's largest card; fetch it again, or "
                 "load the model that sealed it"
             )
-        content = bytearray()  # it grows by what comes, not by what was announced
+        content = bytearray()  # grown as data arrives: the announced size is not trusted
         with fs.open(place, "rb") as file:
             while part := file.read(min(READ, size - len(content))):
                 content += part
@@ -55,7 +55,9 @@ def read(path: str, most: float = math.inf) -> bytearray:
     except (OSError, ValueError, ImportError) as error:
         raise CardError(f"cannot read {path} ({_first(error)}); check the path") from error
     except MemoryError as error:
-        raise CardError(f"{path} has {size} bytes, more than there is memory for") from error
+        raise CardError(
+            f"{path} has {size} bytes, which do not fit into memory; free some"
+        ) from error
     return content
 
 

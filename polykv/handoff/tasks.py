@@ -1,4 +1,4 @@
-"""What a relay works on: problems cut into turns, each with one right number at the end."""
+"""Tasks of a relay: problems split into turns, each with a number as its final answer."""
 
 import random
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ VERSION = 1  # of the tasks
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt a turn; the first states the problem that all agents share. `answer`: the right number."""
+    """A task: one prompt per turn, the first of which states the problem; `answer` is the correct number."""
 
     prompts: tuple[str, ...]
     max_new_tokens: tuple[int, ...]
@@ -33,9 +33,9 @@ def load_tasks(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed:
 
 
 def reference(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int) -> list[Task]:
-    """Held-out word problems of the reference generator: `n_facts` facts, a problem, then steps on its result.
+    """Held-out word problems of the reference generator: `n_facts` facts, a problem, then one step per further turn.
 
-    A relay of more turns begins with the turns of a shorter one.
+    A longer relay begins with the turns of a shorter one.
     """
     tasks: list[Task] = []
     draw = 0
@@ -57,7 +57,7 @@ def reference(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: 
 def grade_school(
     settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int
 ) -> list[Task]:
-    """GSM8K in turns: the first agent plans, those between carry on, the last one answers."""
+    """GSM8K in turns: the first agent plans, the middle ones carry on, the last one answers."""
     tasks = []
     for problem in gsm8k.load(settings["path"], n_problems, seed):
         parts = [settings["first"], *[settings["middle"]] * (n_turns - 2), settings["last"]]

@@ -1,7 +1,7 @@
-"""What a card must be for the model that opens it, beyond a right digest: a digest can be forged with the rest.
+"""Checks of a card against the model that opens it, since anyone can compute a valid digest of forged content.
 
-Numbers that no encoder writes (NaN, infinities, negative scales) are refused: one of them would spread over
-every later token.
+Numbers that no encoder writes (NaN, infinities, negative scales) are refused: a single one would spread to all later
+tokens.
 """
 
 import math
@@ -13,64 +13,62 @@ from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
-from polykv.handoff.about import About
+from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
 from polykv.supported import check_length, max_positions
 
-VALUE_BYTES, TOKEN_BYTES = (
-    4,
-    6,
-)  # at most: a value in fp32; a token's id and its places in the two maps
+# At most: an fp32 value; a token's id and its entries in the two maps.
+VALUE_BYTES, TOKEN_BYTES = 4, 6
 
 
 def largest(model: PreTrainedModel) -> float:
-    """Bytes that no card of the model exceeds, whatever its policy."""
+    """Upper bound of the size in bytes of the model's cards, under any policy."""
     n_tokens = max_positions(model.config)
     if n_tokens is None:
         return math.inf
     n_values = Geometry.of(model.config).values_per_token
-    # Mean and spread have half as many values each as a token, in fp16.
+    # Mean and spread each have half as many values as a token, in fp16.
     return 8 + MAX_HEADER + 2 * n_values + n_tokens * (TOKEN_BYTES + VALUE_BYTES * n_values)
 
 
-def check_about(about: About, model: PreTrainedModel) -> None:
-    """Refuse layers, heads or positions that the model does not have.
+def check_metadata(metadata: CardMetadata, model: PreTrainedModel) -> None:
+    """Check layers, heads and positions against the model.
 
     Raises:
-        PolyKVError: names what does not fit.
+        PolyKVError: names what does not match.
     """
     g = Geometry.of(model.config)
-    if (about.n_layers, about.n_kv_heads, about.head_dim) != (g.n_layers, *g.shape):
+    if (metadata.n_layers, metadata.n_kv_heads, metadata.head_dim) != (g.n_layers, *g.shape):
         raise PolyKVError("its layers, heads or head_dim are not those of the model")
-    check_length(model.config, about.position_offset + about.n_tokens, "the card")
+    check_length(model.config, metadata.position_offset + metadata.n_tokens, "the card")
 
 
 def check_ids(ids_T: Tensor | None, n_tokens: int, model: PreTrainedModel) -> None:
-    """Refuse token ids that the model cannot read.
+    """Check dtype, number and range of token ids.
 
     Raises:
         PolyKVError: another dtype or number of ids, or ids outside the vocabulary.
     """
     if ids_T is None or ids_T.dtype != torch.int32 or ids_T.shape != (n_tokens,):
-        raise PolyKVError("the token ids do not fit the number of tokens")
+        raise PolyKVError("the token ids do not match the number of tokens")
     low, high = (int(end) for end in ids_T.aminmax())
     size = model.config.get_text_config(decoder=True).vocab_size
     if low < 0 or high >= size:
         raise PolyKVError(
-            f"the token ids reach from {low} to {high}, the vocabulary from 0 to {size - 1}"
+            f"the token ids range from {low} to {high}, the vocabulary from 0 to {size - 1}"
         )
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what no encoder writes.
+    """Refuse numbers that no encoder writes.
 
     Raises:
-        PolyKVError: names the tensor that holds a NaN, an infinity, or a scale below zero.
+        PolyKVError: names the tensor with a NaN, an infinity, or a negative scale.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        low, high = (float(end) for end in tensor.aminmax())  # a NaN wins both
+        low, high = (float(end) for end in tensor.aminmax())  # a NaN propagates to both
         if not -math.inf < low <= high < math.inf:
             raise PolyKVError(f"tensor {name} holds NaN or infinite numbers")
         if name.endswith(".scale") and low < 0:

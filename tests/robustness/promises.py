@@ -103,7 +103,7 @@ def check_card(content: bytes, model: PreTrainedModel) -> str | None:
     if layers[0][0].dtype == model.dtype and card.n_tokens < MAX_TOKENS:
         model(input_ids=card.ids_T[None, -1:], past_key_values=card.dequantize())
     again = CacheCard.from_bytes(card.to_bytes(), model, None)
-    assert again.about == card.about, "saved again, it says something else"
+    assert again.metadata == card.metadata, "saved again, it says something else"
     try:
         CacheCard.from_bytes(bytearray(content), model, None, KEY)
     except CardError:
