@@ -4,16 +4,14 @@ Errors are relative squared errors, comparable with a codec's error on Gaussian 
 cache differs from that.
 """
 
-from collections.abc import Mapping, Sequence
-from threading import Lock
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
+from polykv.attention.observe import observe
 from polykv.codecs.base import Codec
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
@@ -23,14 +21,12 @@ VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
 GAUSSIAN_SHAPE = (1, 2, 512)  # (batch, heads, tokens) of the Gaussian data
 
-_capturing = Lock()  # transformers' registry of attention functions is global
-
 
 @torch.no_grad()
 def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> list[Tensor]:
     """The queries of the tokens `rest_BT` that follow the pool, per layer (1, heads, tokens, head_dim).
 
-    They are rescaled so that the model's scores are q.k / sqrt(head_dim). No other thread may run the model meanwhile.
+    They are rescaled so that the model's scores are q.k / sqrt(head_dim).
 
     Raises:
         PolyKVError: the model's attention cannot be replaced.
@@ -38,21 +34,12 @@ def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> l
     check_attention(model.config, "its layers cannot be inspected; use another model")
     found: dict[int, Tensor] = {}
 
-    def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        plain = query.shape[-1] ** -0.5
-        found[module.layer_idx] = query * ((kwargs.get("scaling") or plain) / plain)
-        return sdpa_attention_forward(module, query, *args, **kwargs)
+    def see(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
+        found[module.layer_idx] = query * (scaling / query.shape[-1] ** -0.5)
 
-    with _capturing:
-        AttentionInterface.register("polykv_capture", capture)
-        AttentionMaskInterface.register("polykv_capture", sdpa_mask)
-        before = model.config._attn_implementation
-        model.set_attn_implementation("polykv_capture")
-        try:
-            past = pool.dequantize()
-            model(input_ids=rest_BT.to(model.device), past_key_values=past, logits_to_keep=1)
-        finally:
-            model.set_attn_implementation(before)
+    past = pool.dequantize()
+    with observe(model, see):
+        model(input_ids=rest_BT.to(model.device), past_key_values=past, logits_to_keep=1)
     return [found[layer] for layer in sorted(found)]
 
 
@@ -117,8 +104,3 @@ def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) ->
         for index in range(full.n_layers)
     ]
     return SharedKVPool(segments, recipe)
-
-
-def mean_by_head(errors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`head_errors` averaged over documents."""
-    return {kind: torch.stack([e[kind] for e in errors]).mean(dim=0) for kind in KINDS}

@@ -4,76 +4,32 @@ Attention weights are recomputed and summed in chunks of queries next to SDPA, s
 window takes a forward pass over that window, the whole text another prefill.
 """
 
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Cache, DynamicCache
 
+from polykv.attention.observe import observe
 from polykv.supported import check_attention, check_rope
 
 CHUNK = 256  # tokens of one forward pass
 SCORES = 1 << 22  # attention scores in memory at a time
-NAME = "polykv_observed"
 
 
-class AttentionReceived:
-    """Context in which the model attends with SDPA and the attention that each token receives is summed.
-
-    `received_T` (tokens,): the sum over all layers, heads and queries. transformers' registry of attention functions is
-    global, so one thread at a time may enter; forward passes of other threads are not counted.
-    """
-
-    _turn = Lock()
-
-    def __init__(self, model: Any, n_tokens: int) -> None:
-        self._model = model
-        self.received_T = torch.zeros(n_tokens, dtype=torch.float64, device=model.device)
-
-    def __enter__(self) -> "AttentionReceived":
-        self._turn.acquire()
-        self._thread = get_ident()
-        AttentionInterface.register(NAME, self._attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        self._before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(NAME)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._model.set_attn_implementation(self._before)
-        self._turn.release()
-
-    def _attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        if get_ident() == self._thread:
-            self._add(query[0], key[0], options.get("scaling") or query.shape[-1] ** -0.5)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    def _add(self, q_HQD: Tensor, k_hTD: Tensor, scaling: float) -> None:
-        n_queries, n_keys = q_HQD.shape[1], k_hTD.shape[1]
-        kv_heads = k_hTD.shape[0]
-        q_hgQD = q_HQD.unflatten(0, (kv_heads, -1))
-        positions_T = torch.arange(n_keys, device=k_hTD.device)
-        step = max(1, SCORES // (q_HQD.shape[0] * n_keys))
-        for start in range(0, n_queries, step):
-            part_hgqD = q_hgQD[:, :, start : start + step]
-            scores = (part_hgqD.flatten(1, 2) @ k_hTD.transpose(1, 2)).float() * scaling
-            scores_hgqT = scores.unflatten(1, part_hgqD.shape[1:3])
-            own_q = (
-                n_keys - n_queries + start + torch.arange(part_hgqD.shape[2], device=k_hTD.device)
-            )
-            scores_hgqT.masked_fill_(positions_T > own_q[:, None], -torch.inf)
-            self.received_T[:n_keys] += scores_hgqT.softmax(-1).sum((0, 1, 2), dtype=torch.float64)
+def add_attention(received_T: Tensor, q_HQD: Tensor, k_hTD: Tensor, scaling: float) -> None:
+    """Add the attention that the keys of one layer receive from causal queries, the last Q of the T tokens."""
+    n_queries, n_keys = q_HQD.shape[1], k_hTD.shape[1]
+    q_hgQD = q_HQD.unflatten(0, (k_hTD.shape[0], -1))
+    positions_T = torch.arange(n_keys, device=k_hTD.device)
+    step = max(1, SCORES // (q_HQD.shape[0] * n_keys))
+    for start in range(0, n_queries, step):
+        part_hgqD = q_hgQD[:, :, start : start + step]
+        scores = (part_hgqD.flatten(1, 2) @ k_hTD.transpose(1, 2)).float() * scaling
+        scores_hgqT = scores.unflatten(1, part_hgqD.shape[1:3])
+        own_q = n_keys - n_queries + start + torch.arange(part_hgqD.shape[2], device=k_hTD.device)
+        scores_hgqT.masked_fill_(positions_T > own_q[:, None], -torch.inf)
+        received_T[:n_keys] += scores_hgqT.softmax(-1).sum((0, 1, 2), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -96,11 +52,16 @@ def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> tuple[Tensor,
         )
     ids_T = ids_T.to(model.device)
     surprisal_T = torch.full((n_tokens,), torch.nan, dtype=torch.float64, device=model.device)
-    with AttentionReceived(model, n_tokens) as observer:
+    received_T = torch.zeros(n_tokens, dtype=torch.float64, device=model.device)
+
+    def see(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
+        add_attention(received_T, query[0], key[0], scaling)
+
+    with observe(model, see):
         for i in range(start, n_tokens, CHUNK):
             j = min(i + CHUNK, n_tokens)
             logits_TV = model(input_ids=ids_T[None, i:j], past_key_values=past).logits[0]
             labels = ids_T[i + 1 : j + 1]
             log_probs = logits_TV[: len(labels)].float().log_softmax(-1)
             surprisal_T[i + 1 : j + 1] = -log_probs.gather(1, labels[:, None])[:, 0].double()
-    return observer.received_T.cpu(), surprisal_T.cpu()
+    return received_T.cpu(), surprisal_T.cpu()

@@ -61,12 +61,6 @@ def grade_school(
     tasks = []
     for problem in gsm8k.load(settings["path"], n_problems, seed):
         parts = [settings["first"], *[settings["middle"]] * (n_turns - 2), settings["last"]]
-        prompts = tuple(_fill(part["prompt"], question=problem.question) for part in parts)
+        prompts = tuple(part["prompt"].replace("{question}", problem.question) for part in parts)
         tasks.append(Task(prompts, tuple(part["max_new_tokens"] for part in parts), problem.answer))
     return tasks
-
-
-def _fill(prompt: str, **blanks: Any) -> str:
-    for name, text in blanks.items():
-        prompt = prompt.replace("{" + name + "}", text)
-    return prompt

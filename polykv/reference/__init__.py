@@ -1,7 +1,7 @@
-"""The embedded reference model's weights, and its held-out documents, questions and word problems.
+"""The embedded reference model's weights, and the generator of its held-out documents, questions and word problems.
 
-All are functions of a seed: no fact of a held-out document was seen in training. Only `exact_match` imports torch.
-The model was made by reference_model/, which stands beside the package.
+Everything is generated from a seed, and no fact of a held-out document was seen in training. Only `exact_match` imports
+torch. The model is trained by reference_model/, next to the package.
 """
 
 from pathlib import Path

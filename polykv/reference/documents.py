@@ -1,8 +1,7 @@
-"""Documents of any length that state facts first, then restate and recombine them.
+"""Generated documents of any length that first state facts, then restate and recombine them.
 
-The first `prefix_fraction` of the tokens is what is prefilled, and states every fact that a
-question asks about. The rest only restates and recombines, so its values can be predicted by who
-remembers the prefix: that is what perplexity scores.
+The first `prefix_fraction` of the tokens, which is prefilled, states all facts that questions ask about. The rest, on
+which perplexity is scored, only restates and recombines them, so that its values can be predicted from the prefix.
 """
 
 import random
@@ -15,7 +14,7 @@ from polykv.errors import PolyKVError
 from polykv.reference.text import join_words, matches
 from polykv.reference.world import DEFAULT, Difficulty, Fact, sample_world
 
-VERSION = 1  # of the documents that are generated, with world.py and problems.py
+VERSION = 1  # of generated documents, with world.py and problems.py
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ __all__ = ["Document", "Question", "generate_document", "matches", "restatements
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` follows the document's prefix directly; `answer` is the whole right answer."""
+    """A question; `prompt` directly follows the document's prefix, `answer` is the complete correct answer."""
 
     prompt: str
     answer: str
@@ -34,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of exactly `n_tokens`; its first `n_prefix` tokens state all of `facts`."""
+    """A text of exactly `n_tokens` tokens, the first `n_prefix` of which state all `facts`."""
 
     text: str
     n_tokens: int
@@ -44,16 +43,13 @@ class Document:
 
 
 def ask(fact: Fact) -> Question:
-    """The question whose answer is the fact's own sentence."""
+    """The question that is answered by the fact's statement."""
     prompt = " " + join_words(["Q:", *fact.question(), "A:"])
     return Question(prompt, " " + join_words(fact.statement()), fact.kind, (fact,))
 
 
 def recombine(first: Fact, second: Fact) -> list[str] | None:
-    """One sentence that joins two facts, with their sum if they count the same thing.
-
-    None if the two do not go together.
-    """
+    """A sentence that joins two facts, with their sum if they count the same thing; None if they are unrelated."""
     head, tail = first.statement()[:-1], second.statement()
     if first.kind == second.kind == "count" and first.attribute == second.attribute:
         total = int(first.value) + int(second.value)
@@ -65,7 +61,7 @@ def recombine(first: Fact, second: Fact) -> list[str] | None:
 
 
 def restatements(rng: random.Random, facts: list[Fact]) -> Iterator[list[str]]:
-    """Sentences without end that restate the facts, one in four joining two of them."""
+    """Endless sentences that restate the facts, some of which join two of them."""
     counts_of, facts_about = defaultdict(list), defaultdict(list)
     for fact in facts:
         facts_about[fact.subject].append(fact)
@@ -88,12 +84,12 @@ def generate_document(
     prefix_fraction: float = 0.7,
     difficulty: Difficulty = DEFAULT,
 ) -> Document:
-    """Write a document of exactly `n_tokens` tokens of `tokenizer` (no special tokens added).
+    """Generate a document of exactly `n_tokens` tokens of `tokenizer`, without special tokens.
 
-    The last sentence is cut where the tokens end. If the prefix states fewer than `n_questions`
-    facts, there are as many questions as facts.
+    The last sentence is cut where the tokens end. There are at most as many questions as facts in the prefix.
 
-    Raises PolyKVError if the document is too short to state two facts.
+    Raises:
+        PolyKVError: the document is too short to state two facts.
     """
     rng = random.Random(f"document/{split}/{n_tokens}/{seed}")
     n_prefix = int(prefix_fraction * n_tokens)
@@ -109,7 +105,7 @@ def generate_document(
         used += cost
     if len(stated) < 2:
         raise PolyKVError(
-            f"a document of {n_tokens} tokens states no two facts; ask for 32 tokens or more"
+            f"a document of {n_tokens} tokens is too short to state two facts; use 32 tokens or more"
         )
     for words in restatements(rng, stated):
         if used >= n_tokens + 2:
@@ -126,13 +122,13 @@ def _count(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
 
 
 def _cut(tokenizer: "PreTrainedTokenizerBase", text: str, n_tokens: int) -> str:
-    """Cut the text to `n_tokens`; a cut inside a word can merge tokens, so look a little around."""
+    """Cut the text to `n_tokens`. Nearby ends are tried too, since a cut within a word can change the tokens."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [end for _, end in encoded["offset_mapping"]]
     for end in range(ends[n_tokens - 1], ends[min(n_tokens + 1, len(ends) - 1)] + 1):
         if _count(tokenizer, text[:end]) == n_tokens:
             return text[:end]
     raise PolyKVError(
-        f"no cut of the document has exactly {n_tokens} tokens of this tokenizer; "
-        "ask for one token more or less"
+        f"the document cannot be cut to exactly {n_tokens} tokens of this tokenizer; "
+        "use one token more or less"
     )

@@ -1,7 +1,4 @@
-"""The documents of the reference model's fixed evaluation set, the same on every machine.
-
-Each has questions and word problems whose facts stand only in its prefix.
-"""
+"""The reference model's fixed evaluation set, the same on every machine: documents with questions and word problems."""
 
 import random
 from collections.abc import Iterator
@@ -21,7 +18,7 @@ PROBLEMS_PER_DOCUMENT = 2
 
 @dataclass(frozen=True)
 class Sheet:
-    """A document, its questions and its problems; its prefix states every fact that they need."""
+    """A document with questions and problems; its prefix states all facts that they need."""
 
     document: Document
     questions: tuple[Question, ...]
@@ -31,7 +28,7 @@ class Sheet:
 def sheets(
     tokenizer: "PreTrainedTokenizerBase", n_tokens: int, n_documents: int = N_DOCUMENTS
 ) -> Iterator[Sheet]:
-    """The documents of one context length, with their questions and problems."""
+    """The evaluation set's documents of one length, with their questions and problems."""
     for seed in range(n_documents):
         document = generate_document(
             tokenizer, n_tokens, seed, "heldout", n_questions=QUESTIONS_PER_DOCUMENT

@@ -1,8 +1,8 @@
-"""Exact match of the reference model's answers, and the values that a document states again.
+"""Exact match of the reference model's answers, and the restated values of a document.
 
-Exact match is teacher-forced: every token of the right answer and the end-of-turn token after it must be the
-model's first choice, which is the same as a right greedy answer. A problem counts by its whole solution, so a
-wrong step that ends in the right number is wrong.
+Exact match is teacher-forced: all tokens of the correct answer and the end-of-turn token have to be the model's most
+probable ones, which is equivalent to a correct greedy answer. Problems are matched by their whole solution, including
+all steps.
 """
 
 import torch
@@ -27,7 +27,7 @@ def exact_matches(
     questions: list[Question],
     cache: DynamicCache | None = None,
 ) -> list[bool]:
-    """Whether each question is answered exactly after a cache of batch size 1, which is used up (None: no document)."""
+    """Whether each question is answered exactly after a cache of batch size 1, which is modified (None: no cache)."""
     asked = [encode(tokenizer, question.prompt) for question in questions]
     answers = [encode(tokenizer, q.answer) + [tokenizer.eos_token_id] for q in questions]
     length = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True))
@@ -44,11 +44,11 @@ def exact_matches(
 
 
 def restated_values(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Which of the scored tokens `ids[1:]` are values that the document stated before."""
+    """Indices of the scored tokens `ids[1:]` that are values stated before."""
     words = tokenizer.convert_ids_to_tokens(ids)
     return [i for i, pair in enumerate(zip(words[:-1], words[1:], strict=True)) if is_value(*pair)]
 
 
 def is_value(last: str, word: str) -> bool:
-    """Whether a word of a restated fact, given the word before it, is (part of) the fact's value."""
+    """Whether a word of a restated fact is (part of) the fact's value, given the word before it."""
     return last.endswith((" is", " number", " starts")) or last in MONTHS or word in SURNAMES

@@ -1,7 +1,7 @@
-"""Word problems of two to five steps with one right answer, and relays for handoff.
+"""Word problems of two to five steps with a unique answer, and relays for handoff.
 
-A problem's answer first restates the facts that it needs, then works one operation a step, then
-gives `#### N`. The facts stand before the question (a problem alone) or only in the document.
+The answer of a problem restates the facts that it needs, then has one operation per step, then `#### N`. The facts are
+given before the question (`alone`) or only in the document.
 """
 
 import random
@@ -13,12 +13,12 @@ from polykv.reference.documents import Question
 from polykv.reference.text import join_words
 from polykv.reference.world import Fact
 
-LIMIT = 100  # numbers of one token each are 0 ... 99
+LIMIT = 100  # numbers below it are a single token
 
 
 @dataclass(frozen=True)
 class Step:
-    """`left op right = result`."""
+    """One operation, `left op right = result`; a division with remainder has the result -1."""
 
     left: int
     op: str
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """`facts` hold what the question leaves out; `steps` work it out; the last result is it."""
+    """A problem: the `facts` that the question does not state, and the `steps` to its answer, the last result."""
 
     template: str
     facts: tuple[Fact, ...]
@@ -54,18 +54,18 @@ class Problem:
         return self.steps[-1].result
 
     def solution(self) -> list[str]:
-        """The words of the answer: facts, steps, `#### N`."""
+        """The words of the solution: facts, steps, `#### N`."""
         words = [word for fact in self.facts for word in fact.statement()]
         words += [word for step in self.steps for word in step.words()]
         return [*words, "####", str(self.answer)]
 
     def ask(self) -> Question:
-        """The problem as a question about a document that states the facts."""
+        """The problem as a question about a document that states its facts."""
         prompt = " " + join_words(["Q:", *self.question, "A:"])
         return Question(prompt, " " + join_words(self.solution()), self.template, self.facts)
 
     def alone(self, rng: random.Random) -> Question:
-        """The problem with its facts, in random order, before the question."""
+        """The problem with its facts in random order before the question."""
         facts = rng.sample(self.facts, len(self.facts))
         told = [word for fact in facts for word in fact.statement()]
         question = self.ask()
@@ -96,7 +96,7 @@ class Operands:
         }
 
     def draw(self, rng: random.Random, name: str) -> tuple[Fact, ...] | None:
-        """Draw the operands called `name`; None if these facts have none."""
+        """Draw operands of the kind `name`; None if the facts have none."""
         size, groups = self.groups[name]
         if not groups:
             return None
@@ -106,8 +106,11 @@ class Operands:
 
 @dataclass(frozen=True)
 class Template:
-    """`operands` names what Operands draws: the values a, b, c. The question tells small numbers
-    k, m, n, j, i; each step is an operation over all these or the results r1, r2, ... so far."""
+    """A kind of problem.
+
+    `operands` names the group from which Operands draws the values a, b, c. The question states small numbers k, m, n,
+    j, i. Steps are operations on these and on the results r1, r2, ... of previous steps.
+    """
 
     question: str
     operands: str
@@ -197,9 +200,9 @@ TRIES = 12
 
 
 def draw_problem(rng: random.Random, operands: Operands, template: str) -> Problem | None:
-    """Draw a problem of the template whose numbers all lie in 1 ... 99.
+    """Draw a problem of a template with all numbers in 1 ... 99.
 
-    None if the facts have no such operands, or if no draw of TRIES fits.
+    None if the facts have no such operands, or after TRIES unsuccessful draws.
     """
     form = TEMPLATES[template]
     for _ in range(TRIES):
@@ -220,7 +223,7 @@ def draw_problem(rng: random.Random, operands: Operands, template: str) -> Probl
 
 
 def _name(names: str, things: Iterable) -> dict:
-    """Name as many things as there are."""
+    """Assign one-letter names to things."""
     return dict(zip(names, things, strict=False))
 
 
@@ -245,9 +248,9 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Relay:
-    """One running number handed on: turn 1 is a problem, each later turn takes one of `steps`.
+    """A chain of turns on one number: turn 1 is a problem, each later turn applies one of `steps` to its result.
 
-    Each turn's prompt follows the answer of the turn before, closed by the end-of-turn token.
+    Each turn's prompt follows the previous answer and its end-of-turn token.
     """
 
     problem: Problem
@@ -256,7 +259,7 @@ class Relay:
 
 
 def draw_relay(rng: random.Random, operands: Operands, n_turns: int) -> Relay | None:
-    """Draw a relay of `n_turns` turns; None if these facts have no problem to start from."""
+    """Draw a relay of `n_turns` turns; None if the facts have no problem to start with."""
     problem = draw_problem(rng, operands, rng.choice(("gain_lose", "pool_give", "both")))
     if problem is None:
         return None

@@ -1,4 +1,4 @@
-"""Words to text and back, and when an answer counts as right."""
+"""Conversion of words to text and back, and grading of answers."""
 
 import re
 
@@ -11,20 +11,20 @@ ATTACHED = re.compile(r" ([.,?]|'s)(?= |$)")
 
 
 def join_words(words: list[str]) -> str:
-    """Write words as text: one space between them, none before a mark or a possessive."""
+    """Join words with spaces, without a space before punctuation or a possessive."""
     return ATTACHED.sub(r"\1", " ".join(words))
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, as the tokenizer cuts them; inverse of `join_words`."""
+    """The words of a text, as the tokenizer splits it; the inverse of `join_words`."""
     return re.findall(WORD, text)
 
 
 def matches(answer_text: str, expected: str) -> bool:
-    """Whether an answer is right: up to the end of the turn it begins with the same words.
+    """Whether an answer is correct: up to its end of turn, it begins with the words of the expected answer.
 
-    An expected answer that ends in `#### N` is right when the first number that the answer marks so is N, whatever
-    the steps were.
+    If the expected answer ends in `#### N`, an answer is correct if its first number after `####` is N, regardless of
+    the steps.
     """
     answer, wanted = (text.split("<eot>")[0] for text in (answer_text, expected))
     if numerals.n_marks(wanted):

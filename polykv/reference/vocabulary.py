@@ -1,8 +1,7 @@
-"""Every word that the generator can write, by category. No word is in two categories.
+"""All words of the generator by category; no word is in two categories.
 
-Each value is one word and so one token: a value of two tokens would pay the price of binding
-(whose number is it?) twice. Open categories have at least 19 members, so that an answer cannot be
-guessed without the document.
+Each value is one word, hence one token: with two tokens the model would have to bind a value to its owner twice.
+Categories of values have at least 19 members, so that answers cannot be guessed without the document.
 """
 # ruff: noqa: SIM905
 

@@ -1,12 +1,11 @@
-"""Worlds: people, places, items, prices and dated events, as facts with one value each.
+"""Generated worlds of people, places, items, prices and dated events: facts with one value each.
 
-Every sentence names its key (whose, what) before its value. A causal model can then bind a value
-while it reads it; in "Ada has 14 apples" the number comes before the item that it counts. The phrase
-between owner and value ("'s apples number") is one word of the vocabulary: then the whole key stands
-in the two tokens before the value, which a small model learns to bind many times sooner.
+Every sentence states its key (owner and attribute) before its value, so that a causal model can bind the value when it
+reads it (unlike in "Ada has 14 apples"). The phrase between owner and value ("'s apples number") is one word of the
+vocabulary: the whole key is then in the two tokens before the value, which a small model learns to bind much sooner.
 
-Training and held-out worlds share no fact: a hash of (subject, attribute, value) says to which of
-the two a fact belongs, so nothing that a held-out document states was ever seen in training.
+Training and held-out worlds share no fact: a hash of (subject, attribute, value) assigns each fact to one of them, so
+that no fact of a held-out document was seen in training.
 """
 
 import random
@@ -28,7 +27,7 @@ FORMS = {  # kind: the words of the statement, the question
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement with one right value; `kind` is a key of FORMS, `subject` empty if unowned."""
+    """A statement with one value; `kind` is a key of FORMS, `subject` is empty for facts without an owner."""
 
     kind: str
     subject: str
@@ -51,19 +50,20 @@ class Fact:
 
     @property
     def split(self) -> str:
-        """The split that owns the fact, by hash: the same on every machine."""
+        """The split that the fact belongs to, by a hash that is the same on every machine."""
         digest = zlib.crc32("|".join((*self.key, self.value)).encode())
         return "heldout" if digest % HELDOUT_SHARE == 0 else "train"
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Knobs of a world.
+    """Difficulty of a world.
 
-    facts_per_person: facts whose key shares the person's name.
-    owners_per_item: people who own the same item on average (distractors of a count).
-    namesakes: share of people who share their first name with another (near-duplicate names).
-    unowned: share of facts about roles, prices and events.
+    Attributes:
+        facts_per_person: facts per owner.
+        owners_per_item: average number of people with the same item (distractors of a count).
+        namesakes: fraction of people who share their first name with another.
+        unowned: fraction of facts about roles, prices and events.
     """
 
     facts_per_person: int = 4
@@ -100,7 +100,7 @@ def _sample_people(rng: random.Random, n: int, difficulty: Difficulty) -> list[s
 
 
 def _attributes(rng: random.Random, items: list[str]) -> list[tuple[str, str]]:
-    """All (kind, attribute) that a person can have, in random order, counts a little sooner."""
+    """All (kind, attribute) of a person in random order, with counts slightly favoured."""
     counts = [("count", item) for item in rng.sample(items, len(items))]
     traits = [("trait", trait) for trait in rng.sample(list(v.TRAITS), len(v.TRAITS))]
     order = []
@@ -113,7 +113,7 @@ def _attributes(rng: random.Random, items: list[str]) -> list[tuple[str, str]]:
 def _person_keys(
     rng: random.Random, people: list[str], items: list[str], n: int
 ) -> list[tuple[str, str, str]]:
-    """Deal `n` keys evenly to the people."""
+    """Distribute `n` keys evenly among people."""
     hands = [_attributes(rng, items) for _ in people]
     keys: list[tuple[str, str, str]] = []
     for turn in range(max(map(len, hands))):
@@ -134,7 +134,7 @@ def _unowned_keys(rng: random.Random, items: list[str], n: int) -> list[tuple[st
 def _draw(
     rng: random.Random, key: tuple[str, str, str], people: list[str], split: str
 ) -> Fact | None:
-    """Draw until the fact belongs to the split; None if nobody in the world may have the role."""
+    """Draw a fact of the split; None for a role that no person can have in this split."""
     kind, _, attribute = key
     if kind == "role":
         fits = [fact for p in people if (fact := Fact(*key, p)).split == split]
