@@ -165,7 +165,7 @@ def check_hub(
         PolyKVError: with the mend.
     """
     if cfg.weights == "hub":
-        mend = packaged.mend(cfg.model) + mend
+        mend = packaged.remedy(cfg.model) + mend
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 

@@ -17,17 +17,17 @@ from polykv.errors import PolyKVError
 
 # Options of `from_pretrained`: return the missing weights too, and do not raise; `check_whole` does.
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-BARE = "give a checkpoint of the whole model, as save_pretrained writes it"
+WHOLE = "give a checkpoint of the whole model, as save_pretrained writes it"
 NAMED = 3  # weights or tokens named in a message
 
 
-def check_whole(found: Mapping[str, Any], holder: object, mend: str) -> None:
+def check_whole(found: Mapping[str, Any], holder: object, remedy: str) -> None:
     """Check that all weights of a model come from its checkpoint.
 
     Args:
         found: the loading info of `from_pretrained` (REPORTED).
         holder: the checkpoint, for the message.
-        mend: what to do about it, for the message.
+        remedy: what to do about it, for the message.
 
     Raises:
         PolyKVError: missing, unexpected or mismatched weights; names the `holder` and some of them.
@@ -40,12 +40,12 @@ def check_whole(found: Mapping[str, Any], holder: object, mend: str) -> None:
         "unexpected": found["unexpected_keys"],
         "of another shape": mismatched,
     }
-    said = [
+    problems = [
         f"{len(names)} {kind} ({_some(sorted(names))})" for kind, names in kinds.items() if names
     ]
-    if said:
+    if problems:
         raise PolyKVError(
-            f"{holder} does not hold the weights that its configuration describes: {', '.join(said)}; {mend}"
+            f"{holder} does not hold the weights that its configuration describes: {', '.join(problems)}; {remedy}"
         )
 
 

@@ -189,8 +189,8 @@ def hub_wikitext2(revision: str) -> str:
     Raises:
         PolyKVError: the hub cannot be reached.
     """
-    mend = "use document=wikitext2, which needs none, or a local copy: document.path=/path/to/wiki.test.raw"
-    hub.check_reachable(WIKITEXT, "dataset", mend, revision)
+    remedy = "use document=wikitext2, which needs none, or a local copy: document.path=/path/to/wiki.test.raw"
+    hub.check_reachable(WIKITEXT, "dataset", remedy, revision)
     from datasets import load_dataset  # takes seconds to import
 
     split = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test", revision=revision)

@@ -38,10 +38,10 @@ class Geometry:
             "head_dim": {layer.head_dim for layer in self.layers},
         }
         for name, values in found.items():
-            said = getattr(config, name, None)
-            if said is not None and values != {said}:
+            stated = getattr(config, name, None)
+            if stated is not None and values != {stated}:
                 raise PolyKVError(
-                    f"the config of {config.model_type} has {name}={said}, but its cache {sorted(values)}; "
+                    f"the config of {config.model_type} has {name}={stated}, but its cache {sorted(values)}; "
                     "correct the config, or use another model"
                 )
 

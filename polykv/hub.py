@@ -14,17 +14,17 @@ SECONDS = 5  # timeout
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
-def check_reachable(repo: str, kind: str, mend: str, revision: str | None = None) -> None:
+def check_reachable(repo: str, kind: str, remedy: str, revision: str | None = None) -> None:
     """Check that `repo` (at `revision`, if given) is in the local cache or the hub answers.
 
     Raises:
-        PolyKVError: neither; the message ends with `mend`.
+        PolyKVError: neither; the message ends with `remedy`.
     """
     if not is_available(repo, revision):
         wanted = f"{repo} at {revision[:12]}" if revision else repo
         raise PolyKVError(
             f"{kind} {wanted} is not in the hub's local cache and the hub at {constants.ENDPOINT} "
-            f"cannot be reached; connect, or {mend}"
+            f"cannot be reached; connect, or {remedy}"
         )
 
 

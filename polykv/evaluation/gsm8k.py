@@ -57,11 +57,11 @@ def check_available(path: str | None, n_problems: int) -> None:
     if path is not None:
         _local(path)
     elif n_problems > (n_shipped := len(_shipped())):
-        mend = (
+        remedy = (
             f"use n_problems={n_shipped} or fewer, which the package contains, or give a local JSONL with "
             "relay.path=/path/to/test.jsonl"
         )
-        hub.check_reachable(REPO, "dataset", mend, REVISION)
+        hub.check_reachable(REPO, "dataset", remedy, REVISION)
 
 
 def order(n_problems: int) -> list[int]:

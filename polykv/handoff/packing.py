@@ -89,8 +89,8 @@ def _where(sides: list[list[torch.Tensor]], start: int) -> str | None:
     """An error message that names the first layer with values that are not finite; None if all are finite."""
     for name, layers in zip(("keys", "values"), sides, strict=True):
         for index, x_BHTD in enumerate(layers):
-            if said := not_finite(x_BHTD, start):
-                return f"layer {index}: {name}: {said}"
+            if message := not_finite(x_BHTD, start):
+                return f"layer {index}: {name}: {message}"
     return None
 
 

@@ -24,9 +24,9 @@ from polykv.kernels.cpu_layout import (
     DTYPES,
     Input,
     Queries,
-    described,
     empty_tensors,
     strides,
+    struct_of,
 )
 from polykv.segment import Segment
 
@@ -77,7 +77,7 @@ def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
     packed = Packed(empty_tensors(codec, shape), shape, x_BHTD.dtype, codec.group)
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
     threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
-    good = _library().polykv_encode(ctypes.byref(x), described(codec, packed), threads)
+    good = _library().polykv_encode(ctypes.byref(x), struct_of(codec, packed), threads)
     return packed if good else None
 
 
@@ -87,7 +87,7 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
         return None
     out_BHTD = torch.empty(packed.shape, dtype=torch.float32)
     threads = _threads(out_BHTD.numel() // VALUES_PER_THREAD)
-    _library().polykv_decode(described(codec, packed), out_BHTD.data_ptr(), threads)
+    _library().polykv_decode(struct_of(codec, packed), out_BHTD.data_ptr(), threads)
     return out_BHTD
 
 
@@ -116,8 +116,8 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     q = Queries(q_HQD.data_ptr(), DTYPES[q_HQD.dtype], queries, scaling)
     _library().polykv_attend(
         ctypes.byref(q),
-        described(segment.key_codec, key),
-        described(segment.value_codec, value),
+        struct_of(segment.key_codec, key),
+        struct_of(segment.value_codec, value),
         splits,
         out_SHQD.data_ptr(),
         lse_SHQ.data_ptr(),

@@ -91,27 +91,27 @@ def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
     return {"codes": codes, "scale": torch.empty((*shape[:3], scales), dtype=torch.float16)}
 
 
-def described(codec: Codec, packed: Packed) -> Any:
+def struct_of(codec: Codec, packed: Packed) -> Any:
     """Reference to a PackedStruct with the addresses of the tensors of `packed`, which has to stay alive."""
     codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
-    told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
+    struct = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
     if isinstance(codec, Identity):
-        told.kind, told.dtype = EXACT, DTYPES[codes.dtype]
-        return ctypes.byref(told)
+        struct.kind, struct.dtype = EXACT, DTYPES[codes.dtype]
+        return ctypes.byref(struct)
     if isinstance(codec, TurboQuantMSE):
         scale = packed.tensors["norm"]
         levels, boundaries = _codebook(codec.bits)
-        told.kind, told.bits = TURBOQUANT, codec.bits
-        told.levels, told.boundaries = levels.data_ptr(), boundaries.data_ptr()
+        struct.kind, struct.bits = TURBOQUANT, codec.bits
+        struct.levels, struct.boundaries = levels.data_ptr(), boundaries.data_ptr()
         if codec.signs:
-            told.signs = _signs(packed.shape[3], codec.seed).data_ptr()
+            struct.signs = _signs(packed.shape[3], codec.seed).data_ptr()
     else:
         scale = packed.tensors["scale"]
-        told.kind = _kind_of_scaled(codec)
+        struct.kind = _kind_of_scaled(codec)
         if isinstance(codec, Uniform):
-            told.bits, told.block = codec.bits, codec.block_size(packed.shape[3])
-    told.scale, told.scale_strides = scale.data_ptr(), strides(scale)
-    return ctypes.byref(told)
+            struct.bits, struct.block = codec.bits, codec.block_size(packed.shape[3])
+    struct.scale, struct.scale_strides = scale.data_ptr(), strides(scale)
+    return ctypes.byref(struct)
 
 
 def _kind_of_scaled(codec: Codec) -> int:
