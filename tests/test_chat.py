@@ -145,7 +145,7 @@ MOVING = {
     "the day": ("{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}", "moves: token"),
     "the question's length": (
         "{{ messages[0]['content'] | length }} {{ messages[0]['content'] }}",
-        r"moves: token \d is '\d', and '\d'",
+        r"moves: token \d is '\d', but '\d'",
     ),
     "a changed text": ("{{ messages[0]['content'] | upper }}", "changes the text"),
     "a refusal": ("{{ raise_exception('no such role') }}", "cannot be used.*no such role"),
