@@ -1,6 +1,6 @@
-"""The committed form of a results folder: all rows in `rows.csv.gz`, what else its cells hold in `cells.json.gz`.
+"""The packed form of a results folder: rows of all cells in `rows.csv.gz`, their other content in `cells.json.gz`.
 
-A sweep writes a file for each cell; a repository keeps these two. Reading them gives the same cells. Torch-free.
+A sweep writes one file per cell; these two are what is committed. They contain the same cells. Torch-free.
 """
 
 import csv
@@ -31,12 +31,12 @@ ROWS, CELLS = "rows.csv.gz", "cells.json.gz"
 
 
 def pack(root: Path) -> tuple[int, tuple[str, ...]]:
-    """Write the two files for all that is in the folder; how many cells they hold, and the names of damaged ones.
+    """Pack all cells of a folder; returns their number, and the names of damaged files.
 
-    The cells' own files stay. What was packed before is packed again. The same cells give the same bytes.
+    Files of cells stay, and cells packed before are packed again. The output is deterministic.
 
     Raises:
-        PolyKVError: there is no cell, or the folder cannot be written.
+        PolyKVError: there are no cells, or the folder is not writable.
     """
     cells, damaged = all_cells(root)
     if not cells:
@@ -63,18 +63,18 @@ def pack(root: Path) -> tuple[int, tuple[str, ...]]:
         write_atomically(root / CELLS, gzip.compress(json.dumps(content).encode(), mtime=0))
     except OSError as error:
         raise PolyKVError(
-            f"cannot write into {root} ({error.strerror or error}); give a folder that can be written"
+            f"cannot write into {root} ({error.strerror or error}); give a writable folder"
         ) from error
     return len(cells), tuple(damaged)
 
 
 def all_cells(root: str | Path, study: str = "") -> tuple[list[Cell], list[str]]:
-    """The cells of a folder, and the names of damaged files; of a cell that is packed too its own file counts.
+    """The cells of a folder (of one study), and the names of damaged files.
 
-    `study`: of this one only.
+    A cell's own file takes precedence over its packed form.
 
     Raises:
-        PolyKVError: the packed rows are not what was packed.
+        PolyKVError: the packed files are damaged.
     """
     cells, damaged = read_cells(root, study or "*")
     own = {_place(cell) for cell in cells}
@@ -83,10 +83,10 @@ def all_cells(root: str | Path, study: str = "") -> tuple[list[Cell], list[str]]
 
 
 def unpack(root: Path) -> Sequence[Cell]:
-    """The packed cells of a folder; none where it has none.
+    """The packed cells of a folder, if it has any.
 
     Raises:
-        PolyKVError: one of the files is missing, damaged, of another version, or was edited.
+        PolyKVError: one of the two files is missing, damaged, edited, or of another version.
     """
     if not (root / ROWS).exists() and not (root / CELLS).exists():
         return []
@@ -94,11 +94,11 @@ def unpack(root: Path) -> Sequence[Cell]:
         text = gzip.decompress((root / ROWS).read_bytes()).decode()
         content = json.loads(gzip.decompress((root / CELLS).read_bytes()))
         if content["format"] != FORMAT:
-            raise ValueError("its format is another version's")
+            raise ValueError("another version of the format")
         if content["digest"] != digest(content):
             raise ValueError(f"{CELLS} was changed since it was written")
         if content["rows"] != hashlib.sha256(text.encode()).hexdigest():
-            raise ValueError(f"{ROWS} is not what {CELLS} was written with")
+            raise ValueError(f"{ROWS} does not belong to {CELLS}")
         return _cells(text, content)
     except (
         *(OSError, EOFError, zlib.error, csv.Error, RecursionError),
@@ -113,7 +113,7 @@ def unpack(root: Path) -> Sequence[Cell]:
 def _csv(cells: Sequence[Cell]) -> str:
     names = dict.fromkeys([*COLUMNS, *(name for cell in cells for name in types_of(cell.study))])
     out = io.StringIO()
-    writer = csv.DictWriter(out, names)  # its CRLF is what makes it quote both characters in texts
+    writer = csv.DictWriter(out, names)  # with CRLF line ends it quotes CR and LF in texts
     writer.writeheader()
     for cell in cells:
         stamp = {"study": cell.study["name"], "cell": cell.name}
@@ -145,7 +145,7 @@ def _cells(text: str, content: dict[str, Any]) -> list[Cell]:
 
 
 def _read(text: str, kind: type) -> Any:
-    """A value of a cell's row; what is empty is none."""
+    """A value of the CSV in its column's type; None if empty."""
     if not text:
         return None
     return {"True": True, "False": False}[text] if kind is bool else kind(text)

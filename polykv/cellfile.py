@@ -1,7 +1,7 @@
-"""The file of one finished cell: written whole, sealed with a digest, and set aside when it is damaged.
+"""The file of a finished cell: written atomically, protected by a digest, renamed if it is damaged.
 
-JSON: the study's declaration, the resolved config, the provenance, the rows column by column, and what agents said.
-Torch-free: the analysis reads through this module.
+JSON with the study's declaration, the resolved config, the provenance, the rows by column, and the agents' answers.
+Torch-free, since the analysis reads through this module.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-# Every row has these. A study adds its own, of the same types.
+# The columns of every row. Studies add their own, of the same types.
 COLUMNS: Mapping[str, type] = {
     "study": str, "cell": str, "model": str, "weights": str, "document": str, "context_tokens": int,
     "n_agents": int, "recipe": str, "policy": str, "budget_bits": float, "reader": str, "metric": str,
     "value": float, "unit": str, "sample": int, "n": int, "seed": int, "dtype": str, "device": str,
     "backend": str, "bos": bool, "commit": str, "created_at": str, "note": str,
 }  # fmt: skip
-STAMPED = ("study", "cell", "commit", "created_at")  # told once in the file, for all of its rows
+STAMPED = ("study", "cell", "commit", "created_at")  # stored once in the file, for all of its rows
 TYPES = {kind.__name__: kind for kind in (str, int, float, bool)}
-# What readers rely on, in the whole cell, in its study's declaration and in its provenance; these may hold more.
+# The keys that readers rely on, of a cell, its study's declaration and its provenance, which may have others too.
 _CELL = {"name": str, "config": dict, "rows": dict, "answers": list}
 _STUDY = {
     "name": str,
@@ -37,33 +37,32 @@ _STUDY = {
     "columns": dict,
 }
 _PROVENANCE = {"commit": str, "created_at": str}
-FORMAT = 2  # of the file; 1 had rows with columns `protocol`, `ci_low` and `ci_high`
+FORMAT = 2  # version of the format; 1 had the columns `protocol`, `ci_low` and `ci_high`
 
 MAX_BYTES = 1 << 25  # of a cell's file; the largest that any study writes has 2 MB
-MAX_REASON = 300  # characters of what is said of a damaged file
-# Half characters: JSON can hold them, and no table could be written.
-_HALVES = re.compile("[\ud800-\udfff]")
+MAX_REASON = 300  # characters of a message about a damaged file
+# JSON can contain lone surrogates, which cannot be written to any other file.
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class DamagedCell(Exception):
-    """The file is not what was written; the message says how it shows."""
+    """The file does not hold what was written; the message says why."""
 
 
 def reason(error: Exception) -> str:
-    """An error in one printable line, whatever text of a damaged file it quotes."""
+    """An error as one printable line, even if it quotes text of a damaged file."""
     return ascii(f"{type(error).__name__}: {error}")[1:-1][:MAX_REASON]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a whole file holds.
+    """The content of a cell's file.
 
     Attributes:
-        study: the declaration: `name`, `title`, `question`, `answers` and `columns` (name -> type's name).
+        study: the declaration: `name`, `title`, `question`, `answers` and `columns` (name -> name of the type).
         name: the cell's identity.
-        rows: column -> values, equally many in each; None where a row has none. Without the STAMPED ones. `metric` is
-            among them, unless there is no row.
-        answers: what agents were asked and said, a dict each.
+        rows: column -> values, one per row, or None; without the STAMPED columns. If there are rows, `metric` is one.
+        answers: agents' questions and answers, a dict each.
     """
 
     study: Mapping[str, Any]
@@ -75,20 +74,20 @@ class Cell:
 
     @property
     def columns(self) -> dict[str, type]:
-        """The type of every column that a row of this cell may have."""
+        """Column -> type, of all columns that this cell may have."""
         return types_of(self.study)
 
 
 def types_of(study: Mapping[str, Any]) -> dict[str, type]:
-    """The columns of a declared study: those of every row, and its own."""
+    """Column -> type, of a declared study: the common columns and its own."""
     return {**COLUMNS, **{name: TYPES[kind] for name, kind in study["columns"].items()}}
 
 
 def check(cell: Cell) -> None:
-    """Refuse a cell whose parts are not of the types that every reader relies on.
+    """Check the types of a cell's parts, on which readers rely.
 
     Raises:
-        ValueError, KeyError: names what is missing or of another type.
+        ValueError, KeyError: names what is missing or of the wrong type.
     """
     for part, kinds in ((vars(cell), _CELL), (cell.study, _STUDY), (cell.provenance, _PROVENANCE)):
         for key, needed in kinds.items():
@@ -100,13 +99,13 @@ def check(cell: Cell) -> None:
     if not all(isinstance(said, dict) for said in cell.answers):
         raise ValueError("its answers are not a list of objects")
     about = [cell.study, cell.name, cell.config, cell.provenance, cell.answers]
-    if _HALVES.search(json.dumps(about, ensure_ascii=False)):
+    if _SURROGATES.search(json.dumps(about, ensure_ascii=False)):
         raise ValueError("a text in it cannot be written as UTF-8")
     types, n_rows = cell.columns, len(cell.rows["metric"]) if cell.rows else 0
     for column, values in cell.rows.items():
         kind = types[column]
         if column in STAMPED:
-            raise ValueError(f"{column} is told once, not in every row")
+            raise ValueError(f"{column} is stored once, not in every row")
         if len(values) != n_rows:
             raise ValueError(f"{column} has {len(values)} values for {n_rows} rows")
         for value in values:
@@ -119,7 +118,7 @@ def compose(cell: Cell) -> str:
     """The text of a cell's file.
 
     Raises:
-        ValueError, KeyError: it is not a cell that could be read again.
+        ValueError, KeyError: an invalid cell (`check`).
     """
     check(cell)
     content = {"format": FORMAT, "study": cell.study, "cell": cell.name}
@@ -130,23 +129,23 @@ def compose(cell: Cell) -> str:
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in a cell's file but the digest itself; layout does not count."""
+    """SHA-256 of the content of a cell's file without the digest itself, independent of its layout."""
     kept = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(kept, allow_nan=False).encode()).hexdigest()
 
 
 def read(path: Path) -> Cell:
-    """A cell's file `.../STUDY/CELL.json`.
+    """Read a cell's file `.../STUDY/CELL.json`.
 
     Raises:
-        DamagedCell: half-written, edited by hand, another cell's, or of an older format.
-        OSError: it cannot be read.
+        DamagedCell: truncated, edited by hand, of another cell, or of another version of the format.
+        OSError: the file cannot be read.
     """
     info = path.stat()
     if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
         raise DamagedCell("a pipe or a device, not a file")
     if info.st_size > MAX_BYTES:
-        raise DamagedCell(f"it has {info.st_size} bytes, and no cell more than {MAX_BYTES}")
+        raise DamagedCell(f"it has {info.st_size} bytes, more than the {MAX_BYTES} of any cell")
     try:
         cell = parse(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_number))
     except IsADirectoryError as error:
@@ -160,14 +159,14 @@ def read(path: Path) -> Cell:
 
 
 def parse(content: Any) -> Cell:
-    """The cell that a file's JSON holds.
+    """The cell of a file's parsed JSON.
 
     Raises:
-        DamagedCell: it is not what `compose` wrote.
+        DamagedCell: it was not written by `compose`.
     """
     try:
         if content.get("format") != FORMAT:
-            raise DamagedCell("its format is another version's; measure it again")
+            raise DamagedCell("another version of the format; measure it again")
         if content["digest"] != digest(content):
             raise DamagedCell("changed since it was written: its digest does not match")
         rows = content["rows"]
@@ -187,25 +186,25 @@ def parse(content: Any) -> Cell:
 
 
 def read_cells(root: str | Path, study: str = "*") -> tuple[list[Cell], list[str]]:
-    """Every whole cell of the study (`*`: of all) below ROOT, in a stable order, and the names of damaged files."""
+    """All undamaged cells of a study (`*`: of all studies) below ROOT, sorted, and the names of damaged files."""
     cells, damaged = [], []
     for path in sorted(Path(root).glob(f"cells/{study}/*.json")):
         try:
             cells.append(read(path))
         except FileNotFoundError:
-            continue  # set aside by a sweep that is running
+            continue  # renamed meanwhile by a running sweep
         except (DamagedCell, OSError) as error:
             damaged.append(f"{path} ({error})")
     return cells, damaged
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Temporary file, fsync, rename: another process sees the whole file or none.
+    """Write through a temporary file, fsync and rename: other processes see the whole file or none.
 
     Raises:
-        OSError: the folder cannot be written or its disk is full; nothing is left behind.
+        OSError: the folder is not writable or the disk is full; no temporary file is left.
     """
-    # Not tempfile's: its files can be read by their owner only, and results are shared.
+    # Not the tempfile module: its files are readable by their owner only, and results are shared.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -219,43 +218,43 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Temporary files of a process that was killed while it wrote `path`. Only for who holds its claim."""
+    """Remove temporary files of processes killed while writing `path`. Call it only while holding the cell's claim."""
     for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to `CELL.json.damaged` (`.damaged2` and on, if taken); where it is now."""
+    """Rename a damaged file to `CELL.json.damaged` (`.damaged2`, ... if that exists); returns the new path."""
     names = (f"{path.name}.damaged{number if number > 1 else ''}" for number in count(1))
     aside = next(place for name in names if not (place := path.with_name(name)).exists())
     return path.rename(aside)
 
 
 def check_type(column: str, value: Any, kind: type) -> None:
-    """Refuse what the column cannot hold; None is no value and fits everywhere.
+    """Check a value against its column's type; None is allowed in every column.
 
     Raises:
         ValueError: names the column.
     """
     if value is None:
         return
-    if kind is float:  # 1e999 is JSON, and infinite
+    if kind is float:  # 1e999 is valid JSON, and infinite
         fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
     elif kind is int:
         fits = type(value) is int and 0 <= value < 1 << 63
     else:
-        fits = type(value) is kind and not (isinstance(value, str) and _HALVES.search(value))
+        fits = type(value) is kind and not (isinstance(value, str) and _SURROGATES.search(value))
     if not fits:
         raise ValueError(
-            f"{column} cannot be {ascii(value)[:40]}; it is a column of {kind.__name__}"
+            f"{column} cannot be {ascii(value)[:40]}; it is a column of type {kind.__name__}"
         )
 
 
 def _folded(column: str, values: list[Any]) -> Any:
-    """One value for all rows where they agree, as in most columns; `metric` stays a list and says how many rows."""
+    """A single value if all rows have the same, as in most columns; `metric` stays a list, which gives their number."""
     agree = column != "metric" and all(value == values[0] for value in values)
     return values[0] if values and agree else values
 
 
 def _refuse_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number that a cell holds")
+    raise ValueError(f"{name} is not allowed as a number")

@@ -1,6 +1,6 @@
-"""The tidy row, the identity of a cell, and the store in which a finished cell is one atomic file.
+"""Rows of results, the identity of a cell, and the store of finished cells, one file each.
 
-Torch-free: the analysis reads through this module.
+Torch-free, since the analysis reads through this module.
 """
 
 import functools
@@ -27,7 +27,7 @@ from polykv.archive import all_cells
 from polykv.cellfile import COLUMNS, Cell, DamagedCell
 from polykv.errors import PolyKVError
 
-# Where a cell runs, where its result is kept and how progress is shown do not change its numbers.
+# Settings that do not change a cell's numbers: where it runs, where its result is stored, how progress is shown.
 NOT_IDENTITY = ("results_dir", "logger", "launcher", "card")
 
 PROBE_BYTES = 65536
@@ -36,7 +36,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "bert-score", "numpy", "scipy"
 
 
 def cell_id(config: dict[str, Any]) -> str:
-    """The identity of a cell: a hash of the resolved config that affects its numbers."""
+    """The identity of a cell: a hash of the settings that affect its numbers."""
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     canonical = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -44,7 +44,7 @@ def cell_id(config: dict[str, Any]) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit; `+dirty` where files differ from it; `unknown` outside a checkout."""
+    """The checkout's commit, with `+dirty` if files differ from it; `unknown` outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -58,7 +58,7 @@ def commit() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """What produced a cell: commit, machine and versions."""
+    """The provenance of a cell: commit, date, machine and versions."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -75,14 +75,14 @@ def provenance() -> dict[str, Any]:
 
 
 class Rows(list):
-    """A cell's rows, each a dict of columns; what all of them share is said once.
+    """A cell's rows, each a dict of columns; `shared` columns are given once for all rows.
 
     Attributes:
-        answers: what agents were asked and said, for whoever wants to read it: a dict each.
+        answers: agents' questions and answers for inspection, a dict each.
     """
 
     def __init__(self, columns: Mapping[str, type] | None = None, **shared: Any) -> None:
-        """`columns`: those that the study adds to cellfile.COLUMNS."""
+        """`columns`: column -> type, those that the study adds to cellfile.COLUMNS."""
         super().__init__()
         self._types = {**COLUMNS, **(columns or {})}
         self._shared = self._checked(shared)
@@ -91,10 +91,10 @@ class Rows(list):
     def add(
         self, metric: str, value: float | None, unit: str, *, why: str = "", **columns: Any
     ) -> None:
-        """One observation. One that cannot be had is None, NaN or infinite, is kept as None, and `why` says why.
+        """Add one observation. A value that is None, NaN or infinite is stored as None and needs a reason, `why`.
 
         Raises:
-            ValueError: a value is missing without a reason, or a column is unknown or of another type.
+            ValueError: a missing value without a reason, an unknown column, or a value of the wrong type.
         """
         if value is None or not math.isfinite(value):
             value, columns = None, columns | {"note": why or columns.get("note")}
@@ -104,7 +104,7 @@ class Rows(list):
         self.append(self._shared | self._checked(row | columns))
 
     def by_column(self) -> dict[str, list[Any]]:
-        """Column -> values; columns in which no row has any are left out."""
+        """Column -> values, without columns that are empty in all rows."""
         columns = {name: [row.get(name) for row in self] for name in self._types}
         return {
             name: values
@@ -115,17 +115,17 @@ class Rows(list):
     def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
         for name, value in row.items():
             if name not in self._types:
-                raise ValueError(f"{name} is no column of these rows")
+                raise ValueError(f"{name} is not a column of these rows")
             cellfile.check_type(name, value, self._types[name])
         return row
 
 
 class StoreError(PolyKVError):
-    """The results folder cannot be written."""
+    """The results folder cannot be read or written."""
 
 
 class Store:
-    """`ROOT/cells/STUDY/CELL.json`, one file a cell: done means that the file is there and whole."""
+    """A results folder with one file per cell, `ROOT/cells/STUDY/CELL.json`; a cell is done if its file is valid."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -134,10 +134,10 @@ class Store:
         return self.root / "cells" / study / f"{cell}.json"
 
     def done(self, study: str, cell: str) -> bool:
-        """Whether the cell needs no measuring; a damaged file does not count.
+        """Whether the cell has a valid file.
 
         Raises:
-            StoreError: the file is there and cannot be read.
+            StoreError: the file exists but cannot be read.
         """
         path = self.path(study, cell)
         try:
@@ -146,19 +146,19 @@ class Store:
             return False
         except OSError as error:
             raise StoreError(
-                f"cannot read {path} ({error.strerror or error}); let it be read, or set results_dir "
+                f"cannot read {path} ({error.strerror or error}); make it readable, or set results_dir "
                 "to another folder"
             ) from error
         return True
 
     @contextmanager
     def claim(self, study: str, cell: str) -> Iterator[bool]:
-        """True while this process alone may run the cell; the lock dies with the process.
+        """Context that yields True if this process now holds the cell's lock, which is released if the process dies.
 
-        What a killed process left of the cell is removed; a damaged file is set aside, named on stderr.
+        Leftovers of a killed process are removed; a damaged file is renamed, with a warning on stderr.
 
         Raises:
-            StoreError: the folder cannot be written.
+            StoreError: the folder is not writable.
         """
         path = self.path(study, cell)
         marker = path.with_suffix(".lock")
@@ -175,20 +175,22 @@ class Store:
             _clear(path)
             yield True
         finally:
-            with suppress(OSError):  # a folder that became read-only: the lock is free all the same
+            with suppress(
+                OSError
+            ):  # the folder has become read-only; the lock is released all the same
                 marker.unlink(missing_ok=True)
             lock.release()
 
     def write(
         self, study: Mapping[str, Any], cell: str, config: Mapping[str, Any], rows: Rows
     ) -> Cell:
-        """Write a finished cell: temporary file, fsync, rename. Nothing half-written is ever seen.
+        """Write a finished cell atomically.
 
         Args:
             study: its declaration (cellfile.Cell).
 
         Raises:
-            StoreError: the folder cannot be written or the disk is full; what was done before stays.
+            StoreError: the folder is not writable, or the disk is full.
         """
         done = Cell(study, cell, config, provenance(), rows.by_column(), rows.answers)
         path = self.path(study["name"], cell)
@@ -200,15 +202,15 @@ class Store:
         return done
 
     def check_writable(self) -> None:
-        """Fail before long work starts rather than after.
+        """Check, before long work starts, that results can be written.
 
         Raises:
-            StoreError: the results folder cannot be written, or its disk is full.
+            StoreError: the folder is not writable, or the disk is full.
         """
         folder = self.root / "cells"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Without a name: processes that start together do not meet, and a kill leaves nothing.
+            # Unnamed, so that concurrent processes do not interfere and a kill leaves nothing behind.
             with TemporaryFile(dir=folder) as probe:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
@@ -220,12 +222,12 @@ class Store:
 def _unwritable(folder: Path, error: OSError) -> StoreError:
     return StoreError(
         f"cannot write into {folder} ({error.strerror or error}); free space or set results_dir to a "
-        "folder that can be written, then run again: finished cells are kept"
+        "writable folder, then run again: finished cells are kept"
     )
 
 
 def _clear(path: Path) -> None:
-    """Make room for a cell that this process has claimed."""
+    """Remove leftovers of a cell that this process has claimed, and rename its damaged file."""
     try:
         cellfile.remove_leftovers(path)
         try:
@@ -234,30 +236,29 @@ def _clear(path: Path) -> None:
             return
         except DamagedCell as reason:
             aside = cellfile.set_aside(path)
-            said = f"{path} is damaged ({reason}); set aside as {aside.name} and measured again"
-            print(f"warning: {said}", file=sys.stderr, flush=True)
+            warning = f"{path} is damaged ({reason}); renamed to {aside.name} and measured again"
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
 
 
 def load_rows(root: str | Path, study: str = "") -> tuple[pd.DataFrame, list[str]]:
-    """Every row of every cell in ROOT (of one study) as `frame` gives them, and the names of files that cannot be read.
+    """The rows of all cells in ROOT (of one study) as a `frame`, and the names of unreadable files.
 
     Raises:
-        PolyKVError: the rows that were packed there (polykv/archive.py) are damaged.
+        PolyKVError: the packed rows (polykv/archive.py) are damaged.
     """
     cells, damaged = all_cells(root, study)
     return frame(cells), damaged
 
 
 def frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """The cells' rows under all their columns.
+    """The rows of cells as a DataFrame with all their columns.
 
-    Whole numbers are Int64 and truths boolean (missing: NA), other numbers float (missing: NaN), texts str
-    (missing: "").
+    Missing values are NA in Int64 and boolean columns, NaN in float columns, and "" in text columns.
 
     Raises:
-        PolyKVError: two studies give a column two types.
+        PolyKVError: two studies declare a column with different types.
     """
     types: dict[str, type] = dict(COLUMNS)
     for cell in cells:
@@ -280,7 +281,7 @@ def frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def typed(values: pd.Series, kind: type) -> pd.Series:
-    """A column as `frame` gives it."""
+    """A column in the dtype that `frame` uses."""
     if kind is str:
         return values.astype(object).where(values.notna(), "").astype(str)
     return values.astype({int: "Int64", bool: "boolean", float: float}[kind])

@@ -73,7 +73,7 @@ def test_document_of_a_foreign_tokenizer_has_exact_length():
 
 
 def test_too_short_a_document_is_refused():
-    with pytest.raises(PolyKVError, match="states no two facts"):
+    with pytest.raises(PolyKVError, match="too short to state two facts"):
         generate_document(TOKENIZER, 8, 0)
 
 

@@ -75,7 +75,7 @@ MORE = (
     (OWN_MODEL, "telepath", {CONFIG: b'{"model_type": "telepath"}'}),
     (f"{OWN_MODEL} document.path={{}}/text.txt", "own", {CONFIG: SMALL_LLAMA, TEXT: WORDS}),
     (f"{QUALITY} model=qwen2.5-0.5b document=moon_landing", "hub"),
-    (f"{OWN_TEXT} model=gguf model.path={{}}/text.txt", "no GGUF file", {TEXT: WORDS}),
+    (f"{OWN_TEXT} model=gguf model.path={{}}/text.txt", "not a GGUF file", {TEXT: WORDS}),
     (f"{OWN_TEXT} model=gguf model.path={{}}", "no .gguf files"),
     (f"{QUALITY} document=wikitext2_raw", "hub"),
     (f"{QUALITY} scorer=roberta-large", "hub"),
