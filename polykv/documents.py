@@ -154,7 +154,7 @@ def own(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     """A text written for this project, with questions and answers."""
     content = yaml.safe_load(shipped.read(cfg.document.name))
     questions = [(item["question"], item["answer"]) for item in content["questions"]]
-    return _consecutive(cfg, tokenizer, content["text"], questions)
+    return of_text(cfg, tokenizer, content["text"], questions)
 
 
 def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
@@ -164,7 +164,7 @@ def file(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     if cfg.document.get("questions") is not None:
         lines = textfile.lines(read_text(cfg.document, "questions"))
         questions = [(line.strip(), None) for line in lines]
-    return _consecutive(cfg, tokenizer, text, questions)
+    return of_text(cfg, tokenizer, text, questions)
 
 
 def wikitext2(cfg: DictConfig, tokenizer: Any) -> list[Document]:
@@ -239,9 +239,14 @@ def check_document(cfg: DictConfig) -> None:
         hub_wikitext2(cfg.document.revision)
 
 
-def _consecutive(
+def of_text(
     cfg: DictConfig, tokenizer: Any, text: str, questions: list[tuple[str, str | None]]
 ) -> list[Document]:
+    """Consecutive windows of a text, each with all questions: pairs of a bare question and its answer, if known.
+
+    Raises:
+        PolyKVError: the text is too short, there are fewer questions than agents, or no chat template can be shared.
+    """
     found = windows.consecutive(tokenizer, text, cfg.context, cfg.n_documents)
     return _documents(cfg, tokenizer, text, found, questions)
 
