@@ -1,4 +1,4 @@
-"""The one entry: compose a config, run its cells, say where the table and the figures are."""
+"""The entry point: compose a config, run its cells, print the study's table and where the rest is."""
 
 import os
 import sys
@@ -19,8 +19,8 @@ def task(cell: sweep.Cell) -> sweep.Outcome:
 
 
 def main() -> int:
-    """Run the sweep and render what its folder holds; the exit code."""
-    # Hydra prints its own errors over several lines and exits; with this it lets us see them.
+    """Run the sweep, then render its results folder; the exit code."""
+    # Hydra would print errors over several lines and exit; with this it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     processes.second_interrupt_quits()
     try:
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def report(ended: sweep.Ended) -> int:
-    """Tables and figures of the folder, if there is a cell to show, then what did not end well; the exit code."""
+    """Render the folder, if a cell is done, then print what failed; the exit code."""
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 

@@ -1,1 +1,1 @@
-"""One file per table or figure: `check(cfg)` refuses bad input before any work, `run(cfg)` returns a cell's rows."""
+"""One module per study (study.py), and what runs them: sweep, session, rows, settings."""

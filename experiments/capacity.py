@@ -1,8 +1,8 @@
-"""How many agents and documents does a device hold, how fast do they decode, and where does sharing pay?
+"""Capacity computed from data sheets: agents and documents that fit on a device, step times, where sharing pays.
 
-Answers no published row. Everything is computed from the architecture, the recipe's stored bytes and a data
-sheet (polykv/evaluation/capacity.py has the formulas), and every row says so. What `experiment=concurrency`
-measured of the same model and recipe is quoted beside what the formulas give (capacity_measured.py).
+Answers no published row. Everything is computed from the architecture, the recipe's stored bytes and a data sheet (the
+formulas are in polykv/evaluation/capacity.py). Measurements of `experiment=concurrency` on the same model and recipe
+are quoted beside the computed values (capacity_measured.py).
 """
 
 from bisect import bisect_left
@@ -25,8 +25,8 @@ from polykv.models import load_config
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-# source: input, computed, or measured (quoted from study concurrency); assumed: of inputs, hardware or assumption;
-# suffix_tokens: an agent's own; part: of a decode step, which is their sum (formulas.Step).
+# source: input, computed, or measured (quoted from study concurrency); assumed: kind of an input, hardware or
+# assumption; suffix_tokens: an agent's own tokens; part: one of the parts that add up to a decode step (formulas.Step).
 COLUMNS = {
     "source": str,
     "assumed": str,
@@ -34,8 +34,8 @@ COLUMNS = {
     "part": str,
     **capacity_measured.COLUMNS,
 }
-MOST_AGENTS = 100_000  # up to which sharing is looked at
-# Of the hardware's figures; all but the first two are of one device.
+MOST_AGENTS = 100_000  # the most agents for which sharing is computed
+# Units of the hardware's figures; all but the first two are per device.
 UNITS = {
     "nodes": "nodes",
     "devices": "devices",
@@ -52,7 +52,7 @@ WHY = {
 }
 PARTS = ("linear", "prefix", "suffix")
 COMPUTED, INPUT = {"source": "computed"}, {"source": "input"}
-# What sharing may divide: seconds of a step, bytes of a replica.
+# Costs that sharing can reduce: seconds of a step, bytes of a replica.
 COSTS = {
     "time": lambda workload, reader, agents: workload.step(reader, agents).seconds,
     "memory": lambda workload, reader, agents: (
@@ -62,7 +62,7 @@ COSTS = {
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """As everywhere, less what no figure here depends on; and what was measured belongs to the cell."""
+    """The settled config; settings without effect are fixed, and a digest of the quoted rows is added."""
     unused = {"reader": "dequantize", "backend": "torch", "device": "cpu"}
     settled = settings.settle(OmegaConf.merge(cfg, unused))
     settled.measured_digest = capacity_measured.digest(cfg)
@@ -70,16 +70,13 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input.
+    """Check the settings, the hardware and the folder to quote from.
 
     Raises:
-        PolyKVError: one clear line.
+        PolyKVError: one line, for bad input.
     """
     settings.check_common(cfg)
-    if cfg.context is None:
-        raise PolyKVError(
-            "context=null is the length of a text, and none is read here; set context=32768"
-        )
+    settings.check_context(cfg, 32768)
     for reader in cfg.readers or (None,):
         if reader not in READERS:
             raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
@@ -100,7 +97,7 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """The inputs, what fits and how fast it is for each reader and suffix, and the quoted rows."""
+    """Inputs, capacity and speed for each reader and suffix, and quoted measurements."""
     about = {"device": settings.label(cfg, "hardware")}
     about |= dict.fromkeys(("document", "backend", "n_agents"))
     rows = settings.new_rows(cfg, COLUMNS, **about)
@@ -121,7 +118,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _architecture(cfg: DictConfig, session: Session) -> Architecture:
-    """The model's, kept for cells that differ in hardware or recipe."""
+    """The model's architecture, cached for cells that differ in hardware or recipe."""
     needs = settings.plain(cfg.model)
     return session.kept(
         "the architecture", needs, lambda: Architecture.of(load_config(cfg.model), cfg.model.dtype)
@@ -135,7 +132,7 @@ def _replica(cfg: DictConfig, model: Architecture) -> Replica:
 
 
 def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
-    """What all else is computed from: the data sheet with its sources, our assumptions, and two sizes."""
+    """Rows of the inputs: the data sheet with its sources, our assumptions, and two sizes."""
     for name, unit in UNITS.items():
         figure = cfg.hardware[name]
         figure = figure[cfg.model.dtype] if name == "tflops" else figure
@@ -148,7 +145,7 @@ def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
 
 
 def _source(cfg: DictConfig, name: str) -> str:
-    """Where a figure of the hardware is from; one that an override changed is from there."""
+    """The source of a figure of the hardware, or that an override set it."""
     known = cfg.hardware.name in config.available("hardware")
     sheet = config.load_group("hardware", cfg.hardware.name) if known else {}
     if sheet.get(name) != cfg.hardware[name]:
@@ -159,7 +156,7 @@ def _source(cfg: DictConfig, name: str) -> str:
 def _add_capacity(
     rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
 ) -> None:
-    """max_agents of one document, and max_documents of `n_agents` agents each; 0 has its reason."""
+    """Rows max_agents of one document, and max_documents of `n_agents` agents each; 0 comes with the reason."""
     reader, n = about["reader"], cfg.n_agents
     agents, documents = workload.max_agents(reader), workload.max_documents(reader, n)
     none_fits = None if agents else _too_much(workload, reader, 1)
@@ -169,7 +166,7 @@ def _add_capacity(
 
 
 def _too_much(workload: DecodeWorkload, reader: str, n_agents: int) -> str:
-    """Why that many do not fit on a replica: the weights alone, or the caches beside them."""
+    """Why that many agents do not fit on a replica: the weights alone, or the caches beside them."""
     weights, need = workload.model.weights_bytes / GB, workload.cache_bytes(reader, n_agents) / GB
     usable = f"of {workload.replica.usable_bytes / GB:.1f} GB usable on {workload.replica.split} device(s)"
     if workload.room <= 0:
@@ -180,7 +177,7 @@ def _too_much(workload: DecodeWorkload, reader: str, n_agents: int) -> str:
 def _add_speed(
     rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
 ) -> None:
-    """step_time by part at the agents asked for, and at all that fit."""
+    """Rows step_time by part, at the requested numbers of agents and at the most that fit."""
     reader = about["reader"]
     most = workload.max_agents(reader)
     for n_agents in sorted({*cfg.agents, cfg.n_agents, most} - {0}):
@@ -197,9 +194,9 @@ def _add_speed(
 def _add_paying(
     rows: Rows, cfg: DictConfig, workload: DecodeWorkload, about: dict[str, Any]
 ) -> None:
-    """From how many agents on sharing divides the time of a step, and the memory with weights, by `gain`.
+    """Rows of the number of agents from which sharing reduces step time, and memory with weights, by the factor `gain`.
 
-    And until how many, where it stops; and by what it divides them at best.
+    Also the number up to which it does, if it stops, and the largest factor.
     """
     agents = np.arange(1, MOST_AGENTS + 1)
     for what, cost in COSTS.items():
@@ -217,7 +214,7 @@ def _add_paying(
 def _add_least_shared(
     rows: Rows, cfg: DictConfig, workload: DecodeWorkload, recipe: Recipe, about: dict[str, Any]
 ) -> None:
-    """The fewest shared tokens at which a step of `n_agents` takes `gain` times less; the gain grows with them."""
+    """A row of the fewest shared tokens at which a step of `n_agents` is `gain` times faster."""
 
     def pays(n_tokens: int) -> bool:
         shorter = DecodeWorkload.of(
@@ -238,7 +235,7 @@ def _add_least_shared(
 STUDY = Study(
     name="capacity",
     title="Capacity on paper",
-    question="How many agents and documents does a device hold, how fast do they decode, and where does sharing pay?",
+    question="How many agents and documents fit on a device, how fast do they decode, and where does sharing pay?",
     run=run,
     check=check,
     settle=settle,

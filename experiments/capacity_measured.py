@@ -1,4 +1,4 @@
-"""What study `concurrency` measured, beside what the formulas of `capacity` give for the same agents."""
+"""Measurements of study `concurrency`, quoted by `capacity` beside the formulas' values for the same agents."""
 
 import hashlib
 from dataclasses import replace
@@ -16,37 +16,37 @@ from polykv.recipe import Recipe
 from polykv.results import Rows, load_rows
 
 QUOTED = "concurrency"
-# Of its rows, as experiments/concurrency.py has them.
+# Columns of its rows that are quoted (experiments/concurrency.py).
 COLUMNS = {"accounting": str, "n_tokens": int, "synthetic": bool, "n_threads": int}
-# What tells its lines apart; of cells that agree in all of it the newest is quoted.
+# Columns that distinguish its lines; of cells that agree in all, the newest is quoted.
 LINE = [
     "weights", "device", "dtype", "context_tokens", "n_tokens", "synthetic", "n_agents", "reader", "backend", "seed",
 ]  # fmt: skip
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a folder to quote from that holds nothing to quote.
+    """Check that the folder to quote from, if one is set, has rows to quote.
 
     Raises:
         PolyKVError: names the folder.
     """
     if cfg.measured is not None and _measured(cfg).empty:
         raise PolyKVError(
-            f"measured={cfg.measured} holds no rows of experiment={QUOTED}; give a results folder "
-            "that does, or leave it out"
+            f"measured={cfg.measured} has no rows of experiment={QUOTED}; give a results folder "
+            "that has, or leave it out"
         )
 
 
 def digest(cfg: DictConfig) -> str:
-    """What the rows to quote say, shortened: it belongs to a cell's identity."""
+    """A digest of the rows to quote, which is part of a cell's identity."""
     return hashlib.sha256(_measured(cfg).to_csv(index=False).encode()).hexdigest()[:12]
 
 
 def add_rows(rows: Rows, cfg: DictConfig, model: Architecture, replica: Replica) -> None:
-    """kv_memory of this model and recipe as measured and as computed, and what may be between them.
+    """Rows of kv_memory of this model and recipe, measured and computed, and the difference that is allowed.
 
-    Of the time, the measured steps and the bytes that each reads by the formulas (`step_read`). Models whose weights
-    are quantized are not what is computed here.
+    Also the measured step times, and the bytes that a step reads by the formulas (`step_read`). Measurements of models
+    with quantized weights are left out, since the formulas do not cover them.
     """
     found = _measured(cfg)
     if found.empty:
@@ -77,7 +77,7 @@ def add_rows(rows: Rows, cfg: DictConfig, model: Architecture, replica: Replica)
 
 
 def _add_computed(rows: Rows, row: dict[str, Any], workload: DecodeWorkload) -> None:
-    """Bytes by the formula, and by how much more may be measured: stored ones have to agree."""
+    """Rows of the bytes by the formula, and of how many more may be measured: none of stored bytes."""
     stored = row["accounting"] == "stored"
     compute = workload.prefix_bytes if stored else workload.cache_bytes
     allowed = 0 if stored else round(TOLERANCE * round(row["value"] * GB)) + WORKSPACE
@@ -95,7 +95,7 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(cfg: DictConfig) -> pd.DataFrame:
-    """The rows of `concurrency` in the folder given, else in this sweep's own, in an order of their own.
+    """The rows of `concurrency` in the folder `measured`, else in this sweep's own, sorted by cell.
 
     Raises:
         PolyKVError: one of them is damaged.

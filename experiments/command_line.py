@@ -1,4 +1,4 @@
-"""Settings as they are typed: what was wrong with them in one line, and how to quote a path."""
+"""Errors in typed settings: one line that says what is wrong and how to quote a path."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,29 +11,29 @@ from omegaconf.errors import OmegaConfBaseException
 from polykv.config import did_you_mean
 from polykv.errors import PolyKVError
 
-# How an axis takes what lies at a path.
+# The settings that give an axis a path.
 AT_PATH = {
     "model": "model=local model.path={0} (or model=gguf for a GGUF file)",
     "document": "document=file document.path={0}",
     "relay": "relay=gsm8k relay.path={0}",
 }
-PATHS = ("path", "questions", "results_dir")  # last names of the settings that are paths
+PATHS = ("path", "questions", "results_dir")  # last parts of settings that are paths
 
 
 def quoted(override: str) -> str:
-    """The override as a shell and Hydra take it literally: in both their quotes."""
+    """The override quoted for both a shell and Hydra."""
     key, _, value = override.partition("=")
     value = value.replace('"', '\\"')
     return shlex.quote(f'{key}="{value}"')
 
 
 def check_paths(overrides: Sequence[Override]) -> None:
-    """Refuse a path that its commas make several.
+    """Check that no path was split at its commas.
 
-    Several paths are taken where each is there, and names of models (no `/` in front) are not looked for.
+    Several paths are allowed if each exists; a name of a model on a hub (no leading `/`) is not looked for.
 
     Raises:
-        PolyKVError: with the path in quotes.
+        PolyKVError: one was; the message has it quoted.
     """
     for override in overrides:
         key, _, typed = override.input_line.partition("=")
@@ -49,7 +49,7 @@ def check_paths(overrides: Sequence[Override]) -> None:
 
 
 def explained(error: Exception) -> str:
-    """Hydra's error in one line, with the cause that it hides and, where one can be told, the mend."""
+    """Hydra's error in one line, with its cause and, where there is one, what to do."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     said = " ".join(f"{error} {cause or ''}".split())
     if isinstance(error, OverrideParseException):
@@ -59,7 +59,7 @@ def explained(error: Exception) -> str:
 
 
 def _no_such_name(error: MissingConfigException, said: str) -> str:
-    """What Hydra says where an axis has no such name; of a path, how a path is given."""
+    """The message for an unknown name on an axis; for a path, how to give one."""
     group, _, name = (error.missing_cfg_file or "").partition("/")
     if "/" in name and group in AT_PATH:
         return (

@@ -1,10 +1,8 @@
-"""What does each of these recipes keep, and what does it cost, on this model and this text?
+"""Recipes side by side on one model and one text: stored bits, perplexity delta, KL divergence, memory, answers.
 
-The question that users have, in one table: stored bits, perplexity delta and KL divergence with intervals over
-documents, memory while all agents decode (`resident`) and, on request (`answers`), what the agents say.
-
-Presets of conf/experiment ask more of it: `together` scores all agents in one batch, `outside` reads a cache that
-transformers itself quantizes, in place of a recipe's.
+Memory while all agents decode is measured with `resident`, answers are asked with `answers`. Two settings are used by
+presets in conf/experiment: `together` scores all agents in one batch, and `outside` reads a cache that transformers
+itself quantizes instead of a recipe's.
 """
 
 from collections.abc import Sequence
@@ -35,12 +33,12 @@ from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
 
-# key_bits, value_bits: of a recipe that kv_asymmetry composes.
+# key_bits, value_bits: of recipes composed by the preset kv_asymmetry.
 COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS, "key_bits": int, "value_bits": int}
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """`scorer=auto` becomes the scorer that is there, and an outside reference its options."""
+    """The settled config: `scorer=auto` is an available scorer, `outside` the options of that reference."""
     settled = seeded(cfg)
     settled.scorer.name = bertscore.resolve(cfg.scorer.name)
     settled.together = bool(cfg.get("together"))
@@ -54,16 +52,16 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def seeded(cfg: DictConfig) -> DictConfig:
-    """The settled config; the seed also draws the rotations."""
+    """The settled config, with the seed of the random rotations in every codec."""
     settled = settings.settle(cfg)
-    Recipe.from_config(settled.recipe)  # refuses in its own words what could not be seeded
+    Recipe.from_config(settled.recipe)  # raises for a recipe without codecs
     for part in (settled.recipe.key, settled.recipe.value):
         _seed(part, settled.seed)
     return settled
 
 
 def _seed(codec: DictConfig, seed: int) -> None:
-    """Write the seed into every codec that takes one and does not say its own."""
+    """Set the seed of every codec that has one and is not given it."""
     for child in (child for child in codec.values() if OmegaConf.is_dict(child)):
         _seed(child, seed)
     if "seed" in {f.name for f in fields(get_class(codec._target_))} and "seed" not in codec:
@@ -71,29 +69,26 @@ def _seed(codec: DictConfig, seed: int) -> None:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input, random weights above all; what measures memory starts meanwhile."""
-    if cfg.resident:
+    """Check the settings and the documents."""
+    if cfg.resident:  # the process that measures memory starts in the meantime
         process.start_early(memory.__name__)
-    if not isinstance(cfg.answers, int) or cfg.answers < 0:
-        raise PolyKVError(
-            f"answers={cfg.answers!r}; it takes the number of documents whose agents are asked, or 0"
-        )
+    settings.check_whole(cfg, "answers", least=0, instead=": the documents whose agents are asked")
     settings.check_quality(cfg, session)
     if cfg.get("outside"):
         settings.check_dequantizes(cfg)
         for name in ("answers", "resident", "together"):
             if cfg.get(name):
-                raise PolyKVError(f"{name}={cfg[name]} is of recipes, not of outside references")
+                raise PolyKVError(
+                    f"{name}={cfg[name]} is not available for outside references; leave it out"
+                )
         outside.new_cache(load_config(cfg.model), settings.plain(cfg.outside))
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """All rows of the cell, from the model's real cache."""
+    """Ratios, memory, scores and answers of the cell's recipe."""
     about = {name: cfg[name] for name in ("key_bits", "value_bits") if name in cfg}
-    document = session.documents(cfg)[0]
-    about |= {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
     about |= {"quantization": loading.quantized(cfg.model)}
-    rows = settings.new_rows(cfg, COLUMNS, **about)
+    rows = write.new_rows(cfg, session, COLUMNS, **about)
     if cfg.get("outside"):
         texts = [full.document.digest for full in session.full_readings(cfg)]
         write.add_scores(rows, _outside(rows, cfg, session), texts)
@@ -107,17 +102,17 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _together(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
-    """All agents score the rest of the document in one batch, each padded differently: the last one's reading.
+    """Comparisons of the last of `n_agents` agents that score a document in one batch, each padded differently.
 
-    A sum, a mask or a position that went by the batch would show against a reader that is alone: `agent_spread` is the
-    largest difference of any agent's log-probability to that reader's.
+    `agent_spread` is the largest difference of any agent's log-probability to that of a reader on its own: it would
+    show a sum, a mask or a position that depends on the batch.
     """
     comparisons = []
     pairs = zip(session.readings(cfg), session.full_readings(cfg), strict=True)
     for sample, (reading, full) in enumerate(track(list(pairs), "scoring in one batch")):
         alone_TV, together_NTV = reading.log_probs_TV, reading.score_together(cfg.n_agents)
         apart_NTV = (together_NTV - alone_TV).abs()
-        # What a model masks is infinite for all.
+        # Masked vocabulary is -inf for all.
         apart = float(apart_NTV.masked_fill_(together_NTV == alone_TV, 0).max())
         rest_BT = reading.document.rest_BT
         comparisons.append(continuation.compare(full.log_probs_TV, together_NTV[-1], rest_BT))
@@ -128,7 +123,7 @@ def _together(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Compari
 
 
 def _outside(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
-    """The documents read from transformers' own QuantizedCache, and the ratio that it stores."""
+    """Comparisons of documents read from transformers' own QuantizedCache; adds the ratio that it stores."""
     options, comparisons = settings.plain(cfg.outside), []
     for full in track(session.full_readings(cfg), "scoring"):
         cache, rest_BT = outside.quantized(full.model, full.pool, options), full.document.rest_BT

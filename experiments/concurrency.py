@@ -1,7 +1,7 @@
-"""What does sharing save when N agents decode at the same time, under every reader?
+"""Memory and decode steps of N agents that decode at the same time, by reader.
 
-Answers no published row: the published memory is arithmetic, and its reader rebuilds a full-precision copy for each
-agent. Here memory is measured, and so is every decode step. The readers of a cell are timed in turn.
+Answers no published row: the published memory is computed, and its reader rebuilds a full-precision copy per agent.
+Here memory and every decode step are measured. The readers of a cell take turns, so that drift affects all alike.
 """
 
 from collections.abc import Callable
@@ -44,12 +44,12 @@ COLUMNS = {
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """As everywhere; backend=auto is the fastest one here, which `in_place` uses."""
+    """The settled config; backend=auto is the fastest one here, which reader `in_place` uses."""
     return settings.settle(OmegaConf.merge(cfg, {"reader": "in_place"}))
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input; random weights are fine, memory and time do not depend on them.
+    """Check the settings; random weights are allowed, since memory and time do not depend on them.
 
     Raises:
         PolyKVError: one clear line.
@@ -61,18 +61,14 @@ def check(cfg: DictConfig, session: Session) -> None:
             raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
     if not cfg.readers:
         raise PolyKVError(f"readers=[]; name one or more of {', '.join(READERS)}")
-    if not isinstance(cfg.repeats, int) or cfg.repeats < 1:
-        raise PolyKVError(f"repeats={cfg.repeats!r}; it takes a whole number from 1 up")
+    settings.check_whole(cfg, "repeats")
     if cfg.max_new_tokens <= WARMUP:
         raise PolyKVError(
             f"max_new_tokens={cfg.max_new_tokens}, and {WARMUP} are for warming up; raise it"
         )
     if cfg.repeats * (cfg.max_new_tokens - WARMUP) < 2:
         raise PolyKVError("one step has no spread; raise max_new_tokens or repeats")
-    if cfg.context is None:
-        raise PolyKVError(
-            "context=null is the length of a text, and none is read here; set context=1024"
-        )
+    settings.check_context(cfg, 1024)
     if prefix_tokens(cfg) < 1:
         own = cfg.context - prefix_tokens(cfg)
         raise PolyKVError(
@@ -82,12 +78,12 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def prefix_tokens(cfg: DictConfig) -> int:
-    """The shared part of the context; an agent's query and new tokens are its own."""
+    """Length of the shared part of the context: all but an agent's own query and new tokens."""
     return cfg.context - QUERY_TOKENS - cfg.max_new_tokens
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """Memory of every reader in GB, and its decode steps in ms; one that does not fit has its reason in its rows."""
+    """Memory of every reader in GB and its decode steps in ms; a reader that does not fit says why in its rows."""
     n_tokens = prefix_tokens(cfg)
     about = {
         "n_tokens": n_tokens,
@@ -113,7 +109,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _measured(cfg: DictConfig) -> dict[str, tuple[int | str, Steps | str]]:
-    """Resident bytes and decode steps of each reader, or why they cannot be had."""
+    """Resident bytes and decode steps of each reader, or the reason why they are missing."""
     resident = {reader: _attempt(_resident, cfg, reader) for reader in cfg.readers}
     unfit = {reader: _attempt(_check_fits, cfg, reader) for reader in cfg.readers}
     steps = {reader: reason for reader, reason in unfit.items() if reason}

@@ -1,8 +1,8 @@
-"""Which signals earn their bits? Signal x alpha x tiers x budget x reseal, each against `uniform` and `random`.
+"""Ablation of the controller: signal x alpha x tiers x budget x reseal, each against `uniform` and `random`.
 
-QKVShare publishes no such numbers: it names controller ablations as its own future work. All three policies of a cell
-hand on the same relays under the same budget, so that their differences are paired by problem. There is no accuracy
-here: KL against the fp16 relay separates policies at a hundredth of the cost.
+QKVShare names this as its future work and publishes no numbers. The three policies of a cell play the same relays
+under the same budget, so that their differences are paired by problem. Accuracy is not measured: KL against the fp16
+relay separates policies at a hundredth of the cost.
 """
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,7 @@ from polykv.handoff.policy import Policy
 from polykv.results import Rows
 
 BASELINES = ("uniform", "random")
-# baseline: of these, in rows of what the ablated policy is compared with; the others say what the ablated policy is.
+# baseline: one of BASELINES, in its rows; the columns below describe the ablated policy, in its own.
 COLUMNS = {
     **handoff_accuracy.RELAY,
     "baseline": str,
@@ -31,9 +31,9 @@ COLUMNS = {
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """Signals that alpha gives no weight are dropped, so that equal policies are one cell.
+    """The settled config: with BASELINES, which get the policy's tiers.
 
-    What a policy is compared with belongs to the cell as well: BASELINES, with the tiers of the policy.
+    Signals to which alpha gives no weight are dropped, so that equal policies are one cell.
     """
     settled = handoff_accuracy.settle(cfg)
     if settled.policy.alpha == 0:
@@ -48,10 +48,10 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input.
+    """Check the settings and the problems.
 
     Raises:
-        PolyKVError: one clear line.
+        PolyKVError: one line, for bad input.
     """
     handoff_accuracy.check(cfg, session)
     if not Policy.from_config(cfg.policy).has_budget:
@@ -78,7 +78,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
-    """Its relays, kept for all cells that are compared with it."""
+    """Comparisons of a baseline's relays, cached for all cells that are compared with it."""
     kept = session.kept("relays of baselines", shared_needs(cfg), dict, of=(FP16_RELAYS,))
     key = (policy, cfg.budget_bits, cfg.reseal)
     if key not in kept:
@@ -88,8 +88,8 @@ def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Compari
 
 STUDY = Study(
     name="controller_ablation",
-    title="Which signals earn their bits",
-    question="Which signals of the controller make a card better than equal bits for every token?",
+    title="Ablation of the controller",
+    question="Which signals of the controller make a card better than the same bits for every token?",
     run=run,
     check=check,
     settle=settle,

@@ -1,7 +1,7 @@
-"""The settings that a study declares, and the refusal of any other, which nothing would read. Torch-free.
+"""Settings that a study declares; any other is refused, since nothing would read it. Torch-free.
 
-A study's are those of conf/config.yaml and of its own YAML in conf/experiment; those of a model, document and other
-GROUPS are what the YAML files of that group hold. Recipes and policies look after theirs themselves.
+A study declares those in conf/config.yaml and in its own YAML of conf/experiment. A model, document or other of GROUPS
+declares what the YAML files of its group hold. Recipes and policies check their own settings.
 """
 
 import re
@@ -15,7 +15,7 @@ from polykv.errors import PolyKVError
 from polykv.naming import flat
 
 GROUPS = ("model", "document", "relay", "hardware", "scorer")
-# Below these, names are a user's or another library's.
+# Prefixes of settings whose names a user or another library chooses.
 FREE = (
     "model.geometry.",
     "model.packaged.",
@@ -25,14 +25,14 @@ FREE = (
 )
 IN_DEFAULTS = re.compile(r"(?:override )?/?(\w+)")
 OURS = "polykv."
-USED = re.compile(r"\$\{(\w+)")  # ${key_bits}: a setting that others are made of
+USED = re.compile(r"\$\{(\w+)")  # ${key_bits}: a setting that others interpolate
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a setting that the study of a composed config does not read.
+    """Check that the study of a composed config declares every setting.
 
     Raises:
-        PolyKVError: names it, and the nearest that is read or the studies that read it.
+        PolyKVError: names one that it does not, and the nearest declared name or the studies that declare it.
     """
     study, given = cfg.study, OmegaConf.to_container(cfg)
     known, groups = _of_study(study)
@@ -41,7 +41,7 @@ def check(cfg: DictConfig) -> None:
         target = (given.get(group) or {}).get("_target_", OURS)
         if group in GROUPS and target.startswith(OURS):
             known |= {f"{group}.{name}" for name in _of_group(group, target)}
-        else:  # a user's own code reads what it likes
+        else:  # a user's own code may read anything
             free.append(f"{group}.")
     for name in flat(given):
         if name not in known and not f"{name}.".startswith(tuple(free)):
@@ -60,14 +60,14 @@ def _unknown(name: str, study: str, known: frozenset[str]) -> PolyKVError:
 
 
 def _names(study: str) -> set[str]:
-    """The first part of every setting of a study, and its groups."""
+    """First parts of the names of a study's settings, and its groups."""
     declared, groups = _of_study(study)
     return {name.partition(".")[0] for name in declared} | groups
 
 
 @cache
 def _of_study(study: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The settings that a study declares, and the groups that it composes."""
+    """Settings that a study declares, and groups that it composes."""
     names: set[str] = set()
     groups: set[str] = set()
     for path in (config.CONF / "config.yaml", config.CONF / "experiment" / f"{study}.yaml"):
@@ -81,7 +81,7 @@ def _of_study(study: str) -> tuple[frozenset[str], frozenset[str]]:
 
 @cache
 def _of_group(group: str, target: str) -> frozenset[str]:
-    """The settings of the group's YAML files or, where these name code, of those that name this."""
+    """Settings in the group's YAML files, of those files that have no `_target_` or this one."""
     files = [config.load_group(group, name) for name in config.available(group)]
     return frozenset(
         name

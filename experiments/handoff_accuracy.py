@@ -1,7 +1,6 @@
-"""QKVShare's accuracy table: are answers as right after a relay of n_hops handoffs, and how far did each go astray?
+"""QKVShare's accuracy table: right answers after a relay of n_hops handoffs, and the divergence of the last answer.
 
-Beside the answers stands the teacher-forced KL divergence to the fp16 relay, which tells policies apart long before
-accuracy does.
+The teacher-forced KL divergence to the fp16 relay separates policies with far fewer problems than accuracy does.
 """
 
 from collections.abc import Sequence
@@ -37,20 +36,20 @@ from polykv.progress import track
 from polykv.results import Rows
 from polykv.tokens import opening
 
-# extraction: how the number is taken from an answer, one of gsm8k.EXTRACTIONS.
+# extraction: how the number is read from an answer, one of gsm8k.EXTRACTIONS.
 RELAY = {"n_hops": int, "reseal": str}
 COLUMNS = {**RELAY, "extraction": str}
 CARDS = (mixed, allocate, signals)
 MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, same_top1)
-# Settings on which the fp16 relays depend; cells that agree in them share these.
+# Settings that the fp16 relays depend on; cells that agree in them share the relays.
 SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
 SETTINGS = (*SHARED, "weights", "policy", "budget_bits", "reseal", "signed")
-FP16 = Policy("fp16", store="float16")  # the reference of all others, whatever conf/policy says
+FP16 = Policy("fp16", store="float16")  # the reference of all policies, independent of conf/policy
 FP16_RELAYS = "fp16 relays"
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """A policy without a budget is one cell, whatever the budget and the way of resealing: nothing is lost."""
+    """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped."""
     settled = settle_key(settings.settle(cfg))
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
@@ -58,26 +57,20 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input, random weights above all, and problems that are too long as they are tokenised.
+    """Check the settings, and that the problems fit the model's positions once tokenised.
 
     Raises:
-        PolyKVError: one clear line.
+        PolyKVError: one line, for bad input.
     """
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     Policy.from_config(cfg.policy)
-    for name in ("n_hops", "n_problems"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise PolyKVError(f"{name}={cfg[name]!r}; it takes a whole number from 1 up")
+    settings.check_whole(cfg, "n_hops", "n_problems")
     check_budget(cfg.budget_bits)
     key_of(cfg)
     if cfg.reseal not in RESEALS:
         raise PolyKVError(f"no reseal {cfg.reseal!r}; there are: {', '.join(RESEALS)}")
-    if cfg.weights == "random":
-        raise PolyKVError(
-            f"quality cannot be measured on random weights (model={cfg.model.name}); leave weights "
-            "out, or use experiment=handoff_ttft"
-        )
+    settings.check_trained(cfg, "experiment=handoff_ttft")
     if cfg.relay.name == "gsm8k":
         gsm8k.check_available(cfg.relay.path, cfg.n_problems)
     elif cfg.weights != "reference":
@@ -92,24 +85,24 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def settle_key(settled: DictConfig) -> DictConfig:
-    """A cell of signed cards is another cell, as they are longer; which key signed them does not matter."""
+    """Set `signed` for signed cards, which are longer and so another cell; the key itself does not matter."""
     if OmegaConf.select(settled, "card.key_file"):
         settled.signed = True
     return settled
 
 
 def key_of(cfg: DictConfig) -> SigningKey | None:
-    """The key in `card.key_file`, read anew each time: only its path is ever in a config.
+    """The key in `card.key_file`, if set. It is read each time: a config only has the path.
 
     Raises:
-        PolyKVError: missing, too short, or readable by everyone.
+        PolyKVError: the file is missing, too short, or readable by everyone.
     """
     path = OmegaConf.select(cfg, "card.key_file")
     return SigningKey.read(path) if path else None
 
 
 def check_budget(bits: Any) -> None:
-    """Refuse what is no number of bits; None stands for a policy without a budget.
+    """Check a number of bits; None is allowed, for policies without a budget.
 
     Raises:
         PolyKVError: names the budget.
@@ -119,10 +112,10 @@ def check_budget(bits: Any) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """Rows of each problem: whether its answer is right, the bits of the last card, and the last answer's divergence.
+    """Rows of each problem: whether the answer is right, the bits of the last card, the last answer's divergence.
 
-    `kl` is that after all handoffs, `kl_once` on the same tokens where only the last handoff takes place, and
-    `kl_passing` where one agent wrote all turns and the others only passed its card on.
+    `kl` is measured after all handoffs; `kl_once` on the same tokens with the last handoff alone; `kl_passing` where
+    one agent wrote all turns and the others only passed its card on.
     """
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
@@ -141,7 +134,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def new_rows(cfg: DictConfig, session: Session, columns: dict[str, type], **about: Any) -> Rows:
-    """Rows of a relay; `document` names its problems, `sample` is the number of one."""
+    """Empty rows of a relay: `document` names its problems, `sample` numbers them."""
     _, tokenizer = session.model(cfg)
     of_relay = {
         "document": settings.label(cfg, "relay"),
@@ -157,8 +150,8 @@ def new_rows(cfg: DictConfig, session: Session, columns: dict[str, type], **abou
 
 
 def add_bits(rows: Rows, sample: int, card: CacheCard | None) -> None:
-    """Bits per cached value: of the card's tensors, which the budget bounds, and of its whole file, header and all."""
-    about, why = {"sample": sample}, "text is handed on, no card"
+    """Bits per cached value: of the card's tensors, which the budget limits, and of its whole file with the header."""
+    about, why = {"sample": sample}, "the text is handed on, not a card"
     bits = card.mean_bits if card else None
     rows.add("mean_bits", bits, "bits", why=why, **about)
     file_bits = card.mean_bits * len(card.to_bytes()) / card.nbytes if card else None
@@ -166,7 +159,7 @@ def add_bits(rows: Rows, sample: int, card: CacheCard | None) -> None:
 
 
 def add_answers(rows: Rows, texts: Sequence[str], answers: Sequence[object]) -> None:
-    """Whether each answer is right under each extraction, has several marks, or no text at all."""
+    """Whether each answer is right under each extraction, has several `####` marks, or is empty."""
     found = {
         ("answer_right", how): verdicts for how, verdicts in gsm8k.right(texts, answers).items()
     }
@@ -182,7 +175,7 @@ def add_divergence(
 ) -> None:
     """Each problem's mean over the last answer's tokens against the fp16 relay: KL and same-top-1.
 
-    `metrics`: what the rows call each of continuation.UNITS.
+    `metrics`: name in the rows -> key of continuation.UNITS.
     """
     for sample, comparison in enumerate(found):
         tokens = comparison.per_token()
@@ -200,7 +193,7 @@ def forced(
     n_handoffs: int | None = None,
     n_passes: int = 1,
 ) -> list[Comparison]:
-    """Per problem, the last agent's answer under the policy against the fp16 relay, token by token."""
+    """For each problem, the last agent's answer under the policy against the fp16 relay, token by token."""
     found = []
     for script, exact in zip(*fp16_relays(cfg, session), strict=True):
         other = force(script, new_handoff(cfg, session, policy), n_handoffs, n_passes)
@@ -209,7 +202,7 @@ def forced(
 
 
 def new_handoff(cfg: DictConfig, session: Session, policy: Policy) -> Handoff:
-    """How a cache goes on under this policy, for one relay."""
+    """How caches are handed on in one relay under this policy."""
     how = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg), cfg.backend)
     return Handoff(*session.model(cfg), *how)
 
@@ -220,12 +213,12 @@ def tasks_of(cfg: DictConfig) -> list[Task]:
 
 
 def shared_needs(cfg: DictConfig) -> Any:
-    """What the fp16 relays depend on, as plain values."""
+    """The settings that the fp16 relays depend on, as plain values."""
     return settings.plain(OmegaConf.masked_copy(cfg, SHARED))
 
 
 def fp16_relays(cfg: DictConfig, session: Session) -> tuple[list[list[Turn]], list[list[Tensor]]]:
-    """What the agents write when cards lose nothing but fp16's rounding, and its log-probabilities."""
+    """The relays under fp16 cards: for each problem the turns that agents write, and their log-probabilities."""
     # Under fp16 both ways of resealing are the same.
     own = OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": RESEALS[0]})
 
@@ -242,7 +235,7 @@ def fp16_relays(cfg: DictConfig, session: Session) -> tuple[list[list[Turn]], li
 STUDY = Study(
     name="handoff_accuracy",
     title="Answers after a relay",
-    question="Are answers as right after several handoffs of a quantized cache, and how far did each policy go astray?",
+    question="Are answers as accurate after several handoffs of a quantized cache, and how far do policies diverge?",
     run=run,
     check=check,
     settle=settle,

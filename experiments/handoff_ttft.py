@@ -1,9 +1,8 @@
-"""QKVShare's time to first token: how much sooner does a receiver speak that gets its context by card, and at what
-cost in quality?
+"""QKVShare's time to first token of a receiver that gets its context by card, and what the card costs in quality.
 
 All routes of a context are timed in one cell, in turn, on the tokens of its first document; each repeat gives the
-whole time and its stages. Beside the times stand the divergence and perplexity of the same cards' receivers on all
-its documents, always in float32 (bfloat16 by itself costs as much as a recipe of 4 bits).
+total time and its stages. Divergence and perplexity of the same cards' receivers are measured on all its documents, in
+float32 (bfloat16 alone costs as much as a 4-bit recipe).
 """
 
 from itertools import product
@@ -31,54 +30,46 @@ from polykv.progress import track
 from polykv.results import Rows
 from polykv.supported import check_length, check_rope, max_positions
 
-# stage: of ttft.STAGES, or TOTAL; transport: of ttft.TRANSPORTS, or TEXT where the receiver prefills again.
+# stage: one of ttft.STAGES, or TOTAL; transport: one of ttft.TRANSPORTS, or TEXT if the receiver prefills again.
 COLUMNS = {"stage": str, "transport": str, **write.SCORES}
 TOTAL, TEXT = "total", "text"
 LEAST_REPEATS = 10
 REPREFILL = Policy("reprefill", store=TEXT)
 SCORED_IN = "float32"
-COSTS = ("kl", "nll_delta")  # of continuation.UNITS: what is said of a card's receiver
+COSTS = ("kl", "nll_delta")  # metrics of a card's receiver, of continuation.UNITS
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """Policies are given by name, and become their settings: a YAML that says otherwise makes another cell.
+    """The settled config: policies, given by name, become their settings, which are then part of the identity.
 
-    backend=auto is the fastest one here, whatever the reader: it writes the bits that torch writes.
-    document=auto is the document that suits the model; random weights read none.
+    backend=auto is the fastest one here for every reader, since all backends write the same bits.
 
     Raises:
-        PolyKVError: an unknown policy, or a backend that cannot be had.
+        PolyKVError: an unknown policy, or a backend that is not available.
     """
     settled = settle_key(settings.settle(cfg))
-    settled.model = settings.answering(settled)  # times are those of answers
+    settled.model = settings.answering(settled)  # times are measured in the dtype of answers
     settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
     return settled
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input; random weights are fine for times, which do not depend on them.
+    """Check the settings; random weights are allowed, since times do not depend on them.
 
     Raises:
-        PolyKVError: one clear line.
+        PolyKVError: one line, for bad input.
     """
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     routes_of(cfg)
-    if cfg.context is None:
-        raise PolyKVError(
-            "context=null is the length of a text, and none is read here; set context=1024"
-        )
+    settings.check_context(cfg, 1024)
     if not isinstance(cfg.turn_tokens, int) or not 0 < cfg.turn_tokens < cfg.context:
         raise PolyKVError(
             f"turn_tokens={cfg.turn_tokens!r}; it takes a whole number from 1 up, below context"
         )
-    if not isinstance(cfg.repeats, int) or cfg.repeats < LEAST_REPEATS:
-        raise PolyKVError(
-            f"repeats={cfg.repeats!r}; it takes a whole number from {LEAST_REPEATS} up"
-        )
-    if not isinstance(cfg.scored_tokens, int) or cfg.scored_tokens < 1:
-        raise PolyKVError(f"scored_tokens={cfg.scored_tokens!r}; it takes a whole number from 1 up")
+    settings.check_whole(cfg, "repeats", least=LEAST_REPEATS)
+    settings.check_whole(cfg, "scored_tokens")
     check_budget(cfg.budget_bits)
     key_of(cfg)
     architecture = load_config(cfg.model)
@@ -88,18 +79,14 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_hub(cfg, "use weights=random, which times the same, or model=reference")
     if cfg.weights == "random":
         return
-    if cfg.document.name == "generated" and cfg.weights != "reference":
-        raise PolyKVError(
-            f"document=generated is written for the reference model, not for {cfg.model.name}; "
-            "use document=auto, wikitext2, packet_networks or file"
-        )
+    settings.check_generated(cfg)
     documents_of(cfg, session)
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """The time of every route, repeat and stage; then the stored bits of each card and what its receiver loses."""
+    """Times of every route, repeat and stage; stored bits and quality of each card."""
     random = cfg.weights == "random"
-    about = {"recipe": None, "backend": None, "n_agents": 2}  # of one receiver
+    about = {"recipe": None, "backend": None, "n_agents": 2}  # a sender and a receiver
     about |= {"document": None} if random else {"bos": documents_of(cfg, session)[0].bos}
     rows, routes = settings.new_rows(cfg, COLUMNS, **about), routes_of(cfg)
     ids_T = random_ids(cfg) if random else texts_of(cfg, session)[0][: cfg.context]
@@ -116,7 +103,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def add_times(rows: Rows, cfg: DictConfig, route: Route, timing: Timing) -> None:
-    """A row for each repeat of the whole and of each stage, in milliseconds; `context_tokens` holds the turn too."""
+    """A row for each repeat of the total and of each stage, in ms; `context_tokens` includes the receiver's turn."""
     about = {"transport": TEXT, "policy": route.policy.name, "note": KEPT}
     if route.policy.store != TEXT:
         about |= _of_card(cfg, route.policy, route.reader) | {"transport": route.transport}
@@ -133,10 +120,10 @@ def _of_card(cfg: DictConfig, policy: Policy, reader: str) -> dict[str, Any]:
 def add_quality(
     rows: Rows, cfg: DictConfig, session: Session, bits: dict[tuple[str, str], float | None]
 ) -> None:
-    """By policy and reader: the stored bits of the card that was timed, its KL divergence and perplexity delta.
+    """For each policy and reader: stored bits of the timed card, its KL divergence and perplexity delta.
 
     Args:
-        bits: by policy and reader, stored bits per cached value with all metadata counted.
+        bits: (policy, reader) -> stored bits per cached value, all metadata counted.
     """
     scored, why = score(cfg, session)
     dtype = loading.dtype_label(scoring_model(cfg))
@@ -159,7 +146,7 @@ def add_quality(
 
 
 def score(cfg: DictConfig, session: Session) -> tuple[list[card_quality.Scored], str]:
-    """Of each document, every policy and reader against the uncompressed cache; or why there is none."""
+    """For each document, every policy and reader against the uncompressed cache; or why there are no scores."""
     if cfg.weights == "random":
         return [], "quality cannot be measured on random weights"
     n_scored = n_scored_of(cfg)
@@ -173,45 +160,45 @@ def score(cfg: DictConfig, session: Session) -> tuple[list[card_quality.Scored],
 
 
 def scoring_model(cfg: DictConfig) -> DictConfig:
-    """The model's settings in the dtype that quality is scored in."""
+    """The model's settings in the dtype of scores."""
     return OmegaConf.merge(cfg.model, {"dtype": SCORED_IN})
 
 
 def n_scored_of(cfg: DictConfig) -> int:
-    """Tokens that are scored after the context: those asked for, or as many as the model has positions left."""
+    """Number of tokens scored after the context: `scored_tokens`, or as many as the model has positions left."""
     limit = max_positions(load_config(cfg.model))
     return cfg.scored_tokens if limit is None else min(cfg.scored_tokens, limit - cfg.context)
 
 
 def texts_of(cfg: DictConfig, session: Session) -> list[Tensor]:
-    """Of each document the context and the scored tokens after it, (tokens,) each."""
+    """Context and scored tokens of each document, (tokens,)."""
     return [document.ids_BT[0] for document in documents_of(cfg, session)]
 
 
 def documents_of(cfg: DictConfig, session: Session) -> list[Document]:
-    """The cell's documents, cut to the context and the scored tokens after it.
+    """The cell's documents, cut to context and scored tokens.
 
     Raises:
-        PolyKVError: too short a text, or one that cannot be had.
+        PolyKVError: the text is too short or missing.
     """
     length = cfg.context + n_scored_of(cfg)
     return session.documents(OmegaConf.merge(cfg, {"context": length}))
 
 
 def policies_of(cfg: DictConfig) -> list[Policy]:
-    """The policies whose cards are handed over.
+    """The policies whose cards are timed.
 
     Raises:
-        PolyKVError: one is none.
+        PolyKVError: a policy is invalid.
     """
     return [Policy.from_config(policy) for policy in cfg.policies.values()]
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
-    """Re-prefill, then every policy by every transport, read in every way.
+    """Re-prefill, then every combination of policy, transport and reader.
 
     Raises:
-        PolyKVError: unknown transport or reader, or a policy that is none.
+        PolyKVError: an unknown transport or reader, or an invalid policy.
     """
     for transport in cfg.transports:
         if transport not in TRANSPORTS:
@@ -223,7 +210,7 @@ def routes_of(cfg: DictConfig) -> list[Route]:
 
 
 def random_ids(cfg: DictConfig) -> Tensor:
-    """A context (tokens,) for random weights, to which no text means anything."""
+    """Random token ids (tokens,), a context for random weights."""
     generator = torch.Generator().manual_seed(cfg.seed)
     size = load_config(cfg.model).get_text_config(decoder=True).vocab_size
     return torch.randint(size, (cfg.context,), generator=generator)
@@ -232,8 +219,8 @@ def random_ids(cfg: DictConfig) -> Tensor:
 STUDY = Study(
     name="handoff_ttft",
     title="Time to first token",
-    question="How much sooner does a receiver speak that gets its context by card, where does the time go, and what "
-    "does it lose?",
+    question="How much sooner does a receiver answer that gets its context by card, where does the time go, and what "
+    "does it cost in quality?",
     run=run,
     check=check,
     settle=settle,

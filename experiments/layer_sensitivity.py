@@ -1,4 +1,4 @@
-"""Where is the damage? Errors of each layer and head, and the divergence when one layer alone is compressed."""
+"""Damage by layer: errors of each layer and head, and the divergence if one layer alone is compressed."""
 
 from collections.abc import Sequence
 
@@ -15,22 +15,20 @@ from polykv.progress import track
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 
-# A row of a whole layer has no head. part: key, value, logits or output.
+# part: key, value, logits or output; head: empty for a whole layer.
 COLUMNS = {**write.SCORES, "layer": int, "head": int, "part": str}
-ZEROS = "the exact values are all zero, which nothing is relative to"
+ZEROS = "the exact values are all zero, so there is no relative error"
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input."""
+    """Check the settings and the documents."""
     settings.check_quality(cfg, session)
     settings.check_dequantizes(cfg)
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """error, gaussian_error, dc_share, peak_to_rms and kl of each layer."""
-    document = session.documents(cfg)[0]
-    about = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
-    rows = settings.new_rows(cfg, COLUMNS, **about)
+    """Metrics error, gaussian_error, dc_share, peak_to_rms and kl of each layer."""
+    rows = write.new_rows(cfg, session, COLUMNS)
     full, readings = session.full_readings(cfg), session.readings(cfg)
     recipe = Recipe.from_config(cfg.recipe)
     _add_errors(rows, full, readings)
@@ -40,7 +38,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _add_errors(rows: Rows, full: Sequence[Reading], readings: Sequence[Reading]) -> None:
-    """Of each document, layer and head, the relative squared error of each part."""
+    """The relative squared error of each part, by document, layer and head."""
     for sample, (exact, read) in enumerate(zip(full, readings, strict=True)):
         of_text = {"sample": sample, "text": exact.document.digest}
         queries = layers.queries_of(exact.model, exact.pool, exact.document.rest_BT)
@@ -53,7 +51,7 @@ def _add_errors(rows: Rows, full: Sequence[Reading], readings: Sequence[Reading]
 
 
 def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
-    """What the codecs' errors are on Gaussian data, and why the first document's cache is not Gaussian."""
+    """The codecs' errors on Gaussian data, and how far the first document's cache is from Gaussian."""
     pool = full.pool
     for layer in range(pool.n_layers):
         codecs = recipe.codecs(layer, pool.n_layers)
@@ -67,7 +65,7 @@ def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
 
 
 def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
-    """The divergence when one layer alone is compressed."""
+    """The divergence if one layer alone is compressed."""
     exact, texts = load_recipe("full"), [reading.document.digest for reading in full]
     for layer in track(range(full[0].pool.n_layers), "compressing one layer alone"):
         found = []
@@ -83,8 +81,8 @@ def _add_damage(rows: Rows, recipe: Recipe, full: Sequence[Reading]) -> None:
 
 STUDY = Study(
     name="layer_sensitivity",
-    title="Where the damage is",
-    question="Which layers and heads does a recipe hurt, and is its error what theory promises?",
+    title="Damage by layer",
+    question="Which layers and heads does a recipe damage, and is its error the one that theory gives?",
     run=run,
     check=check,
     settle=compare.seeded,

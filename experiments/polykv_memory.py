@@ -1,8 +1,8 @@
-"""PolyKV's ratio (2.91x) and memory (15 agents: 19.8 GB -> 0.45 GB): are they reached, in every accounting?
+"""PolyKV's ratio (2.91x) and memory (15 agents: 19.8 GB to 0.45 GB) in every accounting.
 
-Bytes do not depend on what a cache says, so the pool is synthetic, of the model's exact geometry. `paper` repeats the
-publication's arithmetic, `stored` sums the tensors that a pool really keeps, `resident` is measured while all agents
-decode. Cells with recipe=full are the baseline: every agent holds an uncompressed cache of its own.
+Bytes do not depend on a cache's values, so the pool is synthetic, of the model's exact geometry. `paper` repeats the
+publication's arithmetic, `stored` sums the tensors that a pool keeps, `resident` is measured while all agents decode.
+Cells with recipe=full are the baseline: every agent has an uncompressed cache of its own.
 """
 
 from omegaconf import DictConfig
@@ -12,7 +12,6 @@ from experiments import settings
 from experiments.session import Session
 from experiments.study import Study
 from polykv.documents import prefix_tokens
-from polykv.errors import PolyKVError
 from polykv.evaluation import concurrency, memory, process
 from polykv.geometry import Geometry
 from polykv.models import load_config, pick_dtype
@@ -24,14 +23,11 @@ POOL = "the synthetic pool"
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input. Needs neither weights nor a document, but a length."""
+    """Check the settings. Takes a context length, but neither weights nor a document."""
     if cfg.memory and cfg.resident:
         process.start_early(memory.__name__)
     settings.check_common(cfg)
-    if cfg.context is None:
-        raise PolyKVError(
-            "context=null is the length of a text, and none is read here; set context=512"
-        )
+    settings.check_context(cfg, 512)
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
@@ -45,7 +41,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _pool(cfg: DictConfig, session: Session) -> SharedKVPool:
-    """A pool of the cell's geometry, dtype, prefix length and recipe; cells that differ in n_agents share it."""
+    """A synthetic pool of the cell's geometry, dtype, prefix length and recipe, shared by cells of other n_agents."""
     n_tokens = prefix_tokens(cfg.context, cfg.prefix_fraction)
     geometry, dtype = Geometry.of(load_config(cfg.model)), pick_dtype(cfg.model.dtype)
 
@@ -60,7 +56,7 @@ def _pool(cfg: DictConfig, session: Session) -> SharedKVPool:
 STUDY = Study(
     name="polykv_memory",
     title="PolyKV: ratio and memory",
-    question="Are the published ratio and gigabytes reached, nominally, as stored and while all agents decode?",
+    question="Are the published ratio and memory reached: nominally, as stored, and while all agents decode?",
     run=run,
     check=check,
     made_by=(memory, concurrency),

@@ -1,4 +1,4 @@
-"""The processes of a sweep: how they stop, and what a worker leaves to the process that planned the sweep."""
+"""The processes of a sweep: interrupts, and workers that die or lose their parent."""
 
 import contextlib
 import multiprocessing
@@ -13,16 +13,16 @@ from typing import Any
 import psutil
 from joblib.externals.loky import reusable_executor
 
-INTERRUPTED = 130  # the shells' exit code of a process that Ctrl-C ended
-PATIENCE = 3.0  # seconds in which interrupted processes may end by themselves
-STUCK = 5.0  # seconds after which a dead worker must have been noticed
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
+PATIENCE = 3.0  # seconds that interrupted processes get to end by themselves
+STUCK = 5.0  # seconds within which joblib's manager notices a dead worker, if it is not stuck
 
 
 def second_interrupt_quits() -> None:
-    """The first Ctrl-C stays Python's KeyboardInterrupt; the second ends all processes at once.
+    """Make a second Ctrl-C end all processes at once; the first raises KeyboardInterrupt as usual.
 
-    Python sees an interrupt between two of its instructions only; so that native code which runs for minutes
-    cannot put the second one off, a thread reads the signals from a pipe.
+    Python handles a signal only between two of its instructions, which native code can delay by minutes. So a thread
+    reads the signals from a pipe.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -39,19 +39,18 @@ def _quit_on_second(pipe: int) -> None:
 
 
 def stop_after_interrupt() -> None:
-    """What Ctrl-C does: the workers end. A second one does not disturb it, but quits (`second_interrupt_quits`)."""
+    """End the workers after Ctrl-C. From here on a second Ctrl-C only quits (`second_interrupt_quits`)."""
     signal.signal(signal.SIGINT, lambda *_: None)
     stop_workers()
 
 
 def stop_workers(patience: float = PATIENCE) -> None:
-    """Interrupt the processes that this one started here, then kill them: a cell is written whole or not at all."""
+    """Interrupt this process's children on this machine, then kill those left. No cell is half written by it."""
     workers = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(
-                child.cmdline()
-            ):  # it ends, and tidies up, after us
+            # The resource tracker ends after this process, and cleans up.
+            if "resource_tracker" not in " ".join(child.cmdline()):
                 workers.append(child)
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -64,11 +63,10 @@ def stop_workers(patience: float = PATIENCE) -> None:
 
 @contextlib.contextmanager
 def workers_watched() -> Iterator[None]:
-    """Within it, a pool whose manager is stuck loses its workers, which frees it.
+    """Within the context, kill the workers of a joblib pool whose manager is stuck, so that the sweep ends.
 
-    A worker that is killed while it sends its result leaves half a message, and joblib's manager, which alone
-    would notice the death, waits for the other half as long as anybody holds the pipe open: the other workers,
-    and this process, which never writes to it.
+    A worker killed while it sends its result leaves half a message. joblib's manager, which would notice the death,
+    waits for the rest as long as any process holds the pipe open: the other workers and this process.
     """
     over = Event()
     watch = Thread(target=_stop_when_stuck, args=(over, set(_zombies())), daemon=True)
@@ -84,7 +82,7 @@ def _stop_when_stuck(over: Event, others: set[int]) -> None:
     dead = set(_zombies()) - others
     while not over.wait(STUCK):
         still = set(_zombies()) & dead
-        if still:  # a manager at work would have noticed long ago
+        if still:  # the manager would have noticed them by now
             stop_workers(patience=0)
             reusable_executor._executor._result_queue._writer.close()
             return
@@ -92,7 +90,7 @@ def _stop_when_stuck(over: Event, others: set[int]) -> None:
 
 
 def _zombies() -> Iterator[int]:
-    """Children that ended and that nobody has asked after."""
+    """Pids of children that ended and were not waited for."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() == psutil.STATUS_ZOMBIE:
@@ -100,7 +98,7 @@ def _zombies() -> Iterator[int]:
 
 
 def settle_into_worker() -> None:
-    """In a worker of this machine's pool: draw no bars, and end when the sweep's process does. Elsewhere nothing."""
+    """In a pool's worker: no progress bars, and end when the sweep's process ends. Elsewhere a no-op."""
     if multiprocessing.current_process().name == "MainProcess" or isinstance(sys.stderr, _Plain):
         return
     sys.stderr = _Plain(sys.stderr)
@@ -114,7 +112,7 @@ def _end_with(parent: int) -> None:
 
 
 class _Plain:
-    """A stream that is no terminal, so that tqdm leaves it alone."""
+    """A stream that does not look like a terminal, so that tqdm draws no bars."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

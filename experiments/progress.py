@@ -1,8 +1,7 @@
-"""A run's progress on stderr: the cell, the phase and what is left, at least every 5 seconds.
+"""Progress on stderr: the cell, the phase and the time left, at least every 5 seconds.
 
-On a terminal it is one line that is rewritten; in a pipe, a line for each phase and each finished cell, and one
-whenever nothing was said for HEARTBEAT seconds. Finished cells are counted in the results folder, so that workers on
-any machine need not report.
+A terminal shows one line that is rewritten. A pipe gets a line for each phase and each finished cell, and one after
+HEARTBEAT seconds without any. Finished cells are counted in the results folder, so workers on any machine count.
 """
 
 import shutil
@@ -21,21 +20,21 @@ from polykv.progress import Phase
 from polykv.results import Store
 
 HEARTBEAT = 4.0  # seconds
-LOOK = 0.5  # seconds between two looks into the results folder
+LOOK = 0.5  # seconds between two counts of the results folder
 CLEAR = "\r\x1b[K"
 
 
 @dataclass
 class Cells:
-    """How many of a sweep's cells have ended, by what the results folder holds."""
+    """Count of a sweep's cells that have ended, from the files in the results folder."""
 
-    folders: tuple[Path, Path]  # of finished and of failed cells
+    folders: tuple[Path, Path]  # finished cells, failed cells
     names: set[str]
     started: float
     before: dict[Path, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.before = self._ended()  # failures that are tried again
+        self.before = self._ended()  # failures of earlier runs
 
     def n_ended(self) -> int:
         """Cells that have finished or failed since the sweep began."""
@@ -48,12 +47,12 @@ class Cells:
                 try:
                     times[path] = path.stat().st_mtime_ns if path.stem in self.names else 0
                 except FileNotFoundError:
-                    continue  # it is tried again just now
+                    continue  # removed as the cell is tried again
         return {path: changed for path, changed in times.items() if changed}
 
 
 class Reporter:
-    """Shows the phases of this process, and a sweep's cells, until it is closed."""
+    """A context manager that shows the phases of this process and the cells of its sweep."""
 
     def __init__(self, out: TextIO = sys.stderr) -> None:
         self._out, self._terminal = out, out.isatty()
@@ -82,7 +81,7 @@ class Reporter:
 
     @contextmanager
     def sweep(self, results_dir: str, study: str, cells: set[str]) -> Iterator[None]:
-        """Count the cells of a sweep while it runs."""
+        """Count these cells of a sweep within the context."""
         done = Store(results_dir).path(study, "CELL").parent
         failed = failure_path(results_dir, study, "CELL").parent
         self._n_ended, self._cells = 0, Cells((done, failed), cells, time.monotonic())
@@ -93,7 +92,7 @@ class Reporter:
             self._cells = None
 
     def say(self, line: str) -> None:
-        """Print a line of its own on stdout, clear of the progress."""
+        """Print a line on stdout, after clearing the progress line."""
         with self._lock:
             self._clear()
             print(line, flush=True)
@@ -137,7 +136,7 @@ class Reporter:
         return ", ".join(parts) + self._left()
 
     def _left(self) -> str:
-        """The time left: by the mean finished cell, before there is one by the finished part of the phase."""
+        """The time left, from the mean time of finished cells, or of the phase's finished steps before there is one."""
         now, phase = time.monotonic(), self._phase
         if self._cells and self._n_ended:
             per_cell = (self._last_ended - self._cells.started) / self._n_ended
@@ -163,13 +162,13 @@ _current: Reporter | None = None
 
 @contextmanager
 def shown(results_dir: str, study: str, cells: set[str]) -> Iterator[None]:
-    """Count the cells of a sweep, where this process has a reporter."""
+    """Count the cells of a sweep within the context, if this process has a reporter."""
     with _current.sweep(results_dir, study, cells) if _current else nullcontext():
         yield
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, clear of the progress."""
+    """Print a line on stdout, after clearing the progress line."""
     if _current:
         _current.say(line)
     else:

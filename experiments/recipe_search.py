@@ -1,7 +1,7 @@
-"""Which bits for each layer's keys and values are best under a budget of stored bits? Optuna searches.
+"""A search by Optuna for the bits of each layer's keys and values, under a budget of stored bits.
 
-The search is an SQLite file beside the results, so a killed one goes on where it stood. What it finds is measured
-again on documents that the search never saw, beside the best table that gives every layer the same bits.
+The search is an SQLite file beside the results, so a killed one resumes. The best table is measured again on documents
+that the search did not use, beside the best table with the same bits in every layer.
 """
 
 from importlib.util import find_spec
@@ -22,18 +22,17 @@ from polykv.results import Rows
 if TYPE_CHECKING:
     import optuna
 
-# layer_bits: the table, for people.
+# layer_bits: the table as text.
 COLUMNS = {**write.BYTES, **write.SCORES, "layer_bits": str}
 Table = list[list[int]]  # [key bits, value bits] of each layer
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Refuse bad input, a budget below the smallest width, and a missing Optuna."""
+    """Check the settings, the budget, and that Optuna is installed."""
     settings.check_quality(cfg, session)
     if find_spec("optuna") is None:
         raise PolyKVError("experiment=recipe_search needs optuna; pip install '.[search]'")
-    if not isinstance(cfg.n_trials, int) or cfg.n_trials < 1:
-        raise PolyKVError(f"n_trials={cfg.n_trials!r}; it takes a whole number from 1 up")
+    settings.check_whole(cfg, "n_trials")
     for bits in cfg.widths:
         Recipe.from_config(OmegaConf.merge(cfg.recipe, {"layer_bits": [[bits, bits]]}))
     if not isinstance(cfg.budget_bits, int | float) or cfg.budget_bits <= min(cfg.widths):
@@ -44,13 +43,13 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """Quality of the best table and of the best uniform one, on documents that the search did not see."""
+    """Scores of the best table and of the best uniform one, on documents that the search did not use."""
     search = open_search(cfg, session)
     go_on(cfg, session, search)
     trials = [t for t in search.trials if t.value is not None and t.user_attrs["over"] <= 0]
     if not trials:
         raise PolyKVError(
-            f"no table of the {cfg.n_trials} tried keeps within budget_bits={cfg.budget_bits}; raise it"
+            f"none of {cfg.n_trials} tables is within budget_bits={cfg.budget_bits}; raise it"
         )
     same = [t for t in trials if len(set(map(tuple, t.user_attrs["table"]))) == 1]
     rows = _measure(cfg, session, "search_per_layer", _best(trials))
@@ -59,7 +58,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def open_search(cfg: DictConfig, session: Session) -> "optuna.Study":
-    """The search of this cell, new or as it stands."""
+    """The search of this cell: a new one, or the stored one."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -72,7 +71,7 @@ def open_search(cfg: DictConfig, session: Session) -> "optuna.Study":
         load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=cfg.seed, multivariate=True),
     )
-    if not search.trials:  # the tables that a search has to beat come first
+    if not search.trials:  # first the tables that the search has to beat
         n_layers = session.full_readings(cfg)[0].pool.n_layers
         for bits in product(cfg.widths, cfg.widths):
             pairs = [*zip("kv", bits, strict=True)]
@@ -96,7 +95,7 @@ def go_on(cfg: DictConfig, session: Session, search: "optuna.Study") -> None:
         over = 16 / full[0].under(recipe, cfg.backend).pool.stored_ratio - cfg.budget_bits
         trial.set_user_attr("table", table)
         trial.set_user_attr("over", over)
-        if over > 0:  # not worth scoring; the further over, the worse
+        if over > 0:  # not scored; worse the further it is over the budget
             return 1e3 + over
         kl = [reading.under(recipe, cfg.backend).comparison.kl.mean() for reading in full]
         return float(sum(kl) / len(kl))
@@ -112,13 +111,11 @@ def _best(trials: list["optuna.trial.FrozenTrial"]) -> Table | None:
 def _measure(cfg: DictConfig, session: Session, name: str, table: Table | None) -> Rows:
     recipe = OmegaConf.merge(cfg.recipe, {"name": name, "layer_bits": table})
     fresh = OmegaConf.merge(cfg, {"seed": cfg.seed + 1, "recipe": recipe})
-    document = session.documents(fresh)[0]
-    about = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
-    about |= {"recipe": name, "budget_bits": float(cfg.budget_bits)}
+    about = {"recipe": name, "budget_bits": float(cfg.budget_bits)}
     about |= {"layer_bits": f"{[list(bits) for bits in table]}"} if table else {}
-    rows = settings.new_rows(fresh, COLUMNS, **about)
+    rows = write.new_rows(fresh, session, COLUMNS, **about)
     if table is None:
-        rows.add("kl", None, "nats", why="no table of equal bits was tried within the budget")
+        rows.add("kl", None, "nats", why="no table of equal bits within the budget was tried")
         return rows
     readings = session.readings(fresh)
     write.add_ratio(rows, readings[0].pool)

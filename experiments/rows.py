@@ -1,11 +1,12 @@
-"""Rows that several studies write: bytes of a pool, scores of a recipe's readings, answers of agents."""
+"""Rows that several studies write: bytes of a pool, scores of documents, answers of agents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
+from experiments import settings
 from experiments.session import Session
 from experiments.settings import answer_dtype
 from polykv.errors import PolyKVError
@@ -32,13 +33,20 @@ SCORES = {"text": str, "statistic": str, "block": int, "quantization": str}
 ANSWERS = {"text": str, "agent": int, "scorer": str}
 # Metrics whose intervals rest on blocks of tokens where there are few documents: those that compare two runs.
 BLOCKED = [metric for metric in continuation.UNITS if metric not in ("nll_full", "nll")]
-FLOORS = ("nll_delta", "kl")  # what is said of a reader's floor
+FLOORS = ("nll_delta", "kl")  # metrics of a reader's floor
 EMPTY = (
     "empty_answer",
     "empty_reference",
-)  # of each answer: whether it, or what it is compared with, is
+)  # whether an answer, or what it is compared with, is empty
 BOTH_EMPTY = "both answers are empty, so nothing can be compared"
 RIGHT = {"exact_match": matches, "contains": contains}
+
+
+def new_rows(cfg: DictConfig, session: Session, columns: Mapping[str, type], **about: Any) -> Rows:
+    """Rows about the cell's documents as they were tokenised, read by the cell's reader."""
+    document = session.documents(cfg)[0]
+    shared = {"context_tokens": document.n_tokens, "bos": document.bos, "reader": cfg.reader}
+    return settings.new_rows(cfg, columns, **(shared | about))
 
 
 def add_ratio(rows: Rows, pool: SharedKVPool, synthetic: bool = False) -> None:
@@ -78,9 +86,9 @@ def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool 
 def add_readings(
     rows: Rows, readings: Sequence[Reading], comparisons: Sequence[Comparison] | None = None
 ) -> None:
-    """Scores of a recipe's readings against the uncompressed cache read the same way, and the reader's floor.
+    """Scores of a recipe's readings against the uncompressed cache read alike, and the reader's floor.
 
-    `comparisons` are the scores, where they are not those of a reader alone.
+    `comparisons`: the scores, if not those of `readings` themselves.
     """
     texts = [one.document.digest for one in readings]
     if comparisons is None:
@@ -93,7 +101,7 @@ def add_readings(
 def add_reader_floor(
     rows: Rows, floors: Sequence[Comparison], texts: Sequence[str], **about: Any
 ) -> None:
-    """What a reader costs by itself: the uncompressed cache read by it, against an unshared copy of the same."""
+    """What a reader costs without a recipe: the uncompressed cache read by it, against an unshared copy."""
     add_scores(rows, floors, texts, FLOORS, "reader_floor_", **about)
 
 
@@ -105,13 +113,18 @@ def add_scores(
     prefix: str = "",
     **about: Any,
 ) -> None:
-    """Each document's mean over its scored tokens of `metrics` (of continuation.UNITS), and statistics of all tokens.
+    """Means over the scored tokens of each document, and statistics of all tokens together.
 
-    Below MIN_DOCUMENTS documents also the means of blocks of tokens, on which intervals then rest. `texts` are the
-    documents' digests, `about` further columns, and `prefix` opens the metrics' names.
+    With fewer than MIN_DOCUMENTS documents also the means of blocks of tokens, from which intervals are then computed.
+
+    Args:
+        texts: the documents' digests.
+        metrics: keys of continuation.UNITS.
+        prefix: what the metrics' names begin with; with one, statistics of all tokens are left out.
+        about: further columns.
 
     Raises:
-        PolyKVError: not one token was scored.
+        PolyKVError: no token was scored.
     """
     if not sum(len(c.kl) for c in comparisons):
         raise PolyKVError("no token was scored, so nothing can be compared; give more text")
@@ -144,10 +157,9 @@ def _add_mean(rows: Rows, metric: str, tokens: np.ndarray, why: str, **about: An
 
 
 def add_answers(rows: Rows, cfg: DictConfig, session: Session) -> None:
-    """A row for each answer: BERTScore F1 against the uncompressed cache's, its floor, and whether it is right.
+    """A row for each answer: BERTScore F1 against the uncompressed cache's answer, its floor, and whether it is right.
 
-    Of `cfg.answers` documents, `cfg.n_agents` questions each; none where that is 0. The answers go into
-    `rows.answers`.
+    `cfg.n_agents` questions about each of `cfg.answers` documents. The texts go into `rows.answers`.
     """
     if not cfg.answers:
         return

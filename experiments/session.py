@@ -1,6 +1,6 @@
-"""What the cells of one process share: the model, the documents, their caches and what agents said of them.
+"""The session of one process: the model, documents, prefilled caches and answers that its cells share.
 
-Cells that share them run one after the other (experiments/sweep.py sees to that), so a sweep computes each once.
+A sweep runs cells that share them one after the other (experiments/sweep.py), so that each is computed once.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from polykv.pool import SharedKVPool, prefill
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 
-# An agent's answer must not depend on how many other agents a sweep asks, and in a batch of another size rounding may
-# change a token: so every batch has this size, and cells with fewer or more agents share it.
+# Batch size of answers, whatever n_agents is: in a batch of another size rounding can change a token, and cells that
+# differ in n_agents could not share their answers.
 ASKED_TOGETHER = 5
 MODEL, DOCUMENTS, PREFILLED = "the model", "the documents", "prefilled caches"
 FULL, READ = "the baseline's readings", "a recipe's readings"
@@ -42,10 +42,10 @@ class _Kept:
 
 @dataclass
 class Session:
-    """What is kept between cells. A cell that needs another model or document frees the one before.
+    """A cache of what cells share, one value of each kind. A cell that needs another model frees the one before.
 
     Attributes:
-        storage_failed: why the results folder takes no more, once it does not; the remaining cells are skipped.
+        storage_failed: why the results folder could not be written; the remaining cells are then skipped.
     """
 
     storage_failed: str = ""
@@ -54,11 +54,11 @@ class Session:
     def kept(
         self, what: str, needs: Any, make: Callable[[], Thing], of: tuple[str, ...] = ()
     ) -> Thing:
-        """What `make` gives, kept under the name `what` until it is asked for with other `needs`.
+        """The value of `make()`, cached as `what` until it is requested with other `needs`.
 
         Args:
-            needs: all that it depends on, as plain values that can be compared.
-            of: the names of kept things that it holds on to: where one of these is freed, it is freed as well.
+            needs: everything that the value depends on, as plain values that can be compared.
+            of: names of cached values that this one refers to; it is freed together with any of them.
         """
         held = self._held.get(what)
         if held is None or held.needs != needs:
@@ -68,14 +68,14 @@ class Session:
         return held.value
 
     def free(self, what: str) -> None:
-        """Let go of it, and before it of what holds on to it."""
+        """Drop a cached value and those that refer to it, each reported as a phase."""
         for name in [name for name, held in self._held.items() if what in held.of]:
             self.free(name)
         if self._held.pop(what, None):
             phase(f"freeing {what}")
 
     def model(self, cfg: DictConfig) -> tuple[PreTrainedModel, Any]:
-        """The cell's model, in the dtype that it scores in, and its tokenizer."""
+        """The cell's model in its scoring dtype, and the tokenizer."""
         return self._model(scoring(cfg), cfg.device)
 
     def documents(self, cfg: DictConfig) -> list[Document]:
@@ -88,7 +88,7 @@ class Session:
         )
 
     def full_readings(self, cfg: DictConfig) -> tuple[Reading, ...]:
-        """The cell's documents read from their uncompressed cache by its reader: the baseline of its recipe."""
+        """The cell's documents under the uncompressed cache, read by the cell's reader: the recipe's baseline."""
 
         def prefilled() -> tuple[Reading, ...]:
             model, _ = self.model(cfg)
@@ -105,7 +105,7 @@ class Session:
         return self.kept(FULL, needs, make, of=(PREFILLED,))
 
     def readings(self, cfg: DictConfig) -> tuple[Reading, ...]:
-        """The cell's documents read under its recipe."""
+        """The cell's documents under its recipe."""
 
         def make() -> tuple[Reading, ...]:
             recipe = Recipe.from_config(cfg.recipe)
@@ -118,10 +118,10 @@ class Session:
     def answers(
         self, cfg: DictConfig, n_documents: int, recipe: Recipe | None = None
     ) -> list[list[str]]:
-        """What the agents of the first documents say under the cell's recipe (or another): a list for each document.
+        """Answers of `cfg.n_agents` agents to each of the first documents, under the cell's recipe or another.
 
-        Model and caches are in `model.answer_dtype`, where one is set. Every recipe is read by the cell's reader, so
-        that answers under two of them differ by the recipe alone.
+        Model and caches are in `model.answer_dtype`, if set. All recipes are read by the cell's reader, so that
+        answers under two recipes differ by the recipe alone.
         """
         recipe = recipe or Recipe.from_config(cfg.recipe)
         needs = [plain(answering(cfg)), cfg.device, _documents_need(cfg), n_documents]
@@ -137,7 +137,7 @@ class Session:
         ]
 
     def _asked(self, cfg: DictConfig, needs: Any, n_documents: int) -> tuple[AskedPool, ...]:
-        """The uncompressed pool of what the agents of each document read."""
+        """For each document: model, tokenizer, document, and the uncompressed pool that its agents read."""
 
         def make() -> tuple[AskedPool, ...]:
             model, tokenizer = self._model(answering(cfg), cfg.device)
@@ -150,7 +150,7 @@ class Session:
         return self.kept(ASKED, needs, make, of=(MODEL,))
 
     def _model(self, chosen: DictConfig, device: str) -> tuple[PreTrainedModel, Any]:
-        """One model in one dtype or two: for scores, and for answers."""
+        """Model and tokenizer. One model is cached, in up to two dtypes: for scores and for answers."""
         settings = plain(chosen)
         dtype = settings.pop("dtype")
         by_dtype = self.kept(MODEL, [settings, device], dict)
@@ -163,14 +163,13 @@ class Session:
 
 @cache
 def of_process() -> Session:
-    """The session of this process: its cells come one after the other, from whatever launcher."""
+    """The session of this process, in which cells run one after the other whatever the launcher."""
     return Session()
 
 
 def _documents_need(cfg: DictConfig) -> dict[str, Any]:
     needed = ("model", "document", "context", "prefix_fraction", "n_documents", "seed")
-    # Documents carry at least N_QUESTIONS, whatever n_agents is, so that cells share them; a user's own are
-    # as many as they are.
+    # At least N_QUESTIONS whatever n_agents is, so that cells share documents; a user's file has as many as it has.
     own = cfg.document.get("questions") is not None
     n_questions = cfg.n_agents if own else max(N_QUESTIONS, cfg.n_agents)
     return plain(OmegaConf.masked_copy(cfg, needed)) | {"n_agents": n_questions}
@@ -188,7 +187,7 @@ def _ask(
     first: int,
     max_new_tokens: int,
 ) -> list[list[str]]:
-    """What the agents from number `first` on say, as many as are asked together."""
+    """Answers of one batch: of the agents from number `first` on, a list for each document."""
     found = []
     for model, tokenizer, document, full in track(asked, f"{recipe.name} answers"):
         pool = full.under(recipe, backend)

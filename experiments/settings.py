@@ -1,4 +1,4 @@
-"""The settings of a cell made explicit, what is refused of them, and the columns that they give its rows."""
+"""Settings of a cell: made explicit, checked, and written into its rows."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +23,14 @@ from polykv.tokens import encode
 if TYPE_CHECKING:
     from experiments.session import Session
 
-# Settings of a pool over documents that what is measured of it depends on.
+# Settings that measurements of a pool over documents depend on.
 POOL = (
     "model", "weights", "document", "context", "prefix_fraction", "n_documents", "recipe", "reader", "backend",
     "seed", "device",
 )  # fmt: skip
-# Modules that make the documents and scores of a pool.
+# Modules that make documents and compute scores.
 SCORES = (texts, generated, cascade, continuation, *METRICS.values(), statistics)
-POSITIVE = ("n_agents", "n_documents", "max_new_tokens")
-# Settings that name a file, and where the digest of what it holds goes.
+# (group, setting that names a file, setting for the digest of its content)
 FILES = (
     ("document", "path", "digest"),
     ("document", "questions", "questions_digest"),
@@ -42,12 +41,11 @@ FILES = (
 def settle(cfg: DictConfig) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
-    backend=auto is the fastest one here for reader=in_place, for encoding and attention alike. Reader dequantize
-    rebuilds the cache in torch; auto encodes it in torch too, so that its numbers are the same everywhere.
-    What is not its YAML gets a label; what is, none: its cells stay the same.
+    backend=auto: with reader=in_place the fastest one here, for encoding and attention. With reader=dequantize torch,
+    whose numbers are the same on every machine. Groups with overrides get a label (polykv/naming.py).
 
     Raises:
-        PolyKVError: a local file or model that cannot be read.
+        PolyKVError: a local file or model cannot be read.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if settled.document.name == "auto":
@@ -70,34 +68,31 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def _add_digests(settled: DictConfig) -> None:
-    """A file rewritten is another file, though the path is the same."""
+    """Add digests of the files that settings name: a rewritten file makes another cell."""
     for group in ("document", "relay"):
         if group in settled and settled[group].name in shipped.FILES:
             settled[group].digest = shipped.digest(settled[group].name)
     for group, key, name in FILES:
         setting = f"{group}.{key}"
-        if path := OmegaConf.select(settled, setting):  # `check` says where one is missing
+        if path := OmegaConf.select(settled, setting):  # `check` reports a missing one
             settled[group][name] = digests.of_file(Path(path).expanduser(), setting)
 
 
 def label(cfg: DictConfig, group: str) -> str:
-    """What rows call the cell's model, document, recipe or another of naming.GROUPS."""
+    """The name in rows of the cell's model, document, recipe or another of naming.GROUPS, overrides included."""
     return OmegaConf.select(cfg, f"labels.{group}") or cfg[group].name
 
 
 def check_common(cfg: DictConfig, spread: bool = False) -> None:
-    """What every experiment refuses before any work. `spread`: it can take a model on several devices.
+    """Check what every study has in common. `spread`: the study takes a model on several devices.
 
     Raises:
-        PolyKVError: one clear line.
+        PolyKVError: one line, for bad input.
     """
-    for name in POSITIVE:
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise PolyKVError(f"{name}={cfg[name]!r}; it takes a whole number from 1 up")
-    if cfg.context is not None and (not isinstance(cfg.context, int) or cfg.context < 1):
-        raise PolyKVError(f"context={cfg.context!r}; it takes a whole number of tokens, or null")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise PolyKVError(f"seed={cfg.seed!r}; it takes a whole number from 0 up")
+    check_whole(cfg, "n_agents", "n_documents", "max_new_tokens")
+    check_whole(cfg, "seed", least=0)
+    if cfg.context is not None:
+        check_whole(cfg, "context", instead=", or null for a whole text")
     if not isinstance(cfg.prefix_fraction, float) or not 0 < cfg.prefix_fraction < 1:
         raise PolyKVError(
             f"prefix_fraction={cfg.prefix_fraction!r}; it takes a number between 0 and 1"
@@ -126,22 +121,14 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
 
 
 def check_quality(cfg: DictConfig, session: "Session") -> None:
-    """What a quality measurement needs: trained weights that can be had, and texts within the model's positions.
+    """Check what measuring quality takes: trained weights, and texts within the model's positions.
 
     Raises:
-        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long as it is tokenised.
+        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long once tokenised.
     """
     check_common(cfg, spread=True)
-    if cfg.weights == "random":
-        raise PolyKVError(
-            f"quality cannot be measured on random weights (model={cfg.model.name}); leave weights "
-            "out, or use experiment=polykv_memory"
-        )
-    if cfg.document.name == "generated" and cfg.weights != "reference":
-        raise PolyKVError(
-            f"document=generated is written for the reference model, not for {cfg.model.name}; "
-            "use document=moon_landing, packet_networks, wikitext2 or file"
-        )
+    check_trained(cfg, "experiment=polykv_memory")
+    check_generated(cfg)
     check_hub(cfg)
     architecture = models.load_config(cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
@@ -156,13 +143,63 @@ def check_quality(cfg: DictConfig, session: "Session") -> None:
             check_rope(architecture, document.asked_BT.shape[1], needed, f"{about} with an answer")
 
 
+def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "") -> None:
+    """Check that these settings are whole numbers of at least `least`. `instead`: what the message ends in.
+
+    Raises:
+        PolyKVError: names the setting.
+    """
+    for name in names:
+        if not isinstance(cfg[name], int) or cfg[name] < least:
+            given = f"{name}={cfg[name]!r}"
+            raise PolyKVError(f"{given}; it takes a whole number from {least} up{instead}")
+
+
+def check_context(cfg: DictConfig, example: int) -> None:
+    """Check that `context` is set, in studies that read no text whose length it could be.
+
+    Raises:
+        PolyKVError: it is null.
+    """
+    if cfg.context is None:
+        raise PolyKVError(
+            f"context=null is the length of a text, and none is read here; set context={example}"
+        )
+
+
+def check_trained(cfg: DictConfig, instead: str) -> None:
+    """Check that the weights are trained. `instead`: a study that takes random ones.
+
+    Raises:
+        PolyKVError: they are random.
+    """
+    if cfg.weights == "random":
+        raise PolyKVError(
+            f"quality cannot be measured on random weights (model={cfg.model.name}); leave weights "
+            f"out, or use {instead}"
+        )
+
+
+def check_generated(cfg: DictConfig) -> None:
+    """Check that generated documents are read by the model that they are written for.
+
+    Raises:
+        PolyKVError: names the documents for other models.
+    """
+    if cfg.document.name == "generated" and cfg.weights != "reference":
+        raise PolyKVError(
+            f"document=generated is written for the reference model, not for {cfg.model.name}; "
+            "use document=moon_landing, packet_networks, wikitext2 or file"
+        )
+
+
 def check_hub(
     cfg: DictConfig, mend: str = "use model=local model.path=/a/folder, or model=reference"
 ) -> None:
-    """Refuse weights of a hub that cannot be reached.
+    """Check that a hub can be reached, if the weights are there. `mend`: what the message proposes.
 
     Raises:
-        PolyKVError: with the mend.
+        PolyKVError: it cannot.
     """
     if cfg.weights == "hub":
         mend = packaged.remedy(cfg.model) + mend
@@ -170,7 +207,7 @@ def check_hub(
 
 
 def check_dequantizes(cfg: DictConfig) -> None:
-    """Refuse another reader where unshared caches are what an experiment measures.
+    """Check that the reader is `dequantize`, in studies that measure unshared caches.
 
     Raises:
         PolyKVError: names the reader.
@@ -182,7 +219,7 @@ def check_dequantizes(cfg: DictConfig) -> None:
 
 
 def new_rows(cfg: DictConfig, columns: Mapping[str, type] | None = None, **about: Any) -> Rows:
-    """Rows that say which cell they belong to; `columns` are those of the study."""
+    """Empty rows with the cell's fixed columns filled in. `columns` are the study's, `about` overrides values."""
     shared = {
         "model": label(cfg, "model"),
         "weights": models.weights_label(cfg.model),
@@ -199,24 +236,24 @@ def new_rows(cfg: DictConfig, columns: Mapping[str, type] | None = None, **about
 
 
 def answer_dtype(cfg: DictConfig) -> str:
-    """The dtype of rows that come from answers."""
+    """The dtype of rows about answers."""
     return loading.dtype_label(answering(cfg))
 
 
 def scoring(cfg: DictConfig) -> DictConfig:
-    """The cell's model as it scores: in `model.dtype`."""
+    """The model's settings for scores, in `model.dtype`."""
     chosen = cfg.model.copy()
     chosen.pop("answer_dtype", None)
     return chosen
 
 
 def answering(cfg: DictConfig) -> DictConfig:
-    """The cell's model as it answers: in `model.answer_dtype`, where one is set."""
+    """The model's settings for answers, in `model.answer_dtype` if set."""
     chosen = OmegaConf.merge(cfg.model, {"dtype": cfg.model.get("answer_dtype") or cfg.model.dtype})
     chosen.pop("answer_dtype", None)
     return chosen
 
 
 def plain(settings: Any) -> Any:
-    """Settings as plain values, which can be compared."""
+    """Settings as plain values, interpolations resolved."""
     return OmegaConf.to_container(settings, resolve=True)

@@ -1,4 +1,4 @@
-"""What a study is, and how studies are found: one module of this folder each, which ends in `STUDY = Study(...)`."""
+"""The declaration of a study, and the discovery of all: the modules of this folder that have `STUDY = Study(...)`."""
 
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -22,20 +22,20 @@ from polykv.results import Rows, cell_id
 
 @dataclass(frozen=True)
 class Study:
-    """One question and how it is answered.
+    """One question and how it is measured.
 
-    Its name is that of its module here, of `analysis/NAME.py` (tables, figures, claims) and of
-    `conf/experiment/NAME.yaml`; further YAML files there may be presets that sweep the same study.
+    Its module here, `analysis/NAME.py` (tables, figures, claims) and `conf/experiment/NAME.yaml` share its name; other
+    YAML files there may be presets that sweep the same study.
 
     Attributes:
-        title, question: for people: of the report's section and the page of the docs.
-        run: the cell's rows, from its settled config.
-        check: raises PolyKVError in one line for bad input, before any work.
-        settle: the config with everything that depends on this machine made explicit.
-        settings: the keys of the config that the numbers depend on; they are a cell's identity.
-        made_by: modules whose numbers its rows hold: their `VERSION` belongs to the identity too.
-        columns: what its rows have beside cellfile.COLUMNS, each with its type (str, int, float, bool).
-        answers: the published tables (published.csv, column `table`) whose rows it answers.
+        title, question: shown in the report's section and on the page of the docs.
+        run: measures a cell; returns its rows, given the settled config.
+        check: raises PolyKVError with one line for bad input, before any cell runs.
+        settle: returns the config with everything explicit that depends on the machine.
+        settings: config keys that the numbers depend on; a cell's identity is a hash of them.
+        made_by: modules that compute the numbers; their `VERSION` is part of the identity.
+        columns: columns beside cellfile.COLUMNS, each with its type (str, int, float, bool).
+        answers: published tables that the rows answer (published.csv, column `figure_or_table`).
         depends_on: studies whose rows it reads.
     """
 
@@ -53,20 +53,20 @@ class Study:
 
     def __post_init__(self) -> None:
         if taken := set(self.columns) & set(COLUMNS):
-            raise ValueError(f"study {self.name}: every row has {sorted(taken)}")
+            raise ValueError(f"study {self.name}: every row has {sorted(taken)} already")
 
     def versions(self, settled: DictConfig) -> dict[str, int | str]:
-        """The versions of all code that makes the numbers of a cell (polykv/versions.py)."""
+        """Versions of the code that computes a cell's numbers (polykv/versions.py)."""
         config = OmegaConf.to_container(settled)
         return versions.of({key: config.get(key) for key in self.settings}, self.made_by)
 
     def identity(self, settled: DictConfig) -> str:
-        """The identity of a cell: a hash of those settings that its numbers depend on, and of the code's versions."""
+        """A cell's identity: a hash of the settings that its numbers depend on and of the code's versions."""
         config = OmegaConf.to_container(settled)
         return cell_id({key: config.get(key) for key in ("study", "versions", *self.settings)})
 
     def declaration(self) -> dict[str, Any]:
-        """What a cell's file says of its study, for the analysis, which imports nothing of this package."""
+        """The study as a cell's file describes it, for the analysis, which does not import this package."""
         return {
             "name": self.name,
             "title": self.title,
@@ -82,7 +82,7 @@ def studies() -> Mapping[str, Study]:
     """Every study by name.
 
     Raises:
-        ValueError: one is not named as its module, or two give a column two types.
+        ValueError: a study's name is not its module's, or two studies give one column different types.
     """
     found: dict[str, Study] = {}
     types: dict[str, type] = {}
@@ -100,10 +100,10 @@ def studies() -> Mapping[str, Study]:
 
 
 def named(name: str) -> Study:
-    """The study of this name; no other module is imported where there is one.
+    """The study of this name. Imports no other study if there is one.
 
     Raises:
-        PolyKVError: there is none.
+        PolyKVError: no study has the name.
     """
     study = None
     if name in _modules():

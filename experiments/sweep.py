@@ -1,7 +1,7 @@
-"""One cell: what it is, when it is done, and that its failure costs the others nothing.
+"""One cell of a sweep: prepared, measured, and recorded as done or failed.
 
-A sweep's state is its results folder: `cells/` holds what is done, `failed/` why the rest is not. So it does
-not matter which launcher runs the cells, in how many processes, on which machines.
+A sweep's only state is its results folder: `cells/` has the finished cells, `failed/` the reasons of the others. So
+any launcher can run the cells, in any number of processes and machines.
 """
 
 import traceback
@@ -19,10 +19,10 @@ from polykv.results import Store, StoreError
 if TYPE_CHECKING:
     from experiments.study import Study
 
-# The order in which cells share a model, its documents' caches, and a recipe's pools.
+# Cells are sorted by these settings, so that neighbours share a model, its documents' caches and a recipe's pools.
 SHARED_FIRST = ("weights", "model", "document", "context", "seed", "recipe")
 
-LONGEST = 400  # characters of a reason on the terminal; all of it is in its file
+LONGEST = 400  # characters of a reason on the terminal; the file in failed/ has all of it
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: `done`, `held` (by another process), `failed` with the reason, or `lost` with its worker."""
+    """How a cell ended: `done`, `held` by another process, `failed` for a reason, or `lost` with its worker."""
 
     cell: str
     status: str
@@ -45,11 +45,13 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """The sweep that this process planned, for run.py: `cells` are all of `study` that it asked for, done before or
-    now, and `preset` the YAML of conf/experiment that it was asked for by.
+    """How the sweep of this process ended.
 
-    `died` says why its launcher gave up, if it did; `queued` that its jobs are a cluster's, and go on without
-    this process.
+    Attributes:
+        cells: all that were asked for, whether they were done before or now.
+        preset: the YAML of conf/experiment that was chosen.
+        queued: whether the jobs are a cluster's and go on without this process.
+        died: why the launcher gave up, if it did.
     """
 
     results_dir: str
@@ -62,17 +64,17 @@ class Ended:
 
     @property
     def well(self) -> bool:
-        """Whether nothing is left that should be tried again."""
+        """Whether no cell failed and the launcher did not give up."""
         return not self.died and all(outcome.status != "failed" for outcome in self.outcomes)
 
     @property
     def empty(self) -> bool:
-        """Whether not one of its cells is done, so that there is nothing to show."""
+        """Whether none of the cells is done."""
         left = {outcome.cell for outcome in self.outcomes if outcome.status != "done"}
         return left.issuperset(self.cells)
 
     def complaints(self) -> list[str]:
-        """What did not end well, a line each."""
+        """Lines about cells that are held or failed, and about a launcher that gave up."""
         held, lines = [], []
         reasons: dict[str, list[str]] = {}
         for outcome in self.outcomes:
@@ -91,22 +93,25 @@ class Ended:
             died = shorten(self.died, LONGEST)
             lines.append(f"error: the launcher gave up, {lost} cells to go{queued}: {died}")
         if not self.well:
-            lines.append("finished cells are kept; the same command tries the others again")
+            lines.append("finished cells are kept; run the same command again for the others")
         return lines + held
 
 
-ended: Ended | None = None  # also where Hydra only showed a config
+ended: Ended | None = None  # stays None if Hydra only showed a config
 
 
 def stopped() -> str:
-    """What to say after Ctrl-C."""
-    queued = ", queued jobs go on (scancel)" if ended and ended.queued else ""
-    return f"stopped{queued}; finished cells are kept, the same command goes on"
+    """The message after Ctrl-C."""
+    queued = ", queued jobs go on (scancel ends them)" if ended and ended.queued else ""
+    return f"stopped{queued}; finished cells are kept, run the same command again for the others"
 
 
 def run_cell(cell: Cell) -> Outcome:
-    """Measure one cell and write it. A cell that fails does not stop the others."""
-    from experiments.session import of_process  # brings torch, which `run.py --help` does without
+    """Measure one cell and write it. A cell that fails does not stop the others.
+
+    If the results folder cannot be written, the remaining cells of this process are skipped.
+    """
+    from experiments.session import of_process  # imports torch, which `run.py --help` does without
 
     session = of_process()
     if session.storage_failed:
@@ -119,7 +124,7 @@ def run_cell(cell: Cell) -> Outcome:
             if not mine:
                 return Outcome(cell.identity, "held")
             log.unlink(missing_ok=True)
-            # A process beside this one may have finished it since the sweep was planned.
+            # Another process may have finished it since the sweep was planned.
             if not store.done(name, cell.identity):
                 rows = cell.study.run(cell.settled, session)
                 config = OmegaConf.to_container(cell.settled)
@@ -128,7 +133,7 @@ def run_cell(cell: Cell) -> Outcome:
     except StoreError as error:
         session.storage_failed = str(error)
         return Outcome(cell.identity, "failed", session.storage_failed)
-    except Exception as error:  # one cell's bug or lack of memory must not cost the others
+    except Exception as error:  # such as a bug or lack of memory in this cell
         return Outcome(cell.identity, "failed", _keep(error, log, cell.settled))
     return Outcome(cell.identity, "done")
 
@@ -137,9 +142,9 @@ def prepare(cfg: DictConfig) -> Cell:
     """The cell that a composed config describes.
 
     Raises:
-        PolyKVError: a setting that nothing reads, or what cannot be settled here.
+        PolyKVError: a setting that the study does not read, or one that cannot be settled on this machine.
     """
-    from experiments.study import named  # as above
+    from experiments.study import named  # imports torch
 
     study = named(cfg.study)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
@@ -150,23 +155,23 @@ def prepare(cfg: DictConfig) -> Cell:
 
 
 def check_device(settled: DictConfig) -> None:
-    """Refuse a device that this machine does not have.
+    """Check that this machine has the device.
 
     Raises:
-        PolyKVError: names the device.
+        PolyKVError: it does not.
     """
-    from polykv import models  # as above
+    from polykv import models  # imports torch
 
     models.check_device(settled.device)
 
 
 def failure_path(results_dir: str, study: str, cell: str) -> Path:
-    """Where a failed cell keeps its reason, settings and traceback until it succeeds."""
+    """The file with a failed cell's reason, settings and traceback, which is removed once the cell succeeds."""
     return Path(results_dir) / "failed" / study / f"{cell}.txt"
 
 
 def outcome_on_disk(results_dir: str, study: str, cell: str) -> Outcome:
-    """How a cell ended whose worker did not come back to say so."""
+    """How a cell ended, read from the results folder, if its worker did not return."""
     if Store(results_dir).done(study, cell):
         return Outcome(cell, "done")
     try:
@@ -177,11 +182,12 @@ def outcome_on_disk(results_dir: str, study: str, cell: str) -> Outcome:
 
 
 def sharing_key(cfg: DictConfig) -> list[Any]:
+    """The key that cells are sorted by (SHARED_FIRST)."""
     return [str(cfg[axis]) for axis in SHARED_FIRST]
 
 
 def _keep(error: Exception, log: Path, settled: DictConfig) -> str:
-    """The reason in one line; all of it goes into a file, for a worker has no terminal."""
+    """The reason in one line; the file `log` gets the traceback and settings."""
     reason = " ".join(str(error).split())
     if not isinstance(error, PolyKVError):
         reason = f"{type(error).__name__}: {reason}"
@@ -190,5 +196,5 @@ def _keep(error: Exception, log: Path, settled: DictConfig) -> str:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(text, encoding="utf-8")
     except OSError:
-        traceback.print_exc()  # the folder takes no more: then it is at least said here
+        traceback.print_exc()  # the folder cannot be written
     return reason

@@ -1,7 +1,7 @@
-"""Tracking: what a finished cell tells a logger (conf/logger), beside the store that keeps it.
+"""Loggers of finished cells (conf/logger): one CSV file, or Weights & Biases.
 
-A logger is any class with `log(cell, config, rows, provenance)` that a YAML names by `_target_`.
-The cell is on disk before its logger hears of it: what goes wrong here costs a warning, never a cell.
+A logger is any class with `log(cell, config, rows, provenance)` that a YAML names by `_target_`. It is called after the
+cell was written, so an error in it is a warning and loses nothing.
 """
 
 import sys
@@ -25,7 +25,7 @@ OBSERVED = ("metric", "value", "unit", "n")
 
 
 def record(cfg: DictConfig, cell: Cell) -> None:
-    """Tell the cell's logger (`cfg.logger`; an empty one is none) of a cell that the store has.
+    """Pass a stored cell to its logger, if `cfg.logger` names one.
 
     Never raises: a failure is a warning on stderr.
     """
@@ -34,21 +34,19 @@ def record(cfg: DictConfig, cell: Cell) -> None:
     try:
         config = {key: value for key, value in cell.config.items() if key != "logger"}
         instantiate(cfg.logger).log(cell.name, config, frame([cell]), dict(cell.provenance))
-    except Exception as error:  # whatever a logger, a disk or a network does
+    except Exception as error:  # of a logger, a disk or a network
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"warning: cell {cell.name} is kept, but was not logged ({reason})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class CsvLogger:
-    """All cells' rows in one CSV file, which several processes may write."""
+    """The rows of all cells in one CSV file, which several processes may write."""
 
     path: str
 
     def log(self, cell: str, config: Any, rows: pd.DataFrame, provenance: Any) -> None:
-        """Append the rows: all of them or, where this process is killed, none.
-
-        The file is replaced, not extended: a reader never sees half a line.
+        """Append the rows by replacing the file, so that neither a reader nor a kill sees half of them.
 
         Raises:
             PolyKVError: the file has other columns than these rows.
@@ -66,7 +64,7 @@ class CsvLogger:
 
 @dataclass(frozen=True)
 class WandbLogger:
-    """A Weights & Biases run for each cell, named by the cell's identity."""
+    """One Weights & Biases run for each cell, named by the cell's identity."""
 
     project: str
     entity: str | None
@@ -77,7 +75,7 @@ class WandbLogger:
     def log(
         self, cell: str, config: dict[str, Any], rows: pd.DataFrame, provenance: dict[str, Any]
     ) -> None:
-        """Send the config and provenance, each metric as a summary, and the rows as a table."""
+        """Log config and provenance, each metric as a summary, and the rows as a table."""
         import wandb
 
         with open_run(
@@ -90,13 +88,13 @@ class WandbLogger:
             name=cell,
             config=config | {"provenance": provenance},
         ) as run:
-            plain = rows.astype(object).where(rows.notna(), None)  # JSON knows no pandas.NA
+            plain = rows.astype(object).where(rows.notna(), None)  # JSON has no pandas.NA
             run.log({"rows": wandb.Table(dataframe=plain)})
             run.summary.update(summary(rows))
 
 
 def summary(rows: pd.DataFrame) -> dict[str, float | None]:
-    """Metric -> the mean of its samples. Where it has several, `metric/column=value/...` says what tells them apart."""
+    """Mean of each metric's samples; `metric/column=value/...` of one whose rows differ in other columns."""
     values = {}
     told = [name for name in rows.columns if name not in (*OBSERVED, "sample", "block", "note")]
     for metric, group in rows.groupby("metric", sort=False):

@@ -1,7 +1,7 @@
-"""The sweep: compose every cell, refuse bad input before any work, skip what is done, run the rest.
+"""The sweeper: compose and check every cell, skip the finished ones, launch the rest.
 
-Hydra takes a sweeper from the namespace package `hydra_plugins` only; what a cell is stands in
-experiments/sweep.py. Any of Hydra's launchers runs the cells: one after the other, in processes, on a cluster.
+Hydra finds sweepers in the namespace package `hydra_plugins` only; experiments/sweep.py has the cell. Any of Hydra's
+launchers runs the cells: one after the other, in processes, on a cluster.
 """
 
 import os
@@ -29,7 +29,7 @@ from polykv.results import Store
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned cell: Hydra's overrides, what they compose, and the identity that it has where it was planned."""
+    """A planned cell: its overrides, composed config, and identity on the machine that planned it."""
 
     overrides: Sequence[str]
     config: DictConfig
@@ -38,35 +38,35 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """What each of the launcher's jobs does: its share of the cells, in turn. Pickled to where it runs."""
+    """The function that the launcher calls for each job: runs the job's share of the cells. Pickled to its machine."""
 
     shares: Sequence[Sequence[Plan]]
     task: TaskFunction
     planned_on: str
 
     def __call__(self, cfg: DictConfig) -> list[Outcome]:
-        """`cfg` is the config of the share's first cell, which the share has too."""
+        """Outcomes of the share's cells. `cfg`, the first cell's config, is not needed."""
         processes.settle_into_worker()
         return [self._run(plan) for plan in self.shares[HydraConfig.get().job.num]]
 
     def _run(self, plan: Plan) -> Outcome:
         try:
             cell = sweep.prepare(plan.config)
-        except Exception as error:  # what could be planned cannot be prepared here
+        except Exception as error:  # such as a file that this machine lacks
             return Outcome(plan.identity, "failed", f"on {platform.node()}: {error}")
         if cell.identity != plan.identity:
-            what = "a setting that is auto (device, backend, scorer) or a file that it reads became another"
+            what = "a setting that is auto (device, backend, scorer) or a file that it reads has changed"
             where = f"planned on {self.planned_on}, run on {platform.node()}"
-            mend = "give the setting by name, or run again with the file as it is"
+            mend = "set it by name, or run again with the file as it is"
             return Outcome(plan.identity, "failed", f"{what} ({where}); {mend}")
         return self.task(cell)
 
 
 class CellSweeper(Sweeper):
-    """Hydra's basic sweeper over cells, with identity and resume.
+    """Hydra's basic sweeper, with identities and resume.
 
-    `max_jobs` deals the cells to at most so many of the launcher's jobs, neighbours to the same job, because
-    they share a model and its caches; null makes every cell a job and leaves the balance to the launcher.
+    `max_jobs`: the most jobs that the launcher gets. Neighbouring cells go to one job, since they share a model and
+    its caches. null: every cell is a job, and the launcher balances them.
     """
 
     def __init__(self, params: dict[str, str] | None, max_jobs: int | None) -> None:
@@ -76,12 +76,12 @@ class CellSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """As Hydra calls it, once, before `sweep`."""
+        """Called by Hydra once, before `sweep`."""
         self.context, self.task, self.config = hydra_context, task_function, config
         self.elsewhere = "slurm" in config.hydra.launcher._target_.lower()
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run all cells; how they ended is in `experiments.sweep.ended`.
+        """Run all cells; the result is in `experiments.sweep.ended`.
 
         Raises:
             PolyKVError: bad input, before any cell runs.
@@ -104,9 +104,10 @@ class CellSweeper(Sweeper):
             self._launch(cells)
 
     def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Plan]]:
-        """All cells, and those that are not done yet in an order in which they share their work."""
-        # Brings torch, which `run.py --help` does without.
-        from experiments.session import of_process
+        """Identities of all cells, and plans of those that are not done, sorted so that neighbours share work."""
+        from experiments.session import (
+            of_process,
+        )  # imports torch, which `run.py --help` does without
 
         planned: dict[str, tuple[list[Any], Plan]] = {}
         asked: list[str] = []
@@ -114,7 +115,7 @@ class CellSweeper(Sweeper):
             cfg = compose(self.context, self.config, job)
             if self.elsewhere and cfg.device == "auto":
                 raise PolyKVError(
-                    "device=auto is settled here, and this launcher's cells run on other machines; "
+                    "device=auto is resolved here, and this launcher's cells run on other machines; "
                     "add device=cuda (or cpu)"
                 )
             cell = sweep.prepare(cfg)
@@ -134,10 +135,10 @@ class CellSweeper(Sweeper):
         shares = deal(cells, self.max_jobs or len(cells))
         job = Job(shares, self.task, platform.node())
         launcher = Plugins.instance().instantiate_launcher(self.context, job, self.config)
-        # A job in another process imports this checkout, wherever it starts and whatever is installed there.
+        # A job in another process imports this checkout, whatever is installed there.
         paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        if self.max_jobs and not self.elsewhere:  # joblib does this by itself
+        if self.max_jobs and not self.elsewhere:  # without max_jobs joblib does this
             threads = max((os.cpu_count() or 1) // len(shares), 1)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         identities = {cell.identity for cell in cells}
@@ -148,9 +149,9 @@ class CellSweeper(Sweeper):
                 with processes.workers_watched() if pooled else nullcontext():
                     returned = launcher.launch(overrides, initial_job_idx=0)
                 ended.outcomes = [outcome for job in returned for outcome in job.return_value]
-            except Exception as error:  # the launcher's own: a worker was killed, or no SLURM here
+            except Exception as error:  # of the launcher: a worker was killed, or there is no SLURM
                 if not self.elsewhere:
-                    processes.stop_workers()  # nothing goes on behind the user's back
+                    processes.stop_workers()
                 ended.died = f"{type(error).__name__}: {error}"
                 ended.outcomes = [
                     sweep.outcome_on_disk(ended.results_dir, ended.study, cell.identity)
@@ -164,7 +165,7 @@ def compose(context: HydraContext, config: DictConfig, overrides: Sequence[str])
 
 
 def deal(cells: list[Plan], n_jobs: int) -> list[list[Plan]]:
-    """The cells in at most `n_jobs` runs of neighbours, whose lengths differ by one at most."""
+    """The cells split into at most `n_jobs` runs of neighbours, whose lengths differ by at most one."""
     n_jobs = min(n_jobs, len(cells))
     bounds = [len(cells) * number // n_jobs for number in range(n_jobs + 1)]
     return [cells[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
