@@ -1,11 +1,11 @@
-"""One decode step's attention of many agents: to one compressed prefix in place, or each to an unshared cache.
+"""Attention of one decode step of many agents: to one compressed prefix in place, or each to an unshared cache.
 
     python benchmarks/decode_step.py                (15 agents, 8 kv heads x 128, group 4, 4,096 tokens, one thread)
     python benchmarks/decode_step.py --dtypes bfloat16 --agents 30 --threads 2
 
-One layer; every agent has the prefix and a suffix of its own and asks with one token. The unshared caches hold the
-decoded prefix in full, as polykv-llm's agents do and transformers' DynamicCache does. They are read the fair way,
-grouped queries q.view(1, kv_heads, group, d): SDPA's enable_gqa is slower on a CPU and shown for comparison.
+One layer. Every agent has the prefix, its own suffix, and one query token. An unshared cache has the whole decoded
+prefix, as in polykv-llm and in transformers' DynamicCache. The fair baseline reads it with grouped queries
+q.view(1, kv_heads, group, d); SDPA's enable_gqa, which is slower on a CPU, is shown for comparison.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Step:
         ]
 
     def in_place(self, segment: Segment, backend: str) -> Callable[[], Tensor]:
-        """What a model calls in a step, with the new token's key and value already appended."""
+        """The attention call of a step, with the new token's key and value already appended."""
         layer, module = CascadeLayer([segment], backend), nn.Module()
         keys, values = layer.update(self.own_k, self.own_v)
         mask = torch.ones(len(self.q), 1, 1, keys.shape[2], dtype=torch.bool)
@@ -90,10 +90,10 @@ class Step:
         return torch.stack(out)
 
 
-def private_cases(
+def unshared_cases(
     step: Step, caches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Ways to attend to unshared caches; the last reads a copy of them that is one batch."""
+    """Ways to attend to unshared caches; the last one reads a batched copy of them."""
     grouped = list(step.grouped.split(1))
     stacked = [torch.cat(tensors) for tensors in zip(*caches, strict=True)]
     sdpa = partial(F.scaled_dot_product_attention, scale=step.scaling)
@@ -166,7 +166,7 @@ def compare(arguments: argparse.Namespace, dtype: str, report: Report) -> None:
     step = Step(arguments, getattr(torch, dtype))
     published = step.segment("polykv", "torch")
     caches, truth = step.unshared(published), step.truth(published)
-    cases: dict[str, Callable[[], object]] = dict(private_cases(step, caches))
+    cases: dict[str, Callable[[], object]] = dict(unshared_cases(step, caches))
     errors = {name: largest_error(run(), truth) for name, run in cases.items()}
     n_private = len(caches) * 2 * step.k.nbytes  # of the prefix: the suffixes are the same for all
     resident, peaks = dict.fromkeys(cases, n_private), {}

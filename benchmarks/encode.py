@@ -1,10 +1,10 @@
-"""Encode one layer's keys and values, and decode the values, against other quantized caches and against memcpy.
+"""Time to encode one layer's keys and values and to decode the values, beside other quantized caches and memcpy.
 
     python benchmarks/encode.py                         (8 kv heads x 128, 4,096 tokens, fp32, one thread)
     python benchmarks/encode.py --threads 2 --dtype bfloat16
 
-Every contender runs in a process of its own with the same tensors, and they take turns, one repetition each:
-what disturbs one disturbs all. Missing packages are installed with pip, without dependencies, into --packages.
+Each contender runs in its own process on the same tensors. They take turns, one repetition each, so that disturbances
+affect all. Missing packages are installed with pip, without dependencies, into --packages.
 """
 
 import argparse

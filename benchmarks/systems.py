@@ -1,4 +1,4 @@
-"""The contenders of encode.py, each in a process of its own: encode one layer's keys and values; decode the values.
+"""The contenders of encode.py, each run in its own process: encode a layer's keys and values, decode the values.
 
 python benchmarks/systems.py NAME --tokens 4096 ...     (encode.py starts these and asks them in turn)
 """
@@ -19,7 +19,7 @@ System = tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor], str]
 
 
 def memcpy(k_BHTD: Tensor, v_BHTD: Tensor) -> System:
-    """The limit: as many bytes as the input has, moved once, into memory that is there already."""
+    """The limit: a copy of the input's bytes into memory that is already allocated."""
     k_copy, v_copy = torch.empty_like(k_BHTD), torch.empty_like(v_BHTD)
     fp32 = v_BHTD.float()
     fp32_copy = torch.empty_like(fp32)
@@ -45,7 +45,7 @@ def ours(recipe_name: str, backend: str, k_BHTD: Tensor, v_BHTD: Tensor) -> Syst
 
 
 def polykv_llm(k_BHTD: Tensor, v_BHTD: Tensor) -> System:
-    """arXiv 2604.24971's own package: an int8 index a value, no rotated decode."""
+    """The package of arXiv 2604.24971: one int8 index per value, no decoding in the rotated domain."""
     import polykv
     from polykv.pool import SharedKVPool
 
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def start(arguments: argparse.Namespace) -> tuple[str, dict[str, Callable[[], Any]]]:
-    """What is timed, in words, and what each request does."""
+    """A note on what is timed, and the function of each request."""
     torch.manual_seed(0)
     shape = (1, arguments.heads, arguments.tokens, arguments.dim)
     k_BHTD, v_BHTD = (torch.randn(shape).to(getattr(torch, arguments.dtype)) for _ in range(2))

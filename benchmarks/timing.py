@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory, and contenders that run in processes of their own. Torch-free."""
+"""Interleaved timing, peak memory, and contenders in their own processes. Torch-free."""
 
 import ctypes
 import json
@@ -17,9 +17,9 @@ MALLOPT_MMAP_THRESHOLD = -3  # malloc.h: blocks from this size are mapped, and u
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that `work()` takes on the clock, and of this process on the processor.
+    """Wall-clock seconds and processor seconds of `work()`.
 
-    The two are the same for one thread on a machine that has nothing else to do; where it has, the second tells.
+    With one thread on an idle machine they are equal; on a busy one the processor time is the meaningful one.
     """
     start, processor_start = time.perf_counter(), time.process_time()
     result = work()
@@ -29,7 +29,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def interleaved(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What `repeats` calls of each case give, taken in turn, so that what disturbs one disturbs all."""
+    """Results of `repeats` calls of each case, which take turns so that disturbances affect all."""
     given: dict[str, list[T]] = {name: [] for name in cases}
     for turn in range(WARMUPS + repeats):
         for name, once in cases.items():
@@ -46,13 +46,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Peak resident set above what was there before `work()`, its result included; None where not on Linux.
+    """Peak resident set during `work()` above that before it, with its result; None if not on Linux.
 
-    From here on this process gives freed memory back at once, which costs time: measure times first.
+    Afterwards this process returns freed memory to the system at once, which is slow: measure times first.
     """
     if not sys.platform.startswith("linux"):
         return None
-    work()  # what is loaded or kept on first use does not count
+    work()  # excludes what is loaded or cached on first use
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc keeps freed blocks, more or fewer by chance
         libc.mallopt(MALLOPT_MMAP_THRESHOLD, 16 * 1024)
@@ -74,7 +74,7 @@ class Worker:
     """A process that answers each request, one line, with one line of JSON; it waits while others work."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        """Starts it and waits until it is ready; `reason` says why it is not, if so, else `note` what it does."""
+        """Start it and wait until it is ready. `note` says what it does, `reason` why it could not start."""
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command,
@@ -89,7 +89,11 @@ class Worker:
         self.note: str = answer.get("note", "")
 
     def ask(self, request: str) -> Any:
-        """What the action returned there; what it raised is a RuntimeError here."""
+        """The value that the action returned in the worker.
+
+        Raises:
+            RuntimeError: the action raised an error.
+        """
         print(request, file=self._process.stdin, flush=True)
         answer = self._answer()
         if "reason" in answer:

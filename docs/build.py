@@ -1,7 +1,6 @@
-"""`make docs`: the API by pdoc, and a page for the README, the examples, the families of models and every study, into
-site/.
+"""`make docs`: the API by pdoc, and pages for the README, the examples, the model families and every study.
 
-`python docs/build.py [FOLDER]`; what the folder held is replaced.
+`python docs/build.py [FOLDER]` replaces the folder, site/ by default.
 """
 
 import pkgutil
@@ -16,7 +15,7 @@ from pdoc.render_helpers import to_html
 import polykv
 from experiments.study import studies
 
-# Training and the Triton kernels are read in their source.
+# Not documented: the reference model and the Triton kernels.
 LEFT_OUT = ("!polykv.reference", r"!polykv\.kernels\.triton.*")
 
 
@@ -43,7 +42,7 @@ def write_api(site: Path) -> None:
     """A page for every module of polykv."""
     pdoc.render.configure(docformat="google", template_directory=pages.REPO / "docs" / "templates")
     pdoc.render.env.globals["study_names"] = sorted(studies())
-    for name in polykv.__all__:  # pdoc documents what is there, not what would be loaded
+    for name in polykv.__all__:  # load the lazy names, which pdoc does not
         setattr(polykv, name, getattr(polykv, name))
     modules = [module.name for module in pkgutil.iter_modules(polykv.__path__, "polykv.")]
     pdoc.pdoc("polykv", *modules, *LEFT_OUT, output_directory=site)

@@ -1,7 +1,7 @@
-"""The pages beside the API, as Markdown: the README, the examples, the families of models, and every study.
+"""The pages beside the API, as Markdown: the README, the examples, the model families, and every study.
 
-Nothing is written a second time: a study's page is put together from its declaration, its module's docstring, the YAML
-of its presets, and what the analysis makes of the committed rows.
+A study's page comes from its declaration, its module's docstring, the YAML of its presets, and the tables and figures
+of the committed rows.
 """
 
 import ast
@@ -31,14 +31,14 @@ templates = Environment(
 
 
 def overview() -> str:
-    """The README: its figures of committed results are those of the site, other links become plain text."""
+    """The README, with links to committed figures changed to the site's; other relative links become plain text."""
     text = (REPO / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\(results/([\w-]+)/figures/", r"](figures/\1/", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!http|#)[^)]+\)", r"\1", text)
 
 
 def examples() -> str:
-    """Every example with its source; what a folder of an example's name holds belongs to it."""
+    """Every example with its source, including the files in a folder of the example's name."""
     folder = REPO / "examples"
     files = {
         path.stem: [path, *sorted(folder.glob(f"{path.stem}/**/*.[py]*"))]
@@ -49,16 +49,18 @@ def examples() -> str:
 
 
 def families() -> str:
-    """Every family of models that transformers has, as docs/families.yaml says and the tests prove."""
+    """Every family of models in transformers, as docs/families.yaml lists and the tests check."""
     listed = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))
     version = metadata.version("transformers")
     return templates.get_template("families.md.jinja2").render(**listed, version=version)
 
 
 def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str:
-    """Question, published tables answered, presets with their commands, columns, and what is committed of it.
+    """A study's page: question, published tables it answers, presets with commands, columns, and committed results.
 
-    `folders` are `committed()`. Figures are drawn into the folder `figures`.
+    Args:
+        folders: `committed()`.
+        figures: the folder that figures are drawn into.
     """
     name = declared.name
     presets = {
@@ -80,7 +82,7 @@ def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str
 
 
 def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str, Any]:
-    """What a committed folder holds of a study: how it was run, its figures with captions, its tables."""
+    """A study in a committed folder: how it was run, its figures with captions, its tables."""
     rows = results.rows[results.rows["study"] == name]
     found: dict[str, Any] = {"folder": folder, "runs": runs(rows), "figures": {}, "tables": []}
     for piece in pieces("FIGURES").values():
@@ -95,7 +97,7 @@ def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str,
 
 
 def study_of(preset: str) -> str:
-    """The study that a YAML of conf/experiment names, itself or through the YAML that it extends."""
+    """The study that a YAML of conf/experiment names, directly or through the YAML that it extends."""
     config = OmegaConf.load(CONF / f"{preset}.yaml")
     if "study" in config:
         return config.study
@@ -103,23 +105,23 @@ def study_of(preset: str) -> str:
 
 
 def command(yaml: str) -> str:
-    """What an experiment's second line says: the command, without the remark some spaces after it."""
+    """The command in an experiment's second line, without the remark that follows it."""
     return re.split(r"\s{3,}", yaml.splitlines()[1].removeprefix("# "))[0]
 
 
 def docstring(path: Path) -> str:
-    """A module's docstring; the module is not imported."""
+    """A module's docstring, without importing the module."""
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def committed() -> dict[str, Results]:
-    """The packed results in the repository, by their folder's name."""
+    """The packed results in the repository, by folder name."""
     folders = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
     return {folder.name: load(folder) for folder in folders if folder.name != "local"}
 
 
 def runs(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of a study's rows, one entry for each commit: cells, device, time."""
+    """One entry for each commit of a study's rows: cells, device, time."""
     found = []
     for commit, run in rows.groupby("commit", sort=False):
         ended = pd.to_datetime(run["created_at"])

@@ -1,6 +1,6 @@
-"""Two processes, two agents: the first reads a document and hands its cache on, the second answers from the card.
+"""A handoff between two processes: one agent reads a document and seals its cache, the other answers from the card.
 
-The card file is all that passes between them. The receiver verifies it first, and never sees the text.
+The card file is all that they share. The receiver verifies it and never sees the text.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-QUERY = " Q: What is Bea's pet? A:"  # the second agent's; the first does not know it
+QUERY = " Q: What is Bea's pet? A:"  # known only to the second agent
 
 
 def send(path: str) -> None:
@@ -34,7 +34,7 @@ def send(path: str) -> None:
 
 
 def receive(path: str) -> None:
-    """The second agent: verify, inject, answer."""
+    """The second agent: verify the card, dequantize it, answer."""
     import polykv
     from polykv.pool import generate
     from polykv.tokens import encode

@@ -1,7 +1,7 @@
-"""A quantizer of one's own, measured beside the known ones, without a change to polykv.
+"""Your own quantizer, measured beside the known ones without a change to polykv.
 
-It is one file and one YAML in a folder anywhere (here own_recipe/). `--config-dir` adds the folder's YAMLs to
-the axes, PYTHONPATH lets Python find the quantizer.
+It is one module and one YAML in any folder (here own_recipe/). `--config-dir` adds the folder's YAML files to the axes,
+and PYTHONPATH lets Python import the module.
 """
 
 import os

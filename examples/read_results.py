@@ -1,7 +1,7 @@
-"""A claim, tested on a results folder with pandas: keys need more bits than values (PolyKV gives them 8 and 3).
+"""A claim tested with pandas on a results folder: keys need more bits than values (PolyKV gives them 8 and 3).
 
-A results folder gives one table of rows, one observation each. Here two caches of the same size are compared, k bits
-for keys and v for values against v and k, document by document:
+`load_rows` returns one table with one observation a row. Two caches of the same size are compared document by document:
+k bits for keys and v for values, against v for keys and k for values.
 
     python run.py experiment=kv_asymmetry results_dir=FOLDER && python examples/read_results.py FOLDER
 """
@@ -15,12 +15,12 @@ from scipy.stats import wilcoxon
 from polykv.results import load_rows
 
 PAIRS = list(combinations((8, 4, 3, 2), 2))
-LEVEL = 0.05 / len(PAIRS)  # Bonferroni: as many tests as pairs
+LEVEL = 0.05 / len(PAIRS)  # Bonferroni
 
 
 def main(folder: Path) -> None:
     rows, _ = load_rows(folder, "compare")
-    # A document's mean over its scored tokens: no block of tokens in it, no statistic of all documents.
+    # Means of whole documents: neither of blocks of tokens nor of all documents.
     own = (rows["metric"] == "kl") & rows["sample"].notna() & rows["block"].isna()
     document = ["model", "context_tokens", "seed", "sample"]
     kl = rows[own].pivot(index=document, columns="recipe", values="value")

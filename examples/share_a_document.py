@@ -1,4 +1,4 @@
-"""Several agents read one document: its cache is compressed once, and all of them attend to that one copy."""
+"""Several agents read one document: its cache is compressed once, and all attend to that copy."""
 
 import polykv
 from polykv.reference.documents import generate_document, matches

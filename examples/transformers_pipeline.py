@@ -1,7 +1,7 @@
-"""A pool inside a transformers pipeline: `past_key_values=` is all that the pipeline needs to be told.
+"""A pool in a transformers pipeline, passed as `past_key_values=`.
 
-The prompt is the whole text as ever; of its first tokens the pool already has the cache. An uncompressed pool
-must give the very tokens of the run without a pool; how many a compressed one keeps is measured.
+The prompt is the whole text, whose first tokens the pool has cached. An uncompressed pool must give exactly the tokens
+of a run without a pool; for compressed ones the identical answers are counted.
 """
 
 import time

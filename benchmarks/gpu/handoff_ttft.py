@@ -1,15 +1,14 @@
 """QKVShare's time to first token, its stages and the break-even context on a GPU: llama-3.1-8b's geometry in bf16.
 
-    python benchmarks/gpu/handoff_ttft.py            one GPU with 40 GB; goes on where it was stopped
+    python benchmarks/gpu/handoff_ttft.py            one GPU with 40 GB; resumes
     python benchmarks/gpu/handoff_ttft.py --contexts 8192 --transports memory      a part of it
     python benchmarks/gpu/handoff_ttft.py --tiny     the same path on a CPU, tiny shapes
 
-First it checks that cards sealed on the device hold the bits that torch gives them, decode to the same from their
-file, and are read in place as they are injected. Then the cells of
-`experiment=handoff_ttft`: re-prefill, and cards (fp16, uniform 4 bits, adaptive 4 bits) in memory and through a file,
-injected and read in place, in turn. `python -m analysis --results results/gpu` renders the tables beside the
-published figures. The break-even context is where a card's median time meets re-prefill's, on a
-straight line between measured contexts in log-log.
+First it checks that cards sealed on the device hold torch's bits, decode alike from their file, and give the same
+result in place and dequantized. Then it runs the cells of `experiment=handoff_ttft`: re-prefill, and cards (fp16,
+uniform 4 bits, adaptive 4 bits) in memory and through a file, dequantized and in place, in turn.
+`python -m analysis --results results/gpu` renders the tables beside the published figures. The break-even context, where
+a card's median time equals re-prefill's, is interpolated between measured contexts in log-log.
 """
 
 import argparse
@@ -84,8 +83,8 @@ def cells(bench: Bench, arguments: argparse.Namespace) -> list[sweep.Outcome]:
 
 @torch.no_grad()
 def check_cards(bench: Bench) -> str:
-    """Every policy's card of 300 tokens: the same file whoever writes it, its bits back from the file, and a receiver
-    in place that computes what the injected one does.
+    """Check each policy's card of 300 tokens: the same file from every backend, the same bits back from the file, and
+    the same result in place as dequantized.
     """
     cfg = config.load_group("model", MODEL)
     cfg.weights = "random"
@@ -111,10 +110,10 @@ def check_cards(bench: Bench) -> str:
             torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)
         ):
             raise SystemExit(f"error: a card under {policy} does not decode to the same bits")
-        injected = model(turn_BT, past_key_values=card.dequantize()).logits.float()
+        dequantized = model(turn_BT, past_key_values=card.dequantize()).logits.float()
         with attend_in_place(model):
             in_place = model(turn_BT, past_key_values=card.reader()).logits.float()
-        error = float((in_place - injected).norm() / injected.norm())
+        error = float((in_place - dequantized).norm() / dequantized.norm())
         if not error < IN_PLACE_TOLERANCE:
             raise SystemExit(f"error: a card under {policy} read in place is off by {error:.1e}")
         checked.append(f"{policy} {card.mean_bits:.3f} bits, in place within {error:.0e}")
