@@ -7,8 +7,8 @@
 First it checks that cards sealed on the device hold torch's bits, decode alike from their file, and give the same
 result in place and dequantized. Then it runs the cells of `experiment=handoff_ttft`: re-prefill, and cards (fp16,
 uniform 4 bits, adaptive 4 bits) in memory and through a file, dequantized and in place, in turn.
-`python -m analysis --results results/gpu` renders the tables beside the published figures. The break-even context, where
-a card's median time equals re-prefill's, is interpolated between measured contexts in log-log.
+`python -m analysis --results results/gpu` renders the tables beside the published figures. The break-even context,
+where a card's median time equals re-prefill's, is interpolated between measured contexts in log-log.
 """
 
 import argparse
