@@ -34,10 +34,8 @@ ANSWERS = {"text": str, "agent": int, "scorer": str}
 # Metrics whose intervals rest on blocks of tokens where there are few documents: those that compare two runs.
 BLOCKED = [metric for metric in continuation.UNITS if metric not in ("nll_full", "nll")]
 FLOORS = ("nll_delta", "kl")  # metrics of a reader's floor
-EMPTY = (
-    "empty_answer",
-    "empty_reference",
-)  # whether an answer, or what it is compared with, is empty
+# Whether an answer, or what it is compared with, is empty.
+EMPTY = ("empty_answer", "empty_reference")
 BOTH_EMPTY = "both answers are empty, so nothing can be compared"
 RIGHT = {"exact_match": matches, "contains": contains}
 

@@ -105,9 +105,8 @@ class CellSweeper(Sweeper):
 
     def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Plan]]:
         """Identities of all cells, and plans of those that are not done, sorted so that neighbours share work."""
-        from experiments.session import (
-            of_process,
-        )  # imports torch, which `run.py --help` does without
+        # Imports torch, which `run.py --help` does without.
+        from experiments.session import of_process
 
         planned: dict[str, tuple[list[Any], Plan]] = {}
         asked: list[str] = []

@@ -176,6 +176,14 @@ def test_a_study_answers_published_tables_only():
         assert set(study.answers) <= tables, name
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_in_the_repository_lead_to_files(name):
+    links = re.findall(r"\]\(([^)#\s]+)", (REPO / name).read_text(encoding="utf-8"))
+    own = [link for link in links if "://" not in link]
+    assert own or name == "CHANGELOG.md"
+    assert not [link for link in own if not (REPO / link).exists()]
+
+
 def test_every_command_in_the_documents_composes():
     commands = typed_commands()
     assert len(commands) > len(EXPERIMENTS)

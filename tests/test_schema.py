@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import load
+from analysis import catalog, load
+from analysis.published import PAPERS
+from analysis.published import load as load_published
 from analysis.statistics import QUALITY
 from experiments.rows import SCORES, add_scores
 from experiments.study import studies
@@ -151,6 +153,14 @@ def test_settings_that_differ_on_one_line_are_columns_and_others_are_not(tmp_pat
     assert set(rows["set.max_new_tokens"]) == {"16", "32"}
 
 
-def test_every_study_declares_what_it_asks():
-    for name, study in studies().items():
-        assert study.title and study.question.endswith("?") and study.settings, name
+@pytest.mark.parametrize("name", studies())
+def test_every_study_declares_what_it_asks_and_is_shown(name):
+    study = studies()[name]
+    assert study.title and study.question.endswith("?") and study.settings
+    assert [table for table in catalog.pieces("TABLES").values() if name in table.studies]
+
+
+def test_every_claim_is_of_published_rows():
+    published = {paper: {row.table for row in load_published(paper)} for paper in PAPERS}
+    for claim in catalog.claims(frame([])):
+        assert claim.table in published[claim.paper], claim.claim
