@@ -240,21 +240,9 @@ STUDY = Study(
     check=check,
     settle=settle,
     made_by=(formulas,),
-    settings=(
-        "model",
-        "weights",
-        "hardware",
-        "context",
-        "suffix_tokens",
-        "recipe",
-        "readers",
-        "agents",
-        "n_agents",
-        "bandwidth_fraction",
-        "flops_fraction",
-        "gain",
-        "measured_digest",
-    ),  # fmt: skip
+    settings=("model", "weights", "hardware", "context", "suffix_tokens", "recipe", "readers",
+              "agents", "n_agents", "bandwidth_fraction", "flops_fraction", "gain",
+              "measured_digest"),
     columns=COLUMNS,
     depends_on=("concurrency",),
-)
+)  # fmt: skip

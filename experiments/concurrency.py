@@ -161,17 +161,7 @@ STUDY = Study(
     check=check,
     settle=settle,
     made_by=(cascade, memory, decoding),
-    settings=(
-        "model",
-        "weights",
-        "context",
-        "n_agents",
-        "recipe",
-        "readers",
-        "max_new_tokens",
-        "repeats",
-        "backend",
-        "device",
-    ),  # fmt: skip
+    settings=("model", "weights", "context", "n_agents", "recipe", "readers", "max_new_tokens",
+              "repeats", "backend", "device"),
     columns=COLUMNS,
-)
+)  # fmt: skip

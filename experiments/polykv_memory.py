@@ -60,19 +60,8 @@ STUDY = Study(
     run=run,
     check=check,
     made_by=(memory, concurrency),
-    settings=(
-        "model",
-        "weights",
-        "context",
-        "prefix_fraction",
-        "recipe",
-        "reader",
-        "backend",
-        "device",
-        "n_agents",
-        "memory",
-        "resident",
-    ),  # fmt: skip
+    settings=("model", "weights", "context", "prefix_fraction", "recipe", "reader", "backend",
+              "device", "n_agents", "memory", "resident"),
     columns=write.BYTES,
     answers=("ratio", "memory"),
-)
+)  # fmt: skip
