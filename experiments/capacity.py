@@ -18,7 +18,6 @@ from polykv import config
 from polykv.errors import PolyKVError
 from polykv.evaluation import capacity as formulas
 from polykv.evaluation.capacity import Architecture, DecodeWorkload, gain_range
-from polykv.evaluation.concurrency import READERS
 from polykv.evaluation.hardware import Hardware, Replica, check_number
 from polykv.evaluation.memory import GB
 from polykv.models import load_config
@@ -77,9 +76,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """
     settings.check_common(cfg)
     settings.check_context(cfg, 32768)
-    for reader in cfg.readers or (None,):
-        if reader not in READERS:
-            raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
+    settings.check_readers(cfg)
     for name, top in (("agents", MOST_AGENTS), ("suffix_tokens", cfg.context - 1)):
         for number in cfg[name] or (None,):
             if not isinstance(number, int) or not 1 <= number <= top:

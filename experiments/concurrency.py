@@ -19,7 +19,6 @@ from polykv.evaluation import concurrency as decoding
 from polykv.evaluation import memory, process
 from polykv.evaluation.concurrency import (
     QUERY_TOKENS,
-    READERS,
     WARMUP,
     Steps,
     is_prefilled,
@@ -56,11 +55,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """
     process.start_early(memory.__name__)
     settings.check_common(cfg)
-    for reader in cfg.readers:
-        if reader not in READERS:
-            raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
-    if not cfg.readers:
-        raise PolyKVError(f"readers=[]; name one or more of {', '.join(READERS)}")
+    settings.check_readers(cfg)
     settings.check_whole(cfg, "repeats")
     if cfg.max_new_tokens <= WARMUP:
         raise PolyKVError(

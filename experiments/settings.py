@@ -12,6 +12,7 @@ from polykv.attention import cascade
 from polykv.documents import check_document
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, statistics
+from polykv.evaluation.concurrency import READERS
 from polykv.evaluation.per_token import METRICS
 from polykv.pool import check_reader
 from polykv.recipe import Recipe
@@ -153,6 +154,19 @@ def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "")
         if not isinstance(cfg[name], int) or cfg[name] < least:
             given = f"{name}={cfg[name]!r}"
             raise PolyKVError(f"{given}; it takes a whole number from {least} up{instead}")
+
+
+def check_readers(cfg: DictConfig) -> None:
+    """Check that `readers` lists at least one of READERS, and no other.
+
+    Raises:
+        PolyKVError: names what is wrong.
+    """
+    if not cfg.readers:
+        raise PolyKVError(f"readers=[] has no reader; name one or more of {', '.join(READERS)}")
+    for reader in cfg.readers:
+        if reader not in READERS:
+            raise PolyKVError(f"no reader named {reader!r}; there are: {', '.join(READERS)}")
 
 
 def check_context(cfg: DictConfig, example: int) -> None:

@@ -1,11 +1,8 @@
 """The first commands of the README do what it says, as a new user types them."""
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -54,21 +51,3 @@ def test_make_takes_a_model_of_ones_own(target):
     assert done.returncode == 0 and commands
     for line in commands:
         assert {"model=local", "model.path=/my models/a"} <= set(shlex.split(line.strip("\\")))
-
-
-@pytest.mark.slow
-def test_a_new_recipe_is_found_by_the_tests_and_needs_no_table(tmp_path):
-    for name in ("tests", "conf", "polykv", "experiments", "analysis"):
-        shutil.copytree(REPO / name, tmp_path / name)
-    shutil.copy(REPO / "pyproject.toml", tmp_path)
-    text = (REPO / "conf" / "recipe" / "uniform_2bit.yaml").read_text(encoding="utf-8")
-    mine = tmp_path / "conf" / "recipe" / "my_own.yaml"
-    mine.write_text(text.replace("name: uniform_2bit", "name: my_own"), encoding="utf-8")
-    files = [
-        f"tests/test_{name}.py" for name in ("codecs", "frontier_codecs", "versions", "capacity")
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "my_own", *files],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:]

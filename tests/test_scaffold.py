@@ -12,8 +12,10 @@ from polykv.config import REPO
 from polykv.errors import PolyKVError
 
 TESTED_BY = {
-    "recipe": ("tests/test_codecs.py", "tests/test_versions.py"),
-    "study": ("tests/test_new_thing.py", "tests/test_schema.py"),
+    "recipe": [
+        f"tests/test_{name}.py" for name in ("codecs", "frontier_codecs", "versions", "capacity")
+    ],
+    "study": [f"tests/test_{name}.py" for name in ("new_thing", "schema", "damage")],
 }
 COPIED = ("tests", "conf", "polykv", "experiments", "analysis")
 ASKED = {"recipe": "NewThing or new_thing", "study": "new_thing or every_study"}
