@@ -151,7 +151,7 @@ def _probe(config: PretrainedConfig) -> Probe:
             f"{name} cannot be read one token at a time with a cache ({first}); use another model"
         ) from error
     chosen = model.config._attn_implementation == NAME
-    faults = [layer.fault for layer in layers] if chosen else ["keeps its attention to itself"]
+    faults = [layer.fault for layer in layers] if chosen else ["has its own attention function"]
     shapes = tuple(_shape(name, index, layer) for index, layer in enumerate(layers))
     return Probe(shapes, next(filter(None, faults), None))
 
