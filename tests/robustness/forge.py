@@ -217,22 +217,13 @@ CELL = _cell().encode()
 
 
 def sealed(table: dict[str, Any]) -> dict[str, Any]:
-    """The table of a cell's or an archive's file with a right digest, where it had one."""
+    """A file's table with a right digest."""
     kept = {key: value for key, value in table.items() if key != "digest"}
-    if kept == table:
-        return table
     return kept | {"digest": hashlib.sha256(json.dumps(kept).encode()).hexdigest()}
 
 
-def edited(change: Callable[[dict[str, Any]], Any]) -> Damage:
+def edited(change: Callable[[dict[str, Any]], Any], seal: Callable[[Any], Any] = sealed) -> Damage:
     """A change to a cell's table."""
-    return by_hand(change, seal=sealed)
-
-
-def by_hand(
-    change: Callable[[dict[str, Any]], Any], seal: Callable[[Any], Any] = lambda table: table
-) -> Damage:
-    """As with an editor, which leaves the old digest."""
 
     def damage(content: bytes) -> bytes:
         table = json.loads(content)
@@ -242,143 +233,107 @@ def by_hand(
     return damage
 
 
-def value(column: str, value: Any, way: Callable[..., Damage] = edited) -> Damage:
-    """Another value in a column of the first row."""
-
-    def change(table: dict[str, Any]) -> None:
-        rows, n_rows = table["rows"], len(table["rows"]["metric"])
-        values = rows.get(column)
-        rows[column] = [value, *(values if isinstance(values, list) else [values] * n_rows)[1:]]
-
-    return way(change)
-
-
-def part(of: str, **values: Any) -> Damage:
-    """Other values in a part of the table: study, config, provenance or rows."""
-    return edited(lambda table: table[of].update(values))
+def by_hand(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """As with an editor, which leaves the old digest."""
+    return edited(change, lambda table: table)
 
 
 def whole(**values: Any) -> Damage:
-    """Other parts."""
+    """Other parts of a cell's table."""
     return edited(lambda table: table.update(values))
 
 
-def _copy_a_row(table: dict[str, Any]) -> None:
-    for values in table["rows"].values():
-        if isinstance(values, list):
-            values.append(values[0])
+def part(name: str, /, **values: Any) -> Damage:
+    """Other values in a part."""
+    return edited(lambda table: table[name].update(values))
 
 
-def _old_rows(table: dict[str, Any]) -> None:
-    row = {"protocol": "wikitext2", "metric": "kl", "value": 1.0, "ci_low": 0.9, "ci_high": 1.1}
-    table.update(rows=[row])
-    del table["format"]
+def column(name: str, value: Any) -> Damage:
+    """Another value in a column of the first row."""
+    return edited(lambda t: t["rows"].update({name: [value, *t["rows"]["metric"][1:]]}))
 
 
 FIRST_VALUE = re.compile(rb'("value": \[)[^,\]]+')
 CELLS: dict[str, Damage] = {
     "half of a file": lambda c: c[: len(c) // 2],
-    "a value changed by hand": value("value", 1.0, by_hand),
-    "another cell's file": whole(cell="other"),
     "an empty file": lambda c: b"",
     "a last byte that is missing": lambda c: c[:-1],
-    "a row copied by hand": by_hand(_copy_a_row),
-    "a digest that is missing": by_hand(lambda t: t.pop("digest")),
-    "JSON that is no cell": lambda c: b'{"hello": "world"}',
     "one bit flipped": lambda c: c.replace(b'"value"', b'"valud"', 1),
-    "a byte-order mark": lambda c: b"\xff\xfe" + c,
-    "the format before typed rows": edited(_old_rows),
-    "a later format": whole(format=3),
+    "a value changed by hand": by_hand(lambda t: t["rows"].update(value=1.0)),
+    "settings changed by hand": by_hand(lambda t: t["config"].update(seed=1)),
+    "a digest that is missing": by_hand(lambda t: t.pop("digest")),
+    "another cell's file": whole(cell="other"),
     "another study's file": part("study", name="other"),
+    "the format before typed rows": whole(format=1, rows=[{"protocol": "text", "value": 1.0, "ci_low": 0.9}]),
+    "a later format": whole(format=3),
+    "JSON that is no cell": lambda c: b'{"hello": "world"}',
+    "a list around a cell": lambda c: b"[" + c + b"]",
+    "deep JSON": lambda c: b"[" * 100_000 + b"]" * 100_000,
+    "a byte-order mark": lambda c: b"\xff\xfe" + c,
+    "bytes that are not UTF-8": lambda c: c.replace(b'"rows"', b'"\xff\xfe"'),
+    "forty megabytes of spaces": lambda c: c + b" " * (40 << 20),
+    "another cell's name with a line break": whole(cell="x\n\x1b[2J"),
     "a study without a question": edited(lambda t: t["study"].pop("question")),
     "a study with a column of no type": part("study", columns={"layer": "complex"}),
     "a study that gives value another type": part("study", columns={"value": "str"}),
     "a column's name with an escape sequence": part("study", columns={"\x1b[2J": "int"}),
-    "a column that nobody declared": value("colour", "red"),
-    "a column that is told once": value("commit", "0" * 12),
+    "a column that nobody declared": part("rows", colour="red"),
+    "a column that is told once": part("rows", commit="0" * 12),
     "a column that is too short": part("rows", value=[1.0]),
-    "a value that is text": value("value", "2.5"),
-    "a value that is a table": value("value", {"a": 1}),
-    "a value of NaN": value("value", float("nan")),
-    "a value of 400 digits": value("value", 10**400),
+    "a value that is text": part("rows", value="2.5"),
+    "a value that is a table": part("rows", value={"a": 1}),
+    "a value of NaN": part("rows", value=float("nan")),
+    "a value of 400 digits": part("rows", value=10**400),
     "a value of 1e999": lambda c: FIRST_VALUE.sub(rb"\g<1>1e999", c, count=1),
-    "a negative number of agents": value("n_agents", -1),
-    "a truth that is a number": value("bos", 1),
-    "a lone surrogate in a name": value("model", "\ud800"),
+    "a negative number of agents": part("rows", n_agents=-1),
+    "a truth that is a number": part("rows", bos=1),
+    "a lone surrogate in a name": part("rows", model="\ud800"),
     "a lone surrogate in a question": part("study", question="\ud800"),
-    "a name that is a number": value("model", 7),
-    "a row without a metric": value("metric", None),
+    "a row without a metric": column("metric", None),
     "rows without metrics": edited(lambda t: t["rows"].pop("metric")),
     "metrics that are one text": part("rows", metric="kl"),
     "rows that are a list": whole(rows=[{"metric": "kl", "value": 1.0}]),
     "a provenance without a date": edited(lambda t: t["provenance"].pop("created_at")),
     "answers that are text": whole(answers="yes"),
-    "another cell's name with a line break": whole(cell="x\n\x1b[2J"),
-    "a list around a cell": lambda c: b"[" + c + b"]",
-    "deep JSON": lambda c: b"[" * 100_000 + b"]" * 100_000,
-    "bytes that are not UTF-8": lambda c: c.replace(b'"rows"', b'"\xff\xfe"'),
-    "forty megabytes of spaces": lambda c: c + b" " * (40 << 20),
 }  # fmt: skip
 
 ROWS, TABLE = "rows.csv.gz", "cells.json.gz"
-
-
-def repacked(
-    root: Path, change: Callable[[str, dict[str, Any]], str], right_digests: bool = True
-) -> None:
-    """The packed results of a folder, changed: `change` is given the rows as CSV, and the table to edit in place."""
-    rows = gzip.decompress((root / ROWS).read_bytes()).decode()
-    table = json.loads(gzip.decompress((root / TABLE).read_bytes()))
-    rows = change(rows, table)
-    if right_digests:
-        if "rows" in table:
-            table["rows"] = hashlib.sha256(rows.encode("utf-8", "replace")).hexdigest()
-        table = sealed(table)
-    (root / ROWS).write_bytes(gzip.compress(rows.encode("utf-8", "replace")))
-    (root / TABLE).write_bytes(gzip.compress(json.dumps(table).encode()))
-
-
-def _table(
-    change: Callable[[dict[str, Any]], Any], right_digests: bool = True
-) -> Callable[[Path], None]:
-    def both(rows: str, table: dict[str, Any]) -> str:
-        change(table)
-        return rows
-
-    return lambda root: repacked(root, both, right_digests)
-
-
-def _rows(change: Callable[[str], str], right_digests: bool = True) -> Callable[[Path], None]:
-    return lambda root: repacked(root, lambda rows, table: change(rows), right_digests)
-
-
-def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
-    return lambda root: (root / name).write_bytes(change((root / name).read_bytes()))
-
-
-ARCHIVES: dict[str, Callable[[Path], Any]] = {
-    "no rows": lambda root: (root / ROWS).unlink(),
-    "no table": lambda root: (root / TABLE).unlink(),
-    "half of the rows": _bytes(ROWS, lambda c: c[: len(c) // 2]),
-    "half of the table": _bytes(TABLE, lambda c: c[: len(c) // 2]),
-    "a byte changed inside": _bytes(ROWS, lambda c: c[:40] + bytes([c[40] ^ 255]) + c[41:]),
-    "bytes after the end": _bytes(ROWS, lambda c: c + b"more"),
-    "an LFS pointer": _bytes(TABLE, lambda c: b"version https://git-lfs.github.com/spec/v1"),
-    "a value changed by hand": _rows(lambda rows: rows.replace("2.5", "1.5", 1), right_digests=False),
-    "a row deleted by hand": _rows(lambda rows: rows[: rows.rindex("\r\n", 0, -2) + 2], right_digests=False),
-    "settings changed by hand": _table(lambda t: t["cells"][0]["config"].update(seed=1), right_digests=False),
-    "a later format": _table(lambda t: t.update(format=3)),
-    "a value that is text": _rows(lambda rows: rows.replace("2.5", "cheap", 1)),
-    "a value of NaN": _rows(lambda rows: rows.replace("2.5", "nan", 1)),
-    "a value of 1e999": _rows(lambda rows: rows.replace("2.5", "1e999", 1)),
-    "a column that is missing": _rows(lambda rows: rows.replace("value", "valud", 1)),
-    "rows of a cell that is not listed": _table(lambda t: t["cells"].clear()),
-    "a cell that is listed twice": _table(lambda t: t["cells"].append(t["cells"][0])),
-    "a study with a column of no type": _table(lambda t: t["cells"][0]["study"]["columns"].update(layer="complex")),
-    "a date that is a number": _table(lambda t: t["cells"][0]["provenance"].update(created_at=2026)),
-    "a table that is a list": _bytes(TABLE, lambda c: gzip.compress(b"[]")),
-    "deep JSON": _bytes(TABLE, lambda c: gzip.compress(b"[" * 100_000)),
+# What is changed in packed results: a file's bytes, or the rows as CSV and the table, with right digests but by hand.
+FILES: dict[str, tuple[str, Damage]] = {
+    "rows cut off": (ROWS, lambda c: c[: len(c) // 2]),
+    "a table cut off": (TABLE, lambda c: c[: len(c) // 2]),
+    "a byte changed inside": (ROWS, lambda c: c[:40] + bytes([c[40] ^ 255]) + c[41:]),
+    "bytes after the end": (ROWS, lambda c: c + b"more"),
+    "an LFS pointer": (TABLE, lambda c: b"version https://git-lfs.github.com/spec/v1"),
+    "a table that is a list": (TABLE, lambda c: gzip.compress(b"[]")),
+    "deep JSON": (TABLE, lambda c: gzip.compress(b"[" * 100_000)),
+}
+PACKED: dict[str, Callable[[str, dict[str, Any]], str | None]] = {
+    "a value changed by hand": lambda rows, t: rows.replace("2.5", "1.5", 1),
+    "a row deleted by hand": lambda rows, t: rows[: rows.rindex("\r\n", 0, -2) + 2],
+    "settings changed by hand": lambda rows, t: t["cells"][0]["config"].update(seed=1),
+    "a later format": lambda rows, t: t.update(format=3),
+    "a value of NaN": lambda rows, t: rows.replace("2.5", "nan", 1),
+    "a column that is missing": lambda rows, t: rows.replace("value", "valud", 1),
+    "rows of a cell that is not listed": lambda rows, t: t["cells"].clear(),
+    "a cell that is listed twice": lambda rows, t: t["cells"].append(t["cells"][0]),
+    "a study with a column of no type": lambda rows, t: t["cells"][0]["study"].update(columns={"layer": "complex"}),
 }  # fmt: skip
+
+
+def damage_packed(root: Path, kind: str) -> None:
+    """Do one of FILES or PACKED to the packed results of a folder."""
+    if kind in FILES:
+        name, change = FILES[kind]
+        (root / name).write_bytes(change((root / name).read_bytes()))
+        return
+    rows, table = (gzip.decompress((root / name).read_bytes()).decode() for name in (ROWS, TABLE))
+    table = json.loads(table)
+    rows = PACKED[kind](rows, table) or rows
+    if "by hand" not in kind:
+        table = sealed(table | {"rows": hashlib.sha256(rows.encode()).hexdigest()})
+    for name, text in ((ROWS, rows), (TABLE, json.dumps(table))):
+        (root / name).write_bytes(gzip.compress(text.encode()))
 
 
 # Strategies
@@ -455,4 +410,4 @@ def cells(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(1, 2))):
         if table:
             draw(json_edits(table))
-    return json.dumps(table if draw(st.booleans()) else sealed(table)).encode()
+    return json.dumps(sealed(table) if draw(st.booleans()) else table).encode()

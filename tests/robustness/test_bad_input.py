@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from robustness import stage
+from conftest import run_py
 
 SMALL_LLAMA = (
     b'{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}'
@@ -16,8 +15,8 @@ OWN_MODEL = f"{OWN_TEXT} model=local model.path={{}}"
 OWN_RECIPE = "--config-dir {} recipe=mine"
 HANDOFF = "experiment=handoff_accuracy policy=uniform n_hops=1 budget_bits=4 reseal=append"
 
-# What is typed, what the answer has to name, and files; `{}` stands for a folder of these files. Those of `make test`:
-IN_TEST = (
+# What is typed, what the answer has to name, and files; `{}` stands for a folder of these files.
+MISTAKES = (
     ("recpie=polykv", "recpie"),
     ("recipe=polykw", "polykw"),
     ("experiment=polykv_qualty", "polykv_qualty"),
@@ -32,8 +31,6 @@ IN_TEST = (
     (f"{OWN_TEXT} document.path={{}}/text.txt", "text.txt", {TEXT: "Übermaß".encode("latin-1")}),
     (OWN_RECIPE, "mine.yaml", {RECIPE: b"name: mine\nkey: [oops\n"}),
     ("results_dir={}/text.txt", "text.txt", {TEXT: b"not a folder"}),
-)  # fmt: skip
-MORE = (
     # names
     ("model=lama", "lama"),
     (f"{HANDOFF} policy=psychic", "psychic"),
@@ -97,10 +94,9 @@ MORE = (
      {RECIPE: b"name: mine\nkey: {_target_: polykv.codecs.int8.Int8, granularity: tensor}\n"}),
     ("results_dir={}/text.txt/results", "text.txt", {TEXT: b"no folder"}),
 )  # fmt: skip
-MISTAKES = [(*mistake, {})[:3] for mistake in (*IN_TEST, *MORE)]
 
 
-@pytest.mark.parametrize(("typed", "named", "files"), stage.first(len(IN_TEST), MISTAKES))
+@pytest.mark.parametrize(("typed", "named", "files"), [(*m, {})[:3] for m in MISTAKES])
 def test_bad_input_is_one_line_and_exit_2(typed, named, files, tmp_path):
     if "device=cuda" in typed and torch.cuda.is_available():
         pytest.skip("where there is a GPU, asking for it is no mistake")
@@ -112,9 +108,9 @@ def test_bad_input_is_one_line_and_exit_2(typed, named, files, tmp_path):
     overrides = typed.replace("{}", str(own)).split(" ")
     if "results_dir=" not in typed:
         overrides.append(f"results_dir={results}")
-    given = stage.run(overrides)
-    # The progress that a slow machine shows is no part of the answer.
-    lines = [line for line in given.err.strip().splitlines() if not line.startswith("[")]
-    assert given.code == 2 and len(lines) == 1, given
+    given = run_py(*overrides)
+    # A slow machine shows its progress first.
+    lines = [line for line in given.stderr.splitlines() if line and not line.startswith("[")]
+    assert given.returncode == 2 and len(lines) == 1, given
     assert lines[0].startswith("error: ") and named in lines[0], lines
     assert not [path for path in results.rglob("*") if path.is_file()]

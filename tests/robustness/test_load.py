@@ -10,7 +10,6 @@ import torch
 from conftest import wide_model
 
 import polykv
-from polykv.errors import PolyKVError
 from polykv.evaluation.concurrency import QUERY_TOKENS, decode, kept_bytes, synthetic_layers
 from polykv.evaluation.process import CpuMeter, in_fresh_process
 from polykv.geometry import Geometry
@@ -39,16 +38,13 @@ def answering(model, tokenizer, recipe, reader):
 
 
 def together(ways):
-    """(what each way gives for each question, in turn; what N_THREADS threads, started together, get or raise)"""
+    """(what each way gives for each question, in turn; what N_THREADS threads, started together, get)"""
     work = [(way, question) for question in QUESTIONS for way in ways]
     gate = Barrier(N_THREADS)
 
     def one(job):
         gate.wait()
-        try:
-            return job[0](job[1])
-        except PolyKVError as error:
-            return error
+        return job[0](job[1])
 
     alone = [way(question) for way, question in work]
     with ThreadPoolExecutor(N_THREADS) as threads:
@@ -87,18 +83,6 @@ def test_threads_that_seal_cards(round_):
 
     alone, found = together([seal])
     assert found == alone
-
-
-@pytest.mark.parametrize("round_", first(1, range(10)))
-def test_threads_that_read_a_model_of_eager_attention(round_):
-    model, tokenizer = polykv.load_model("reference")
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    ways = [answering(model, tokenizer, "polykv", way)[0] for way in ("dequantize", "in_place")]
-    for want, got in zip(*together(ways), strict=True):
-        assert isinstance(got, PolyKVError) or got == want
-    assert model.config._attn_implementation == "eager"
-    model.set_attn_implementation(own)
 
 
 def make_pools(times):

@@ -1,7 +1,6 @@
 """A machine that gives out inside a sweep (memory, workers, clock), and sweeps that share a results folder."""
 
 import os
-import signal
 import time
 from functools import partial
 
@@ -24,22 +23,6 @@ def test_one_cell_that_runs_out_of_memory(tmp_path):
     assert answer.code == 1 and "failed: " in answer.err, answer
     assert len(stage.finished(tmp_path)) == 2
     stage.resume(tmp_path, sweep=GEOMETRIES)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", range(5))
-def test_a_worker_that_is_killed(number, tmp_path):
-    root, place = tmp_path / "results", tmp_path / "phase"
-    sweep = stage.Run(
-        stage.in_folder(root, "joblib"), partial(stage.traced, place), *stage.FORKS["joblib"]
-    )
-    while stage.phase(place) != "measuring" and not sweep.wait(0.01):
-        pass
-    sweep.wait(0.2 * number)
-    os.kill(sweep.workers()[0].pid, signal.SIGKILL)
-    answer = sweep.end()
-    assert answer.code == 1 and "error: " in answer.err and "Traceback" not in answer.err, answer
-    stage.resume(root, "joblib")
 
 
 @pytest.mark.faults
