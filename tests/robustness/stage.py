@@ -79,8 +79,9 @@ class Run:
     ) -> None:
         """`full`: with all tables and figures; else with the study's own table, as most of the time goes to them."""
         self._folder = Path(mkdtemp(prefix="polykv-run-"))
-        injected = injections if full else (own_table, *injections)
-        self._process = fork(_child, list(overrides), injected, self._folder)
+        always = [] if full else [own_table]
+        always += [forked_workers] if "launcher=joblib" in overrides else []
+        self._process = fork(_child, list(overrides), [*always, *injections], self._folder)
         self.pid = self._process.pid
 
     def workers(self) -> list[psutil.Process]:
@@ -143,7 +144,7 @@ def resume(root: Path, launcher: str = "sequential", sweep: Sequence[str] = SWEE
     """Run a disturbed sweep again: finished cells keep their files, and the table is the undisturbed one."""
     before = finished(root)
     for _ in range(TRIES):
-        again = run((*sweep, *LAUNCHERS[launcher], f"results_dir={root}"), *FORKS[launcher])
+        again = run((*sweep, *LAUNCHERS[launcher], f"results_dir={root}"))
         if "another process" not in again.err:
             break
         time.sleep(1)
@@ -266,9 +267,6 @@ def forked_workers() -> None:
     context.set_start_method("fork", force=True)
     # A new interpreter would not write its signals into the pipe of the process that started it.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-
-
-FORKS: dict[str, tuple[Injection, ...]] = {"sequential": (), "joblib": (forked_workers,)}
 
 
 def small_files(n_cells: int) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import run_py
 
+from robustness.stage import first
+
 SMALL_LLAMA = (
     b'{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}'
 )
@@ -96,7 +98,7 @@ MISTAKES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("typed", "named", "files"), [(*m, {})[:3] for m in MISTAKES])
+@pytest.mark.parametrize(("typed", "named", "files"), first(24, [(*m, {})[:3] for m in MISTAKES]))
 def test_bad_input_is_one_line_and_exit_2(typed, named, files, tmp_path):
     if "device=cuda" in typed and torch.cuda.is_available():
         pytest.skip("where there is a GPU, asking for it is no mistake")

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -143,7 +143,6 @@ def test_edited_cards_are_refused_or_work_behind_the_digest(model):
     assert len(behind) > 40  # of 200; by flipped bytes alone it is none
 
 
-WATCHING: list[list | None] = [None]
 FORBIDDEN = (
     "open",
     "import",
@@ -157,34 +156,22 @@ FORBIDDEN = (
 )
 
 
-@contextmanager
-def watched(events):
-    """Everything that Python's own audit sees: files opened, modules imported, code compiled or run."""
-    if len(WATCHING) == 1:  # a hook cannot be removed
-        sys.addaudithook(
-            lambda *event: None if WATCHING[-1] is None else WATCHING[-1].append(event)
-        )
-    WATCHING.append(events)
-    try:
-        yield events
-    finally:
-        WATCHING.append(None)
-
-
 def test_a_card_never_executes_imports_or_opens_anything(model):
     hostile = [*SEEDS.values(), *(damage(SEED) for damage in forge.CARDS.values())]
     for content in hostile:
         check_card(content, model)  # what polykv itself imports on first use
-    modules = set(sys.modules)
-    with watched([]) as events:
-        for content in hostile:
-            with suppress(CardError):
-                CacheCard.from_bytes(bytearray(content), model, None).dequantize()
-    assert [event for event in events if event[0].startswith(FORBIDDEN)] == []
+    modules, seen, watching = set(sys.modules), [], [True]
+    # Python's own audit: files opened, modules imported, code compiled or run. A hook cannot be removed.
+    sys.addaudithook(lambda *event: seen.append(event) if watching else None)
+    for content in hostile:
+        with suppress(CardError):
+            CacheCard.from_bytes(bytearray(content), model, None).dequantize()
+    assert [event for event in seen if event[0].startswith(FORBIDDEN)] == []
     assert set(sys.modules) == modules
-    with watched([]) as events, open(os.devnull):  # the watch sees what it should
-        eval("1 + 1")
-    assert {"open", "compile", "exec"} <= {name for name, _ in events}
+    open(os.devnull).close()
+    eval("1 + 1")
+    watching.clear()
+    assert {"open", "compile", "exec"} <= {name for name, _ in seen}
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +194,7 @@ def test_reading_a_card_allocates_a_quarter_of_its_size_and_refusing_one_twice_i
             cardfile.loads(content)
 
 
-@pytest.mark.parametrize("n", first(1, [200, 10_000]))
+@pytest.mark.parametrize("n", first(1, [200, 3000]))
 def test_damaged_bytes_are_refused_or_open_bit_identical(n, model):
     refused = []
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from robustness import stage
-from robustness.stage import FORKS, LAUNCHERS, N_CELLS, OF_A_CELL, PHASES
+from robustness.stage import LAUNCHERS, N_CELLS, OF_A_CELL, PHASES
 
 PROMPT_S = 3.0  # in which a second Ctrl-C is answered
 
@@ -89,8 +89,8 @@ class Stop:
 def stopped(launcher, folder, moment, signals, group) -> Stop:
     """Start the sweep into `folder`/results, and send `signals` at that moment."""
     root, place = folder / "results", folder / "phase"
-    injected = (partial(stage.traced, place), *FORKS[launcher])
-    sweep = stage.Run(stage.in_folder(root, launcher), *injected, full=moment.phase == "drawing")
+    traced, full = partial(stage.traced, place), moment.phase == "drawing"
+    sweep = stage.Run(stage.in_folder(root, launcher), traced, full=full)
     times, was = 0, ""
     while times < moment.nth and not sweep.wait(0.005):
         now = stage.phase(place)
