@@ -66,7 +66,7 @@ def load_config(path: Path) -> PretrainedConfig:
     Raises:
         PolyKVError: as `gguf_header.read`, or a model that transformers cannot read.
     """
-    return deepcopy(_config(gguf_header.read(path)))
+    return deepcopy(_read(AutoConfig, gguf_header.read(path)))
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -75,7 +75,7 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         PolyKVError: as `load_config`, or an unknown way of splitting text.
     """
-    return deepcopy(_tokenizer(gguf_header.read(path)))
+    return deepcopy(_read(AutoTokenizer, gguf_header.read(path)))
 
 
 def converted(path: Path) -> Path:
@@ -109,25 +109,19 @@ def _place(header: Header) -> Path:
     return cache_folder.find() / f"gguf-{VERSION}" / header.sha256
 
 
-@lru_cache(maxsize=4)
-def _config(header: Header) -> PretrainedConfig:
+@lru_cache(maxsize=8)
+def _read(auto: Any, header: Header) -> Any:
+    """Config (AutoConfig) or tokenizer (AutoTokenizer), from the converted model if there is one."""
     if (place := _place(header)).is_dir():
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return auto.from_pretrained(place, trust_remote_code=False)
     with _read_alone(header) as options:
-        config = AutoConfig.from_pretrained(**options, trust_remote_code=False)
-    _set_rope(header, config)
-    return config
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(header: Header) -> Any:
-    if (place := _place(header)).is_dir():
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    with _read_alone(header) as options:
-        tokenizer = AutoTokenizer.from_pretrained(**options, trust_remote_code=False)
-    tokenizer.name_or_path = str(header.path)
-    _set_split(header, tokenizer)
-    return tokenizer
+        part = auto.from_pretrained(**options, trust_remote_code=False)
+    if auto is AutoConfig:
+        _set_rope(header, part)
+    else:
+        part.name_or_path = str(header.path)
+        _set_split(header, part)
+    return part
 
 
 @contextmanager

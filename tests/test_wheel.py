@@ -25,6 +25,7 @@ PROGRAM = """
     sys.modules.update(dict.fromkeys({absent}))  # import then fails, as if it were not installed
     import torch
     import polykv
+    from polykv.evaluation.capacity import Architecture, pool_bytes
     from polykv.handoff.policy import load_policy
     from polykv.pool import generate, prefill
     from polykv.reference.documents import generate_document
@@ -41,6 +42,8 @@ PROGRAM = """
     full = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert len(polykv.available_recipes()) >= {recipes}, polykv.available_recipes()
     assert 0 < pool.stored_bytes < full, (pool.stored_bytes, full)
+    architecture = Architecture.of(model.config, "float32")
+    assert pool_bytes(recipe, architecture, pool.n_tokens) == pool.stored_bytes
     policy = load_policy("uniform")
     card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, policy=policy, budget_bits=4.0)
     card.save("card.safetensors")
@@ -99,6 +102,12 @@ def test_the_wheel_carries_every_file_of_the_library(wheel):
         assert files(REPO / name, "*.py") <= files(wheel / name, "*.py")
     assert files(REPO / "conf", "*.yaml") == files(wheel / "polykv" / "conf", "*.yaml")
     assert files(REPO / "polykv" / "texts", "*.gz") == files(wheel / "polykv" / "texts", "*.gz")
+
+
+@pytest.mark.parametrize("name", ["attention", "codecs", "evaluation", "handoff", "kernels"])
+def test_evaluators_take_plain_values(name):
+    for path in (REPO / "polykv" / name).rglob("*.py"):
+        assert "omegaconf" not in path.read_text(encoding="utf-8"), path
 
 
 def test_every_declared_dependency_is_pinned():

@@ -1,1 +1,1 @@
-"""Evaluators: what a recipe does to perplexity, to the next-token distribution, to answers and to memory."""
+"""Evaluators: the effect of recipes and cards on perplexity, next-token distributions, answers, memory and time."""

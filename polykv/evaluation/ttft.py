@@ -68,7 +68,6 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.laps: dict[str, float] = {}
-        self.mean_bits: float | None = None
         self._start = self._last = self._now()
 
     def _now(self) -> float:
@@ -82,7 +81,7 @@ class Clock:
         self._last = now
 
     def total(self) -> float:
-        return self._now() - self._start
+        return self._last - self._start
 
 
 @torch.no_grad()
@@ -111,13 +110,13 @@ def measure(
     keep_freed_memory()
     known_T, turn_T = ids_T[:-n_turn], ids_T[-n_turn:]
     cache = prefill(model, known_T[None])
-    runs: list[list[Clock]] = [[] for _ in paths]
+    runs: list[list[tuple[Clock, float | None]]] = [[] for _ in paths]
     with tempfile.TemporaryDirectory(prefix="polykv-ttft-") as folder:
         for _ in track(range(WARMUP + repeats), "timing the first token"):
-            for path, clocks in zip(paths, runs, strict=True):
+            for path, of_path in zip(paths, runs, strict=True):
                 args = (model, tokenizer, cache, known_T, turn_T, path, budget_bits, key)
-                clocks.append(_run(*args, Path(folder) / "card.safetensors"))
-    return [_timing(clocks[WARMUP:]) for clocks in runs]
+                of_path.append(_run(*args, Path(folder) / "card.safetensors"))
+    return [_timing(of_path[WARMUP:]) for of_path in runs]
 
 
 def seal(
@@ -145,7 +144,8 @@ def _run(
     budget_bits: float,
     key: SigningKey | None,
     file: Path,
-) -> Clock:
+) -> tuple[Clock, float | None]:
+    """Run a path once; returns its laps, and the card's mean bits."""
     clock = Clock(model.device)
     if path.policy.store == "text":
         received = DynamicCache(config=model.config)
@@ -174,13 +174,10 @@ def _run(
         out = model(input_ids=ids_BT, past_key_values=received, logits_to_keep=1)
         int(out.logits[0, -1].argmax())
     clock.lap("first_forward")
-    clock.laps["total"] = clock.total()
-    clock.mean_bits = card.mean_bits if path.policy.store != "text" else None
-    return clock
+    return clock, None if path.policy.store == "text" else card.mean_bits
 
 
-def _timing(clocks: Sequence[Clock]) -> Timing:
-    names = [name for name in clocks[0].laps if name != "total"]
-    stages = {name: np.array([clock.laps[name] for clock in clocks]) for name in names}
-    totals = np.array([clock.laps["total"] for clock in clocks])
-    return Timing(totals, stages, clocks[0].mean_bits)
+def _timing(runs: Sequence[tuple[Clock, float | None]]) -> Timing:
+    clocks = [clock for clock, _ in runs]
+    stages = {name: np.array([clock.laps[name] for clock in clocks]) for name in clocks[0].laps}
+    return Timing(np.array([clock.total() for clock in clocks]), stages, runs[0][1])
