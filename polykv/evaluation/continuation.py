@@ -78,7 +78,7 @@ class Comparison:
                 "kl": self.kl,
                 "delta_p": self.delta_p,
             }
-            undefined = np.isnan(self.nll + self.nll_full)  # where a run is NaN, it ranks nothing
+            undefined = np.isnan(self.nll + self.nll_full)  # a run that is NaN has no ranking
             for metric, values in self.others.items():
                 found[metric] = np.where(undefined, np.nan, values)
         return {metric: values.astype(float) for metric, values in found.items()}

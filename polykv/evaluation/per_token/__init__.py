@@ -1,8 +1,8 @@
-"""Metrics of each scored token beside nll and kl (evaluation/continuation.py): one module each, found by its name.
+"""Metrics per scored token besides nll and kl (evaluation/continuation.py): one module each, discovered here.
 
-The module's name is the metric's. It has `UNIT`, `VERSION` (raised when its numbers change) and
-`of(full_TV, other_TV, labels_T1)`: from fp32 log-probabilities (scored tokens, vocabulary) of the uncompressed run and
-of the run compared with it, and the true tokens (scored tokens, 1), a tensor (scored tokens,).
+A module has the metric's name. It defines `UNIT`, `VERSION` (raised when its numbers change) and
+`of(full_TV, other_TV, labels_T1)`, which returns a tensor (scored tokens,) from the fp32 log-probabilities (scored
+tokens, vocabulary) of the uncompressed run and of the run compared with it, and the true tokens (scored tokens, 1).
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Whether the likeliest token is the same in both runs."""
+"""Whether the most probable token is the same in both runs."""
 
 from torch import Tensor
 
