@@ -113,10 +113,10 @@ def test_without_a_gpu_the_scripts_say_so(monkeypatch):
         common.pick_device(tiny=False)
 
 
-def test_the_largest_crowd_is_found_by_trying(monkeypatch):
+def test_the_largest_number_of_agents_is_found_by_trying(monkeypatch):
     monkeypatch.setattr(concurrency.gc, "collect", lambda: 0)  # seconds, among all tests' objects
 
-    class Crowd:
+    class Decoding:
         backend = "torch"
 
         def run(self, reader, n_tokens, n_agents, n_steps):
@@ -124,7 +124,7 @@ def test_the_largest_crowd_is_found_by_trying(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     rows = Rows()
-    concurrency.largest(Crowd(), 100, 256, rows)
+    concurrency.largest(Decoding(), 100, 256, rows)
     found = {row["reader"]: (row["value"], row["note"]) for row in rows}
     assert found == {
         "unshared": (37, "38 do not fit"),

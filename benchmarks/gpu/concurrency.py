@@ -55,8 +55,8 @@ TINY = {
 }  # fmt: skip
 
 
-class Crowd:
-    """One model, and crowds of agents that decode with it; nothing of a crowd is left after a measurement."""
+class Decoding:
+    """A model with which N agents decode; caches are freed after each measurement."""
 
     def __init__(self, bench: Bench, name: str) -> None:
         cfg = config.load_group("model", name)
@@ -130,17 +130,22 @@ def attempt(work: Callable[[], Any]) -> Any:
     return reason
 
 
-def measure(crowd: Crowd, n_tokens: int, n_agents: int, rows: Rows) -> None:
+def measure(decoding: Decoding, n_tokens: int, n_agents: int, rows: Rows) -> None:
     """Memory and time of every reader; one that does not fit has its reason in its rows."""
     for reader in READERS:
-        columns = {"reader": reader, "backend": crowd.backend if reader == "in_place" else "torch"}
-        ratio = None if reader == "unshared" else crowd.recipe.nominal_ratio(crowd.model.dtype)
+        columns = {
+            "reader": reader,
+            "backend": decoding.backend if reader == "in_place" else "torch",
+        }
+        ratio = (
+            None if reader == "unshared" else decoding.recipe.nominal_ratio(decoding.model.dtype)
+        )
         if (
             reader != "dequantize"
         ):  # the publication has no other reader of its pool, and counts none
-            arithmetic = paper_bytes(crowd.geometry, n_tokens, n_agents, ratio) / GB
+            arithmetic = paper_bytes(decoding.geometry, n_tokens, n_agents, ratio) / GB
             rows.add("kv_memory", arithmetic, "GB", accounting="paper", **columns)
-        found = attempt(partial(crowd.measured, reader, n_tokens, n_agents))
+        found = attempt(partial(decoding.measured, reader, n_tokens, n_agents))
         if isinstance(found, str):
             rows.add("kv_memory", None, "GB", why=found, accounting="resident", **columns)
             rows.add("step_time", None, "ms", why=found, **columns)
@@ -151,14 +156,17 @@ def measure(crowd: Crowd, n_tokens: int, n_agents: int, rows: Rows) -> None:
         add_times(rows, "step_time", times, timed="step", **columns)
 
 
-def largest(crowd: Crowd, n_tokens: int, most: int, rows: Rows) -> None:
+def largest(decoding: Decoding, n_tokens: int, most: int, rows: Rows) -> None:
     """The largest number of agents that can decode together, by trying; no more than `most`."""
     for reader in READERS:
-        columns = {"reader": reader, "backend": crowd.backend if reader == "in_place" else "torch"}
+        columns = {
+            "reader": reader,
+            "backend": decoding.backend if reader == "in_place" else "torch",
+        }
         fits, tried = 0, most + 1  # the most that do, the fewest that do not
         while tried - fits > max(1, CLOSE * fits):
             n_agents = most if tried > most else (fits + tried) // 2
-            if isinstance(attempt(partial(crowd.run, reader, n_tokens, n_agents, 2)), str):
+            if isinstance(attempt(partial(decoding.run, reader, n_tokens, n_agents, 2)), str):
                 tried = n_agents
             else:
                 fits = n_agents
@@ -178,7 +186,7 @@ def main() -> None:
     prefixes = arguments.prefixes or ((40,) if bench.tiny else PREFIXES)
     agents = arguments.agents or ((1, 3) if bench.tiny else AGENTS)
     for name in arguments.models:
-        crowd = Crowd(bench, name)
+        decoding = Decoding(bench, name)
         shared = {
             "model": name,
             "weights": "random",
@@ -186,17 +194,17 @@ def main() -> None:
             "recipe": "polykv",
         }
         shared |= {"dtype": "bfloat16"}
-        identity = {"model": name, "steps": STEPS, "backend": crowd.backend}
+        identity = {"model": name, "steps": STEPS, "backend": decoding.backend}
         for n_tokens, n_agents in product(prefixes, agents):
             about = {"context_tokens": n_tokens, "n_agents": n_agents, "n_tokens": n_tokens}
-            work = partial(measure, crowd, n_tokens, n_agents)
+            work = partial(measure, decoding, n_tokens, n_agents)
             bench.cell(EXPERIMENT, identity | about, work, **shared, **about)
         most = 4 if bench.tiny else MOST_AGENTS
         for n_tokens in prefixes:
             about = {"context_tokens": n_tokens, "most": most}
-            work = partial(largest, crowd, n_tokens, most)
+            work = partial(largest, decoding, n_tokens, most)
             bench.cell("gpu_largest", identity | about, work, **shared, context_tokens=n_tokens)
-        del crowd
+        del decoding
         attempt(lambda: None)  # its memory is free again
     report(bench)
 
