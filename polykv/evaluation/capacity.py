@@ -133,12 +133,7 @@ class DecodeWorkload:
 
     @classmethod
     def of(
-        cls,
-        model: Architecture,
-        replica: Replica,
-        recipe: Recipe,
-        n_prefix: int,
-        n_suffix: int,
+        cls, model: Architecture, replica: Replica, recipe: Recipe, n_prefix: int, n_suffix: int
     ) -> "DecodeWorkload":
         """The workload of a document compressed under `recipe`."""
         return cls(model, replica, pool_bytes(recipe, model, n_prefix), n_prefix, n_suffix)

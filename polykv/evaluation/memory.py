@@ -12,13 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from polykv.errors import PolyKVError
-from polykv.evaluation.concurrency import (
-    QUERY_TOKENS,
-    caches_of,
-    decode,
-    pool_of,
-    synthetic_layers,
-)
+from polykv.evaluation.concurrency import QUERY_TOKENS, caches_of, decode, pool_of, synthetic_layers
 from polykv.evaluation.process import MeasuringProcess, meter_of
 from polykv.geometry import Geometry
 from polykv.models import ModelSource, pick_device, pick_dtype

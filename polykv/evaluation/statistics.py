@@ -14,9 +14,7 @@ MIN_DOCUMENTS = 8
 
 
 def document_interval(
-    samples: list[np.ndarray],
-    bounds: tuple[float, float] = (-np.inf, np.inf),
-    level: float = 0.95,
+    samples: list[np.ndarray], bounds: tuple[float, float] = (-np.inf, np.inf), level: float = 0.95
 ) -> tuple[float, float] | None:
     """Interval of the mean over documents, each an array of per-token values, by Hall's skewness-corrected t.
 

@@ -163,11 +163,7 @@ class MixedCodec:
         return Mixed(torch.cat([mixed.tiers_T, new.tiers_T]), parts, shape, mixed.dtype, channels)
 
     def rebuild(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        is_key: bool = False,
+        self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, is_key: bool = False
     ) -> Mixed:
         """The inverse of `Mixed.tensors`.
 

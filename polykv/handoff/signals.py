@@ -103,14 +103,7 @@ def anchors(sender: Sender) -> np.ndarray:
 
 IMPORTANCE: dict[str, Callable[[Sender], np.ndarray]] = {
     signal.__name__: signal
-    for signal in (
-        attention_window,
-        attention_prefill,
-        value_norm,
-        surprisal,
-        sinks_recent,
-        random,
-    )
+    for signal in (attention_window, attention_prefill, value_norm, surprisal, sinks_recent, random)
 }
 DEMAND: dict[str, Callable[[Sender], np.ndarray]] = {
     signal.__name__: signal for signal in (shared, anchors)

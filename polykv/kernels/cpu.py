@@ -20,14 +20,7 @@ from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.uniform import Uniform
 from polykv.kernels.cpu_build import BuildError, library
-from polykv.kernels.cpu_layout import (
-    DTYPES,
-    Input,
-    Queries,
-    empty_tensors,
-    strides,
-    struct_of,
-)
+from polykv.kernels.cpu_layout import DTYPES, Input, Queries, empty_tensors, strides, struct_of
 from polykv.segment import Segment
 
 # Up to MAX_DIM of csrc/rotate.h.

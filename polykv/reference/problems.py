@@ -119,9 +119,7 @@ class Template:
 
 TEMPLATES = {
     "gain_lose": Template(
-        "{s} gets {k} {a} and loses {m} . How many {a} has {s} ?",
-        "count",
-        ("a + k", "r1 - m"),
+        "{s} gets {k} {a} and loses {m} . How many {a} has {s} ?", "count", ("a + k", "r1 - m")
     ),
     "pool_give": Template(
         "{s} and {t} pool all {a} and give away {k} . How many {a} remain ?",
@@ -139,14 +137,10 @@ TEMPLATES = {
         ("a + k", "r1 / m"),
     ),
     "double": Template(
-        "{s} doubles all {a} and loses {k} . How many {a} has {s} ?",
-        "count",
-        ("a * 2", "r1 - k"),
+        "{s} doubles all {a} and loses {k} . How many {a} has {s} ?", "count", ("a * 2", "r1 - k")
     ),
     "compare": Template(
-        "{s} gets {k} {a} . How many more {a} has {s} than {t} ?",
-        "two_owners",
-        ("a + k", "r1 - b"),
+        "{s} gets {k} {a} . How many more {a} has {s} than {t} ?", "two_owners", ("a + k", "r1 - b")
     ),
     "move": Template(
         "{s} gives {k} {a} to {t} , then {t} doubles all {a} . How many {a} has {t} ?",
@@ -154,9 +148,7 @@ TEMPLATES = {
         ("a - k", "b + k", "r2 * 2"),
     ),
     "both": Template(
-        "How many {a} and {b} has {s} in all after losing {k} ?",
-        "two_items",
-        ("a + b", "r1 - k"),
+        "How many {a} and {b} has {s} in all after losing {k} ?", "two_items", ("a + b", "r1 - k")
     ),
     "chain": Template(
         "{s} gets {k} {a} , loses {m} , gets {n} and loses {j} . How many {a} has {s} ?",
@@ -174,14 +166,10 @@ TEMPLATES = {
         ("a * k", "99 - r1"),
     ),
     "basket": Template(
-        "How much are {k} {a} and {m} {b} ?",
-        "two_prices",
-        ("a * k", "b * m", "r1 + r2"),
+        "How much are {k} {a} and {m} {b} ?", "two_prices", ("a * k", "b * m", "r1 + r2")
     ),
     "sale": Template(
-        "The price of {a} falls by {k} . How much are {m} {a} then ?",
-        "price",
-        ("a - k", "r1 * m"),
+        "The price of {a} falls by {k} . How much are {m} {a} then ?", "price", ("a - k", "r1 * m")
     ),
     "two_hop": Template(
         "The {r} gets {k} {a} and loses {m} . How many {a} has the {r} ?",
