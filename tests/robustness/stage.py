@@ -223,7 +223,7 @@ PHASES = {"starting": 1.0, **OF_A_CELL, "drawing": 2.0}
 def traced(place: Path) -> None:
     """Keep the run's phase in the file `place`, and stretch the steps of writing a cell so that kills fall between."""
     from analysis import __main__ as analysis
-    from experiments import sweep
+    from experiments import processes, sweep
     from polykv import cellfile
 
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT)
@@ -242,6 +242,7 @@ def traced(place: Path) -> None:
         enter("renamed", OF_A_CELL["renamed"])
 
     cellfile.os = SimpleNamespace(fsync=fsync, replace=replace)
+    before(processes, "second_interrupt_quits", lambda: enter("starting"))
     before(sweep, "run_cell", lambda: enter("measuring"))
     before(cellfile, "write_atomically", lambda: enter("writing", OF_A_CELL["writing"]))
     before(analysis, "show", lambda: enter("drawing"))
@@ -256,7 +257,7 @@ def own_table() -> None:
 
 def phase(place: Path) -> str:
     """What `traced` kept last."""
-    return (place.read_text().strip() if place.exists() else "") or "starting"
+    return place.read_text().strip() if place.exists() else ""
 
 
 def forked_workers() -> None:
