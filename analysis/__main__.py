@@ -1,7 +1,7 @@
 """`python -m analysis`: results -> tables and figures beside the published ones.
 
 `python -m analysis report` puts them on one page (analysis/report.py), `python -m analysis upload` sends them to
-Weights & Biases (analysis/upload.py), `python -m analysis pack` writes all cells into two files for git
+Weights & Biases, `python -m analysis pack` writes all cells into two files for git
 (polykv/archive.py).
 Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an error of use.
 """
@@ -16,17 +16,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import answers, published, render, report, upload
-from analysis.catalog import FIRST, modules, names_of, pieces
+from analysis import published, render, report
+from analysis.catalog import FIRST, PAPERS, modules, names_of, pieces
 from analysis.load import Results, drawing, load
+from analysis.statistics import BASELINE
 from analysis.style import Picture, save
 from polykv import archive
+from polykv.config import load_group
 from polykv.errors import PolyKVError
 from polykv.progress import track
+from polykv.wandb_run import open_run, unsynced
 
 WRITERS = {"md": render.markdown, "tex": render.latex, "csv": render.to_csv}
 PICTURES = ("png", "pdf")
 LOCAL = Path("results/local")
+OF_ANSWERS = ["model", "document", "context_tokens", "n_agents", "reader"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +67,7 @@ def _pack(argv: list[str]) -> tuple[str, ...]:
 
 
 def _upload(argv: list[str]) -> tuple[str, ...]:
-    print(upload.upload(_folder(argv, "upload", "Send figures and tables to Weights & Biases.")))
+    print(upload(_folder(argv, "upload", "Send figures and tables to Weights & Biases.")))
     return ()
 
 
@@ -150,7 +154,7 @@ def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
 
 def _say_published(rows: pd.DataFrame, root: Path) -> None:
     """How many published figures are of these models, and where they stand beside what was measured."""
-    for paper in published.PAPERS:
+    for paper in PAPERS:
         found = published.of_models(paper, rows["model"])
         file = root / "tables" / f"published_{paper}.md"
         if found and file.is_file():
@@ -181,7 +185,7 @@ def _write(
         tables.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
         rows.to_csv(root / "rows.csv", index=False)
-        answers.write(results, root / "answers")
+        _write_answers(results, root / "answers")
         for name in track(only, "tables and figures"):
             if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
                 (tables / f"{name}.md").write_text(text, encoding="utf-8")
@@ -212,6 +216,81 @@ def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str
         save(drawn.canvas, pictures / name, kinds)
         (pictures / f"{name}.tex").write_text(f"{render.tex(drawn.caption)}\n", encoding="utf-8")
     return drawn if isinstance(drawn, str) else ""
+
+
+def _write_answers(results: Results, folder: Path) -> None:
+    """What agents said, for reading: a Markdown file in `folder` for each setting, every question with all answers.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    rows = results.rows[results.rows["recipe"] != BASELINE]
+    firsts = rows[rows["metric"] == "bertscore_f1"].drop_duplicates(["study", "cell"])
+    for key, part in firsts.sort_values("created_at").groupby(OF_ANSWERS, sort=False):
+        by_recipe = {
+            recipe: results.cells[study, cell].answers
+            for recipe, study, cell in zip(part["recipe"], part["study"], part["cell"], strict=True)
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        named = dict(zip(OF_ANSWERS, key, strict=True))
+        name = "-".join(f"{_plain(value)}" for value in named.values())
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+        (folder / f"{name}.md").write_text(_answers_page(named, by_recipe), encoding="utf-8")
+
+
+def _answers_page(named: dict, by_recipe: dict[str, list[dict]]) -> str:
+    about = ", ".join(f"{name} {_plain(value)}" for name, value in named.items())
+    parts = [f"# Answers: {about}"]
+    first = next(iter(by_recipe.values()))
+    for place, asked in enumerate(first):
+        parts.append(
+            f"## Document {asked['document']}, agent {asked['agent']}: {asked['question']}"
+        )
+        lines = [("right answer", asked["gold"]), ("uncompressed", asked["reference"])]
+        lines += [
+            (recipe, said[place]["answer"])
+            for recipe, said in by_recipe.items()
+            if place < len(said)
+        ]
+        parts.append(
+            "\n".join(f"- **{who}**: {_one_line(said)}" for who, said in lines if said is not None)
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "(empty)"
+
+
+def _plain(value: object) -> object:
+    return f"{value:.0f}" if isinstance(value, float) else value
+
+
+def upload(folder: str | Path) -> str:
+    """Send the figures (PNG) and tables (CSV) below FOLDER as one run; a line that says where it is.
+
+    Raises:
+        PolyKVError: nothing was drawn there, or wandb refuses.
+    """
+    import wandb
+
+    folder = Path(folder)
+    figures, tables = sorted(folder.glob("figures/*.png")), sorted(folder.glob("tables/*.csv"))
+    if not figures and not tables:
+        raise PolyKVError(f"no figures or tables in {folder}; run `python -m analysis` on it first")
+    cfg = load_group("logger", "wandb")
+    about = {"project": cfg.project, "entity": cfg.entity, "name": folder.name}
+    try:
+        with open_run(folder, job_type="analysis", **about) as run:
+            run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
+            rendered = wandb.Artifact(f"analysis-{folder.name}", type="analysis")
+            for path in (*tables, *sorted(folder.glob("figures/*.pdf"))):
+                rendered.add_file(str(path), name=str(path.relative_to(folder)))
+            run.log_artifact(rendered)
+            return run.url or unsynced(folder)
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise PolyKVError(f"wandb takes no upload ({reason}); see `wandb login --help`") from error
 
 
 if __name__ == "__main__":

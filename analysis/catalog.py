@@ -2,12 +2,13 @@
 
 A module has, as far as it needs: TABLES, FIGURES, TEXTS and BELOW (name -> from the study's rows to a render.Table,
 style.Picture, Markdown, or lines below the table on a terminal), CLAIMS (from the study's rows, of which there may be
-none, to published.Claim) and FINDINGS (from the study's rows to sentences, by heading). None stands for what was not
-run; of a figure, a text says why it cannot be drawn. STUDY names the study, or the studies any of which gives it rows,
-where the module is not named as it; EVERY stands for all of them. ALSO names others whose rows it reads as well.
+none, to Claims) and FINDINGS (from the study's rows to sentences, by heading). None stands for what was not run; of a
+figure, a text says why it cannot be drawn. STUDY names the study, or the studies any of which gives it rows, where the
+module is not named as it; EVERY stands for all of them.
 """
 
 import pkgutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +19,59 @@ from typing import Any
 import pandas as pd
 
 import analysis
-from analysis.published import PAPERS, Claim
+from analysis.statistics import Value
 
 KINDS = ("TABLES", "FIGURES", "TEXTS", "BELOW")
 COLLECTED = ("CLAIMS", "FINDINGS")
 EVERY = ()
+STUDY = EVERY
 FIRST = "compare"  # shown where nothing else is asked for
+WIDTH = 100
+
+PAPERS = {"polykv": "PolyKV", "qkvshare": "QKVShare"}
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+AGREES = "arithmetic agrees"  # computed from the same definitions: nothing was measured that could differ
+INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and what the rows say to it.
+
+    Attributes:
+        paper, table: of published.csv; the published rows that the claim is about.
+        verdict: REPRODUCED, NOT_REPRODUCED, AGREES, INCONCLUSIVE (there are numbers, and they do not decide) or
+            NOT_MEASURED (no row speaks to the claim).
+        claim: ends in the weights or the device that the verdict holds for, where it holds for no others.
+        said: the numbers that decide, or the reason and the command that would.
+    """
+
+    paper: str
+    table: str
+    verdict: str
+    claim: str
+    said: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether any row speaks to the claim."""
+        return self.verdict != NOT_MEASURED
+
+    def markdown(self) -> str:
+        """One line."""
+        return f"**{self.verdict}**: {self.claim}. {self.said}"
+
+
+def equivalent(got: Value, low: float, high: float) -> str:
+    """REPRODUCED where the whole interval of `got` lies within low to high, NOT_REPRODUCED where none of it does.
+
+    Few data give a wide interval, which is INCONCLUSIVE.
+    """
+    if got.low is None or got.high is None:
+        return INCONCLUSIVE
+    if low <= got.low and got.high <= high:
+        return REPRODUCED
+    return NOT_REPRODUCED if got.high < low or high < got.low else INCONCLUSIVE
 
 
 @dataclass(frozen=True)
@@ -33,14 +81,13 @@ class Piece:
     studies: tuple[str, ...]
     name: str
     of: Callable[[pd.DataFrame], Any]
-    also: Sequence[str] = ()
 
     def __call__(self, rows: pd.DataFrame) -> Any:
         """None where none of the studies was run."""
         if self.studies == EVERY:
             return self.of(rows)
-        mine = rows[rows["study"].isin((*self.studies, *self.also))]
-        return None if not mine["study"].isin(self.studies).any() else self.of(mine)
+        mine = rows[rows["study"].isin(self.studies)]
+        return None if mine.empty else self.of(mine)
 
 
 @cache
@@ -57,7 +104,7 @@ def modules() -> Mapping[str, ModuleType]:
 def pieces(kind: str) -> Mapping[str, Piece]:
     """Every piece of one of KINDS, by name."""
     return {
-        name: Piece(studies_of(own), name, of, getattr(module, "ALSO", ()))
+        name: Piece(studies_of(own), name, of)
         for own, module in modules().items()
         for name, of in getattr(module, kind, {}).items()
     }
@@ -81,7 +128,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     found = []
     for name, module in modules().items():
         if hasattr(module, "CLAIMS"):
-            studies = (*studies_of(name), *getattr(module, "ALSO", ()))
+            studies = studies_of(name)
             found += module.CLAIMS(rows[rows["study"].isin(studies)])
     return sorted(found, key=lambda claim: list(PAPERS).index(claim.paper))
 
@@ -91,6 +138,37 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     found = {}
     for name, module in modules().items():
         if hasattr(module, "FINDINGS"):
-            of = Piece(studies_of(name), name, module.FINDINGS, getattr(module, "ALSO", ()))
+            of = Piece(studies_of(name), name, module.FINDINGS)
             found |= of(rows) or {}
     return found
+
+
+def findings_page(rows: pd.DataFrame) -> str | None:
+    """One page in plain sentences, as Markdown: both papers' claims with their verdicts, then our own questions.
+
+    None where no row speaks to a claim or to a question of ours.
+    """
+    said, own = claims(rows), findings(rows)
+    if not own and not any(claim.measured for claim in said):
+        return None
+    parts = ["# Findings"]
+    for paper, name in PAPERS.items():
+        mine = [claim for claim in said if claim.paper == paper]
+        judged = [claim.markdown() for claim in mine if claim.measured]
+        if judged:
+            parts += [f"## {name}'s claims", *map(_bullet, judged)]
+        if n_open := len(mine) - len(judged):
+            parts.append(
+                f"{n_open} {'more ' * bool(judged)}claims of {name} were not measured here: published_{paper} says "
+                "why, figure by figure."
+            )
+    for heading, lines in own.items():
+        parts += [f"## {heading}", *map(_bullet, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullet(line: str) -> str:
+    return textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ")
+
+
+TEXTS = {"findings": findings_page}

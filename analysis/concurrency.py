@@ -7,11 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import published
-from analysis.handoff import RUN, named, run_text, settings_columns
 from analysis.load import swept
-from analysis.points import over_seeds
+from analysis.points import RUN, named, over_seeds, run_text
 from analysis.published import SAME_LENGTH
-from analysis.render import Column, Row, Table, describe, fixed, keys
+from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import BYTES, Measure, Value, median
 from analysis.style import (
     READERS,

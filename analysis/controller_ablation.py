@@ -12,7 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analysis.handoff import (
+from analysis.handoff_accuracy import ALPHA, CARD, KL
+from analysis.load import swept
+from analysis.points import (
     RUN,
     bits_text,
     counted,
@@ -20,14 +22,10 @@ from analysis.handoff import (
     less,
     named,
     ordered,
+    over_seeds,
     run_text,
-    settings_columns,
-    sides,
 )
-from analysis.handoff_accuracy import ALPHA, CARD, KL
-from analysis.load import swept
-from analysis.points import over_seeds
-from analysis.render import Column, Row, Table, describe, fixed, keys
+from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples
 from analysis.style import (
     BLUE,
@@ -48,6 +46,12 @@ LINE = [*RUN, "document", "n_hops", "budget_bits", "policy", *ABLATED, "reseal"]
 MINUS = {
     name: Measure(f"kl_minus_{name}", reduce=mean_of_samples) for name in ("uniform", "random")
 }
+
+
+def sides() -> dict[str, str]:
+    """The signals of the published controller: importance and demand, as rows name them."""
+    policy = load_group("policy", "topology")
+    return {side: " + ".join(policy[side]) for side in ("importance", "demand")}
 
 
 def lines_of(rows: pd.DataFrame) -> list[Row]:

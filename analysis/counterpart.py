@@ -11,14 +11,14 @@ from functools import partial
 import pandas as pd
 
 from analysis import published
-from analysis.handoff import with_budget
-from analysis.points import UNSHARED, Point, having, over_seeds, points
-from analysis.published import NOT_HERE, SAME_LENGTH, Figure
+from analysis.catalog import NOT_MEASURED, PAPERS
+from analysis.points import IN_PLACE, UNSHARED, Point, having, over_seeds, points
+from analysis.published import HOLDS, NOT_HERE, SAME_LENGTH, Figure, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
 from analysis.statistics import BASELINE, Measure, Value, median, percentage, rate
 
 STUDY = ("polykv_memory", "compare", "handoff_accuracy", "handoff_ttft")
-EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", published.NOT_MEASURED
+EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", NOT_MEASURED
 COMPUTED = "computed"  # by the arithmetic of the published figure: nothing was measured
 RUN = {  # by metric, or by table
     "kv_memory": "polykv_memory",
@@ -30,19 +30,10 @@ RUN = {  # by metric, or by table
     "quality": "polykv_quality",
     "stages": "handoff_stages",
 }
-TOTAL = "total"
-# Our stages that a published time holds; the published stages, and the whole time.
-HOLDS = {
-    "card_create": ("create",),
-    "inject": ("dequantize", "inject"),
-    "generate": ("first_forward",),
-    "ttft": (TOTAL,),
-}
 TRANSPORT = {
     "reprefill": "text",
     "q4_reload": "file",
 }  # the others are read as handed over in memory
-IN_PLACE = "in_place"  # the reader that no published time is of
 ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
 RUN_OF = ["model", "weights", "device", "dtype"]
 TIMES = ("ttft", "stages")  # these are divided, all else is subtracted
@@ -372,4 +363,4 @@ def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
-TABLES = {f"published_{paper}": partial(table, paper) for paper in published.PAPERS}
+TABLES = {f"published_{paper}": partial(table, paper) for paper in PAPERS}

@@ -1,14 +1,17 @@
-"""Recipes at equal stored bits: the ranks that documents leave open, the Pareto front, trends over context and agents.
+"""Recipes at equal stored bits: the ranks that documents leave open, the Pareto front, and which recipe is better.
 
 All of it from compare's rows. Seeds, which draw rotations and the generator's documents, are taken together.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator
 from scipy import stats
 
 from analysis.load import SETTING as SET
@@ -16,6 +19,7 @@ from analysis.load import swept
 from analysis.points import ANSWERS
 from analysis.render import Column, Table, describe, fixed, keys, significant
 from analysis.statistics import (
+    ALPHA,
     BASELINE,
     BYTES,
     QUALITY,
@@ -28,9 +32,9 @@ from analysis.statistics import (
     largest,
     mean,
     pairs_of,
-    percent,
     samples_of,
 )
+from analysis.style import Marks, Picture, ink, looks, picture, reaches, sheet, styled
 
 STUDY = "compare"
 SETTING = ("model", "weights", "document", "context_tokens")
@@ -50,6 +54,26 @@ MEASURES = {
 }
 SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
+LETTERS = 32  # of a line of the frontier's legend
+RECIPE = "polykv"
+EQUAL_BITS = 0.05
+PAIRS = {
+    ("turboquant_4bit", "uniform_rotated"): "4-bit TurboQuant and plain absmax with a rotation",
+    ("turboquant_3bit", "uniform_rotated_3bit"): "3-bit TurboQuant and plain absmax with a rotation",
+    ("turboquant_3bit", "uniform_rotated"): "3-bit TurboQuant and plain 4-bit with a rotation",
+    ("turboquant_4bit", "turboquant_prod_4bit"): "4-bit TurboQuant keys without and with QJL residual",
+    ("q4_0", "q4_0_rotated"): "ggml's q4_0 without and with a rotation before it",
+    ("uniform", "uniform_rotated"): "4-bit absmax without and with a rotation before it",
+    ("polykv", "polykv_q8_0"): "PolyKV as published and with q8_0 keys and random signs",
+}  # fmt: skip
+QUALITY_COLUMNS = (
+    Column("stored_bits", "stored bits", fixed(3)),
+    Column("nominal_bits", "nominal bits", fixed(2)),
+    Column("kl_mean", "KL mean [95 %]", significant, interval=True),
+    Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
+    Column("perplexity_ratio", "ppl ratio [95 %]", fixed(4), interval=True),
+    Column("same_top1", "top-1", fixed(4)),
+)
 
 
 @dataclass(frozen=True)
@@ -130,11 +154,6 @@ def scores(rows: pd.DataFrame, together: bool = False) -> pd.DataFrame:
     return rows[~aside & (rows["cell"].isin(crowds) == together)]
 
 
-def composed(rows: pd.DataFrame) -> pd.Series:
-    """Whether a row's recipe is one of key bits by value bits."""
-    return rows["key_bits"].notna() if "key_bits" in rows else pd.Series(False, rows.index)
-
-
 def by_setting(
     rows: pd.DataFrame, setting: Sequence[str] = SETTING
 ) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -147,6 +166,11 @@ def by_setting(
         parts += [f"{said['context_tokens']:,} tokens"] if "context_tokens" in said else []
         parts += [f"{name.removeprefix(SET)}={said[name] or 'unset'}" for name in apart]
         yield ", ".join(parts), part
+
+
+def composed(rows: pd.DataFrame) -> pd.Series:
+    """Whether a row's recipe is one of key bits by value bits."""
+    return rows["key_bits"].notna() if "key_bits" in rows else pd.Series(False, rows.index)
 
 
 def compared(rows: pd.DataFrame) -> list[Comparison]:
@@ -180,72 +204,22 @@ def _ranked(mine: Standing, among: Sequence[Standing], pairs: Pairs) -> Standing
     )
 
 
-def trend(contexts: Sequence[float], deltas: Sequence[float]) -> Value:
-    """Least-squares slope of the delta per doubling of the context, with its 95 % interval.
-
-    Long contexts spread far less than short ones, so each has its own variance, as in Welch's test: the
-    slope is a weighted sum of the contexts' means, its degrees of freedom are Satterthwaite's (1946).
-    """
-    if len(set(contexts)) < 3:
-        return Value(None, note="fewer than three contexts were run")
-    x, y = np.log2(contexts), np.asarray(deltas, dtype=float)
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    slope = float(weights @ y)
-    groups = [x == at for at in np.unique(x)]
-    if min(group.sum() for group in groups) < 2:
-        return Value(slope, note="a context has one document only, which shows no spread")
-    parts = np.array([(weights[g] ** 2).sum() * y[g].var(ddof=1) for g in groups])
-    freedom = np.array([g.sum() - 1 for g in groups])
-    if not (variance := parts.sum()):
-        return Value(slope, slope, slope)
-    reach = stats.t.ppf(0.975, variance**2 / (parts**2 / freedom).sum()) * math.sqrt(variance)
-    return Value(slope, float(slope - reach), float(slope + reach))
-
-
-def deltas_of(rows: pd.DataFrame) -> pd.Series:
-    """One recipe's perplexity delta of each document in percent, by context."""
-    return samples_of(rows, "nll_delta", ["context_tokens"]).dropna().droplevel("text").map(percent)
-
-
-def over_contexts(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(setting, recipe, rows) of what was measured at several contexts."""
-    found = by_setting(scores(rows), [name for name in SETTING if name != "context_tokens"])
-    each = [(setting, *own) for setting, part in found for own in part.groupby("recipe")]
-    return [line for line in each if line[2]["context_tokens"].nunique() > 1]
-
-
-def over_agents(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(setting, recipe, rows) of agents that scored together."""
-    found = by_setting(scores(rows, together=True))
-    return [(setting, *own) for setting, part in found for own in part.groupby("recipe")]
-
-
-QUALITY_COLUMNS = (
-    Column("stored_bits", "stored bits", fixed(3)),
-    Column("nominal_bits", "nominal bits", fixed(2)),
-    Column("kl_mean", "KL mean [95 %]", significant, interval=True),
-    Column("perplexity_delta", "Δppl % [95 %]", fixed(2, "+"), interval=True),
-    Column("perplexity_ratio", "ppl ratio [95 %]", fixed(4), interval=True),
-    Column("same_top1", "top-1", fixed(4)),
-)
-_BITS, _KL = QUALITY_COLUMNS[0], QUALITY_COLUMNS[2]
-_DELTA = Column("perplexity_delta", "Δppl % [95 %]", fixed(3, "+"), interval=True)
-
-
 def about(rows: pd.DataFrame) -> str:
     """What scores were measured on, for a caption; n: scored tokens of a document."""
     each = rows[(rows["metric"] == "kl") & rows["sample"].notna() & rows["block"].isna()]
     return describe(each)
 
 
-def _table(
+def table_of(
     name: str, caption: str, rows: pd.DataFrame, columns: Sequence[Column], lines: list
 ) -> Table | None:
     return Table(name, f"{caption} {about(rows)}", columns, lines) if lines else None
 
 
-def _values(rows: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Value]:
-    return {column.name: measured(rows, column.name) for column in columns}
+def _some(names: tuple[str, ...]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more
 
 
 def recipe_frontier(rows: pd.DataFrame) -> Table | None:
@@ -271,7 +245,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
         "seeds read is one document, at the mean over its rotations. Perplexity ratio: paired standard error over "
         "tokens, as llama.cpp's perplexity tool."
     )  # fmt: skip
-    return _table("recipe_frontier", caption, scores(rows), columns, lines)
+    return table_of("recipe_frontier", caption, scores(rows), columns, lines)
 
 
 def recipe_pairs(rows: pd.DataFrame) -> Table | None:
@@ -296,13 +270,13 @@ def recipe_pairs(rows: pd.DataFrame) -> Table | None:
         "logarithms, Holm over the pairs of a setting), the smallest ratio that these documents would have shown with "
         "80 % power, and how many would show this one."
     )
-    return _table("recipe_pairs", caption, scores(rows), columns, lines)
+    return table_of("recipe_pairs", caption, scores(rows), columns, lines)
 
 
 def recipe_divergence(rows: pd.DataFrame) -> Table | None:
     """The distribution per token: KL percentiles, and the true token's probability."""
     columns = [
-        _BITS,
+        QUALITY_COLUMNS[0],
         *(Column(f"kl_{name}", f"KL {name}", significant) for name in ("mean", *KL)),
         *(Column(f"delta_p_{name}", f"Δp {name}", significant) for name in ("mean", *DELTA_P)),
     ]
@@ -315,76 +289,154 @@ def recipe_divergence(rows: pd.DataFrame) -> Table | None:
         "Divergence per token, over all documents: KL in nats, and Δp, the change in the probability of the true "
         "token (p01 is its 1 % percentile, p999 the 99.9 %)."
     )
-    return _table("recipe_divergence", caption, scores(rows), [*keys("recipe"), *columns], lines)
+    return table_of("recipe_divergence", caption, scores(rows), [*keys("recipe"), *columns], lines)
 
 
-def kv_asymmetry(rows: pd.DataFrame) -> Table | None:
-    """Key bits x value bits."""
-    found = scores(rows)
-    found = found[composed(found)]
-    lines = [
-        {"section": setting, "recipe": recipe} | _values(part, QUALITY_COLUMNS)
-        for setting, mine in by_setting(found)
-        for recipe, part in mine.groupby("recipe")
+@styled
+def frontier_figure(rows: pd.DataFrame) -> Picture | str | None:
+    """KL against stored bits, the Pareto front marked; one panel per setting."""
+    found = compared(rows)
+    if not found:
+        return None
+    canvas, panels = sheet([comparison.heading for comparison in found], 1, 5.2)
+    for (ax,), comparison in zip(panels, found, strict=True):
+        _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0])
+    return picture(
+        canvas,
+        "Mean KL divergence to the uncompressed cache against stored bits per value",
+        about(scores(rows)),
+        Marks(
+            lines="Markers",
+            more="One colour a family of recipes; filled, and joined by the grey line: the Pareto front. Recipes whose "
+            "markers coincide stand apart in figure recipe_ranking.",
+        ),
+    )
+
+
+def _frontier(ax: Axes, standings: Sequence[Standing]) -> None:
+    """The legend has every recipe under its family; those on the front are filled, since others lie over each other."""
+    found = {s.recipe: s for s in standings}
+    for recipe, (tint, marker) in _looks(standings).items():
+        s = found[recipe]
+        ax.errorbar(
+            *s.spot, yerr=reaches([s["kl_mean"]]), fmt=marker, color=tint, elinewidth=0.9, markersize=6,
+            markeredgewidth=1, markerfacecolor=tint if s.on_front else "none", label=recipe,
+        )  # fmt: skip
+    front = sorted(s.spot for s in standings if s.on_front)
+    bits, kl = zip(*front, strict=True)
+    ax.step(bits, kl, where="post", color="0.55", linewidth=1, zorder=0)
+    ax.set_yscale("log")
+    ax.margins(x=0.08, y=0.08)
+    ax.set_xlabel("stored bits per value (every byte kept)")
+    ax.set_ylabel("mean KL divergence, nats")
+    handles, names = ax.get_legend_handles_labels()
+    points = [container[0] for container in handles]  # without their intervals
+    names = [textwrap.fill(name, LETTERS) for name in names]
+    ax.legend(points, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
+
+
+@styled
+def ranking_figure(rows: pd.DataFrame) -> Picture | str | None:
+    """Recipes from best to worst with intervals: KL and perplexity delta side by side."""
+    found = compared(rows)
+    if not found:
+        return None
+    n = max(len(comparison.standings) for comparison in found)
+    canvas, panels = sheet([c.heading for c in found], 2, 0.17 * n + 0.5)
+    for (left, right), comparison in zip(panels, found, strict=True):
+        _ranking(left, comparison.standings, "kl_mean", "mean KL divergence, nats")
+        left.set_xscale("log")
+        _name(left, comparison.standings)
+        _ranking(right, comparison.standings, "perplexity_delta", "perplexity delta, %")
+        right.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        right.set_yticklabels([])
+    return picture(
+        canvas,
+        "Recipes by mean KL divergence, and their perplexity against the uncompressed cache",
+        about(scores(rows)),
+        Marks(
+            more="Bold: on the Pareto front of stored bits and KL. A range of ranks is a tie: paired t on log KL of "
+            "the same documents, Holm over all pairs, 5 %."
+        ),
+    )
+
+
+def _ranking(ax: Axes, standings: Sequence[Standing], metric: str, title: str) -> None:
+    """One line per recipe, best on top, with its interval."""
+    look = _looks(standings)
+    for place, s in enumerate(standings):
+        (tint, marker), value = look[s.recipe], s[metric]
+        if value.value is not None:
+            ax.errorbar(
+                value.value, place, xerr=reaches([value]), fmt=marker, color=tint, elinewidth=0.9
+            )
+    ax.yaxis.set_major_locator(FixedLocator(range(len(standings))))
+    ax.set_ylim(len(standings) - 0.4, -0.6)
+    ax.grid(axis="x")
+    ax.set_xlabel(title)
+
+
+def _name(ax: Axes, standings: Sequence[Standing]) -> None:
+    """The recipes' names, stored bits and ranks beside the first panel of a ranking."""
+    ax.set_yticklabels([f"{s.recipe}   {s.spot[0]:.2f} bits   rank {s.rank}" for s in standings])
+    look = _looks(standings)
+    for tick, s in zip(ax.get_yticklabels(), standings, strict=True):
+        tick.set_color(ink(look[s.recipe][0]))
+        tick.set_fontweight("bold" if s.on_front else "normal")
+
+
+def _looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each recipe, by family and then stored bits."""
+    return looks(s.recipe for s in sorted(standings, key=lambda s: (s.spot[0], s.recipe)))
+
+
+def findings(rows: pd.DataFrame) -> Mapping[str, list[str]]:
+    """Which recipe, by setting."""
+    return {f"Which recipe: {found.setting}": _recipes(found) for found in compared(rows)}
+
+
+def _recipes(found: Comparison) -> list[str]:
+    front = sorted((s for s in found.standings if s.on_front), key=lambda s: s.spot)
+    steps = ", ".join(f"{s.recipe} ({s.spot[0]:.2f} bits, KL {s.spot[1]:.3g})" for s in front)
+    by_name = {s.recipe: s for s in found.standings}
+    lines = [f"The Pareto front of stored bits and mean KL: {steps}."]
+    lines += [
+        _pair(by_name[first], by_name[second], said, found.pairs)
+        for (first, second), said in PAIRS.items()
+        if first in by_name and second in by_name
     ]
-    lines.sort(key=lambda line: (line["section"], line["stored_bits"].value or 0))
-    columns = [Column("recipe", "key and value bits", key=True), *QUALITY_COLUMNS]
-    return _table(
-        "kv_asymmetry",
-        "One recipe at key bits x value bits, by stored bits.",
-        found,
-        columns,
-        lines,
+    mine = by_name.get(RECIPE)
+    if mine and mine.dominated_by:
+        lines.append(
+            f"{RECIPE}, at {mine.spot[0]:.2f} bits, is significantly worse than these that take no more: "
+            f"{', '.join(mine.dominated_by)}."
+        )
+    return lines
+
+
+def _pair(one: Standing, other: Standing, said: str, pairs: Pairs) -> str:
+    both = (one.recipe, other.recipe)
+    p = pairs.p.get(both, pairs.p.get(both[::-1]))
+    at = "equal" if abs(one.spot[0] - other.spot[0]) <= EQUAL_BITS else "different"
+    better = min(both, key=pairs.names.index) if p is not None else ""
+    outcome = "not tested" if p is None else f"{better} is better" if p < ALPHA else "a tie"
+    each = "; ".join(
+        f"{s.recipe} {s.spot[0]:.2f} bits, KL {with_ends(s['kl_mean'], '.3g')}"
+        for s in (one, other)
     )
+    return f"{said}, at {at} bits: **{outcome}**{p_text(p, ' after Holm')} ({each})."
 
 
-def context_scaling(rows: pd.DataFrame) -> Table | None:
-    """Perplexity delta by context, and its slope."""
-    columns, lines = [_DELTA, _KL, _BITS], []
-    none = dict.fromkeys(("kl_mean", "stored_bits"), Value(None, note="no slope is fitted"))
-    for section, recipe, mine in over_contexts(rows):
-        line = {"section": section, "recipe": recipe}
-        for context, part in mine.groupby("context_tokens"):
-            lines.append(line | {"context": f"{context:,}"} | _values(part, columns))
-        deltas = deltas_of(mine)
-        slope = trend(deltas.index.to_numpy(float), deltas.to_numpy())
-        lines.append(line | none | {"context": "per doubling", "perplexity_delta": slope})
-    caption = (
-        "Perplexity delta by context. Per doubling: least-squares slope of the documents' deltas over log2 of the "
-        "context, every context with a variance of its own (Welch); the delta shrinks where it points to 0 with its "
-        "whole interval."
-    )
-    return _table(
-        "context_scaling", caption, scores(rows), [*keys("recipe", "context"), *columns], lines
-    )
+def with_ends(value: Value, form: str) -> str:
+    if value.low is None:
+        return f"{value.value:{form}}"
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
-def agent_scaling(rows: pd.DataFrame) -> Table | None:
-    """Perplexity delta by number of agents, and how far any agent is from a single reader."""
-    spread = Column("agent_spread", "largest difference to a single reader, nats", significant)
-    columns = [_DELTA, _KL, spread]
-    lines = [
-        {"section": section, "recipe": recipe, "agents": int(n)} | _values(part, columns)
-        for section, recipe, mine in over_agents(rows)
-        for n, part in mine.groupby("n_agents")
-    ]
-    caption = "Quality of the last of N agents that read one pool."
-    return _table(
-        "agent_scaling",
-        caption,
-        scores(rows, together=True),
-        [*keys("recipe", "agents"), *columns],
-        lines,
-    )
+def p_text(p: float | None, how: str = "") -> str:
+    return "" if p is None else f", p = {p:.2g}{how}"
 
 
-def _some(names: tuple[str, ...]) -> str:
-    """The first names, and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more
-
-
-TABLES = {
-    table.__name__: table
-    for table in (recipe_frontier, recipe_pairs, recipe_divergence, kv_asymmetry, context_scaling, agent_scaling)
-}  # fmt: skip
+TABLES = {table.__name__: table for table in (recipe_frontier, recipe_pairs, recipe_divergence)}
+FIGURES = {"recipe_frontier": frontier_figure, "recipe_ranking": ranking_figure}
+FINDINGS = findings

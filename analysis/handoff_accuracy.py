@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import published
-from analysis.handoff import (
-    RELAY,
+from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
+from analysis.load import swept
+from analysis.points import (
     RUN,
     bits_text,
     counted,
@@ -20,15 +21,11 @@ from analysis.handoff import (
     less,
     named,
     ordered,
+    over_seeds,
     run_text,
-    settings_columns,
-    spots_of,
-    with_budget,
 )
-from analysis.load import swept
-from analysis.points import over_seeds
-from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
-from analysis.render import Column, Row, Table, describe, fixed, keys
+from analysis.published import with_budget
+from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, samples_within
 from analysis.style import (
     Marks,
@@ -43,6 +40,7 @@ from analysis.style import (
 )
 from polykv.evaluation.statistics import holm, mcnemar
 
+RELAY = ["document", "n_hops", "budget_bits", "policy", "reseal"]
 EXACT = "fp16"  # the policy that the others are compared with
 CARD = "topology"  # the policy of a QKVShare card
 LOSS = (
@@ -212,6 +210,16 @@ def figure(rows: pd.DataFrame) -> Picture | str:
     )
 
 
+def _spots(mine: pd.DataFrame, measure: Measure) -> dict[str, list[tuple[int, Value]]]:
+    """The values of each policy by number of handoffs, of those that have any."""
+    found = {}
+    for policy, line in mine.groupby("policy", sort=False):
+        spots = [(int(n), over_seeds(of, measure.of)) for n, of in line.groupby("n_hops")]
+        if spots := [(n, v) for n, v in spots if v.value is not None]:
+            found[policy] = spots
+    return found
+
+
 def _heading(run: Row) -> str:
     budget = f"{run['budget_bits']:g} bits, {run['reseal']}"
     return f"{run['model']} ({run['weights']} weights), {run['document']}; {budget}"
@@ -219,7 +227,7 @@ def _heading(run: Row) -> str:
 
 def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
     """A line with intervals for each policy, dashed for the exact one; the least value."""
-    least, found = np.inf, spots_of(mine, "n_hops", measure)
+    least, found = np.inf, _spots(mine, measure)
     for place, (policy, spots) in enumerate(found.items()):
         shift = DODGE * (place - (len(found) - 1) / 2)
         values = [v for _, v in spots]

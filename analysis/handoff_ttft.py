@@ -11,30 +11,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import published
-from analysis.counterpart import HOLDS
-from analysis.handoff import (
-    RUN,
-    bits_text,
-    counted,
-    named,
-    ordered,
-    run_text,
-    settings_columns,
-    with_budget,
-)
-from analysis.load import swept
-from analysis.points import over_seeds
-from analysis.published import (
+from analysis.catalog import (
     INCONCLUSIVE,
     NOT_MEASURED,
     NOT_REPRODUCED,
     REPRODUCED,
-    SAME_LENGTH,
     Claim,
-    Figure,
     equivalent,
 )
-from analysis.render import Column, Row, Table, compact, describe, fixed, keys
+from analysis.load import swept
+from analysis.points import IN_PLACE, RUN, bits_text, counted, named, ordered, over_seeds, run_text
+from analysis.published import HOLDS, SAME_LENGTH, Figure, with_budget
+from analysis.render import Column, Row, Table, compact, describe, fixed, keys, settings_columns
 from analysis.statistics import QUALITY, Measure, Value, median
 from analysis.style import (
     OPEN,
@@ -56,7 +44,7 @@ from analysis.style import (
 from polykv.evaluation.statistics import spread_warning
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
-TEXT, MEMORY, IN_PLACE = "text", "memory", "in_place"
+TEXT, MEMORY = "text", "memory"
 TRANSPORTS = {MEMORY: "card in memory", "file": "card through a file"}
 SUFFIX = f", {READERS[IN_PLACE][0]}"
 WHISKER = "0.35"

@@ -1,6 +1,6 @@
 """Points: everything that was measured of one recipe in one setting, as published figures are held against it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,8 +9,13 @@ import pandas as pd
 from analysis.load import SETTING, swept
 from analysis.statistics import BASELINE, BYTES, QUALITY, UNMEASURED, Measure, Value, rescaled
 
+IN_PLACE = "in_place"
 UNSHARED = "unshared"  # the reader of an uncompressed cache, however it got there
 RECIPES = (BASELINE, "fp16", "polykv", "polykv_q8_0")  # first in tables and figures, in this order
+# From exact to control, as tables and figures order them.
+POLICIES = (
+    "full", "reprefill", "fp16", "uniform", "local", "topology", "random", "sinks_recent", "inverse",
+)  # fmt: skip
 ANSWERS = (
     "bertscore_f1", "bertscore_floor", "exact_match", "contains", "empty_answer", "empty_reference",
 )  # fmt: skip
@@ -23,6 +28,8 @@ MEASURES: Mapping[str, Measure] = {**BYTES, **QUALITY}
 KEYS = (
     "model", "weights", "dtype", "device", "document", "context_tokens", "n_agents", "recipe", "reader", "backend",
 )  # fmt: skip
+RUN = ["model", "weights", "device", "dtype"]
+ORDER = ["model", "weights", "document", "context_tokens", "n_hops", "budget_bits"]
 OF_CELL = ("scorer", "quantization")  # columns that some rows of a cell state for all of them
 RESCALED = "bertscore_rescaled"
 
@@ -165,3 +172,46 @@ def _of_cell(rows: pd.DataFrame, column: str) -> pd.Series:
     """The column, where it is empty as the first row of the same cell that states it."""
     stated = rows[column].where(rows[column] != "")
     return stated.fillna(stated.groupby(rows["cell"]).transform("first")).fillna("")
+
+
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """By run, document, context and handoffs, then budget, and policies from exact to control; the newest last."""
+    rank = (
+        rows["policy"]
+        .map(dict(zip(POLICIES, range(len(POLICIES)), strict=True)))
+        .fillna(len(POLICIES))
+    )
+    by = [*(name for name in ORDER if name in rows), "_rank", "policy", "created_at", "cell"]
+    return rows.assign(_rank=rank).sort_values(by, kind="stable", na_position="first")
+
+
+def counted(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the number of samples (problems) of their cell as `n`, for render.describe."""
+    return rows.assign(n=rows.groupby("cell")["sample"].transform("nunique").astype("Int64"))
+
+
+def less(rows: pd.DataFrame, other: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows as `metric`, their values less those of `other` of the same cell and sample; without such: no row."""
+    theirs = other[["cell", "sample", "value"]].rename(columns={"value": "_theirs"})
+    found = rows.merge(theirs, on=["cell", "sample"])
+    return found.assign(metric=metric, value=found["value"] - found.pop("_theirs"))
+
+
+def named(names: Sequence[str], key: Sequence[object]) -> dict[str, object]:
+    """The values of a group's key by their columns; what is missing is None."""
+    return dict(zip(names, (None if pd.isna(one) else one for one in key), strict=True))
+
+
+def run_text(run: Mapping[str, object]) -> str:
+    """The model, weights, device and dtype of a run."""
+    return f"{run['model']} ({run['weights']} weights), {run['device']}, {run['dtype']}"
+
+
+def bits_text(bits: float | None) -> str:
+    """A budget."""
+    return "none" if bits is None or pd.isna(bits) else f"{bits:g} bits"
+
+
+def hops_text(n: float) -> str:
+    """A number of handoffs."""
+    return f"{n:g} handoff" + "s" * (n != 1)

@@ -1,26 +1,58 @@
-"""PolyKV's tables: memory, ratio and quality as published and as measured, and how the published GB come about."""
+"""PolyKV's memory: the published GB and ratio beside the measured ones, how they come about, and its claims."""
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 
 from analysis import published
-from analysis.points import TRAINED, Point, having, points
-from analysis.polykv_claims import claims
-from analysis.published import NOT_HERE, Figure
+from analysis.catalog import AGREES, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
+from analysis.points import IN_PLACE, Point, having, points
+from analysis.published import Figure
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
 from analysis.statistics import BASELINE, Value
+from analysis.style import (
+    COLUMN,
+    OPEN,
+    PAGE,
+    READ_IN_PLACE,
+    READERS,
+    Marks,
+    Picture,
+    absent,
+    colours,
+    family,
+    legend,
+    number_ticks,
+    picture,
+    plain_log,
+    sheet,
+    styled,
+)
 from polykv.config import load_group
 
 STUDY = ("polykv_memory", "compare")
 NOT_PUBLISHED = Value(None, note="no published figure for this model, context and number of agents")
 MEMORY = ("paper", "stored", "resident")
 RATIOS = ("nominal_ratio", "stored_ratio")
-QUALITY_METRICS = ("nll", "nll_delta", "bertscore_f1")
-DECIMALS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
 WIDTH = 100  # characters of a line of the text
+ACCOUNTINGS = {
+    "paper": "paper accounting (fp32, computed)",
+    "stored": "stored (bytes kept)",
+    "resident": "resident (measured)",
+}
+HEIGHT = 1.75  # inches of a panel
+SUFFIX = f", {READERS[IN_PLACE][0]}"
+DASHED = f"the pool is read {READERS[IN_PLACE][0]} (white markers), not copied by each agent"
+PER_GB = {"GB": 1.0, "MB": 1e3}
+ROUNDING = 0.0005  # of the published GB
+NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
+of_paper = partial(Claim, "polykv")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def polykv_memory(rows: pd.DataFrame) -> Table | None:
@@ -62,7 +94,7 @@ def polykv_memory(rows: pd.DataFrame) -> Table | None:
         f"Recipe {BASELINE}: every agent keeps its own cache; other recipes: one pool. Paper accounting "
         "counts fp32 and only the prefilled 70 %; the true figures are fp16 unshared (half of that "
         "fp32), stored (every byte kept) and resident (measured while all agents decode, with what "
-        f"readers rebuild). {_describe(rows, 'kv_memory')}"
+        f"readers rebuild). {described(rows, 'kv_memory')}"
     )
     return Table("polykv_memory", caption, columns, lines)
 
@@ -72,7 +104,7 @@ def _memory(p: Point, unshared: Point | None, said: Value) -> Row:
     fp32 = unshared["paper"] if unshared else Value(None, note=f"no {BASELINE} row beside it")
     fp16 = Value(fp32.value / 2) if fp32.value is not None else fp32
     own = {name: p[name] for name in MEMORY}
-    return own | {"reader": p.reader, "fp16": fp16, "difference": _minus(p["paper"], said)}
+    return own | {"reader": p.reader, "fp16": fp16, "difference": minus(p["paper"], said)}
 
 
 def polykv_ratio(rows: pd.DataFrame) -> Table | None:
@@ -93,7 +125,7 @@ def polykv_ratio(rows: pd.DataFrame) -> Table | None:
             values = [p[ratio].value for p in mine if p[ratio].value is not None]
             line[f"{ratio}_low"] = Value(min(values)) if values else mine[0][ratio]
             line[f"{ratio}_high"] = Value(max(values)) if values else mine[0][ratio]
-        line["difference"] = _minus(line["nominal_ratio_low"], line["published"])
+        line["difference"] = minus(line["nominal_ratio_low"], line["published"])
         lines.append(line)
     columns = [
         *keys("recipe", "head_dim", "models", "contexts"),
@@ -105,7 +137,7 @@ def polykv_ratio(rows: pd.DataFrame) -> Table | None:
     caption = (
         "Compression against fp16, least and most over the contexts run: nominal (payload bits "
         "only, which is what was published) and stored (all bytes kept). "
-        f"{_describe(rows, 'compression_ratio')}"
+        f"{described(rows, 'compression_ratio')}"
     )
     return Table("polykv_ratio", caption, columns, lines)
 
@@ -117,83 +149,18 @@ def _ends(ratio: str) -> list[Column]:
     ]
 
 
-def polykv_quality(rows: pd.DataFrame) -> Table | None:
-    """Published perplexity, delta and BERTScore beside the measured, other models apart; None without any."""
-    found = having(points(rows), *TRAINED)
-    if not found:
-        return None
-    figures = [f for f in published.load("polykv") if f.table == "quality"]
-    theirs = list(dict.fromkeys(f.model for f in figures))
-    others = [p for p in found if not any(published.same_model(m, p.model) for m in theirs)]
-    lines = []
-    for model in theirs:
-        mine = [f for f in figures if f.model == model]
-        answers = [published.quality_answer(f, found) for f in mine]
-        weights = {a.weights for a in answers if isinstance(a, Point)}
-        if weights or not others:
-            on = f"; measured on it ({' and '.join(sorted(weights))} weights)" if weights else ""
-            head = f"published on {model}{on}"
-            lines += [_quality(f, a, head, True) for f, a in zip(mine, answers, strict=True)]
-            continue
-        for measured, kind in dict.fromkeys((p.model, p.weights) for p in others):
-            own = [p for p in others if (p.model, p.weights) == (measured, kind)]
-            head = f"published on {model}; measured on {measured} ({kind} weights)"
-            lines += [_quality(f, published.nearest(f, own), head, False) for f in mine]
-    columns = [
-        *keys("document", "context", "agents", "recipe", "metric"),
-        Column("published", "published", _by_metric),
-        Column("measured", "measured [95 %]", _by_metric, interval=True),
-        Column("on", "measured on"),
-        Column("at", "at context"),
-        Column("difference", "difference", fixed(4, "+")),
-    ]
-    caption = (
-        "Quality as PolyKV published it and as measured. A difference is given for the same model "
-        "only; another model stands beside it for orientation, at its nearest context. "
-        f"{_describe(rows, *QUALITY_METRICS)}"
-    )
-    return Table("polykv_quality", caption, columns, lines)
-
-
-def _quality(figure: Figure, answer: Point | str, section: str, same: bool) -> Row:
-    line = {"section": section, "metric": figure.metric, "published": figure.value}
-    line |= {"document": figure.document, "context": figure.document_tokens}
-    line |= {"agents": figure.n_agents, "recipe": figure.recipe}
-    if not isinstance(answer, str) and answer[figure.metric].value is None:
-        answer = NOT_HERE + answer[figure.metric].note
-    if isinstance(answer, str):
-        blank = ("measured", "on", "at", "difference")
-        return {**line, **dict.fromkeys(blank, Value(None, note=answer))}
-    value, remarks = answer[figure.metric], []
-    # A perplexity delta without its interval is not a result.
-    if figure.metric == "perplexity_delta" and (value.low is None or value.high is None):
-        remarks.append("no interval could be had")
-    if figure.metric.startswith("bertscore"):
-        remarks.append(f"scored by {answer.scorer}")
-    if same and answer.document != figure.document.replace("-", ""):
-        remarks.append(f"on {answer.document}, another text of the kind of {figure.document}")
-    value = replace(value, note="; ".join(filter(None, [value.note, *remarks])))
-    apart = Value(None, note="not subtracted: another model")
-    line |= {"measured": value, "on": answer.document, "at": answer.context_tokens}
-    return line | {"difference": _minus(value, figure.value) if same else apart}
-
-
-def _by_metric(number: float, row: Row) -> str:
-    return DECIMALS[row["metric"]](number, row)
-
-
 def _place(p: Point) -> tuple:
     return p.model, p.weights, p.document, p.context_tokens, p.n_agents
 
 
-def _minus(measured: Value, said: Value) -> Value:
+def minus(measured: Value, said: Value) -> Value:
     if measured.value is None or said.value is None:
         return Value(None, note=measured.note if measured.value is None else said.note)
     return Value(measured.value - said.value)
 
 
-def _describe(rows: pd.DataFrame, *metrics: str) -> str:
-    return describe(rows[rows["metric"].isin(metrics)])
+def described(rows: pd.DataFrame, *metrics: str) -> str:
+    return describe(rows[rows["metric"].isin(metrics) & rows["value"].notna()])
 
 
 def decomposition(rows: pd.DataFrame) -> str | None:
@@ -277,10 +244,225 @@ def _reduction(f: Figure, per_token: int, ratio: float, found: Sequence[Point]) 
     return textwrap.fill(said, WIDTH)
 
 
-TABLES = {
-    "polykv_memory": polykv_memory,
-    "polykv_ratio": polykv_ratio,
-    "polykv_quality": polykv_quality,
-}
+@styled
+def memory_agents(rows: pd.DataFrame) -> Picture | str | None:
+    """One row of panels per model and context, one column per accounting, on one scale."""
+    found = [p for p in having(points(rows), *ACCOUNTINGS) if p.n_agents and p.context_tokens]
+    if not found:
+        return None
+    settings = grouped(found, lambda p: f"{run_of(p)}, {p.context_tokens:,} tokens")
+    shown = [name for name in ACCOUNTINGS if having(found, name)]
+    width = PAGE if len(shown) > 1 else COLUMN
+    canvas, panels = sheet(list(settings), len(shown), HEIGHT, width, share_y=True)
+    recipes, figures = recipes_of(found), published.load("polykv")
+    for axes, mine in zip(panels, settings.values(), strict=True):
+        largest = max(p[name].value or 0 for p in mine for name in shown)
+        unit, drawn = "GB" if largest >= 0.1 else "MB", []
+        for ax, name in zip(axes, shown, strict=True):
+            ax.set_title(ACCOUNTINGS[name])
+            if of := having(mine, name):
+                near = beside(figures, name, of)
+                drawn.append(_draw(ax, of, name, near, recipes, unit))
+            else:
+                absent(ax, mine[0][name].note)
+        drawn[0].tick_params(labelleft=True)
+        for ax in drawn[1:]:
+            ax.set_ylabel("")
+    shows = "KV memory by number of agents and recipe"
+    marks = Marks(panels=True, dashed=DASHED, more=open_markers(canvas, "paper", found))
+    return picture(legend(canvas), shows, described(rows, "kv_memory"), marks)
+
+
+def _draw(
+    ax: Axes,
+    found: Sequence[Point],
+    measure: str,
+    figures: Sequence[Figure],
+    recipes: Sequence[str],
+    unit: str,
+) -> Axes:
+    """Memory in `unit` against agents, log y; `figures` (published kv_memory of this setting) as open markers.
+
+    Only resident memory depends on who reads: the others have one line a recipe.
+    """
+    for name, mine in lines_of(found, by_reader=measure == "resident").items():
+        line = sorted({p.n_agents: p[measure].value * PER_GB[unit] for p in mine}.items())
+        ax.plot(*zip(*line, strict=True), label=name, **look_of(name, recipes))
+    draw_published(ax, figures, recipes, PER_GB[unit])
+    ax.margins(x=0.08, y=0.12)
+    agents_axis(ax, found, figures)
+    ax.set_ylabel(f"KV memory, {unit}")
+    return plain_log(ax)
+
+
+def beside(figures: Iterable[Figure], measure: str, found: Sequence[Point]) -> list[Figure]:
+    return [f for f in figures if any(published.is_beside(f, measure, p) for p in found)]
+
+
+def open_markers(canvas: Canvas, measure: str, found: Sequence[Point]) -> str:
+    """What open markers are, or why none are drawn."""
+    if not any(line.get_fillstyle() == "none" for ax in canvas.axes for line in ax.lines):
+        return "Published figures are of other models or settings: not drawn, but in table published_polykv"
+    models = (f.model for f in beside(published.load("polykv"), measure, found))
+    return f"Open markers: published, on {' and '.join(dict.fromkeys(models))}"
+
+
+def grouped(found: Sequence[Point], key: Callable[[Point], Key]) -> dict[Key, list[Point]]:
+    groups: dict[Key, list[Point]] = {}
+    for p in found:
+        groups.setdefault(key(p), []).append(p)
+    return groups
+
+
+def run_of(p: Point) -> str:
+    return f"{p.model} ({p.weights} weights), {p.device}, {p.dtype}"
+
+
+def draw_published(
+    ax: Axes, figures: Sequence[Figure], recipes: Sequence[str], scale: float = 1
+) -> None:
+    for recipe in dict.fromkeys(f.recipe for f in figures):
+        mine = [(f.n_agents, f.value.value * scale) for f in figures if f.recipe == recipe]
+        ax.plot(*zip(*mine, strict=True), marker="o", color=colour_of(recipe, recipes), **OPEN)
+
+
+def recipes_of(found: Sequence[Point]) -> list[str]:
+    """The names that lines of the whole figure are about, so that each looks alike in every panel."""
+    names = (*lines_of(found, by_reader=False), *lines_of(found))
+    return list(dict.fromkeys(name.removesuffix(SUFFIX) for name in names))
+
+
+def look_of(name: str, recipes: Sequence[str]) -> dict[str, object]:
+    """Later recipes are thinner and their markers smaller, so that equal ones still all show."""
+    recipe = name.removesuffix(SUFFIX)
+    thin = max(0.35, 0.78 ** recipes.index(recipe))
+    look = {"color": colour_of(recipe, recipes), "marker": family(recipe)[2]}
+    look |= {"markersize": 6 * thin, "linewidth": 2.2 * thin}
+    return look | (READ_IN_PLACE if name.endswith(SUFFIX) else {})
+
+
+def colour_of(recipe: str, recipes: Sequence[str]) -> str:
+    return colours([*recipes, recipe])[recipe]
+
+
+def lines_of(found: Sequence[Point], by_reader: bool = True) -> dict[str, list[Point]]:
+    """A line for each recipe; those who read its pool in place may have one of their own, after the others.
+
+    Where several backends read in place, each has one.
+    """
+    lines: dict[str, list[Point]] = {}
+    several = len({p.backend for p in found if p.reader == IN_PLACE}) > 1
+    for p in found:
+        name = p.name
+        if by_reader and p.reader == IN_PLACE:
+            name += f" ({p.backend})" * several + SUFFIX
+        lines.setdefault(name, []).append(p)
+    return dict(sorted(lines.items(), key=lambda line: line[0].endswith(SUFFIX)))
+
+
+def agents_axis(ax: Axes, found: Sequence[Point], figures: Sequence[Figure]) -> None:
+    number_ticks(ax, [x.n_agents for x in (*found, *figures)])
+    ax.set_xlabel("agents")
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    """One for each claim and each weights that can tell, else one that says what would tell."""
+    figures, found = published.load("polykv"), points(rows)
+    gigabytes = [f for f in figures if f.metric == "kv_memory" and f.n_agents == 15]
+    return [
+        _ratio_claim(next(f for f in figures if f.metric == "compression_ratio"), found),
+        *(_gigabytes(f, having(found, "paper")) for f in gigabytes),
+        *_resident(having(found, "resident")),
+    ]
+
+
+def _ratio_claim(f: Figure, found: Sequence[Point]) -> Claim:
+    claim = f"the cache becomes {f.value.value:g} times smaller"
+    mine = [p for p in having(found, "nominal_ratio") if p.recipe == f.recipe]
+    if not mine:
+        why = "No ratio was measured; run experiment=polykv_ratio."
+        return of_paper("ratio", NOT_MEASURED, claim, why)
+    nominal = mine[0]["nominal_ratio"].value
+    stored = [p["stored_ratio"].value for p in mine]
+    ends = dict.fromkeys(f"{number:.3f}" for number in (min(stored), max(stored)))
+    return of_paper(
+        "ratio",
+        AGREES if abs(nominal - f.value.value) < 0.005 else NOT_REPRODUCED,
+        claim,
+        f"16 bits over the mean payload bits of the recipe are {nominal:.3f}, computed, whatever the "
+        f"weights; measured, over every byte kept, it is {' to '.join(ends)}.",
+    )
+
+
+def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
+    where = f"{f.n_agents} agents at {f.document_tokens:,} tokens ({f.policy})"
+    claim = f"{f.value.value:g} GB for {where}"
+    answer = published.memory_answer(f, found)
+    if isinstance(answer, str):
+        why = sentence(f"{answer}; run experiment=polykv_memory")
+        return of_paper("memory", NOT_MEASURED, claim, why)
+    same = abs(answer["paper"].value - f.value.value) < ROUNDING
+    kept = answer["stored"].value
+    every_byte = "" if kept is None else f"; measured, every byte kept, it is {kept:.3f} GB"
+    return of_paper(
+        "memory",
+        AGREES if same else NOT_REPRODUCED,
+        claim,
+        f"The paper's accounting, worked back from its table (fp32, the prefilled part), gives "
+        f"{answer['paper'].value:.3f} GB, computed from the geometry of {answer.model}{every_byte}.",
+    )
+
+
+def _resident(found: Sequence[Point]) -> list[Claim]:
+    """At the most agents of each weights: what they take while all decode, by reader."""
+    claim = "agents that read one pool take less memory than agents with a cache each"
+    most: dict[tuple[str, str], Point] = {}
+    for p in found:
+        key = (p.model, p.weights)
+        if p.recipe == BASELINE and p.n_agents and _crowd(p) >= _crowd(most.get(key, p)):
+            most[key] = p
+    lines = []
+    for (model, weights), unshared in most.items():
+        readers: dict[str, float] = {}  # of several backends the best
+        for p in (p for p in found if _same_crowd(p, unshared)):
+            taken = p["resident"].value
+            readers[p.reader] = min(taken, readers.get(p.reader, taken))
+        if "dequantize" in readers:
+            on = f"{claim} (on {weights} weights of {model})"
+            lines.append(_reader_by_reader(on, unshared, readers))
+    why = "Not measured; run experiment=polykv_memory."
+    return lines or [of_paper("memory", NOT_MEASURED, claim, why)]
+
+
+def _reader_by_reader(claim: str, unshared: Point, readers: Mapping[str, float]) -> Claim:
+    theirs = unshared["resident"].value
+    said = f"an unshared cache each {1e3 * theirs:.3g} MB; one pool, which each rebuilds as published (dequantize), "
+    said += f"{1e3 * readers['dequantize']:.3g} MB"
+    if "in_place" in readers:
+        said += (
+            f"; one pool that all attend to in place (in_place) {1e3 * readers['in_place']:.3g} MB"
+        )
+    where = f"{unshared.n_agents} agents decode after {unshared.context_tokens:,} tokens on {unshared.device}, "
+    where += unshared.dtype
+    saved = readers["dequantize"] < NOTICEABLE * theirs
+    verdict = REPRODUCED if saved else NOT_REPRODUCED
+    return of_paper("memory", verdict, claim, f"Measured while {where}: {said}.")
+
+
+def _crowd(p: Point) -> tuple[int, int]:
+    return p.n_agents, p.context_tokens or 0
+
+
+def _same_crowd(p: Point, other: Point) -> bool:
+    names = ("model", "weights", "dtype", "device", "document", "context_tokens", "n_agents")
+    return p.recipe == "polykv" and all(getattr(p, n) == getattr(other, n) for n in names)
+
+
+def sentence(said: str) -> str:
+    return f"{said[0].upper()}{said[1:]}."
+
+
+TABLES = {"polykv_memory": polykv_memory, "polykv_ratio": polykv_ratio}
+FIGURES = {"memory_agents": memory_agents}
 TEXTS = {"polykv_memory_decomposition": decomposition}
 CLAIMS = claims

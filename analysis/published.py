@@ -17,7 +17,6 @@ import pandas as pd
 from analysis.points import Point
 from analysis.statistics import BASELINE, Value
 
-PAPERS = {"polykv": "PolyKV", "qkvshare": "QKVShare"}
 # Our documents that stand for a published one: the same text, or one of the same kind and length.
 FAMILY = {
     "wikitext-2": ("wikitext2", "wikitext2_raw"),
@@ -38,12 +37,17 @@ CONTROLLER_OF: dict[str, tuple[str, float | None]] = {
 # How the authors scored answers and loaded weights (experiment log of PolyKV's repository); others: as trained.
 SCORER = "roberta-large"
 WEIGHTS_OF = {"llama-3-8b-instruct": "nf4"}
+TOTAL = "total"
+# Our stages that a published time holds; the published stages, and the whole time.
+HOLDS = {
+    "card_create": ("create",),
+    "inject": ("dequantize", "inject"),
+    "generate": ("first_forward",),
+    "ttft": (TOTAL,),
+}
+SAME = 1e-9  # bits; budgets nearer than this are the same
 SAME_LENGTH = 0.1  # contexts within this relative distance count as the published one
 NOT_HERE = "not measured here: "
-
-REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
-AGREES = "arithmetic agrees"  # computed from the same definitions: nothing was measured that could differ
-INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
 
 
 @dataclass(frozen=True)
@@ -84,46 +88,6 @@ class Figure:
     def digest(self) -> bool:
         """Taken from a summary of the paper, not from the paper."""
         return "secondary digest" in self.source
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper says, and what the rows say to it.
-
-    Attributes:
-        paper, table: of published.csv; the published rows that the claim is about.
-        verdict: REPRODUCED, NOT_REPRODUCED, AGREES, INCONCLUSIVE (there are numbers, and they do not decide) or
-            NOT_MEASURED (no row speaks to the claim).
-        claim: ends in the weights or the device that the verdict holds for, where it holds for no others.
-        said: the numbers that decide, or the reason and the command that would.
-    """
-
-    paper: str
-    table: str
-    verdict: str
-    claim: str
-    said: str
-
-    @property
-    def measured(self) -> bool:
-        """Whether any row speaks to the claim."""
-        return self.verdict != NOT_MEASURED
-
-    def markdown(self) -> str:
-        """One line."""
-        return f"**{self.verdict}**: {self.claim}. {self.said}"
-
-
-def equivalent(got: Value, low: float, high: float) -> str:
-    """REPRODUCED where the whole interval of `got` lies within low to high, NOT_REPRODUCED where none of it does.
-
-    Few data give a wide interval, which is INCONCLUSIVE.
-    """
-    if got.low is None or got.high is None:
-        return INCONCLUSIVE
-    if low <= got.low and got.high <= high:
-        return REPRODUCED
-    return NOT_REPRODUCED if got.high < low or high < got.low else INCONCLUSIVE
 
 
 @cache
@@ -271,3 +235,8 @@ def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
         measured,
         key=lambda p: (other_weights(figure, p), p.document not in kin, distance(figure, p)),
     )
+
+
+def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
+    """Which rows have this budget; None: those without any."""
+    return rows["budget_bits"].isna() if bits is None else (rows["budget_bits"] - bits).abs() < SAME

@@ -11,6 +11,8 @@ import pandas as pd
 from markupsafe import Markup, escape
 from pandas.io.formats.style import Styler
 
+from analysis.load import SETTING as SET
+from analysis.load import swept
 from analysis.statistics import Value
 
 MISSING = "–"
@@ -55,6 +57,11 @@ SETTINGS = {
 def keys(*names: str) -> list[Column]:
     """Columns that say what a line is about, headed by their names or, of settings, the settings'."""
     return [Column(name, SETTINGS.get(name, name), key=True) for name in names]
+
+
+def settings_columns(rows: pd.DataFrame) -> list[Column]:
+    """Key columns of the settings in which these rows differ and that no other column tells."""
+    return [Column(name, name.removeprefix(SET), key=True) for name in swept(rows)]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from analysis import catalog, render
+from analysis.catalog import AGREES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from analysis.load import Results, load
-from analysis.published import AGREES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from analysis.render import Column, Table, keys
 from analysis.style import STYLE, Picture
 from polykv.cellfile import write_atomically

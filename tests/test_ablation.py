@@ -7,8 +7,7 @@ from conftest import checked_cell, rows_of
 from figure_checks import assert_readable
 
 from analysis import catalog, controller_ablation, render
-from analysis.controller_ablation import Comparison
-from analysis.handoff import sides
+from analysis.controller_ablation import Comparison, sides
 from analysis.load import load
 from analysis.statistics import Value
 from experiments.controller_ablation import COLUMNS, STUDY

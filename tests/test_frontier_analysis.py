@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import catalog, frontier, frontier_figures
+from analysis import catalog, frontier, scaling
 from analysis.__main__ import main
-from analysis.frontier import compared, measured, scores, trend
+from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
+from analysis.frontier import compared, measured, scores
 from analysis.load import load
-from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
+from analysis.scaling import trend
 from analysis.statistics import pairs_of, samples_of
 from experiments.compare import STUDY
 from polykv.evaluation.statistics import MIN_DOCUMENTS, document_interval
@@ -100,11 +101,11 @@ def root(tmp_path_factory):
 
 
 def test_every_table_and_figure_is_written(root):
-    names = [*frontier.TABLES, *frontier_figures.FIGURES]
+    names = [*frontier.TABLES, *scaling.TABLES, *frontier.FIGURES, *scaling.FIGURES]
     assert main(["--results", str(root), "--only", ",".join(dict.fromkeys(names))]) == 0
-    for name, kind in product(frontier.TABLES, ("md", "tex", "csv")):
+    for name, kind in product({**frontier.TABLES, **scaling.TABLES}, ("md", "tex", "csv")):
         assert (root / "tables" / f"{name}.{kind}").stat().st_size > 200
-    for name, kind in product(frontier_figures.FIGURES, ("png", "pdf")):
+    for name, kind in product({**frontier.FIGURES, **scaling.FIGURES}, ("png", "pdf")):
         assert (root / "figures" / f"{name}.{kind}").stat().st_size > 2000
 
 
@@ -199,7 +200,7 @@ def test_the_slope_over_contexts_counts_a_text_once(tmp_path):
             seed=seed,
             text=f"{context}-",
         )
-    assert len(frontier.deltas_of(load(tmp_path).rows)) == 27
+    assert len(scaling.deltas_of(load(tmp_path).rows)) == 27
 
 
 def test_a_cell_measured_again_counts_once(tmp_path):
@@ -285,7 +286,7 @@ def test_trends_interval_is_wrong_one_time_in_twenty_though_short_contexts_sprea
 
 def test_the_slope_is_that_of_the_documents_of_one_setting(root):
     rows = load(root).rows
-    line = next(r for r in frontier.context_scaling(rows).rows if r["context"] == "per doubling")
+    line = next(r for r in scaling.context_scaling(rows).rows if r["context"] == "per doubling")
     assert line["recipe"] == "q4_0" and line["perplexity_delta"].value == pytest.approx(
         -0.5, rel=0.05
     )
@@ -293,7 +294,7 @@ def test_the_slope_is_that_of_the_documents_of_one_setting(root):
 
 
 def test_agents_are_judged_by_the_one_furthest_from_a_single_reader(root):
-    lines = frontier.agent_scaling(load(root).rows).rows
+    lines = scaling.agent_scaling(load(root).rows).rows
     assert [line["agents"] for line in lines] == [1, 15]
     assert lines[1]["agent_spread"].value == pytest.approx(15e-5)
 

@@ -13,9 +13,9 @@ from figure_checks import assert_readable
 from scipy import stats
 
 from analysis import catalog, handoff_accuracy, render
+from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.handoff_accuracy import difference
 from analysis.load import load
-from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from experiments.handoff_accuracy import STUDY
 from polykv.errors import PolyKVError
 from polykv.evaluation.statistics import skewed_interval

@@ -11,9 +11,9 @@ from conftest import checked_cell
 from figure_checks import assert_readable
 
 from analysis import catalog, handoff_ttft, published, render
+from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.handoff_ttft import FACTOR, STAGES
 from analysis.load import load
-from analysis.published import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from experiments import handoff_ttft as study
 from experiments.session import Session
 from polykv.config import load_group

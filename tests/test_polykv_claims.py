@@ -6,14 +6,8 @@ import pytest
 from analysis_rows import BYTES, compare_cell, paper_memory, quickstart, write
 
 from analysis import catalog
+from analysis.catalog import AGREES, INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.load import load
-from analysis.published import (
-    AGREES,
-    INCONCLUSIVE,
-    NOT_MEASURED,
-    NOT_REPRODUCED,
-    REPRODUCED,
-)
 from analysis.published import (
     load as figures,
 )

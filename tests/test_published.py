@@ -16,10 +16,10 @@ from analysis_rows import (
 )
 
 from analysis import catalog, published
+from analysis.catalog import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, equivalent
 from analysis.counterpart import COMPUTED, EXACT, NEAR, NONE, OTHER
 from analysis.load import load
 from analysis.points import points
-from analysis.published import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, equivalent
 from analysis.statistics import Value
 
 
@@ -29,7 +29,7 @@ def table(tmp_path, paper, cells):
 
 def both(tmp_path, cells):
     rows = load(write(tmp_path, cells)).rows
-    tables = [catalog.pieces("TABLES")[f"published_{paper}"](rows) for paper in published.PAPERS]
+    tables = [catalog.pieces("TABLES")[f"published_{paper}"](rows) for paper in catalog.PAPERS]
     return [line for table in tables for line in table.rows]
 
 

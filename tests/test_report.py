@@ -14,10 +14,10 @@ import pytest
 from analysis_rows import handoff_cells, paper_memory, write
 from report_pages import HOSTILE, Page, drawings, report, small, unsafe
 
-from analysis import catalog, findings
+from analysis import catalog
 from analysis.__main__ import main
+from analysis.catalog import AGREES, INCONCLUSIVE, NOT_MEASURED, REPRODUCED, Claim
 from analysis.load import load
-from analysis.published import AGREES, INCONCLUSIVE, NOT_MEASURED, REPRODUCED, Claim
 from analysis.render import measured
 from analysis.report import settings
 from analysis.style import Picture
@@ -151,12 +151,12 @@ def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, mo
     ]
     assert places == sorted(places) and "nobody looked" not in shown and "one <b>" in shown
     assert "1 more published claim." in shown
-    written = findings.text(rows)
+    written = catalog.findings_page(rows)
     assert "**reproduced**: memory <shrinks>" in written and "nobody looked" not in written
     assert "## Ours" in written
     other = rows[rows["study"] == "handoff_ttft"]
     monkeypatch.delattr(compare, "CLAIMS")
-    assert findings.text(other) is None
+    assert catalog.findings_page(other) is None
 
 
 def test_ids_are_unique_links_arrive_and_headings_nest(page):
