@@ -142,12 +142,12 @@ def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
-    """The table named as the preset, where it is of this study alone, or the study's own; the first that rows fill.
+    """The table named as the preset or the study's own; the first that rows fill.
 
     Where they do not fill these, the next of the study's module that they do.
     """
     tables, own = pieces("TABLES"), getattr(modules().get(study), "TABLES", ())
-    presets = [preset] if preset in tables and tables[preset].studies == (study,) else []
+    presets = [preset] if preset in tables and study in tables[preset].studies else []
     names = [name for name in (*presets, study, *own) if name in tables]
     return next((name for name in names if tables[name](rows)), study)
 

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from analysis import style
 from analysis.concurrency import prefix_text, threads_text, with_threads
 from analysis.load import SETTING as SET
 from analysis.load import swept
@@ -20,22 +21,9 @@ from analysis.render import (
     listed,
     settings_columns,
     significant,
+    span,
 )
 from analysis.statistics import BASELINE, Value, median, single
-from analysis.style import (
-    BLACK,
-    BLUE,
-    SKY,
-    Marks,
-    Picture,
-    absent,
-    colours,
-    legend,
-    picture,
-    sheet,
-    styled,
-)
-from analysis.style import READERS as NAMES
 
 READERS = ("unshared", "dequantize", "in_place")
 ANY = "any"  # unshared caches have no recipe, and our assumptions no device
@@ -226,6 +214,8 @@ def _measured_line(rows: pd.DataFrame) -> Row:
     timed = step.value is not None and read.value is not None
     speed = read.value / (step.value / MS_PER_S) if timed else None
     line["implied"] = Value(speed, note="" if timed else "not timed")
+    if not agrees:
+        return line | {"within": Value(None, note="not both measured and computed")}
     return line | {"within": "yes" if all(agrees) else "NO"}
 
 
@@ -246,7 +236,6 @@ def _input_lines(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def _caption(rows: pd.DataFrame) -> str:
-    days = sorted({text[:10] for text in rows["created_at"] if text})
     sizes = rows[rows["metric"].isin(("weights", "agent_cache"))].groupby(["model", "dtype"])
     said = []
     for (model, dtype), part in sizes:
@@ -263,7 +252,7 @@ def _caption(rows: pd.DataFrame) -> str:
         "and the pool; in_place: one pool that all attend to, under its recipe (full: not compressed). Sharing "
         "pays where it takes so many times less than unshared caches as the inputs say, whether so many fit or not. "
         f"{'; '.join(said)}. {ASSUMED} {CHECKED if (rows['source'] == 'measured').any() else ''}"
-        f"Commit {listed(rows['commit'])}; {' to '.join(dict.fromkeys([*days[:1], *days[-1:]]))}."
+        f"Commit {listed(rows['commit'])}; {span(text[:10] for text in rows['created_at'])}."
     )
 
 
@@ -308,8 +297,8 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture | str:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture | str:
     """Panels of devices under each model; lines by reader and recipe, dotted for more own tokens."""
     used = newest(rows)
     speed = steps(used)
@@ -318,7 +307,7 @@ def figure(rows: pd.DataFrame) -> Picture | str:
     lines = list(_lines_of_panels(devices(used), speed))
     kinds = sorted({kind for kind, _, _ in _lines(speed)}, key=rank)
     across = max(len(places) for _, places, _ in lines)
-    canvas, panels = sheet([heading for heading, _, _ in lines], across, HEIGHT)
+    canvas, panels = style.sheet([heading for heading, _, _ in lines], across, HEIGHT)
     for axes, (_, places, mine) in zip(panels, lines, strict=True):
         for ax, device in zip(axes, places, strict=False):
             ax.set_title(device)
@@ -326,11 +315,11 @@ def figure(rows: pd.DataFrame) -> Picture | str:
         for ax in axes[len(places) :]:
             ax.set_axis_off()
         _share(axes[: len(places)], mine[mine["throughput"].notna()])
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "Tokens per second of all agents against their number, up to all that fit: computed, not measured",
         describe(used[used["source"] == "computed"], "Computed for"),
-        Marks(dotted="more tokens of an agent's own", more="Cross: all agents that fit."),
+        style.Marks(dotted="more tokens of an agent's own", more="Cross: all agents that fit."),
     )
 
 
@@ -353,7 +342,7 @@ def _lines_of_panels(
 
 def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
     if rows["throughput"].isna().all():
-        absent(ax, "not one agent fits")
+        style.absent(ax, "not one agent fits")
     for kind, own, spots in _lines(rows):
         look, fewest = _look(kind, kinds), own == rows["suffix_tokens"].min()
         shown = {"ls": "-", "label": _name(kind)} if fewest else {"ls": ":"}
@@ -408,17 +397,21 @@ def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
     """Inject lies on unshared, and often a recipe's in_place on that of the full cache: thin on thick."""
     reader, recipe = kind
     if reader == "in_place":
-        shared = colours(recipe for reader, recipe in kinds if reader == "in_place")
-        tint = SKY if recipe == BASELINE else {BLACK: BLUE}.get(shared[recipe], shared[recipe])
+        shared = style.colours(recipe for reader, recipe in kinds if reader == "in_place")
+        tint = (
+            style.SKY
+            if recipe == BASELINE
+            else {style.BLACK: style.BLUE}.get(shared[recipe], shared[recipe])
+        )
     else:
-        tint = NAMES[reader][1]
+        tint = style.READERS[reader][1]
     thick = reader == "unshared" or kind == ("in_place", BASELINE)
     return {"color": tint, "linewidth": THICK if thick else THIN}
 
 
 def _name(kind: Kind) -> str:
     reader, recipe = kind
-    name = NAMES[reader][0]
+    name = style.READERS[reader][0]
     return name if recipe == ANY else f"{recipe}, {name}"
 
 

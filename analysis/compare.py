@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.load import SETTING as SET
 from analysis.load import swept
 from analysis.points import MEASURES, RECIPES, tidied
-from analysis.render import Column, Table, compact, describe, fixed, keys, significant
+from analysis.render import Column, Table, compact, describe, fixed, keys, significant, span
 from analysis.statistics import (
     BASELINE,
     FEW,
@@ -36,7 +36,7 @@ SWEPT = (
     "backend",
     "seed",
 )
-SETTING = [name for name in SWEPT if name not in ("n_agents", "reader")]
+SETTING = [name for name in SWEPT if name != "n_agents"]
 HEADERS = {"context_tokens": "context", "n_agents": "agents"}
 MB = 1e3  # of a GB
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
@@ -153,8 +153,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
     parts += [f"{said.get('device', 'several devices')} {said.get('dtype', 'several dtypes')}"]
     documents = found[found["metric"] == "kl"].groupby("cell")["sample"].nunique()
     if len(documents):
-        n = " to ".join(dict.fromkeys(f"{x}" for x in (documents.min(), documents.max())))
-        parts.append(f"{n} document{'s' if documents.max() > 1 else ''}")
+        parts.append(f"{span(documents)} document{'s' if documents.max() > 1 else ''}")
     parts.append(f"commit {' and '.join(sorted(set(found['commit'])))}")
     return f"Recipes compared: {', '.join(parts)}"
 
@@ -164,6 +163,7 @@ def separations(rows: pd.DataFrame) -> list[str]:
     found = tidied(rows)
     about = [*SETTING, *swept(found)]
     scored = samples_of(found, "kl", [*about, "recipe"])
+    scored = scored[scored > 0]  # not the baseline, which is its own reader
     lines = []
     settings = list(scored.groupby(about, dropna=False, sort=False))
     apart = [name for name in about if scored.index.get_level_values(name).nunique() > 1]
@@ -217,7 +217,7 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
             panels.append((dict(zip(about, key, strict=True)), spots))
     if not panels:
         return "no recipe with both stored bits and a KL divergence above 0"
-    several = len({setting["backend"] for setting, _ in panels}) > 1
+    apart = [n for n in ("reader", "backend") if len({setting[n] for setting, _ in panels}) > 1]
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     tints = colours(names)
     canvas, rows_of_axes = sheet(
@@ -230,7 +230,7 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
         for name, (bits, kl) in spots.items():
             reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
             ax.errorbar(bits, kl.value, yerr=reach, fmt="o", color=tints[name], label=name)
-        on = f", {setting['backend']}" if several else ""
+        on = "".join(f", {setting[name]}" for name in apart)
         ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens{on}")
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")

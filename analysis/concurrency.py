@@ -6,25 +6,12 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis import published
+from analysis import published, style
 from analysis.load import swept
 from analysis.points import RUN, named, over_seeds, run_text
 from analysis.published import SAME_LENGTH
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import BYTES, Measure, Value, median
-from analysis.style import (
-    READERS,
-    SKY,
-    Marks,
-    Picture,
-    legend,
-    number_ticks,
-    picture,
-    plain_log,
-    reaches,
-    sheet,
-    styled,
-)
 
 STEP = Measure("step_time", reduce=median)
 MB_PER_GB, MS_PER_S = 1e3, 1e3
@@ -50,7 +37,7 @@ def table(rows: pd.DataFrame) -> Table:
             line = {"section": title, "agents": str(key[0])}
             line |= dict(zip(swept(mine), key[1:], strict=True))
             for who, measured in found.items():
-                about = line | {"reader": READERS[who.reader][0], "backend": who.backend}
+                about = line | {"reader": style.READERS[who.reader][0], "backend": who.backend}
                 lines.append(about | measured | _against(unshared, measured))
     columns = [
         *keys("agents", "reader"),
@@ -74,8 +61,8 @@ def table(rows: pd.DataFrame) -> Table:
     return Table("concurrency", caption, columns, lines, explained)
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture:
     """Memory and throughput against the number of agents, log-log; one line of panels per run."""
     found = []
     for title, mine in _runs(rows):
@@ -86,7 +73,7 @@ def figure(rows: pd.DataFrame) -> Picture:
             )
             found.append(("; ".join([title, *said]), part))
     headings = [title.replace("; ", "\n") for title, _ in found]
-    canvas, panels = sheet(headings, 2, 1.9)
+    canvas, panels = style.sheet(headings, 2, 1.9)
     for (resident, speed), (_, mine) in zip(panels, found, strict=True):
         lines = {
             who: {int(n): measures(of) for n, of in part.groupby("n_agents")}
@@ -100,12 +87,12 @@ def figure(rows: pd.DataFrame) -> Picture:
         _panel(resident, lines, "resident", "KV memory, MB")
         _panel(speed, lines, "throughput", "tokens/s, all agents")
         resident.set_title("resident; dashed: stored of the prefix")
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "Memory and throughput of N agents that decode together after one prefix, by reader; resident is the measured "
         "peak above the loaded model",
         _describe(rows),
-        Marks(bars="quartiles of decode steps", dashed="bytes stored of the prefix"),
+        style.Marks(bars="quartiles of decode steps", dashed="bytes stored of the prefix"),
     )
 
 
@@ -134,11 +121,11 @@ def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
         if spots := _spots(by_agents, measure):
             at, found = zip(*spots, strict=True)
             means, name = [v.value for v in found], _name(who, lines)
-            ax.errorbar(at, means, yerr=reaches(found), fmt="o-", label=name, **_look(who))
+            ax.errorbar(at, means, yerr=style.reaches(found), fmt="o-", label=name, **_look(who))
     ax.set_xscale("log")
-    plain_log(ax)
+    style.plain_log(ax)
     ax.margins(x=0.06, y=0.1)
-    number_ticks(ax, set().union(*lines.values()))
+    style.number_ticks(ax, set().union(*lines.values()))
     ax.set_xlabel("agents")
     ax.set_ylabel(label)
 
@@ -151,7 +138,7 @@ def _spots(by_agents: dict[int, dict[str, Value]], measure: str) -> list[tuple[i
 
 def _look(who: Who) -> dict[str, object]:
     """Unshared and dequantized caches nearly coincide: the later line is thinner, so that both show."""
-    tint = SKY if who == Who("in_place", "torch") else READERS[who.reader][1]
+    tint = style.SKY if who == Who("in_place", "torch") else style.READERS[who.reader][1]
     thin = 0.7 if who.reader == "dequantize" else 1.0
     return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
 
@@ -159,7 +146,7 @@ def _look(who: Who) -> dict[str, object]:
 def _name(who: Who, lines: Lines) -> str:
     """The reader, with its backend where several were run."""
     alone = sum(other.reader == who.reader for other in lines) == 1
-    name = READERS[who.reader][0]
+    name = style.READERS[who.reader][0]
     return name if alone else f"{name}, {who.backend}"
 
 
@@ -190,7 +177,7 @@ def threads_text(n_threads: int | None) -> str:
 
 def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
     found = rows.groupby(["reader", "backend"])
-    for key in sorted(found.groups, key=lambda key: ([*READERS].index(key[0]), key[1])):
+    for key in sorted(found.groups, key=lambda key: ([*style.READERS].index(key[0]), key[1])):
         yield Who(*key), found.get_group(key)
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from analysis import style
 from analysis.handoff_accuracy import ALPHA, CARD, KL
 from analysis.load import swept
 from analysis.points import (
@@ -27,17 +28,6 @@ from analysis.points import (
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples
-from analysis.style import (
-    BLUE,
-    ORANGE,
-    Marks,
-    Picture,
-    legend,
-    picture,
-    reaches,
-    sheet,
-    styled,
-)
 from polykv.config import load_group
 from polykv.evaluation.statistics import holm
 
@@ -99,14 +89,14 @@ def table(rows: pd.DataFrame) -> Table:
         Column("minus_random", "minus random [95 %]", fixed(5, "+"), interval=True),
         Column("verdict_random", "against random"),
     ]
-    legend = (
+    explained = (
         "KL divergence to the fp16 relay on the last agent's answer, and its paired difference to uniform and to "
         "random bits on the same problems. `better` or `worse`: the 95 % interval of the difference leaves out 0, each "
         "line by itself (with so many lines a few do by chance). alpha weighs importance against demand, as `alpha "
         "(importance) + (1 - alpha) (demand)`; tiers are the bits that a token may get"
     )
     caption = f"The controller's signals at equal nominal bits. {describe(counted(rows))}"
-    return Table("controller_ablation", caption, columns, lines, legend)
+    return Table("controller_ablation", caption, columns, lines, explained)
 
 
 def _verdict(apart: Value) -> str | Value:
@@ -115,8 +105,8 @@ def _verdict(apart: Value) -> str | Value:
     return "better" if apart.high < 0 else "worse" if apart.low > 0 else "no difference"
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture | str:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture | str:
     """Paired KL difference to uniform bits, with interval: left of 0 a signal earns its bits."""
     found = pd.DataFrame(
         [line for line in lines_of(rows) if line["minus_uniform"].value is not None]
@@ -133,7 +123,7 @@ def figure(rows: pd.DataFrame) -> Picture | str:
     headings = [
         f"{run_text(run)}, {run['document']}, {hops_text(run['n_hops'])}" for run, _ in runs
     ]
-    canvas, panels = sheet(headings, max(map(len, settings)), 0.55 + 0.2 * len(names))
+    canvas, panels = style.sheet(headings, max(map(len, settings)), 0.55 + 0.2 * len(names))
     for axes, setting in zip(panels, settings, strict=True):
         for ax, ((bits, reseal), mine) in zip(axes, setting, strict=False):
             _ablated(ax, mine, names)
@@ -143,12 +133,12 @@ def figure(rows: pd.DataFrame) -> Picture | str:
         for ax in axes[len(setting) :]:
             ax.remove()
     named_sides = "; ".join(f"{side}: {joined}" for side, joined in sides().items())
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "What each signal of the controller earns: KL divergence to the fp16 relay, less that of uniform bits on the "
         "same problems, at equal nominal bits",
         describe(counted(rows)),
-        Marks(
+        style.Marks(
             lines="Markers",
             more="Left of 0: better than uniform, each line by itself; the findings say what is left after correction "
             f"for their number. {named_sides}; tiers: the bits that a token may get.",
@@ -163,8 +153,9 @@ def _ablated(ax: Axes, mine: pd.DataFrame, names: list[str]) -> None:
         shift = 0.34 * ((len(kinds) - 1) / 2 - place) / max(1, len(kinds) - 1)
         ax.errorbar(
             of_tiers["mean"], [names.index(name) + shift for name in of_tiers["short"]],
-            xerr=reaches(list(of_tiers["minus_uniform"])), fmt="os^D"[place % 4],
-            color=(BLUE, ORANGE)[place % 2], markersize=3, elinewidth=0.8, capsize=1.5, label=f"tiers: {tiers}",
+            xerr=style.reaches(list(of_tiers["minus_uniform"])), fmt="os^D"[place % 4],
+            color=(style.BLUE, style.ORANGE)[place % 2], markersize=3, elinewidth=0.8, capsize=1.5,
+            label=f"tiers: {tiers}",
         )  # fmt: skip
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.4)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 from scipy import stats
 
+from analysis import style
 from analysis.load import SETTING as SET
 from analysis.load import swept
 from analysis.points import ANSWERS
@@ -34,7 +35,6 @@ from analysis.statistics import (
     pairs_of,
     samples_of,
 )
-from analysis.style import Marks, Picture, ink, looks, picture, reaches, sheet, styled
 
 STUDY = "compare"
 SETTING = ("model", "weights", "document", "context_tokens")
@@ -206,8 +206,7 @@ def _ranked(mine: Standing, among: Sequence[Standing], pairs: Pairs) -> Standing
 
 def about(rows: pd.DataFrame) -> str:
     """What scores were measured on, for a caption; n: scored tokens of a document."""
-    each = rows[(rows["metric"] == "kl") & rows["sample"].notna() & rows["block"].isna()]
-    return describe(each)
+    return describe(rows[rows["metric"] == "kl"])
 
 
 def table_of(
@@ -292,20 +291,20 @@ def recipe_divergence(rows: pd.DataFrame) -> Table | None:
     return table_of("recipe_divergence", caption, scores(rows), [*keys("recipe"), *columns], lines)
 
 
-@styled
-def frontier_figure(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def frontier_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """KL against stored bits, the Pareto front marked; one panel per setting."""
     found = compared(rows)
     if not found:
         return None
-    canvas, panels = sheet([comparison.heading for comparison in found], 1, 5.2)
+    canvas, panels = style.sheet([comparison.heading for comparison in found], 1, 5.2)
     for (ax,), comparison in zip(panels, found, strict=True):
         _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0])
-    return picture(
+    return style.picture(
         canvas,
         "Mean KL divergence to the uncompressed cache against stored bits per value",
         about(scores(rows)),
-        Marks(
+        style.Marks(
             lines="Markers",
             more="One colour a family of recipes; filled, and joined by the grey line: the Pareto front. Recipes whose "
             "markers coincide stand apart in figure recipe_ranking.",
@@ -319,7 +318,7 @@ def _frontier(ax: Axes, standings: Sequence[Standing]) -> None:
     for recipe, (tint, marker) in _looks(standings).items():
         s = found[recipe]
         ax.errorbar(
-            *s.spot, yerr=reaches([s["kl_mean"]]), fmt=marker, color=tint, elinewidth=0.9, markersize=6,
+            *s.spot, yerr=style.reaches([s["kl_mean"]]), fmt=marker, color=tint, elinewidth=0.9, markersize=6,
             markeredgewidth=1, markerfacecolor=tint if s.on_front else "none", label=recipe,
         )  # fmt: skip
     front = sorted(s.spot for s in standings if s.on_front)
@@ -335,14 +334,14 @@ def _frontier(ax: Axes, standings: Sequence[Standing]) -> None:
     ax.legend(points, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
 
 
-@styled
-def ranking_figure(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def ranking_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Recipes from best to worst with intervals: KL and perplexity delta side by side."""
     found = compared(rows)
     if not found:
         return None
     n = max(len(comparison.standings) for comparison in found)
-    canvas, panels = sheet([c.heading for c in found], 2, 0.17 * n + 0.5)
+    canvas, panels = style.sheet([c.heading for c in found], 2, 0.17 * n + 0.5)
     for (left, right), comparison in zip(panels, found, strict=True):
         _ranking(left, comparison.standings, "kl_mean", "mean KL divergence, nats")
         left.set_xscale("log")
@@ -350,11 +349,11 @@ def ranking_figure(rows: pd.DataFrame) -> Picture | str | None:
         _ranking(right, comparison.standings, "perplexity_delta", "perplexity delta, %")
         right.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         right.set_yticklabels([])
-    return picture(
+    return style.picture(
         canvas,
         "Recipes by mean KL divergence, and their perplexity against the uncompressed cache",
         about(scores(rows)),
-        Marks(
+        style.Marks(
             more="Bold: on the Pareto front of stored bits and KL. A range of ranks is a tie: paired t on log KL of "
             "the same documents, Holm over all pairs, 5 %."
         ),
@@ -368,7 +367,12 @@ def _ranking(ax: Axes, standings: Sequence[Standing], metric: str, title: str) -
         (tint, marker), value = look[s.recipe], s[metric]
         if value.value is not None:
             ax.errorbar(
-                value.value, place, xerr=reaches([value]), fmt=marker, color=tint, elinewidth=0.9
+                value.value,
+                place,
+                xerr=style.reaches([value]),
+                fmt=marker,
+                color=tint,
+                elinewidth=0.9,
             )
     ax.yaxis.set_major_locator(FixedLocator(range(len(standings))))
     ax.set_ylim(len(standings) - 0.4, -0.6)
@@ -381,13 +385,13 @@ def _name(ax: Axes, standings: Sequence[Standing]) -> None:
     ax.set_yticklabels([f"{s.recipe}   {s.spot[0]:.2f} bits   rank {s.rank}" for s in standings])
     look = _looks(standings)
     for tick, s in zip(ax.get_yticklabels(), standings, strict=True):
-        tick.set_color(ink(look[s.recipe][0]))
+        tick.set_color(style.ink(look[s.recipe][0]))
         tick.set_fontweight("bold" if s.on_front else "normal")
 
 
 def _looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each recipe, by family and then stored bits."""
-    return looks(s.recipe for s in sorted(standings, key=lambda s: (s.spot[0], s.recipe)))
+    return style.looks(s.recipe for s in sorted(standings, key=lambda s: (s.spot[0], s.recipe)))
 
 
 def findings(rows: pd.DataFrame) -> Mapping[str, list[str]]:
@@ -421,16 +425,9 @@ def _pair(one: Standing, other: Standing, said: str, pairs: Pairs) -> str:
     better = min(both, key=pairs.names.index) if p is not None else ""
     outcome = "not tested" if p is None else f"{better} is better" if p < ALPHA else "a tie"
     each = "; ".join(
-        f"{s.recipe} {s.spot[0]:.2f} bits, KL {with_ends(s['kl_mean'], '.3g')}"
-        for s in (one, other)
+        f"{s.recipe} {s.spot[0]:.2f} bits, KL {s['kl_mean'].text('.3g')}" for s in (one, other)
     )
     return f"{said}, at {at} bits: **{outcome}**{p_text(p, ' after Holm')} ({each})."
-
-
-def with_ends(value: Value, form: str) -> str:
-    if value.low is None:
-        return f"{value.value:{form}}"
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def p_text(p: float | None, how: str = "") -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis import published
+from analysis import published, style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
 from analysis.load import swept
 from analysis.points import (
@@ -27,17 +27,6 @@ from analysis.points import (
 from analysis.published import with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, samples_within
-from analysis.style import (
-    Marks,
-    Picture,
-    legend,
-    number_ticks,
-    picture,
-    policy_colour,
-    reaches,
-    sheet,
-    styled,
-)
 from polykv.evaluation.statistics import holm, mcnemar
 
 RELAY = ["document", "n_hops", "budget_bits", "policy", "reseal"]
@@ -96,7 +85,7 @@ def table(rows: pd.DataFrame) -> Table:
         *settings_columns(found),
         *COLUMNS,
     ]
-    legend = (
+    explained = (
         "strict: the number after ####; flexible: the last number; both with Wilson interval. KL: to the fp16 relay, "
         "on the last agent's answer, teacher-forced. Depth: that KL less the one where only the last of the handoffs "
         "takes place; working: the agents between wrote their turns on caches that were handed to them; passing: they "
@@ -105,7 +94,7 @@ def table(rows: pd.DataFrame) -> Table:
         "budget is nominal, as its Q4 and Q8 are: payload bits, without metadata"
     )
     caption = f"Answers after a relay. {describe(counted(found))}"
-    return Table("handoff_accuracy", caption, columns, lines, legend)
+    return Table("handoff_accuracy", caption, columns, lines, explained)
 
 
 def _is_accuracy(said: published.Figure) -> bool:
@@ -175,8 +164,8 @@ def pairs(rows: pd.DataFrame) -> Table | None:
     return Table("handoff_pairs", caption, columns, lines)
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture | str:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture | str:
     """KL to the fp16 relay and strict accuracy against handoffs; a line of panels for each budget and resealing.
 
     The fp16 relay's own accuracy stands in each panel: what the others lose is lost from there.
@@ -189,7 +178,7 @@ def figure(rows: pd.DataFrame) -> Picture | str:
     if found.empty:
         return "no policy with a budget was run"
     groups = list(found.groupby(about, dropna=False, sort=False))
-    canvas, panels = sheet([_heading(named(about, key)) for key, _ in groups], 2, 1.75)
+    canvas, panels = style.sheet([_heading(named(about, key)) for key, _ in groups], 2, 1.75)
     for (left, right), (_, mine) in zip(panels, groups, strict=True):
         if _by_hop(left, mine, KL) > 0:
             left.set_yscale("log")
@@ -198,11 +187,11 @@ def figure(rows: pd.DataFrame) -> Picture | str:
         _by_hop(right, pd.concat([exact[same], mine]), STRICT)
         right.set_ylabel("accuracy (strict), %")
         right.set_ylim(top=103)
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "KL divergence to the fp16 relay, and accuracy (strict), by handoffs and policy",
         describe(counted(found)),
-        Marks(
+        style.Marks(
             dashed="the fp16 relay itself",
             more="The accuracy axis does not start at 0. Tests of pairs: table handoff_pairs; published accuracies: "
             "table published_qkvshare.",
@@ -232,12 +221,12 @@ def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
         shift = DODGE * (place - (len(found) - 1) / 2)
         values = [v for _, v in spots]
         ax.errorbar(
-            [n + shift for n, _ in spots], [v.value for v in values], yerr=reaches(values), fmt="o",
+            [n + shift for n, _ in spots], [v.value for v in values], yerr=style.reaches(values), fmt="o",
             linestyle="--" if policy == EXACT else "-", elinewidth=0.8, markersize=3,
-            color=policy_colour(policy), label=policy, zorder=3 if policy == EXACT else 2,
+            color=style.policy_colour(policy), label=policy, zorder=3 if policy == EXACT else 2,
         )  # fmt: skip
         least = min(least, *(v.value for v in values))
-    number_ticks(ax, set(mine["n_hops"]))
+    style.number_ticks(ax, set(mine["n_hops"]))
     ax.set_xlim(int(mine["n_hops"].min()) - 0.5, int(mine["n_hops"].max()) + 0.5)
     ax.set_xlabel("handoffs")
     return least

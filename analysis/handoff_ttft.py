@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis import published
+from analysis import published, style
 from analysis.catalog import (
     INCONCLUSIVE,
     NOT_MEASURED,
@@ -24,29 +24,12 @@ from analysis.points import IN_PLACE, RUN, bits_text, counted, named, ordered, o
 from analysis.published import HOLDS, SAME_LENGTH, Figure, with_budget
 from analysis.render import Column, Row, Table, compact, describe, fixed, keys, settings_columns
 from analysis.statistics import QUALITY, Measure, Value, median
-from analysis.style import (
-    OPEN,
-    PAGE,
-    READ_IN_PLACE,
-    READERS,
-    SIZE,
-    Marks,
-    Picture,
-    legend,
-    number_ticks,
-    picture,
-    plain_log,
-    policy_colour,
-    reaches,
-    sheet,
-    styled,
-)
 from polykv.evaluation.statistics import spread_warning
 
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")
 TEXT, MEMORY = "text", "memory"
 TRANSPORTS = {MEMORY: "card in memory", "file": "card through a file"}
-SUFFIX = f", {READERS[IN_PLACE][0]}"
+SUFFIX = f", {style.READERS[IN_PLACE][0]}"
 WHISKER = "0.35"
 ROUTE = ["policy", "budget_bits", "transport", "reader", "backend"]
 TIMES = {name: Measure("time", {"stage": name}, median) for name in (*STAGES, "total")}
@@ -187,8 +170,8 @@ def stages_table(rows: pd.DataFrame) -> Table:
 Routes = dict[str, tuple[str, bool, list[tuple[int, Value]]]]  # policy, in place, times by context
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture:
     """Milliseconds against context, log-log, with quartiles; published ones open, on the same model only.
 
     Bars of the routes where there is one context only.
@@ -206,7 +189,7 @@ def figure(rows: pd.DataFrame) -> Picture:
     n_bars = found.groupby(["policy", "route"]).ngroups / len(shown)
     height = 0.6 + 0.2 * n_bars if one_context else 2.1
     headings = [run_text(run) for run, _ in groups]
-    canvas, panels = sheet(headings, len(shown), height, PAGE, share_y=True)
+    canvas, panels = style.sheet(headings, len(shown), height, style.PAGE, share_y=True)
     for axes, (_, mine), of_model in zip(panels, groups, beside, strict=True):
         for ax, transport in zip(axes, shown, strict=True):
             routes = _by_name(mine[mine["transport"].isin((TEXT, transport))], transport)
@@ -220,11 +203,11 @@ def figure(rows: pd.DataFrame) -> Picture:
             axes[0].set_ylabel("time to first token, ms")
     models = dict.fromkeys(f.model for of_model in beside for f in of_model)
     more = "Published figures are of other models: not drawn, but in table published_qkvshare"
-    return picture(
-        canvas if one_context else legend(canvas),
+    return style.picture(
+        canvas if one_context else style.legend(canvas),
         "Median time to first token by route",
         _describe(found),
-        Marks(
+        style.Marks(
             panels=True,
             bars="quartiles",
             dashed="the card is read in place, not decoded into a cache first",
@@ -247,28 +230,34 @@ def _by_name(mine: pd.DataFrame, transport: str) -> Routes:
 
 def _route_lines(ax: Axes, routes: Routes, said: Sequence[Figure]) -> None:
     for f in said:
-        ax.plot(f.label_tokens, f.value.value, "s", color=policy_colour(f.controller[0]), **OPEN)
+        ax.plot(
+            f.label_tokens,
+            f.value.value,
+            "s",
+            color=style.policy_colour(f.controller[0]),
+            **style.OPEN,
+        )
     for name, (policy, in_place, spots) in routes.items():
         values = [v for _, v in spots]
         ax.errorbar(
-            [n for n, _ in spots], [v.value for v in values], yerr=reaches(values), marker="o",
-            markersize=3.5, color=policy_colour(policy), label=name, **(READ_IN_PLACE if in_place else {}),
+            [n for n, _ in spots], [v.value for v in values], yerr=style.reaches(values), marker="o",
+            markersize=3.5, color=style.policy_colour(policy), label=name, **(style.READ_IN_PLACE if in_place else {}),
         )  # fmt: skip
     ax.set_xscale("log", base=2)
-    plain_log(ax)
+    style.plain_log(ax)
     contexts = {n for _, _, spots in routes.values() for n, _ in spots}
-    number_ticks(ax, {*contexts, *(f.label_tokens for f in said)})
+    style.number_ticks(ax, {*contexts, *(f.label_tokens for f in said)})
     ax.set_xlabel("context, tokens")
 
 
 def _route_bars(ax: Axes, routes: Routes) -> None:
     values = [spots[0][1] for _, _, spots in routes.values()]
     bars = ax.barh(
-        range(len(routes)), [v.value for v in values], xerr=reaches(values), height=0.7,
-        color=[policy_colour(policy) for policy, _, _ in routes.values()], ecolor=WHISKER,
+        range(len(routes)), [v.value for v in values], xerr=style.reaches(values), height=0.7,
+        color=[style.policy_colour(policy) for policy, _, _ in routes.values()], ecolor=WHISKER,
     )  # fmt: skip
     texts = [f"{v.value:,.0f}" if v.value >= 100 else f"{v.value:.3g}" for v in values]
-    ax.bar_label(bars, texts, padding=3, fontsize=SIZE)
+    ax.bar_label(bars, texts, padding=3, fontsize=style.SIZE)
     _bar_names(ax, list(routes))
     ax.margins(x=0.12)
     ax.set_xlabel("time to first token, ms")
@@ -283,8 +272,8 @@ def _bar_names(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-@styled
-def stages_figure(rows: pd.DataFrame) -> Picture | str:
+@style.styled
+def stages_figure(rows: pd.DataFrame) -> style.Picture | str:
     """Milliseconds by stage, stacked, one bar a route, with the total's quartiles; a panel per context."""
     found = timed(rows)
     found = found[found["transport"] != TEXT]
@@ -294,7 +283,7 @@ def stages_figure(rows: pd.DataFrame) -> Picture | str:
     groups = list(found.groupby(about, dropna=False, sort=False))
     across = max(part["context_tokens"].nunique() for _, part in groups)
     height = 0.6 + 0.15 * found.groupby(["policy", "route"]).ngroups
-    canvas, panels = sheet([run_text(named(about, key)) for key, _ in groups], across, height)
+    canvas, panels = style.sheet([run_text(named(about, key)) for key, _ in groups], across, height)
     tints = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for axes, (_, mine) in zip(panels, groups, strict=True):
         contexts = list(mine.groupby("context_tokens"))
@@ -305,11 +294,11 @@ def stages_figure(rows: pd.DataFrame) -> Picture | str:
             ax.set_yticklabels([])
         for ax in axes[len(contexts) :]:
             ax.remove()
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "Where a card's time to first token goes: medians of the stages",
         _describe(found),
-        Marks(
+        style.Marks(
             lines="Shown",
             more="The published stages, in table published_qkvshare, hold: create; dequantize and inject; first "
             "forward.",
@@ -397,7 +386,7 @@ def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str
     """Milliseconds belong to a device that is not stated: the ratio is judged, and on a GPU only."""
     at = min(set(mine["context_tokens"]), key=lambda n: (abs(math.log(n / tokens)), n))
     got = _of_median(over_seeds(mine[mine["context_tokens"] == at], SPEEDUP.of))
-    said = f"At {at:,} tokens, handed over in memory: {_with_ends(got)} times"
+    said = f"At {at:,} tokens, handed over in memory: {got.text('.3g')} times"
     if abs(at / tokens - 1) > SAME_LENGTH:
         return INCONCLUSIVE, f"{said}. It decides nothing: another length; run {run}."
     if mine["device"].iloc[0] == "cpu":
@@ -459,11 +448,7 @@ def _speedups(mine: pd.DataFrame, tokens: int) -> dict[str, Value]:
 
 
 def _said(got: dict[str, Value]) -> str:
-    return ", ".join(f"{name} {_with_ends(v)}" for name, v in got.items())
-
-
-def _with_ends(got: Value) -> str:
-    return f"{got.value:.3g} [{got.low:.3g}, {got.high:.3g}]"
+    return ", ".join(f"{name} {v.text('.3g')}" for name, v in got.items())
 
 
 def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:

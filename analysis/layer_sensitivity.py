@@ -6,20 +6,10 @@ from functools import partial
 import pandas as pd
 from matplotlib.axes import Axes
 
+from analysis import style
 from analysis.frontier import about, by_setting
 from analysis.render import Column, Table, fixed, keys, significant
 from analysis.statistics import QUALITY, Measure, Value, plain_mean
-from analysis.style import (
-    Marks,
-    Picture,
-    colours,
-    legend,
-    number_ticks,
-    picture,
-    reaches,
-    sheet,
-    styled,
-)
 
 PARTS = ("key", "value", "logits", "output")
 SIDES = ("key", "value")
@@ -103,11 +93,11 @@ def _most(found: Sequence[float | None]) -> float | None:
     return max((value for value in found if value is not None), default=None)
 
 
-@styled
-def figure(rows: pd.DataFrame) -> Picture:
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture:
     """Which layers a recipe hurts, and how far its errors are from those on Gaussian data."""
     found = list(by_setting(rows))
-    canvas, panels = sheet([text for setting, _ in found for text in (setting, "")], 2, 1.9)
+    canvas, panels = style.sheet([text for setting, _ in found for text in (setting, "")], 2, 1.9)
     for place, (_, mine) in enumerate(found):
         (damage, output), (key, value) = panels[2 * place : 2 * place + 2]
         _by_layer(damage, mine, lambda part: measured(part, "layer_kl"), "KL, nats")
@@ -123,12 +113,14 @@ def figure(rows: pd.DataFrame) -> Picture:
             )
             ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
             ax.set_title(f"{side} error over that on Gaussian data")
-    return picture(
-        legend(canvas),
+    return style.picture(
+        style.legend(canvas),
         "Where compression hurts: KL divergence when one layer alone is compressed, the error of its attention output, "
         "and its keys' and values' errors over the same codec's on Gaussian data",
         about(rows),
-        Marks(dots="single heads", more="1: as theory promises; above it this cache is harder."),
+        style.Marks(
+            dots="single heads", more="1: as theory promises; above it this cache is harder."
+        ),
     )
 
 
@@ -148,7 +140,7 @@ def _by_layer(
         found = {int(layer) + shift: of(part) for layer, part in each}
         found = {at: value for at, value in found.items() if value.value is not None}
         values = list(found.values())
-        spread = reaches(values) if any(value.low is not None for value in values) else None
+        spread = style.reaches(values) if any(value.low is not None for value in values) else None
         ax.errorbar(
             list(found), [value.value for value in values], yerr=spread, fmt="o-", elinewidth=0.8, markersize=3,
             linewidth=1, color=tint, label=recipe,
@@ -156,7 +148,7 @@ def _by_layer(
     if log:
         ax.set_yscale("log")
     n_layers = int(rows["layer"].max()) + 1
-    number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
+    style.number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
 
@@ -173,7 +165,7 @@ def _add_heads(ax: Axes, rows: pd.DataFrame) -> None:
 def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str]]:
     """How far to the side each recipe's marks are, and its colour."""
     recipes = sorted(set(rows["recipe"]))
-    tints, middle = colours(recipes), (len(recipes) - 1) / 2
+    tints, middle = style.colours(recipes), (len(recipes) - 1) / 2
     return {name: (0.05 * (place - middle), tints[name]) for place, name in enumerate(recipes)}
 
 

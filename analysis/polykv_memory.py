@@ -9,30 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from analysis import published
+from analysis import published, style
 from analysis.catalog import AGREES, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
 from analysis.points import IN_PLACE, Point, having, points
 from analysis.published import Figure
-from analysis.render import Column, Row, Table, describe, fixed, keys, memory
+from analysis.render import Column, Row, Table, describe, fixed, keys, memory, span
 from analysis.statistics import BASELINE, Value
-from analysis.style import (
-    COLUMN,
-    OPEN,
-    PAGE,
-    READ_IN_PLACE,
-    READERS,
-    Marks,
-    Picture,
-    absent,
-    colours,
-    family,
-    legend,
-    number_ticks,
-    picture,
-    plain_log,
-    sheet,
-    styled,
-)
 from polykv.config import load_group
 
 STUDY = ("polykv_memory", "compare")
@@ -46,8 +28,8 @@ ACCOUNTINGS = {
     "resident": "resident (measured)",
 }
 HEIGHT = 1.75  # inches of a panel
-SUFFIX = f", {READERS[IN_PLACE][0]}"
-DASHED = f"the pool is read {READERS[IN_PLACE][0]} (white markers), not copied by each agent"
+SUFFIX = f", {style.READERS[IN_PLACE][0]}"
+DASHED = f"the pool is read {style.READERS[IN_PLACE][0]} (white markers), not copied by each agent"
 PER_GB = {"GB": 1.0, "MB": 1e3}
 ROUNDING = 0.0005  # of the published GB
 NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
@@ -183,11 +165,10 @@ def decomposition(rows: pd.DataFrame) -> str | None:
 def _of_model(model: str, figures: Sequence[Figure], found: Sequence[Point]) -> list[str]:
     gigabytes = [f for f in figures if f.metric == "kv_memory"]
     per_token, (ratio, of) = _bytes_per_token(model), _ratio(gigabytes, found)
-    shares = sorted({f.prefilled_tokens / f.document_tokens for f in gigabytes})
-    span = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
+    shares = span((f.prefilled_tokens / f.document_tokens for f in gigabytes), ".1%")
     said = (
         f"{model}: {per_token:,} bytes per token (keys and values of all layers and heads, in fp32); the pool is one "
-        f"such cache over {ratio:.3f} ({of}). Only {span} of each document is prefilled and counted."
+        f"such cache over {ratio:.3f} ({of}). Only {shares} of each document is prefilled and counted."
     )
     lines = [textwrap.fill(said, WIDTH), ""]
     lines += [
@@ -244,16 +225,16 @@ def _reduction(f: Figure, per_token: int, ratio: float, found: Sequence[Point]) 
     return textwrap.fill(said, WIDTH)
 
 
-@styled
-def memory_agents(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def memory_agents(rows: pd.DataFrame) -> style.Picture | str | None:
     """One row of panels per model and context, one column per accounting, on one scale."""
     found = [p for p in having(points(rows), *ACCOUNTINGS) if p.n_agents and p.context_tokens]
     if not found:
         return None
     settings = grouped(found, lambda p: f"{run_of(p)}, {p.context_tokens:,} tokens")
     shown = [name for name in ACCOUNTINGS if having(found, name)]
-    width = PAGE if len(shown) > 1 else COLUMN
-    canvas, panels = sheet(list(settings), len(shown), HEIGHT, width, share_y=True)
+    width = style.PAGE if len(shown) > 1 else style.COLUMN
+    canvas, panels = style.sheet(list(settings), len(shown), HEIGHT, width, share_y=True)
     recipes, figures = recipes_of(found), published.load("polykv")
     for axes, mine in zip(panels, settings.values(), strict=True):
         largest = max(p[name].value or 0 for p in mine for name in shown)
@@ -264,13 +245,13 @@ def memory_agents(rows: pd.DataFrame) -> Picture | str | None:
                 near = beside(figures, name, of)
                 drawn.append(_draw(ax, of, name, near, recipes, unit))
             else:
-                absent(ax, mine[0][name].note)
+                style.absent(ax, mine[0][name].note)
         drawn[0].tick_params(labelleft=True)
         for ax in drawn[1:]:
             ax.set_ylabel("")
     shows = "KV memory by number of agents and recipe"
-    marks = Marks(panels=True, dashed=DASHED, more=open_markers(canvas, "paper", found))
-    return picture(legend(canvas), shows, described(rows, "kv_memory"), marks)
+    marks = style.Marks(panels=True, dashed=DASHED, more=open_markers(canvas, "paper", found))
+    return style.picture(style.legend(canvas), shows, described(rows, "kv_memory"), marks)
 
 
 def _draw(
@@ -292,7 +273,7 @@ def _draw(
     ax.margins(x=0.08, y=0.12)
     agents_axis(ax, found, figures)
     ax.set_ylabel(f"KV memory, {unit}")
-    return plain_log(ax)
+    return style.plain_log(ax)
 
 
 def beside(figures: Iterable[Figure], measure: str, found: Sequence[Point]) -> list[Figure]:
@@ -323,7 +304,9 @@ def draw_published(
 ) -> None:
     for recipe in dict.fromkeys(f.recipe for f in figures):
         mine = [(f.n_agents, f.value.value * scale) for f in figures if f.recipe == recipe]
-        ax.plot(*zip(*mine, strict=True), marker="o", color=colour_of(recipe, recipes), **OPEN)
+        ax.plot(
+            *zip(*mine, strict=True), marker="o", color=colour_of(recipe, recipes), **style.OPEN
+        )
 
 
 def recipes_of(found: Sequence[Point]) -> list[str]:
@@ -336,13 +319,13 @@ def look_of(name: str, recipes: Sequence[str]) -> dict[str, object]:
     """Later recipes are thinner and their markers smaller, so that equal ones still all show."""
     recipe = name.removesuffix(SUFFIX)
     thin = max(0.35, 0.78 ** recipes.index(recipe))
-    look = {"color": colour_of(recipe, recipes), "marker": family(recipe)[2]}
+    look = {"color": colour_of(recipe, recipes), "marker": style.family(recipe)[2]}
     look |= {"markersize": 6 * thin, "linewidth": 2.2 * thin}
-    return look | (READ_IN_PLACE if name.endswith(SUFFIX) else {})
+    return look | (style.READ_IN_PLACE if name.endswith(SUFFIX) else {})
 
 
 def colour_of(recipe: str, recipes: Sequence[str]) -> str:
-    return colours([*recipes, recipe])[recipe]
+    return style.colours([*recipes, recipe])[recipe]
 
 
 def lines_of(found: Sequence[Point], by_reader: bool = True) -> dict[str, list[Point]]:
@@ -361,7 +344,7 @@ def lines_of(found: Sequence[Point], by_reader: bool = True) -> dict[str, list[P
 
 
 def agents_axis(ax: Axes, found: Sequence[Point], figures: Sequence[Figure]) -> None:
-    number_ticks(ax, [x.n_agents for x in (*found, *figures)])
+    style.number_ticks(ax, [x.n_agents for x in (*found, *figures)])
     ax.set_xlabel("agents")
 
 
@@ -384,13 +367,12 @@ def _ratio_claim(f: Figure, found: Sequence[Point]) -> Claim:
         return of_paper("ratio", NOT_MEASURED, claim, why)
     nominal = mine[0]["nominal_ratio"].value
     stored = [p["stored_ratio"].value for p in mine]
-    ends = dict.fromkeys(f"{number:.3f}" for number in (min(stored), max(stored)))
     return of_paper(
         "ratio",
         AGREES if abs(nominal - f.value.value) < 0.005 else NOT_REPRODUCED,
         claim,
         f"16 bits over the mean payload bits of the recipe are {nominal:.3f}, computed, whatever the "
-        f"weights; measured, over every byte kept, it is {' to '.join(ends)}.",
+        f"weights; measured, over every byte kept, it is {span(stored, '.3f')}.",
     )
 
 

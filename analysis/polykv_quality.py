@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
-from analysis import published
+from analysis import published, style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, Claim, equivalent
 from analysis.points import TRAINED, Point, having, points
 from analysis.polykv_memory import (
@@ -31,21 +31,8 @@ from analysis.polykv_memory import (
     sentence,
 )
 from analysis.published import NOT_HERE, Figure
-from analysis.render import Column, Row, Table, fixed, keys
+from analysis.render import Column, Row, Table, fixed, keys, span
 from analysis.statistics import BASELINE, DOCUMENTS, Value
-from analysis.style import (
-    COLUMN,
-    OPEN,
-    PAGE,
-    Marks,
-    Picture,
-    legend,
-    number_ticks,
-    picture,
-    reaches,
-    sheet,
-    styled,
-)
 from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 STUDY = ("polykv_memory", "compare")
@@ -130,8 +117,8 @@ def _by_metric(number: float, row: Row) -> str:
     return DECIMALS[row["metric"]](number, row)
 
 
-@styled
-def perplexity_context(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def perplexity_context(rows: pd.DataFrame) -> style.Picture | str | None:
     """One panel per model and document."""
     every = having(points(rows), "perplexity_delta")
     found = [p for p in every if p.recipe != BASELINE and p.context_tokens]
@@ -143,12 +130,12 @@ def perplexity_context(rows: pd.DataFrame) -> Picture | str | None:
         "perplexity_delta",
     )
     shows = "Perplexity against the uncompressed cache, by context and recipe"
-    marks = Marks(dashed=DASHED, more=open_markers(canvas, "perplexity_delta", found))
-    return picture(canvas, shows, described(rows, "nll_delta"), marks)
+    marks = style.Marks(dashed=DASHED, more=open_markers(canvas, "perplexity_delta", found))
+    return style.picture(canvas, shows, described(rows, "nll_delta"), marks)
 
 
-@styled
-def bertscore_agents(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def bertscore_agents(rows: pd.DataFrame) -> style.Picture | str | None:
     """One panel per model, document, context and scoring model in which a score differs from the others."""
     every = having(points(rows), "bertscore_f1")
     found = [p for p in every if p.recipe != BASELINE and p.n_agents]
@@ -171,7 +158,7 @@ def bertscore_agents(rows: pd.DataFrame) -> Picture | str | None:
         "BERTScore F1 of answers from the pool against those from the uncompressed cache, by agents"
     )
     about = described(rows, "bertscore_f1", "bertscore_floor")
-    return picture(canvas, shows, about, Marks(dashed=DASHED, more=more))
+    return style.picture(canvas, shows, about, style.Marks(dashed=DASHED, more=more))
 
 
 def _perplexity_delta(
@@ -184,12 +171,14 @@ def _perplexity_delta(
         values = sorted({(p.context_tokens, p["perplexity_delta"]) for p in mine}, key=_by_place)
         means = [v.value for _, v in values]
         at = [context * shift for context, _ in values]
-        spread, look = reaches([v for _, v in values]), look_of(name, recipes)
+        spread, look = style.reaches([v for _, v in values]), look_of(name, recipes)
         ax.errorbar(at, means, yerr=spread, elinewidth=0.9, label=name, **look)
         top = max(top, *map(abs, means))
     spots = sorted({(f.document_tokens, f.value.value) for f in figures})
     if spots:
-        ax.plot(*zip(*spots, strict=True), marker="o", color=colour_of("polykv", recipes), **OPEN)
+        ax.plot(
+            *zip(*spots, strict=True), marker="o", color=colour_of("polykv", recipes), **style.OPEN
+        )
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xscale("log", base=2)
     if top > WIDE:
@@ -197,7 +186,7 @@ def _perplexity_delta(
     ax.margins(y=0.12)
     contexts = {p.context_tokens for p in found} | {f.document_tokens for f in figures}
     ax.set_xlim(min(contexts) / ROOM, max(contexts) * ROOM)
-    number_ticks(ax, _thinned(sorted(contexts)))
+    style.number_ticks(ax, _thinned(sorted(contexts)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
     ax.set_xlabel("context, tokens")
     ax.set_ylabel("perplexity delta, %" + (" (log beyond 1)" if top > WIDE else ""))
@@ -216,7 +205,7 @@ def _bertscore(
         values = [v for _, v in line]
         ax.errorbar(
             [n for n, _ in line], [v.value for v in values],
-            yerr=reaches([v if _supported(v) else Value(v.value) for v in values]),
+            yerr=style.reaches([v if _supported(v) else Value(v.value) for v in values]),
             elinewidth=0.9, label=name, **look_of(name, recipes),
         )  # fmt: skip
     draw_published(ax, figures, recipes)
@@ -224,9 +213,8 @@ def _bertscore(
     ax.ticklabel_format(axis="y", useOffset=False)
     agents_axis(ax, found, figures)
     floors = [p["bertscore_floor"].value for p in found]
-    ends = sorted(f"{floor:.2f}" for floor in floors if floor is not None)
-    said = f"\n(floor {' to '.join(dict.fromkeys((ends[0], ends[-1])))})" if ends else ""
-    ax.set_ylabel("BERTScore F1" + said)
+    ends = span((floor for floor in floors if floor is not None), ".2f")
+    ax.set_ylabel("BERTScore F1" + f"\n(floor {ends})" * bool(ends))
     return ax
 
 
@@ -234,7 +222,9 @@ def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> 
     """One panel under each title, two beside each other; one alone fits a column."""
     across = min(ACROSS, len(settings))
     down = -(-len(settings) // across)
-    canvas, rows = sheet([""] * down, across, HEIGHT + 0.3, PAGE if across > 1 else COLUMN)
+    canvas, rows = style.sheet(
+        [""] * down, across, HEIGHT + 0.3, style.PAGE if across > 1 else style.COLUMN
+    )
     panels = [ax for row in rows for ax in row]
     for ax in panels[len(settings) :]:
         ax.remove()
@@ -242,7 +232,7 @@ def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> 
     for ax, (title, mine) in zip(panels, settings.items(), strict=False):
         panel(ax, mine, beside(published.load("polykv"), metric, mine), recipes)
         ax.set_title("\n".join(textwrap.fill(line, TITLE) for line in title.split("\n")))
-    return legend(canvas)
+    return style.legend(canvas)
 
 
 def _differ(found: Sequence[Point]) -> bool:
@@ -338,9 +328,7 @@ def _orientation(found: Sequence[Point], metric: str) -> str:
 
 
 def _with_interval(value: Value) -> str:
-    if value.low is None or value.high is None:
-        return f"{value.value:.4g} (no interval)"
-    return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+    return value.text(".4g") + " (no interval)" * (value.low is None)
 
 
 TABLES = {"polykv_quality": polykv_quality}

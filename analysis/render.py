@@ -13,7 +13,7 @@ from pandas.io.formats.style import Styler
 
 from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.statistics import Value
+from analysis.statistics import Value, whole_samples
 
 MISSING = "–"
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -343,20 +343,25 @@ def _superscript(number: int) -> str:
 
 
 def describe(rows: pd.DataFrame, how: str = "Measured on") -> str:
-    """What the rows are, for a caption: model (weights), n, device, dtype, commit, dates."""
+    """What the rows are, for a caption: model (weights), n (of a document or repeat), device, dtype, commit, dates."""
     if rows.empty:
         return "Nothing of this was run here."
     models = sorted(set(zip(rows["model"], rows["weights"], strict=True)))
-    ends = list(
-        dict.fromkeys(f"{n:,}" for n in (rows["n"].min(), rows["n"].max()) if n is not pd.NA)
-    )
-    n = f"n = {' to '.join(ends)}" if ends else "n not stated"
-    dates = sorted({text[:10] for text in rows["created_at"] if text})
+    counts = whole_samples(rows)["n"].dropna()
+    n = f"n = {span(counts, ',')}" if len(counts) else "n not stated"
+    dates = [text[:10] for text in rows["created_at"] if text]
     return (
         f"{how} {', '.join(f'{model} ({weights} weights)' for model, weights in models)}; "
         f"{n}; {listed(rows['device'])}, {listed(rows['dtype'])}; commit {listed(rows['commit'])}; "
-        f"{' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'undated'}."
+        f"{span(dates) or 'undated'}."
     )
+
+
+def span(values: Iterable[Any], form: str = "") -> str:
+    """The least and the greatest, once if they read alike; "" of none."""
+    found = sorted(set(values))
+    ends = dict.fromkeys(f"{value:{form}}" for value in (found[0], found[-1])) if found else ()
+    return " to ".join(ends)
 
 
 def listed(column: pd.Series) -> str:

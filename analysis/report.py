@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,7 +27,7 @@ from markupsafe import Markup
 from analysis import catalog, render
 from analysis.catalog import AGREES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from analysis.load import Results, load
-from analysis.render import Column, Table, keys
+from analysis.render import Column, Table, keys, span
 from analysis.style import STYLE, Picture
 from polykv.cellfile import write_atomically
 from polykv.errors import PolyKVError
@@ -213,11 +213,11 @@ def what_ran(rows: pd.DataFrame) -> Table:
     """A line for each study, model, weights, device and dtype."""
     lines = []
     for key, mine in rows.groupby(RUN, sort=True):
-        spans = {name: _span(mine[name].dropna(), ",") for name in ("context_tokens", "n_agents")}
+        spans = {name: span(mine[name].dropna(), ",") for name in ("context_tokens", "n_agents")}
         line = dict(zip(RUN, key, strict=True)) | spans
         line |= {"cells": mine["cell"].nunique(), "rows": len(mine)}
         line |= {"documents": _listed(sorted(set(mine["document"]) - {""}))}
-        lines.append(line | {"dates": _span(text[:10] for text in mine["created_at"])})
+        lines.append(line | {"dates": span(text[:10] for text in mine["created_at"])})
     columns = [*keys(*RUN, "documents"), Column("context_tokens", "context")]
     columns += [Column("n_agents", "agents"), Column("cells", "cells"), Column("rows", "rows")]
     caption = "What ran. A cell is one point of a sweep; a row is one observation"
@@ -267,16 +267,6 @@ def settings(results: Results) -> dict[str, list[tuple[str, str]]]:
 def _listed(values: list[str]) -> str:
     more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
     return ", ".join(values[:LISTED]) + more
-
-
-def _span(values: Iterable[Any], form: str = "") -> str:
-    """The least and the greatest, once if they are equal; "" of nothing."""
-    found = sorted(set(values))
-    return (
-        " to ".join(dict.fromkeys(f"{value:{form}}" for value in (found[0], found[-1])))
-        if found
-        else ""
-    )
 
 
 def _hash(text: str) -> str:

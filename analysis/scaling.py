@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from scipy import stats
 
+from analysis import style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
 from analysis.frontier import (
     QUALITY_COLUMNS,
@@ -22,25 +23,9 @@ from analysis.frontier import (
     p_text,
     scores,
     table_of,
-    with_ends,
 )
 from analysis.render import Column, Table, fixed, keys, significant
 from analysis.statistics import ALPHA, Value, pairs_of, percent, samples_of
-from analysis.style import (
-    COLUMN,
-    CONTRAST,
-    SIZE,
-    Marks,
-    Picture,
-    colours,
-    contrast,
-    legend,
-    number_ticks,
-    picture,
-    reaches,
-    sheet,
-    styled,
-)
 
 STUDY = "compare"
 HEADING = 44  # letters of a heading over one column
@@ -158,8 +143,8 @@ def agent_scaling(rows: pd.DataFrame) -> Table | None:
     )
 
 
-@styled
-def asymmetry_figure(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def asymmetry_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Heat map of KL, key bits x value bits; one panel per setting."""
     found = scores(rows)
     found = found[composed(found)]
@@ -167,14 +152,14 @@ def asymmetry_figure(rows: pd.DataFrame) -> Picture | str | None:
     grids = {heading: grid for heading, grid in grids.items() if grid.size}
     if not grids:
         return None
-    canvas, panels = sheet([*map(_short, grids)], 1, 2.7, COLUMN)
+    canvas, panels = style.sheet([*map(_short, grids)], 1, 2.7, style.COLUMN)
     for (ax,), grid in zip(panels, grids.values(), strict=True):
         _heat_map(ax, grid)
-    return picture(
+    return style.picture(
         canvas,
         "Mean KL divergence of one recipe at key bits by value bits",
         about(found),
-        Marks(more="Log colour scale."),
+        style.Marks(more="Log colour scale."),
     )
 
 
@@ -191,9 +176,9 @@ def _heat_map(ax: Axes, grid: pd.DataFrame) -> None:
     norm = LogNorm(np.nanmin(grid.values), np.nanmax(grid.values))
     image = ax.imshow(grid.values, norm=norm, cmap="viridis_r", aspect="auto")
     for (down, across), value in np.ndenumerate(grid.values):
-        dark = contrast(image.cmap(norm(value))) > CONTRAST
+        dark = style.contrast(image.cmap(norm(value))) > style.CONTRAST
         ax.text(
-            across, down, f"{value:.1e}", ha="center", va="center", fontsize=SIZE,
+            across, down, f"{value:.1e}", ha="center", va="center", fontsize=style.SIZE,
             color="white" if dark else "black",
         )  # fmt: skip
     for axis, bits, name in ((ax.xaxis, grid.columns, "value"), (ax.yaxis, grid.index, "key")):
@@ -204,8 +189,8 @@ def _heat_map(ax: Axes, grid: pd.DataFrame) -> None:
     ax.figure.colorbar(image, ax=ax, label="mean KL divergence, nats")
 
 
-@styled
-def context_figure(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def context_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Perplexity delta by context, with intervals and every document; one panel per setting."""
     return _scaling(
         over_contexts(rows),
@@ -216,8 +201,8 @@ def context_figure(rows: pd.DataFrame) -> Picture | str | None:
     )
 
 
-@styled
-def agent_figure(rows: pd.DataFrame) -> Picture | str | None:
+@style.styled
+def agent_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Perplexity delta by number of agents; one panel per setting."""
     return _scaling(
         over_agents(rows),
@@ -233,14 +218,14 @@ def _scaling(
     label: str,
     shows: str,
     dots: bool = False,
-) -> Picture | None:
+) -> style.Picture | None:
     """A panel for each setting of `found` (setting, recipe, rows): a line for each recipe over `axis`."""
     settings: dict[str, dict[str, pd.DataFrame]] = {}
     for setting, recipe, mine in found:
         settings.setdefault(setting, {})[recipe] = mine
     if not settings:
         return None
-    canvas, panels = sheet([*map(_short, settings)], 1, 2.3, COLUMN)
+    canvas, panels = style.sheet([*map(_short, settings)], 1, 2.3, style.COLUMN)
     for (ax,), recipes in zip(panels, settings.values(), strict=True):
         lines = {
             recipe: [(at, measured(part, "perplexity_delta")) for at, part in mine.groupby(axis)]
@@ -250,13 +235,13 @@ def _scaling(
         _over(ax, lines, {name: deltas_of(mine) for name, mine in recipes.items()} if dots else {})
         ax.set_xlabel(label)
     used = pd.concat([mine for recipes in settings.values() for mine in recipes.values()])
-    marks = Marks(dots="single documents")
-    return picture(legend(canvas), shows, about(used), marks)
+    marks = style.Marks(dots="single documents")
+    return style.picture(style.legend(canvas), shows, about(used), marks)
 
 
 def _over(ax: Axes, lines: Mapping[str, Line], dots: Mapping[str, pd.Series]) -> None:
     """Perplexity delta over contexts or agents (log x) with intervals; single documents as dots."""
-    tints = colours(lines)
+    tints = style.colours(lines)
     for place, (recipe, line) in enumerate(lines.items()):
         shift = 1.07 ** (place - (len(lines) - 1) / 2)
         if recipe in dots:
@@ -267,12 +252,12 @@ def _over(ax: Axes, lines: Mapping[str, Line], dots: Mapping[str, pd.Series]) ->
             )  # fmt: skip
         found = [value for _, value in line]
         ax.errorbar(
-            [at * shift for at, _ in line], [v.value for v in found], yerr=reaches(found), fmt="o-",
+            [at * shift for at, _ in line], [v.value for v in found], yerr=style.reaches(found), fmt="o-",
             markersize=3.5, color=tints[recipe], label=recipe,
         )  # fmt: skip
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set_xscale("log", base=2)
-    number_ticks(ax, [at for line in lines.values() for at, _ in line])
+    style.number_ticks(ax, [at for line in lines.values() for at, _ in line])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
     ax.set_ylabel("perplexity delta, %")
 
@@ -324,7 +309,7 @@ def _shrinks(mine: pd.DataFrame) -> tuple[str, str]:
     verdict = REPRODUCED if ends[1] < 0 else NOT_REPRODUCED if ends[0] > 0 else INCONCLUSIVE
     return verdict, (
         f"Over {contexts.min():,.0f} to {contexts.max():,.0f} tokens, {len(deltas)} documents, its mean is {mean:+.3f} "
-        f"% and it changes by {with_ends(slope, '+.3f')} points with each doubling{MORE * (verdict == INCONCLUSIVE)}."
+        f"% and it changes by {slope.text('+.3f')} points with each doubling{MORE * (verdict == INCONCLUSIVE)}."
     )  # fmt: skip
 
 
@@ -353,8 +338,8 @@ def _unequal(mine: pd.DataFrame) -> tuple[str, str] | None:
     tied = p is None or p >= ALPHA
     better = REPRODUCED if pairs.names[0] == two[0]["recipe"].iloc[0] else NOT_REPRODUCED
     return INCONCLUSIVE if tied else better, (
-        f"At equal bits: mean KL {with_ends(keys, '.3g')} with keys at 8 and values at 3, "
-        f"{with_ends(values, '.3g')} the other way round{p_text(p)}{MORE * tied}."
+        f"At equal bits: mean KL {keys.text('.3g')} with keys at 8 and values at 3, "
+        f"{values.text('.3g')} the other way round{p_text(p)}{MORE * tied}."
     )
 
 

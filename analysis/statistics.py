@@ -54,6 +54,12 @@ class Value:
         low, high = ends if len(ends) == 2 else (None, None)
         return replace(self, value=form(self.value), low=low, high=high)
 
+    def text(self, form: str) -> str:
+        """`0.5 [0.4, 0.6]`, or the value alone where it has no interval."""
+        if self.low is None or self.high is None:
+            return f"{self.value:{form}}"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 UNMEASURED = Value(None, note="not measured")
 
@@ -74,6 +80,14 @@ def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
         return reduce(rows, *arguments)
 
     return checked
+
+
+def whole_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of whole documents, answers or repeats: no blocks of tokens, no statistics over several documents."""
+    for column in ("block", "statistic"):
+        if column in rows:
+            rows = rows[rows[column].isna() | (rows[column] == "")]
+    return rows
 
 
 def documents(rows: pd.DataFrame) -> pd.Series:
@@ -98,8 +112,8 @@ def mean(rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
     The interval's sample is the documents, or blocks of tokens where there are fewer than MIN_DOCUMENTS. A mean of
     which a document is missing is missing.
     """
-    is_block = rows["block"].notna() if "block" in rows else pd.Series(False, rows.index)
-    return _mean(rows[~is_block], rows[is_block], bounds)
+    blocks = rows[rows["block"].notna()] if "block" in rows else rows[:0]
+    return _mean(whole_samples(rows), blocks, bounds)
 
 
 @of_present
@@ -350,10 +364,7 @@ def pairs_of(values: pd.Series) -> Pairs:
 
 def samples_of(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.Series:
     """Values of `metric` by `by` and document (`by_document`), the newest cell's; no blocks, no statistics."""
-    mine = rows[(rows["metric"] == metric) & rows["sample"].notna()]
-    for column in ("block", "statistic"):
-        if column in mine:
-            mine = mine[mine[column].isna() | (mine[column] == "")]
+    mine = whole_samples(rows[(rows["metric"] == metric) & rows["sample"].notna()])
     place = list(dict.fromkeys([*by, "seed", "sample"]))
     mine = mine.sort_values("created_at", kind="stable").drop_duplicates(place, keep="last")
     mine = mine.assign(text=documents(mine))
