@@ -62,6 +62,11 @@ class Claim:
         return f"**{self.verdict}**: {self.claim}. {self.said}"
 
 
+def decided(holds: bool, fails: bool) -> str:
+    """The verdict where the numbers show that a claim holds, that it fails, or neither."""
+    return REPRODUCED if holds else NOT_REPRODUCED if fails else INCONCLUSIVE
+
+
 def equivalent(got: Value, low: float, high: float) -> str:
     """REPRODUCED where the whole interval of `got` lies within low to high, NOT_REPRODUCED where none of it does.
 
@@ -69,9 +74,7 @@ def equivalent(got: Value, low: float, high: float) -> str:
     """
     if got.low is None or got.high is None:
         return INCONCLUSIVE
-    if low <= got.low and got.high <= high:
-        return REPRODUCED
-    return NOT_REPRODUCED if got.high < low or high < got.low else INCONCLUSIVE
+    return decided(low <= got.low and got.high <= high, got.high < low or high < got.low)
 
 
 @dataclass(frozen=True)

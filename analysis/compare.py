@@ -1,6 +1,5 @@
 """Recipes side by side: a line for each recipe and setting, and which of them the documents tell apart."""
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -20,7 +19,7 @@ from analysis.statistics import (
     pairs_of,
     samples_of,
 )
-from analysis.style import Marks, Picture, colours, picture, sheet, styled
+from analysis.style import Marks, Picture, colours, grid, legend, picture, styled
 from polykv.evaluation.statistics import PairedRatio
 
 # What a line is about; what never varies is said once, in the caption.
@@ -220,13 +219,8 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
     apart = [n for n in ("reader", "backend") if len({setting[n] for setting, _ in panels}) > 1]
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     tints = colours(names)
-    canvas, rows_of_axes = sheet(
-        [""] * math.ceil(len(panels) / ACROSS), min(len(panels), ACROSS), HEIGHT
-    )
-    axes = [ax for row in rows_of_axes for ax in row]
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    for ax, (setting, spots) in zip(axes, panels, strict=False):
+    canvas, axes = grid(len(panels), ACROSS, HEIGHT)
+    for ax, (setting, spots) in zip(axes, panels, strict=True):
         for name, (bits, kl) in spots.items():
             reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
             ax.errorbar(bits, kl.value, yerr=reach, fmt="o", color=tints[name], label=name)
@@ -235,16 +229,8 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")
         ax.set_ylabel("mean KL, nats per token")
-    shown = {
-        text: handle
-        for ax in axes
-        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    canvas.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 4)
-    )
     return picture(
-        canvas,
+        legend(canvas),
         "Mean KL divergence to the uncompressed cache against stored bits per value, for each recipe",
         describe(found[found["metric"] == "kl"]),
         Marks(panels=True, lines="Markers"),

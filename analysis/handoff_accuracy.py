@@ -1,7 +1,7 @@
 """QKVShare's answers: accuracy by handoffs, policies in pairs, and whether its two claims on accuracy hold."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from statistics import NormalDist
@@ -233,7 +233,6 @@ def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
 
 
 Answers = tuple[str, list[bool], list[bool]]  # setting, verdicts of the card and of the other
-Judge = Callable[[pd.DataFrame], tuple[str, str]]  # the answers of one run -> verdict and sentence
 UNDECIDED = "; more problems (n_problems=) would tell"
 
 
@@ -245,27 +244,14 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     if len(answers):
         answers = answers[answers["extraction"] == "strict"]
         answers = answers[answers["n_hops"].between(hops[0], hops[-1])]
-    found = []
-    for claim, judge in (
-        (f"accuracy holds over {hops[0]} to {hops[-1]} hops", _holds),
-        ("topology-aware cards answer better than uniform ones", _better),
-    ):
-        claim += ", as a secondary digest of the paper has it"
-        if answers.empty:
-            run = f"Not measured; run experiment=handoff_accuracy model={model} relay=gsm8k."
-            found.append(Claim("qkvshare", "accuracy", NOT_MEASURED, claim, run))
-            continue
-        for key, mine in answers.groupby([*RUN, "document"]):
-            run = named([*RUN, "document"], key)
-            where = [f"{run['weights']} weights of {run['model']}", run["document"], run["device"]]
-            on = ", ".join(filter(None, [*where, run["dtype"]]))
-            found.append(Claim("qkvshare", "accuracy", *_judged(f"{claim} (on {on})", judge(mine))))
-    return found
-
-
-def _judged(claim: str, found: tuple[str, str]) -> tuple[str, str, str]:
-    verdict, said = found
-    return verdict, claim, said
+    run = f"experiment=handoff_accuracy model={model} relay=gsm8k"
+    digest = ", as a secondary digest of the paper has it"
+    holds = f"accuracy holds over {hops[0]} to {hops[-1]} hops{digest}"
+    better = f"topology-aware cards answer better than uniform ones{digest}"
+    return [
+        *published.judged_runs("accuracy", holds, run, answers, _holds),
+        *published.judged_runs("accuracy", better, run, answers, _better),
+    ]
 
 
 def _holds(mine: pd.DataFrame) -> tuple[str, str]:

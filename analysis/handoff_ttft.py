@@ -1,7 +1,7 @@
 """QKVShare's times: to first token by route, with what each costs in quality; by stage; and its claims on them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,9 +14,8 @@ from analysis import published, style
 from analysis.catalog import (
     INCONCLUSIVE,
     NOT_MEASURED,
-    NOT_REPRODUCED,
-    REPRODUCED,
     Claim,
+    decided,
     equivalent,
 )
 from analysis.load import swept
@@ -40,7 +39,7 @@ LOSSES = {"mean_bits": Measure("mean_bits")} | {
 EXACT = Value(None, note="the receiver reads the text itself: nothing is lost")
 CARD = "topology"  # the policy of a QKVShare card
 FACTOR = 1.25  # ratios of times within it are the same: our choice, none is published
-MORE = "more repeats (repeats=) would tell"
+MORE = "More repeats (repeats=) would tell"
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -323,9 +322,6 @@ def _stacked(ax: Axes, mine: pd.DataFrame, tints: Sequence[str]) -> None:
     ax.set_xlabel("ms, medians")
 
 
-Judge = Callable[[pd.DataFrame], tuple[str, str]]  # the rows of one run -> verdict and sentence
-
-
 def claims(rows: pd.DataFrame) -> list[Claim]:
     """One for each claim and each run (weights, device) that was timed, else the command that would."""
     found = timed(rows) if len(rows) else rows
@@ -336,22 +332,10 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     mostly += ", as a secondary digest of the paper has it"
     return [
         *_levels(found),
-        *_each_run("ttft", "a card reaches its first token sooner than re-prefilling", run, found, _sooner),
-        *_each_run("ttft", "the longer the context, the more a card gains", run, found, _grows),
-        *_each_run("stages", mostly, "experiment=handoff_stages", found, _mostly_forward),
+        *published.judged_runs("ttft", "a card reaches its first token sooner than re-prefilling", run, found, _sooner),
+        *published.judged_runs("ttft", "the longer the context, the more a card gains", run, found, _grows),
+        *published.judged_runs("stages", mostly, "experiment=handoff_stages", found, _mostly_forward),
     ]  # fmt: skip
-
-
-def _each_run(of: str, claim: str, run: str, rows: pd.DataFrame, judge: Judge) -> list[Claim]:
-    """The verdict of every run on a claim about the published table `of`, or the command that would give one."""
-    about, found = [*RUN, "document"], []
-    for key, mine in rows.groupby(about) if len(rows) else ():
-        where = named(about, key)
-        on = [f"{where['weights']} weights of {where['model']}", where["document"]]
-        on = ", ".join(filter(None, [*on, where["device"], where["dtype"]]))
-        verdict, said = judge(mine)
-        found.append(Claim("qkvshare", of, verdict, f"{claim} (on {on})", said))
-    return found or [Claim("qkvshare", of, NOT_MEASURED, claim, f"Not measured; run {run}.")]
 
 
 def _levels(found: pd.DataFrame) -> list[Claim]:
@@ -374,7 +358,9 @@ def _levels(found: pd.DataFrame) -> list[Claim]:
             mine = _as_published(found[own & with_budget(found, fast.controller[1])])
         model = fast.model.removesuffix("-instruct")
         run = f"experiment=handoff_ttft model={model} context={tokens}, on a GPU"
-        judged += _each_run("ttft", claim, run, mine, partial(_level, ratio, tokens, run))
+        judged += published.judged_runs(
+            "ttft", claim, run, mine, partial(_level, ratio, tokens, run)
+        )
     return judged
 
 
@@ -394,10 +380,10 @@ def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str
     # What is not sooner at all is not the same, however near.
     low, high = max(1.0, ratio / FACTOR), FACTOR * ratio
     verdict = equivalent(got, low, high)
-    more = f"; {MORE}" if verdict == INCONCLUSIVE else ""
+    more = f" {MORE}." * (verdict == INCONCLUSIVE)
     return verdict, (
         f"{said} (median [95 %]; their GPU is not stated); it is the same where the whole interval lies within "
-        f"{low:.2f} to {high:.2f}, a factor of {FACTOR:g} (our margin){more}."
+        f"{low:.2f} to {high:.2f}, a factor of {FACTOR:g} (our margin).{more}"
     )
 
 
@@ -414,11 +400,9 @@ def _sooner(mine: pd.DataFrame) -> tuple[str, str]:
     at = mine["context_tokens"].max()
     got = _speedups(mine, at)
     said = f"At {at:,} tokens, by route: {_said(got)} times sooner (median [quartiles])."
-    if all(v.low > 1 for v in got.values()):
-        return REPRODUCED, said
-    if all(v.high < 1 for v in got.values()):
-        return NOT_REPRODUCED, said
-    return INCONCLUSIVE, f"{said} {MORE.capitalize()}."
+    sooner, later = (all(v.low > 1 for v in got.values()), all(v.high < 1 for v in got.values()))
+    verdict = decided(sooner, later)
+    return verdict, said + f" {MORE}." * (verdict == INCONCLUSIVE)
 
 
 def _grows(mine: pd.DataFrame) -> tuple[str, str]:
@@ -434,11 +418,14 @@ def _grows(mine: pd.DataFrame) -> tuple[str, str]:
         f"By route, from {contexts[0]:,} tokens: {_said(first)} times sooner; to {contexts[-1]:,}: {_said(last)} "
         "(median [quartiles])."
     )
-    if pairs and all(b.low > a.high for a, b in pairs):
-        return REPRODUCED, said
-    if pairs and all(b.high < a.low for a, b in pairs):
-        return NOT_REPRODUCED, said
-    return INCONCLUSIVE, f"{said} The quartiles overlap; {MORE}."
+    gains = bool(pairs) and all(b.low > a.high for a, b in pairs)
+    loses = bool(pairs) and all(b.high < a.low for a, b in pairs)
+    return _by_quartiles(gains, loses, said)
+
+
+def _by_quartiles(holds: bool, fails: bool, said: str) -> tuple[str, str]:
+    verdict = decided(holds, fails)
+    return verdict, said + f" The quartiles overlap. {MORE}." * (verdict == INCONCLUSIVE)
 
 
 def _speedups(mine: pd.DataFrame, tokens: int) -> dict[str, Value]:
@@ -461,11 +448,8 @@ def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:
     each = ", ".join(f"{name} {v.value:.3g} ms" for name, v in took.items())
     said = f"Medians at {at:,} tokens, in memory: {each}."
     forward = took.pop("generate")
-    if all(forward.low > other.high for other in took.values()):
-        return REPRODUCED, said
-    if any(forward.high < other.low for other in took.values()):
-        return NOT_REPRODUCED, said
-    return INCONCLUSIVE, f"{said} The quartiles overlap; {MORE}."
+    most = all(forward.low > other.high for other in took.values())
+    return _by_quartiles(most, any(forward.high < other.low for other in took.values()), said)
 
 
 def _sum_of(mine: pd.DataFrame, stages: Sequence[str]) -> Value:

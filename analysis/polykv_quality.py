@@ -219,17 +219,10 @@ def _bertscore(
 
 
 def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> Canvas:
-    """One panel under each title, two beside each other; one alone fits a column."""
-    across = min(ACROSS, len(settings))
-    down = -(-len(settings) // across)
-    canvas, rows = style.sheet(
-        [""] * down, across, HEIGHT + 0.3, style.PAGE if across > 1 else style.COLUMN
-    )
-    panels = [ax for row in rows for ax in row]
-    for ax in panels[len(settings) :]:
-        ax.remove()
+    """One panel under each title, two beside each other."""
+    canvas, panels = style.grid(len(settings), ACROSS, HEIGHT + 0.3)
     recipes = recipes_of([p for mine in settings.values() for p in mine])
-    for ax, (title, mine) in zip(panels, settings.items(), strict=False):
+    for ax, (title, mine) in zip(panels, settings.items(), strict=True):
         panel(ax, mine, beside(published.load("polykv"), metric, mine), recipes)
         ax.set_title("\n".join(textwrap.fill(line, TITLE) for line in title.split("\n")))
     return style.legend(canvas)

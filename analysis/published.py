@@ -14,7 +14,8 @@ from importlib.resources import files
 
 import pandas as pd
 
-from analysis.points import Point
+from analysis.catalog import NOT_MEASURED, Claim
+from analysis.points import RUN, Point, named
 from analysis.statistics import BASELINE, Value
 
 # Our documents that stand for a published one: the same text, or one of the same kind and length.
@@ -47,6 +48,7 @@ HOLDS = {
 }
 SAME = 1e-9  # bits; budgets nearer than this are the same
 SAME_LENGTH = 0.1  # contexts within this relative distance count as the published one
+Judge = Callable[[pd.DataFrame], tuple[str, str]]  # the rows of one run -> verdict and sentence
 NOT_HERE = "not measured here: "
 
 
@@ -240,3 +242,15 @@ def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
 def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
     """Which rows have this budget; None: those without any."""
     return rows["budget_bits"].isna() if bits is None else (rows["budget_bits"] - bits).abs() < SAME
+
+
+def judged_runs(table: str, claim: str, run: str, rows: pd.DataFrame, judge: Judge) -> list[Claim]:
+    """The verdict of every run on a claim about this `table` of QKVShare, or the command that would give one."""
+    about, found = [*RUN, "document"], []
+    for key, mine in rows.groupby(about) if len(rows) else ():
+        where = named(about, key)
+        on = [f"{where['weights']} weights of {where['model']}", where["document"]]
+        on = ", ".join(filter(None, [*on, where["device"], where["dtype"]]))
+        verdict, said = judge(mine)
+        found.append(Claim("qkvshare", table, verdict, f"{claim} (on {on})", said))
+    return found or [Claim("qkvshare", table, NOT_MEASURED, claim, f"Not measured; run {run}.")]

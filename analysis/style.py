@@ -119,6 +119,18 @@ def sheet(
     return canvas, [list(row) for row in rows]
 
 
+def grid(n: int, across: int, height: float) -> tuple[Canvas, list[Axes]]:
+    """`n` panels, at most `across` beside each other, each `height` inches tall; one alone fits a column."""
+    across = min(across, n)
+    canvas, rows = sheet(
+        [""] * math.ceil(n / across), across, height, PAGE if across > 1 else COLUMN
+    )
+    panels = [ax for row in rows for ax in row]
+    for ax in panels[n:]:
+        ax.remove()
+    return canvas, panels[:n]
+
+
 def legend(canvas: Canvas) -> Canvas:
     """Every labelled line of the panels once, below them, in as many columns as fit the width.
 
