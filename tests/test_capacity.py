@@ -428,6 +428,15 @@ def test_what_the_formulas_miss_is_said(tmp_path, made):
     assert len(lines) == 6 and {line["within"] for line in lines} == {"NO"}
 
 
+def test_what_was_not_measured_is_not_said_to_be_within(tmp_path):
+    rows = measured(extra_bytes=0)
+    only_timed = Rows(concurrency.STUDY.columns)
+    only_timed.extend(row for row in rows if row["metric"] == "step_time")
+    Store(tmp_path / "a").write(concurrency.STUDY.declaration(), "timed", {}, only_timed)
+    lines = lines_of(tmp_path / "a", tmp_path / "b")
+    assert all(line["within"].value is None for line in lines)
+
+
 def test_what_is_really_measured_is_within_the_tolerance(tmp_path):
     small = ("context=1024", "n_agents=3", "device=cpu", "max_new_tokens=4", "repeats=1")
     made = made_by("experiment=concurrency", *small)

@@ -76,14 +76,15 @@ def test_answers_can_be_read(swept):
         assert text.count(f"**{said}**") == 2 * (len(pages) if said == "uncompressed" else 1)
 
 
-def samples(tmp_path, kl: dict[str, np.ndarray]) -> pd.DataFrame:
+def samples(tmp_path, kl: dict[str, np.ndarray], reader: str = "dequantize") -> pd.DataFrame:
     """Results in which each recipe has this KL divergence on each document."""
     for recipe, values in kl.items():
         rows = Rows(STUDY.columns, model="m", weights="random", document="d", context_tokens=9, recipe=recipe,
-                    reader="dequantize", dtype="float32", device="cpu", seed=0)  # fmt: skip
+                    reader=reader, dtype="float32", device="cpu", seed=0)  # fmt: skip
         for index, value in enumerate(values):
             rows.add("kl", float(value), "nats", sample=index, n=9)
-        Store(tmp_path).write(STUDY.declaration(), recipe, {"recipe": {"name": recipe}}, rows)
+        config = {"recipe": {"name": recipe}, "reader": reader}
+        Store(tmp_path).write(STUDY.declaration(), f"{recipe}-{reader}", config, rows)
     return load(tmp_path).rows
 
 
@@ -103,6 +104,15 @@ def test_a_tie_comes_with_what_the_documents_could_have_shown(tmp_path):
     found = paired_ratio(base * noise, base)
     assert f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}]" in line
     assert f"{found.detectable:.2f}" in line and f"{found.documents_needed:,}" in line
+
+
+def test_each_reader_has_its_own_comparison(tmp_path):
+    kl = np.exp(np.random.default_rng(0).normal(-5, 1, 8))
+    samples(tmp_path, {"a": kl, "b": 2 * kl, "full": 0 * kl})
+    rows = samples(tmp_path, {"a": 2 * kl, "b": kl}, "in_place")
+    lines = dict(line.split(": ", 1) for line in compare.separations(rows))
+    assert set(lines) == {"reader=dequantize", "reader=in_place"}
+    assert "a < b" in lines["reader=dequantize"] and "b < a" in lines["reader=in_place"]
 
 
 def test_one_document_compares_nothing_and_says_so(tmp_path):

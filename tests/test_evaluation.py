@@ -86,7 +86,8 @@ def test_perplexity_delta_is_the_ratio_of_perplexities():
     full = [rng.uniform(1, 3, 50) for _ in range(10)]
     rows = Rows(SCORES)
     same = {"same_top1": np.ones(50, bool)}
-    add_scores(rows, [Comparison(f, f + 0.01, np.full(50, 0.2), same) for f in full])
+    found = [Comparison(f, f + 0.01, np.full(50, 0.2), same) for f in full]
+    add_scores(rows, found, [f"{n}" for n in range(len(found))])
     got = figures(rows)
     ratio = got["perplexity"].value / got["perplexity_full"].value
     assert ratio == pytest.approx(math.exp(0.01))
@@ -109,6 +110,13 @@ def test_the_interval_over_blocks_covers_the_mean_as_often_as_it_says():
 def test_wilson_interval_at_the_edge():
     low, high = wilson(0, 10)
     assert low == 0 and high == pytest.approx(0.2775, abs=1e-4)
+
+
+@pytest.mark.parametrize(("right", "n"), [(1, 7), (150, 300), (299, 300)])
+def test_wilson_interval_by_its_formula(right, n):
+    """Wilson 1927: the rates p whose score (right - n p)^2 = z^2 n p (1 - p)."""
+    for p in wilson(right, n):
+        assert (right - n * p) ** 2 == pytest.approx(1.959963985**2 * n * p * (1 - p))
 
 
 def test_paper_accounting_gives_the_published_gigabytes():

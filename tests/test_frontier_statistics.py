@@ -18,6 +18,18 @@ def test_holm_worked_out_by_hand():
     assert holm([]) == []
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.001, 0.999))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
+    """Holm 1979: from the smallest on, while p of the k-th of m is at most alpha / (m - k + 1)."""
+    rejected = set()
+    for k, place in enumerate(np.argsort(p, kind="stable")):
+        if p[place] > alpha / (len(p) - k):
+            break
+        rejected.add(place)
+    near = any(abs(q * m - alpha) < 1e-9 for q in p for m in range(1, len(p) + 1))
+    assert near or rejected == {place for place, q in enumerate(holm(p)) if q <= alpha}
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_between_no_correction_and_bonferroni_and_keeps_the_order(p):
     adjusted = holm(p)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from analysis_rows import paper_memory, quickstart, run, write
+from analysis_rows import cell, paper_memory, quickstart, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,18 @@ def test_no_table_says_nan_none_or_inf(tmp_path):
     assert run(write(tmp_path, cells)) == 0
     for file in (tmp_path / "tables").iterdir():
         assert not re.search(r"\b(nan|None|inf)\b", file.read_text(), re.IGNORECASE), file.name
+
+
+def test_a_captions_n_is_of_whole_documents(tmp_path):
+    made = cell("compare", "one", model="m", weights="reference")
+    for n, about in (
+        (50, {"sample": 0}),
+        (4, {"sample": 0, "block": 0}),
+        (900, {"statistic": "p99"}),
+    ):
+        made[3].add("kl", 0.1, "nats", n=n, **about)
+    said = render.describe(load(write(tmp_path, [made])).rows)
+    assert "; n = 50; " in said
 
 
 def test_a_missing_value_has_a_footnote_with_its_reason():
