@@ -51,8 +51,14 @@ def answer_rows(answers: list[list[str]], references: list[list[str]]) -> Rows:
             return references if recipe else answers
 
         def documents(self, cfg):
-            asked, ids = Question("Q:", None, "Q"), torch.zeros(1, 9, dtype=torch.long)
-            return [Document("text", ids, 6, (asked,) * len(of)) for of in answers]
+            asked = Question("Q:", None, "Q")
+            ids = [
+                torch.full((1, 9), number) for number in range(len(answers))
+            ]  # texts that differ
+            return [
+                Document("text", one, 6, (asked,) * len(of))
+                for one, of in zip(ids, answers, strict=True)
+            ]
 
     overrides = [f"answers={len(answers)}", f"n_agents={len(answers[0])}", "scorer=minilm"]
     with initialize_config_dir(str(polykv.config.CONF), version_base="1.3"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import catalog, load
-from analysis.published import PAPERS
+from analysis.catalog import PAPERS
 from analysis.published import load as load_published
 from analysis.statistics import QUALITY
 from experiments.rows import SCORES, add_scores
