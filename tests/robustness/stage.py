@@ -45,7 +45,7 @@ LAUNCHERS = {"sequential": (), "joblib": ("launcher=joblib", "hydra.launcher.n_j
 PATIENCE_S = 240  # after which a run counts as hanging; generous, as machines are shared
 TRIES = 10  # to run again, each a second later, while workers that outlived their sweep hold a cell
 
-_PRELOADED = ("run", "joblib", "robustness.warm", "transformers.processing_utils", "pyarrow.pandas_compat",
+_PRELOADED = ("run", "joblib", "tests.robustness.warm", "transformers.processing_utils", "pyarrow.pandas_compat",
               *(f"{package.__name__}.{module.name}" for package in (analysis, experiments, hydra_plugins)
                 for module in pkgutil.iter_modules(package.__path__)))  # fmt: skip
 _STAMPS = ["created_at", "commit"]  # differ between two runs that measured the same
