@@ -33,6 +33,7 @@ def rendered(tmp_path_factory):
     return root, said.getvalue()
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_is_written_in_every_format(rendered):
     root, said = rendered
     for name, kind in product(TABLES, WRITERS):
@@ -45,6 +46,7 @@ def test_every_table_and_figure_is_written_in_every_format(rendered):
     assert max(map(len, said.splitlines()[:-3])) <= 100
 
 
+@pytest.mark.slow
 def test_the_order_in_which_cells_are_written_changes_no_table(rendered, tmp_path):
     root, _ = rendered
     again = write(tmp_path, list(reversed(cells())))
@@ -75,8 +77,9 @@ def test_missing_or_empty_results_are_one_line_and_exit_2(tmp_path, capsys, make
 
 
 @pytest.mark.parametrize("option", ["--only", "--format"])
-def test_unknown_name_is_one_line_and_exit_2(rendered, capsys, option):
-    assert run(rendered[0], option, "sumary") == 2
+def test_unknown_name_is_one_line_and_exit_2(tmp_path, capsys, option):
+    write(tmp_path, cells())
+    assert run(tmp_path, option, "sumary") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "sumary" in error and ("compare" in error or "png" in error)
 

@@ -365,7 +365,7 @@ def test_what_cannot_be_read_is_refused(pool, llama):
     with pytest.raises(PolyKVError, match="no gradients"), attend_in_place(trained):
         trained(ids, past_key_values=pool.reader(2))
     elsewhere = torch.empty(2, 2, 3, 8, device="meta")
-    with pytest.raises(PolyKVError, match="layer 0 of the pool is on cpu and the model's on meta"):
+    with pytest.raises(PolyKVError, match="layer 0 of the pool is on cpu.* meta"):
         pool.reader(2).update(elsewhere, elsewhere, 0)
     with pytest.raises(PolyKVError, match="n_agents=0"):
         pool.reader(0)

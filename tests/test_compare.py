@@ -1,18 +1,16 @@
 """experiment=compare: what was asked is on the screen, and recipes are told apart where the documents allow it."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import run_process, run_py
 from scipy import stats
 
 from analysis import compare
 from analysis.load import load
 from experiments.compare import STUDY
-from polykv.config import REPO
 from polykv.evaluation.statistics import paired_ratio
 from polykv.results import Rows, Store
 
@@ -29,13 +27,12 @@ def swept(checkpoint, tmp_path_factory):
         f"document.path={checkpoint}/text.txt",
         f"results_dir={root}",
     ]
-    printed = ""
-    for recipes in ("q4_0", "polykv,vllm_4bit_nc,turboquant_3bit"):
-        command = [sys.executable, str(REPO / "run.py"), *BASE, *own, f"recipe={recipes}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO)
-        assert done.returncode == 0, done.stderr
-        printed, progress = done.stdout, done.stderr
-    return root, printed, progress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("analysis.__main__.show", lambda *shown: 0)
+        assert run_py(*BASE, *own, "recipe=q4_0").returncode == 0
+    done = run_process(*BASE, *own, "recipe=polykv,vllm_4bit_nc,turboquant_3bit")
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout, done.stderr
 
 
 def test_the_screen_shows_every_recipe_that_was_asked_and_no_other(swept):

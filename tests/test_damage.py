@@ -221,7 +221,7 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
     return bool(far and (interval is None or not interval[0] <= 0 <= interval[1]))
 
 
-SLOW = {"handoff_accuracy, cards after the first"}
+SLOW = {"handoff_accuracy", "handoff_accuracy, cards after the first", "controller_ablation"}
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,9 @@ def answer_rows(answers: list[list[str]], references: list[list[str]]) -> Rows:
 
         def documents(self, cfg):
             asked = Question("Q:", None, "Q")
-            ids = [
-                torch.full((1, 9), number) for number in range(len(answers))
-            ]  # texts that differ
             return [
-                Document("text", one, 6, (asked,) * len(of))
-                for one, of in zip(ids, answers, strict=True)
+                Document("text", torch.full((1, 9), number), 6, (asked,) * len(of))
+                for number, of in enumerate(answers)
             ]
 
     overrides = [f"answers={len(answers)}", f"n_agents={len(answers[0])}", "scorer=minilm"]

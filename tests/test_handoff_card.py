@@ -221,6 +221,7 @@ def test_append_refuses_other_tokens_and_other_precision(model, tokenizer, ids):
         card.append(cache, ids[:64], model, tokenizer, "uniform", 3.0)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_continues_token_identically(checkpoint, llama, tokenizer, tmp_path):
     path = tmp_path / "card.safetensors"
     ids = tokenizer(TEXT[:300], return_tensors="pt").input_ids[0]

@@ -319,6 +319,7 @@ def test_agents_that_read_in_place_answer_as_with_torch():
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_triton.py")

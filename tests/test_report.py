@@ -101,6 +101,7 @@ def test_hostile_text_adds_no_markup(plain, tmp_path):
     assert "<img src=x>.json" in found.text[""]
 
 
+@pytest.mark.slow
 def test_same_input_gives_the_same_bytes_in_another_process(plain, tmp_path):
     """Whose sets, for one, are in another order."""
     root, _ = plain
@@ -189,6 +190,7 @@ def test_a_cell_in_two_folders_counts_once_and_the_newest_counts(tmp_path):
     assert len(load(old, write(tmp_path / "more", paper_memory(("full",)))).cells) > len(made)
 
 
+@pytest.mark.slow
 def test_packed_folders_give_the_same_page(plain, tmp_path):
     root, _ = plain
     pack(root)

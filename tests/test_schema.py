@@ -108,7 +108,7 @@ ABOUT = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(VALUES[float], ABOUT), min_size=1, max_size=5))
 def test_what_is_written_is_read(tmp_path_factory, observed):
     rows = Rows(SCORES)

@@ -34,6 +34,7 @@ def test_a_codec_that_is_none_is_refused_before_it_is_called(target):
             Recipe.from_config(OmegaConf.create({"name": "mine", **cfg}))
 
 
+@pytest.mark.slow
 def test_the_library_imports_neither_hydra_nor_wandb():
     code = (
         "import pkgutil, sys, importlib, polykv\n"

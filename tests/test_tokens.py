@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import polykv
-from analysis.load import load
-from polykv import cellfile, config, gguf, shipped, windows
+from experiments.session import Session
+from polykv import config, gguf, shipped, windows
 from polykv.documents import load_documents
 from polykv.errors import PolyKVError
 from polykv.evaluation import memory
@@ -29,7 +29,6 @@ from polykv.handoff.tasks import Task
 from polykv.models import ModelSource
 from polykv.pool import prefill
 from polykv.recipe import load_recipe
-from polykv.results import Rows, Store, load_rows
 from polykv.tokens import encode, opening
 
 EOS, BOS, MASK = 0, 1, 2  # ids; MASK stands for a second token before a text, as GLM has one
@@ -237,28 +236,8 @@ def cell(folder, text, *overrides):
 
 def test_rows_say_whether_bos_was_read_and_how_long_the_text_is(folder):
     module, settled = cell(folder, "short")
-    rows = module.run(settled)
+    rows = module.run(settled, Session())
     assert {(row["bos"], row["context_tokens"]) for row in rows} == {(True, 201)}
-
-
-def test_older_cells_without_the_column_are_read_and_others_hold_true_or_false(tmp_path):
-    whole = Rows(model="x", bos=True)
-    whole.add("perplexity", 2.5, "ppl")
-    older = {name: value for name, value in whole[0].items() if name != "bos"}
-    rows = {"older": older, "one": whole[0], "none": whole[0] | {"bos": None}}
-    for name, row in {**rows, "no": whole[0] | {"bos": False}}.items():
-        Store(tmp_path).write("cells", name, {}, [row])
-    frame, damaged = load_rows(tmp_path)
-    found = dict(zip(frame.cell, frame.bos, strict=True))
-    assert found == {"older": None, "one": True, "none": None, "no": False} and damaged == []
-    assert set(load(tmp_path).rows.bos) == {"", "True", "False"}
-    path = Store(tmp_path).path("cells", "one")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["rows"][0]["bos"] = "yes"
-    content["digest"] = cellfile.digest(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(cellfile.DamagedCell, match="bos"):
-        cellfile.read(path)
 
 
 # Positions: of what was tokenised, not of what was set
@@ -272,7 +251,7 @@ def test_a_whole_text_beyond_the_positions_is_refused_before_a_run(folder):
 
 def test_all_positions_can_be_used_with_bos_among_them(folder):
     module, settled = cell(folder, "long", "context=256", "prefix_fraction=0.5")
-    assert {row["context_tokens"] for row in module.run(settled)} == {256}
+    assert {row["context_tokens"] for row in module.run(settled, Session())} == {256}
 
 
 def test_scoring_beyond_the_positions_is_refused(llama):

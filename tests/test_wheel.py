@@ -76,6 +76,7 @@ def wheel(tmp_path_factory):
     return folder / "unpacked"
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
     recipes = len(list((REPO / "conf" / "recipe").glob("*.yaml")))
     program = PROGRAM.format(absent=ABSENT, recipes=recipes, wheel=str(wheel))
@@ -94,6 +95,7 @@ def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
     assert run.stdout.split()[-1] == str(wheel / "polykv" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_every_file_of_the_library(wheel):
     def files(folder, pattern):
         return {path.relative_to(folder) for path in folder.rglob(pattern)}
