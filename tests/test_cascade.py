@@ -372,7 +372,7 @@ def test_what_cannot_be_read_is_refused(pool, llama):
     two = SharedKVPool.from_layers(
         [tuple(torch.randn(2, 2, 2, 10, 8))], load_recipe("full"), backend="torch"
     )
-    with pytest.raises(PolyKVError, match="a batch of 2"):
+    with pytest.raises(PolyKVError, match="batch size 2"):
         two.reader(2)
 
 

@@ -18,25 +18,28 @@ BASE = ["experiment=compare", "model=local", "document=file", "context=64", "n_d
         "n_agents=2", "answers=1", "max_new_tokens=4", "device=cpu"]  # fmt: skip
 
 
+SECOND = "recipe=polykv,vllm_4bit_nc,turboquant_3bit"
+
+
 @pytest.fixture(scope="module")
-def swept(checkpoint, tmp_path_factory):
+def own(checkpoint):
+    return [*BASE, f"model.path={checkpoint}", f"document.path={checkpoint}/text.txt"]
+
+
+@pytest.fixture(scope="module")
+def swept(own, tmp_path_factory):
     """Two sweeps in one folder, and what the second printed."""
     root = tmp_path_factory.mktemp("compare")
-    own = [
-        f"model.path={checkpoint}",
-        f"document.path={checkpoint}/text.txt",
-        f"results_dir={root}",
-    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("analysis.__main__.show", lambda *shown: 0)
-        assert run_py(*BASE, *own, "recipe=q4_0").returncode == 0
-    done = run_process(*BASE, *own, "recipe=polykv,vllm_4bit_nc,turboquant_3bit")
+        assert run_py(*own, "recipe=q4_0", f"results_dir={root}").returncode == 0
+    done = run_py(*own, SECOND, f"results_dir={root}")
     assert done.returncode == 0, done.stderr
-    return root, done.stdout, done.stderr
+    return root, done.stdout
 
 
 def test_the_screen_shows_every_recipe_that_was_asked_and_no_other(swept):
-    _, printed, _ = swept
+    _, printed = swept
     head = next(i for i, line in enumerate(printed.splitlines()) if line.startswith("recipe"))
     table = printed.splitlines()[head : head + 5]
     assert [line.split()[0] for line in table[2:]] == ["vllm_4bit_nc", "polykv", "turboquant_3bit"]
@@ -46,7 +49,7 @@ def test_the_screen_shows_every_recipe_that_was_asked_and_no_other(swept):
 
 
 def test_every_value_on_the_screen_is_that_of_the_rows(swept):
-    root, printed, _ = swept
+    root, printed = swept
     rows = load(root).rows
     line = next(line for line in printed.splitlines() if line.startswith("turboquant_3bit"))
     mine = rows[rows["recipe"] == "turboquant_3bit"]
@@ -60,13 +63,14 @@ def test_every_value_on_the_screen_is_that_of_the_rows(swept):
     assert f"{100 * np.expm1(mean['nll_delta']):+.2f}" in line
 
 
-def test_progress_names_cell_and_phase_in_a_pipe(swept):
-    _, _, progress = swept
+@pytest.mark.slow
+def test_progress_names_cell_and_phase_in_a_pipe(own, tmp_path):
+    progress = run_process(*own, SECOND, f"results_dir={tmp_path}").stderr
     assert re.search(r"cell 1/3, .*document", progress) and "3 of 3 cells finished" in progress
 
 
 def test_answers_can_be_read(swept):
-    root, _, _ = swept
+    root, _ = swept
     pages = list((root / "answers").glob("*.md"))
     text = "".join(page.read_text() for page in pages)
     for said in ("uncompressed", "polykv", "vllm_4bit_nc", "turboquant_3bit", "q4_0"):
