@@ -134,6 +134,7 @@ def test_every_experiment_is_of_a_study():
     assert {study_of(path) for path in EXPERIMENTS} == set(studies())
 
 
+@pytest.mark.slow
 def test_packed_results_are_drawn_on_their_studys_page(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPO / "docs")
     pages = importlib.import_module("pages")
@@ -184,6 +185,7 @@ def test_links_in_the_repository_lead_to_files(name):
     assert not [link for link in own if not (REPO / link).exists()]
 
 
+@pytest.mark.slow
 def test_every_command_in_the_documents_composes():
     commands = typed_commands()
     assert len(commands) > len(EXPERIMENTS)

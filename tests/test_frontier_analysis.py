@@ -100,6 +100,7 @@ def root(tmp_path_factory):
     return all_cells(tmp_path_factory.mktemp("frontier"))
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_is_written(root):
     names = [*frontier.TABLES, *scaling.TABLES, *frontier.FIGURES, *scaling.FIGURES]
     assert main(["--results", str(root), "--only", ",".join(dict.fromkeys(names))]) == 0

@@ -274,6 +274,7 @@ def test_a_second_backend_is_a_route_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_every_table_and_figure_renders_and_is_none_without_rows(name, rows):
     shown = table(name, rows)
     assert shown.name == name and shown.rows

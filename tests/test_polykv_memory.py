@@ -190,6 +190,7 @@ def test_published_points_are_drawn_open_and_only_beside_their_own_model(tmp_pat
 
 
 @pytest.mark.parametrize("n_recipes", [2, 14])
+@pytest.mark.slow
 def test_a_legend_holds_many_recipes_and_long_names_inside_the_figure(tmp_path, n_recipes):
     suffix = "+exempt.first_layers=2+exempt.last_layers=2+exempt.recent=128+key.bits=8"
     grid = product(range(n_recipes), (256, 512), (3, 5))
@@ -265,6 +266,7 @@ def test_an_interval_that_the_answers_cannot_support_is_not_drawn(tmp_path, n_ag
     plt.close(found.canvas)
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_says_where_its_rows_come_from(rows):
     for name in ("polykv_memory", "polykv_ratio", "polykv_quality"):
         assert "(reference weights)" in table(name, rows).caption, name

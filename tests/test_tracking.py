@@ -219,6 +219,7 @@ def test_wandb_without_a_key_keeps_the_run_offline(wandb_home, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wandb_with_a_key_but_no_server_goes_on_offline(wandb_home):
     # In a process of its own, since wandb remembers who is logged in.
     code = """if True:
