@@ -139,10 +139,8 @@ def test_edited_cards_are_refused_or_work_behind_the_digest(model):
         lines.append(check_card(content, model))
 
     check()
-    behind = [
-        line for line in lines if line is None or "inconsistent" in line or "geometry" in line
-    ]
-    assert len(behind) > 40  # of 200; by flipped bytes alone it is none
+    # A card that still works shows that digests are right: by flipped bytes alone none would.
+    assert lines.count(None) > 10
 
 
 FORBIDDEN = (
