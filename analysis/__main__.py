@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(root: str, study: str, cells: Sequence[str], preset: str = "") -> int:
-    """What run.py ends with: `after_sweep`, its errors and warnings as lines; the exit code."""
+    """Run `after_sweep` for run.py: print errors and warnings as lines, return the exit code."""
     return _exit_code(partial(after_sweep, Path(root), study, cells, preset))
 
 
@@ -59,7 +59,7 @@ def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
 
 
 def _pack(argv: list[str]) -> tuple[str, ...]:
-    """Pack a folder's cells; the damaged ones."""
+    """Pack a folder's cells; return the names of damaged ones."""
     folder = _folder(argv, "pack", "All cells of a results folder in two files, for git.")
     n_cells, damaged = archive.pack(folder)
     print(f"{n_cells} cells: {folder / archive.ROWS}, {folder / archive.CELLS}")
@@ -85,7 +85,7 @@ COMMANDS: dict[str, Callable[[list[str]], tuple[str, ...]]] = {
 
 
 def _render(argv: list[str]) -> tuple[str, ...]:
-    """Write tables and figures; the damaged cells."""
+    """Write tables and figures; return the names of damaged cells."""
     parser = argparse.ArgumentParser(
         "python -m analysis",
         description=__doc__.splitlines()[0],
@@ -111,7 +111,7 @@ def _render(argv: list[str]) -> tuple[str, ...]:
 
 
 def after_sweep(root: Path, study: str, cells: Sequence[str], preset: str = "") -> tuple[str, ...]:
-    """Write what the study is shown in, and print the table of these cells; the damaged cells.
+    """Write the study's tables and figures and print the table of these cells; return the damaged cells.
 
     Raises:
         PolyKVError: not one of the cells can be read.
@@ -129,7 +129,7 @@ def after_sweep(root: Path, study: str, cells: Sequence[str], preset: str = "") 
 
 
 def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
-    """Tables, texts and lines of these names."""
+    """Print the tables, texts and lines of these names."""
     width = shutil.get_terminal_size((100, 24)).columns
     for name in names:
         if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
@@ -153,7 +153,7 @@ def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
 
 
 def _say_published(rows: pd.DataFrame, root: Path) -> None:
-    """How many published figures are of these models, and where they stand beside what was measured."""
+    """Print how many published figures are of these models, and the file that compares them."""
     for paper in PAPERS:
         found = published.of_models(paper, rows["model"])
         file = root / "tables" / f"published_{paper}.md"
@@ -178,7 +178,7 @@ def _chosen(option: str, text: str, known: tuple[str, ...] | list[str]) -> list[
 def _write(
     results: Results, root: Path, only: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, str]:
-    """Write the tables, figures and texts of these names; why a figure could not be drawn, by name."""
+    """Write the tables, figures and texts of these names; return, by name, why a figure could not be drawn."""
     undrawn = {}
     rows, tables, pictures = results.rows, root / "tables", root / "figures"
     try:
@@ -203,14 +203,14 @@ def _write(
 
 
 def _write_table(rows: pd.DataFrame, name: str, tables: Path, kinds: Sequence[str]) -> None:
-    """What was not run has no table."""
+    """Write a table in all formats; nothing where the study was not run."""
     if table := pieces("TABLES")[name](rows):
         for kind in filter(WRITERS.get, kinds):
             (tables / f"{name}.{kind}").write_text(WRITERS[kind](table), encoding="utf-8")
 
 
 def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> str:
-    """The figure, and beside it its caption for LaTeX; or why it cannot be drawn. What was not run has none."""
+    """Write a figure and its LaTeX caption; return why it cannot be drawn, or ""."""
     drawn = pieces("FIGURES")[name](rows) if kinds else None
     if isinstance(drawn, Picture):
         save(drawn.canvas, pictures / name, kinds)

@@ -1,4 +1,4 @@
-"""What fits, how fast it decodes, and where sharing pays, from `capacity`. Computed, and said so."""
+"""Table and figure of `capacity`: how many agents fit, how fast they decode, and when sharing pays. Computed."""
 
 from collections.abc import Iterator
 
@@ -71,7 +71,7 @@ CHECKED = (
 
 
 def table(rows: pd.DataFrame) -> Table:
-    """What fits and how fast it is; what was measured beside what is computed for it; the inputs."""
+    """Capacity and speed by device, measured rows beside computed ones, and the inputs with their sources."""
     rows = newest(rows)
     lines = [*_capacity_lines(rows), *_measured_lines(rows), *_input_lines(rows)]
     columns = [
@@ -105,7 +105,7 @@ def _whole(number: float, row: Row) -> str:
 
 
 def _capacity_lines(rows: pd.DataFrame) -> Iterator[Row]:
-    """A line a device, reader and recipe; a section for each setting and number of agents of a document."""
+    """One line per device, reader and recipe; one section per setting and number of agents per document."""
     speeds, apart = steps(rows), swept(rows)
     about = [*SETTING, "suffix_tokens", *apart]
     counted = rows[rows["metric"] == "max_documents"]
@@ -132,14 +132,14 @@ def _capacity_lines(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def _where(frame: pd.DataFrame, columns: Row) -> pd.DataFrame:
-    """The rows that have these values."""
+    """The rows whose columns have these values (None: missing)."""
     for name, wanted in columns.items():
         frame = frame[frame[name].isna() if wanted is None else frame[name] == wanted]
     return frame
 
 
 def _capacity_line(rows: pd.DataFrame, speeds: pd.DataFrame, n_agents: int) -> Row:
-    """Steps and documents are of `n_agents`; footnotes stand only where there is nothing."""
+    """The cells of one line; steps and documents are for `n_agents` agents."""
 
     def at(metric: str, n: int | None = None) -> Value:
         return single(_where(rows, {"metric": metric} | ({} if n is None else {"n_agents": n})))
@@ -168,7 +168,7 @@ def _ratio(own: Value, unshared: Value) -> Value:
 
 
 def _measured_lines(rows: pd.DataFrame) -> Iterator[Row]:
-    """What `concurrency` measured, and what the formulas give for it."""
+    """Bytes and steps measured by `concurrency` beside what the formulas give for them."""
     if "synthetic" not in rows:
         return
     rows = with_threads(rows[rows["synthetic"].notna()])
@@ -187,7 +187,7 @@ def _measured_lines(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def _measured_line(rows: pd.DataFrame) -> Row:
-    """Bytes in MB, whether each accounting is within what is allowed, and the bandwidth that a step would have had."""
+    """Measured and computed bytes in MB, whether they agree within the tolerance, and the implied bandwidth in GB/s."""
     found: dict[tuple[str, str], Value] = {}
     agrees = []
     for accounting in ("stored", "resident"):
@@ -220,7 +220,7 @@ def _measured_line(rows: pd.DataFrame) -> Row:
 
 
 def _input_lines(rows: pd.DataFrame) -> Iterator[Row]:
-    """Each figure that goes in, with its source; what was assumed for all devices once."""
+    """The inputs with their sources; assumptions that hold for all devices are listed once."""
     inputs = rows[rows["source"] == "input"]
     ours = inputs["assumed"] == "assumption"
     inputs = inputs.assign(device=inputs["device"].mask(ours, ANY))
@@ -257,7 +257,7 @@ def _caption(rows: pd.DataFrame) -> str:
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest rows of each line; what unshared caches do is the same under every recipe."""
+    """The newest rows of each line; rows of unshared caches are taken once, as they are the same under every recipe."""
     unshared = (rows["reader"] == "unshared") & rows["suffix_tokens"].notna()
     rows = rows.assign(recipe=rows["recipe"].mask(unshared, ANY))
     rows = rows.sort_values(["created_at", "cell"], kind="stable")
@@ -274,14 +274,14 @@ def devices(rows: pd.DataFrame) -> list[str]:
 
 
 def rank(kind: Kind) -> tuple[int, int, str]:
-    """Readers and recipes in the order in which they are shown."""
+    """Sort key: readers, then recipes, in the order in which they are shown."""
     reader, recipe = kind
     place = RECIPES.index(recipe) if recipe in RECIPES else len(RECIPES)
     return READERS.index(reader), place, recipe
 
 
 def steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line a computed decode step: ms, tokens per second of all agents, the weights' share in percent.
+    """One line per computed decode step: ms, tokens per second of all agents, the weights' share in percent.
 
     One that does not fit has no numbers, and in `note` why.
     """
@@ -299,7 +299,7 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
 
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
-    """Panels of devices under each model; lines by reader and recipe, dotted for more own tokens."""
+    """Tokens per second by agents: one panel per device and model, one line per reader and recipe."""
     used = newest(rows)
     speed = steps(used)
     if not speed["throughput"].notna().any():
@@ -326,7 +326,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
 def _lines_of_panels(
     order: list[str], speed: pd.DataFrame
 ) -> Iterator[tuple[str, list[str], pd.DataFrame]]:
-    """Heading, devices and rows of each line of panels; the heading stands over the first of its lines."""
+    """Heading, devices and rows of each row of panels; only the first row of a setting has a heading."""
     about = [*SETTING, *swept(speed)]
     for key, mine in speed.groupby(about, dropna=False):
         run = named(about, key)
@@ -352,7 +352,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
 
 
 def _share(panels: list[Axes], rows: pd.DataFrame) -> None:
-    """One range of agents and of tokens per second for panels that stand side by side."""
+    """Give panels in one row the same axis ranges."""
     for place, ax in enumerate(panels):
         ax.set_xscale("log")
         ax.set_yscale("log")
@@ -378,7 +378,7 @@ def _short(number: float, _: int) -> str:
 
 
 def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
-    """Kind, own tokens and spots of each line, for the fewest own tokens, and for the most under in_place.
+    """(kind, own tokens, rows) of each line: all kinds at the fewest own tokens, in_place also at the most.
 
     Without sharing it is the same however many are an agent's own. Not drawn: a pool of full precision that
     everybody copies again.
@@ -394,7 +394,7 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
 
 
 def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
-    """Inject lies on unshared, and often a recipe's in_place on that of the full cache: thin on thick."""
+    """Colour and width of a line; lines that coincide, such as dequantize and unshared, differ in width."""
     reader, recipe = kind
     if reader == "in_place":
         shared = style.colours(recipe for reader, recipe in kinds if reader == "in_place")

@@ -63,7 +63,7 @@ class Claim:
 
 
 def decided(holds: bool, fails: bool) -> str:
-    """The verdict where the numbers show that a claim holds, that it fails, or neither."""
+    """The verdict from whether the numbers show that a claim holds, or that it fails; INCONCLUSIVE for neither."""
     return REPRODUCED if holds else NOT_REPRODUCED if fails else INCONCLUSIVE
 
 
@@ -127,7 +127,7 @@ def studies_of(module: str) -> tuple[str, ...]:
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """The claims of both papers, paper by paper, those that no row speaks to among them."""
+    """The claims of both papers with their verdicts, including those that were not measured."""
     found = []
     for name, module in modules().items():
         if hasattr(module, "CLAIMS"):
@@ -137,7 +137,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
 
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """What the studies that were run say of our own questions, by heading."""
+    """Findings on our own questions from the studies that were run, by heading."""
     found = {}
     for name, module in modules().items():
         if hasattr(module, "FINDINGS"):

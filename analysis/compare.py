@@ -1,4 +1,4 @@
-"""Recipes side by side: a line for each recipe and setting, and which of them the documents tell apart."""
+"""Recipes side by side: one line per recipe and setting, and which recipes differ significantly."""
 
 from collections.abc import Sequence
 
@@ -116,7 +116,7 @@ def _figure(part: pd.DataFrame, name: str) -> Value:
 
 
 def _reader_floors(found: pd.DataFrame) -> str:
-    """What each reader costs without any recipe, at most over the settings; no line's differences include it."""
+    """The largest difference that each reader makes on an uncompressed cache; the table's differences exclude it."""
     floors = found[found["metric"].str.startswith("reader_floor_")]
     said = []
     for reader, part in floors.groupby("floor_of", sort=False):
@@ -133,14 +133,14 @@ def _reader_floors(found: pd.DataFrame) -> str:
 
 
 def _order(line: dict) -> tuple:
-    """By setting; the baseline first, then from the most stored bits to the fewest."""
+    """Sort key: by setting, the baseline first, then from the most stored bits to the fewest."""
     place = [str(line[name]).zfill(8) for name in SWEPT if name != "reader"]
     bits = line["stored_bits"].value or 0
     return (*place, line["recipe"] != BASELINE, -bits, line["recipe"], line["reader"])
 
 
 def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
-    """What all lines have in common."""
+    """The caption: the settings that all lines share."""
     one = found[found["recipe"] != BASELINE] if (found["recipe"] != BASELINE).any() else found
     said = {name: str(_whole(one[name].iloc[0])) for name in SWEPT if name not in vary}
     parts = [said.get("model", "several models")]
@@ -158,7 +158,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
 
 
 def separations(rows: pd.DataFrame) -> list[str]:
-    """Which recipes the documents tell apart, a line for each setting; where they cannot, what would."""
+    """One line per setting: which recipes differ significantly, and how many documents a tie would need."""
     found = tidied(rows)
     about = [*SETTING, *swept(found)]
     scored = samples_of(found, "kl", [*about, "recipe"])
@@ -203,7 +203,7 @@ def _tie(better: str, worse: str, found: PairedRatio) -> str:
 
 @styled
 def figure(rows: pd.DataFrame) -> Picture | str | None:
-    """Mean KL with its interval against stored bits, a panel for each text and context."""
+    """Mean KL with its interval against stored bits; one panel per text, context and reader."""
     found = tidied(rows)
     if found.empty:
         return None
@@ -246,7 +246,7 @@ def _spot(part: pd.DataFrame) -> tuple[float, Value] | None:
 
 
 def _whole(value: object) -> object:
-    """What is missing as None."""
+    """pd.NA as None."""
     return None if value is pd.NA else value
 
 

@@ -116,7 +116,7 @@ def _speed(number: float, row: Row) -> str:
 
 
 def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
-    """One line of `measure` a reader, with its intervals where it has them."""
+    """Draw one line of `measure` per reader, with intervals where there are any."""
     for who, by_agents in lines.items():
         if spots := _spots(by_agents, measure):
             at, found = zip(*spots, strict=True)
@@ -131,13 +131,13 @@ def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
 
 
 def _spots(by_agents: dict[int, dict[str, Value]], measure: str) -> list[tuple[int, Value]]:
-    """Number of agents and value, of those that have one."""
+    """(number of agents, value) where there is a value."""
     found = ((n, measured[measure]) for n, measured in by_agents.items())
     return [(n, value) for n, value in found if value.value is not None]
 
 
 def _look(who: Who) -> dict[str, object]:
-    """Unshared and dequantized caches nearly coincide: the later line is thinner, so that both show."""
+    """Colour and width of a reader's line; dequantize nearly coincides with unshared and is drawn thinner."""
     tint = style.SKY if who == Who("in_place", "torch") else style.READERS[who.reader][1]
     thin = 0.7 if who.reader == "dequantize" else 1.0
     return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
@@ -151,7 +151,7 @@ def _name(who: Who, lines: Lines) -> str:
 
 
 def _runs(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of what is compared with each other, and its title."""
+    """(title, rows) of each group of rows that are compared with each other."""
     rows = with_threads(rows)
     about = [*RUN, "synthetic", "context_tokens", "recipe", "n_threads"]
     for key, part in rows.groupby(about, dropna=False):
@@ -161,7 +161,7 @@ def _runs(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def with_threads(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, those of a cell that were not timed under the number of threads of those that were."""
+    """The rows, with the number of threads of a cell's timed rows on its other rows too."""
     return rows.assign(n_threads=rows.groupby("cell")["n_threads"].transform("max"))
 
 
@@ -182,7 +182,7 @@ def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:
 
 
 def _against(unshared: dict[str, Value], measured: dict[str, Value]) -> Row:
-    """How many times less memory, and faster, than unshared caches in the same cell."""
+    """Memory and step time relative to unshared caches in the same cell."""
     line = {}
     for name, measure in (("smaller", "resident"), ("faster", "step")):
         base, own = unshared.get(measure, Value(None)), measured[measure]
@@ -193,14 +193,14 @@ def _against(unshared: dict[str, Value], measured: dict[str, Value]) -> Row:
 
 
 def _describe(rows: pd.DataFrame) -> str:
-    """What was measured, with the number of steps timed of a reader as n."""
+    """`render.describe` with the number of timed steps per reader as n."""
     steps = rows[rows["metric"] == "step_time"]
     n = steps.groupby(["cell", "reader", "backend"])["sample"].transform("count").astype("Int64")
     return describe(rows.assign(n=n))
 
 
 def _published(rows: pd.DataFrame) -> str:
-    """The published gigabytes of a pool that these rows measure too: same model, agents and length."""
+    """The published GB for the same model, agents and length as these rows, as a sentence."""
     measured = rows[["model", "n_agents", "context_tokens"]].drop_duplicates()
     texts = [
         f"{f.value.value:.3f} GB ({f.policy}, {f.n_agents} agents, {f.prefilled_tokens:,} tokens)"

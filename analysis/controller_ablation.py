@@ -1,4 +1,4 @@
-"""Which signals of the controller earn their bits, once their many comparisons are corrected for.
+"""Ablation of the controller: which signals beat uniform bits after correction for multiple comparisons.
 
 The question is ours: QKVShare names the ablation as future work and publishes no KL divergence.
 """
@@ -45,7 +45,7 @@ def sides() -> dict[str, str]:
 
 
 def lines_of(rows: pd.DataFrame) -> list[Row]:
-    """What was ablated: its signals and setting, its KL, and by how much that is above each baseline's."""
+    """One line per ablated policy: signals, setting, KL, and its difference to each baseline."""
     found = ordered(rows[rows["metric"] == "kl"])
     found = found.sort_values(["tiers", "reseal"], kind="stable")
     mine = found[found["baseline"] == ""]
@@ -62,7 +62,7 @@ def lines_of(rows: pd.DataFrame) -> list[Row]:
 
 
 def signals(line: Row, short: bool = False) -> str:
-    """What a policy does: its signals, and alpha where it matters; `short`: the published sides by their names."""
+    """The policy's signals as text, weighted by alpha where both sides count; `short` names the published sides."""
     names = {joined: side for side, joined in sides().items()} if short else {}
     weighed = [(line["alpha"], line["importance"]), (1 - line["alpha"], line["demand"])]
     parts = [(weight, names.get(side, side)) for weight, side in weighed if weight and side]
@@ -240,13 +240,13 @@ def _counts(found: Sequence[Comparison]) -> str:
 
 
 def _corrected(found: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """Those that are better and those that are worse after Holm over all of `found`."""
+    """(better, worse) comparisons after Holm over all of `found`."""
     sure = [c for c, p in zip(found, holm([c.p for c in found]), strict=True) if p < ALPHA]
     return [c for c in sure if c.apart.value < 0], [c for c in sure if c.apart.value > 0]
 
 
 def _ahead(found: Sequence[Comparison]) -> Iterator[str]:
-    """The signals that are better most often, by resealing: chosen after the fact, so that it is no finding."""
+    """The signals that are better most often, by resealing; selected after the fact, so not a finding."""
     wins = Counter(c.signals for c in found if c.better)
     for name in [name for name, count in wins.items() if count == max(wins.values())]:
         mine = [c for c in found if c.signals == name]
@@ -265,7 +265,7 @@ def _ahead(found: Sequence[Comparison]) -> Iterator[str]:
 
 
 def _published(found: Sequence[Comparison]) -> Iterator[str]:
-    """The controller as published, its own settings the family: it was named before any was measured."""
+    """The controller as published, with Holm over its own settings: it was chosen before measuring."""
     if not found:
         return
     better, worse = _corrected(found)

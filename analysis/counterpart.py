@@ -292,7 +292,7 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
 
 
 def _time(figure: Figure, rows: pd.DataFrame) -> Counterpart:
-    """The stages of ours that the published time holds, added up in each repeat."""
+    """Our stages that the published time contains, summed in each repeat."""
     stages = HOLDS[figure.metric]
     policy, bits = figure.controller
     transport = TRANSPORT.get(figure.policy, "memory")
@@ -333,7 +333,7 @@ def _of(rows: pd.DataFrame, studies: Sequence[str], metric: str = "") -> pd.Data
 def _of_model(
     figure: Figure, found: pd.DataFrame, keep: Callable[[pd.DataFrame], pd.DataFrame]
 ) -> pd.DataFrame:
-    """What `keep` leaves of the figure's own model; where nothing, one other model's, on one device."""
+    """The rows of the figure's own model that `keep` selects; if none, those of one other model on one device."""
     own = found["model"].map(partial(published.same_model, figure.model)).astype(bool)
     mine = keep(found[own])
     mine = mine if len(mine) else found[~own]

@@ -1,4 +1,4 @@
-"""Recipes at equal stored bits: the ranks that documents leave open, the Pareto front, and which recipe is better.
+"""Recipes at equal stored bits: ranks with their ties, the Pareto front, and tests between pairs of recipes.
 
 All of it from compare's rows. Seeds, which draw rotations and the generator's documents, are taken together.
 """
@@ -148,7 +148,7 @@ def perplexity_ratio(rows: pd.DataFrame) -> Value:
 
 
 def scores(rows: pd.DataFrame, together: bool = False) -> pd.DataFrame:
-    """The rows of compressed caches' scores and bits: of agents that scored `together`, or of a reader alone."""
+    """Rows of scores and bits of compressed caches, either of agents that scored `together` or of single readers."""
     crowds = rows.loc[rows["metric"] == "agent_spread", "cell"].unique()
     aside = rows["metric"].isin([*ANSWERS, "kv_memory"]) | (rows["recipe"] == BASELINE)
     return rows[~aside & (rows["cell"].isin(crowds) == together)]
@@ -157,7 +157,7 @@ def scores(rows: pd.DataFrame, together: bool = False) -> pd.DataFrame:
 def by_setting(
     rows: pd.DataFrame, setting: Sequence[str] = SETTING
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """What was measured alike but for recipe, seed and number of agents, under a heading each."""
+    """(heading, rows) of each setting; within one, rows differ in recipe, seed and number of agents only."""
     apart = [name for name in (*APART, *swept(rows)) if name not in UNSCORED]
     apart = [name for name in apart if rows[name].nunique() > 1]
     for key, part in rows.groupby([*setting, *apart], dropna=False):
@@ -169,12 +169,12 @@ def by_setting(
 
 
 def composed(rows: pd.DataFrame) -> pd.Series:
-    """Whether a row's recipe is one of key bits by value bits."""
+    """Which rows are of a recipe composed of key bits and value bits (experiment=kv_asymmetry)."""
     return rows["key_bits"].notna() if "key_bits" in rows else pd.Series(False, rows.index)
 
 
 def compared(rows: pd.DataFrame) -> list[Comparison]:
-    """Each setting in which several recipes were measured."""
+    """The comparisons of all settings in which several recipes were measured."""
     found = scores(rows)
     each = [_compare(*setting) for setting in by_setting(found[~composed(found)])]
     return [comparison for comparison in each if len(comparison.standings) > 1]
@@ -205,7 +205,7 @@ def _ranked(mine: Standing, among: Sequence[Standing], pairs: Pairs) -> Standing
 
 
 def about(rows: pd.DataFrame) -> str:
-    """What scores were measured on, for a caption; n: scored tokens of a document."""
+    """What the scores were measured on, for a caption; n: scored tokens per document."""
     return describe(rows[rows["metric"] == "kl"])
 
 
@@ -222,7 +222,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def recipe_frontier(rows: pd.DataFrame) -> Table | None:
-    """Every recipe by mean KL, with the ranks that the tests leave open."""
+    """All recipes by mean KL, with ranks; a range of ranks is a tie."""
     lines = [
         {"section": found.heading, "recipe": s.recipe, "rank": s.rank}
         | {"front": "yes" if s.on_front else "no", "dominated": _some(s.dominated_by)}
@@ -248,7 +248,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
 
 
 def recipe_pairs(rows: pd.DataFrame) -> Table | None:
-    """By what factor one recipe's KL exceeds another's, and what the documents could have shown."""
+    """The ratio of KL for each pair of recipes, and the smallest ratio that would have been detected."""
     lines = [
         {"section": found.heading, "more": more, "less": less, "p": found.pairs.p[less, more],
          "ratio": Value(ratio.ratio, ratio.low, ratio.high), "detectable": ratio.detectable,
@@ -395,7 +395,7 @@ def _looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
 
 
 def findings(rows: pd.DataFrame) -> Mapping[str, list[str]]:
-    """Which recipe, by setting."""
+    """Findings for each setting: the Pareto front and the outcome of chosen pairs."""
     return {f"Which recipe: {found.setting}": _recipes(found) for found in compared(rows)}
 
 

@@ -63,7 +63,7 @@ COLUMNS = (
 
 
 def with_depth(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows in order, and what n_hops handoffs cost above the last one alone: `depth_working`, `depth_passing`."""
+    """The rows in order, with `depth_working`, `depth_passing`: KL after all handoffs less KL after the last alone."""
     once = rows[rows["metric"] == "kl_once"]
     deep = {"depth_working": "kl", "depth_passing": "kl_passing"}
     added = [less(rows[rows["metric"] == own], once, metric) for metric, own in deep.items()]
@@ -125,7 +125,7 @@ def _figures(mine: pd.DataFrame, absent: str = "") -> Row:
 
 
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row for each relay, policy, seed and extraction: `right` by problem, of its newest cell; `n`: how many."""
+    """One row per relay, policy, seed and extraction, from the newest cell: `right` by problem; `n`: how many."""
     found = rows[rows["metric"] == "answer_right"].sort_values("sample", kind="stable")
     about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
     lists = found.groupby([*about, "created_at", "cell"], dropna=False)["value"].agg(
@@ -215,7 +215,7 @@ def _heading(run: Row) -> str:
 
 
 def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
-    """A line with intervals for each policy, dashed for the exact one; the least value."""
+    """Draw one line with intervals per policy, dashed for fp16; return the least value."""
     least, found = np.inf, _spots(mine, measure)
     for place, (policy, spots) in enumerate(found.items()):
         shift = DODGE * (place - (len(found) - 1) / 2)
@@ -237,7 +237,7 @@ UNDECIDED = "; more problems (n_problems=) would tell"
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """One for each claim and each run (weights, problems, device) that has answers, else the command that would."""
+    """One claim per run (weights, problems, device) with answers, or the command that would measure it."""
     said = [f for f in published.load("qkvshare") if _is_accuracy(f) and f.controller[0] == CARD]
     hops, model = sorted({int(f.at) for f in said}), said[0].model.removesuffix("-instruct")
     answers = verdicts(rows) if len(rows) else rows
@@ -255,7 +255,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
 
 
 def _holds(mine: pd.DataFrame) -> tuple[str, str]:
-    """Against handing over fp16, on the same problems: depth costs both, the difference is the card's."""
+    """Accuracy against fp16 cards on the same problems, so that the cost of depth itself cancels."""
     found = _against(mine, EXACT)
     if not found:
         return NOT_MEASURED, "No card was run beside fp16; run experiment=handoff_accuracy."
@@ -306,7 +306,7 @@ def _against(mine: pd.DataFrame, other: str) -> list[Answers]:
 
 
 def _significant(found: Sequence[Answers]) -> list[int]:
-    """By how many answers the card is ahead, where McNemar's test says so after Holm over all of `found`."""
+    """How many more answers the card has right, for each comparison significant by McNemar after Holm."""
     p = holm([mcnemar(card, other)[2] for _, card, other in found])
     return [
         sum(card) - sum(other) for p, (_, card, other) in zip(p, found, strict=True) if p < ALPHA
@@ -314,7 +314,7 @@ def _significant(found: Sequence[Answers]) -> list[int]:
 
 
 def difference(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
-    """Points of accuracy that `one` has more, with Agresti and Min's 95 % interval (2005) for pairs.
+    """Points of accuracy that `one` has more than `other`, with Agresti and Min's 95 % interval (2005) for pairs.
 
     Half a problem is added to each cell, so that no difference at all among n still has a width.
     """

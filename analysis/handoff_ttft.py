@@ -43,7 +43,7 @@ MORE = "More repeats (repeats=) would tell"
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The times in order, and of each repeat of a card how many times sooner it was than re-prefill: `speedup`.
+    """The times in order, with `speedup` rows: re-prefill's time over the card's in each repeat.
 
     Re-prefill is that of the same cell and repeat, one after the other, so that a busy machine slows both.
     """
@@ -61,7 +61,7 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
-    """What was timed, by run, context and route: the line that names it, and its rows."""
+    """(line that names it, rows) for each run, context and route that was timed."""
     about = [*RUN, "document", "context_tokens", *ROUTE, *swept(found)]
     for key, mine in found.groupby(about, dropna=False, sort=False):
         line = named(about, key)
@@ -72,7 +72,7 @@ def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
 
 
 def _warned(timing: Value) -> Value:
-    """A timing with a footnote where its quartiles are too far apart to be believed."""
+    """The timing, with a footnote where its quartiles are so far apart that the machine was busy."""
     notes = (timing.note, spread_warning(timing.low, timing.high))
     return replace(timing, note="; ".join(filter(None, notes)))
 
@@ -120,7 +120,7 @@ def table(rows: pd.DataFrame) -> Table:
 
 
 def _losses(rows: pd.DataFrame, mine: pd.DataFrame) -> dict[str, Value]:
-    """Bits, KL divergence and perplexity of a route's card and reader, in which transport plays no part."""
+    """Bits, KL divergence and perplexity of a route's card and reader; they do not depend on the transport."""
     same = rows["cell"].isin(mine["cell"])
     for name in ("policy", "reader"):
         same &= rows[name] == mine[name].iloc[0]
@@ -132,7 +132,7 @@ def _describe(found: pd.DataFrame) -> str:
 
 
 def stages_table(rows: pd.DataFrame) -> Table:
-    """Where the time goes: the stages, and how nearly they add up to the total."""
+    """Milliseconds by stage, and their sum relative to the total."""
     found = timed(rows)
     lines: list[Row] = []
     said = [f for f in published.load("qkvshare") if f.table == "stages"]
@@ -216,7 +216,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
 
 
 def _by_name(mine: pd.DataFrame, transport: str) -> Routes:
-    """What was timed, by its name: the policy, how the card is read where not decoded, and the backend if several."""
+    """Times by route name: the policy, the reader where it is in place, and the backend if there are several."""
     found: Routes = {}
     for (policy, route), part in mine.groupby(["policy", "route"], sort=False):
         spots = [
@@ -323,7 +323,7 @@ def _stacked(ax: Axes, mine: pd.DataFrame, tints: Sequence[str]) -> None:
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """One for each claim and each run (weights, device) that was timed, else the command that would."""
+    """One claim per run (weights, device) that was timed, or the command that would measure it."""
     found = timed(rows) if len(rows) else rows
     if len(found):
         found = found[found["policy"] == CARD]
@@ -369,7 +369,7 @@ def _as_published(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str, str]:
-    """Milliseconds belong to a device that is not stated: the ratio is judged, and on a GPU only."""
+    """Judge the ratio of times, on a GPU only: the paper does not state its device, so milliseconds do not compare."""
     at = min(set(mine["context_tokens"]), key=lambda n: (abs(math.log(n / tokens)), n))
     got = _of_median(over_seeds(mine[mine["context_tokens"] == at], SPEEDUP.of))
     said = f"At {at:,} tokens, handed over in memory: {got.text('.3g')} times"
@@ -388,7 +388,7 @@ def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str
 
 
 def _of_median(got: Value) -> Value:
-    """The 95 % interval of a median of n repeats, from its quartiles: those are spread, whatever n is.
+    """The value with the 95 % interval of a median of n repeats, estimated from its quartiles.
 
     A normal median has 1.2533 standard deviations / sqrt(n) of error, and 1.349 of them between quartiles.
     """
@@ -429,7 +429,7 @@ def _by_quartiles(holds: bool, fails: bool, said: str) -> tuple[str, str]:
 
 
 def _speedups(mine: pd.DataFrame, tokens: int) -> dict[str, Value]:
-    """By route, how many times sooner than re-prefill."""
+    """Speedup over re-prefill by route."""
     at = mine[mine["context_tokens"] == tokens]
     return {route: over_seeds(of, SPEEDUP.of) for route, of in at.groupby("route", sort=False)}
 
@@ -439,7 +439,7 @@ def _said(got: dict[str, Value]) -> str:
 
 
 def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:
-    """By the quartiles of the published stages; of one that joins two of ours, of their sum in each repeat."""
+    """Compare quartiles of the published stages; where one joins two of ours, they are summed in each repeat."""
     at = mine["context_tokens"].max()
     mine = _as_published(mine[mine["context_tokens"] == at])
     took = {name: _sum_of(mine, ours) for name, ours in HOLDS.items() if name != "ttft"}

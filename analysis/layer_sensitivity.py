@@ -27,7 +27,7 @@ MEASURES = {
 
 
 def table(rows: pd.DataFrame) -> Table | None:
-    """Errors by layer beside the theory, and each layer's own damage."""
+    """Errors by layer beside those on Gaussian data, and the KL when one layer alone is compressed."""
     columns = [
         Column("layer_kl", "KL, this layer alone [95 %]", significant, interval=True),
         *(Column(f"error_{part}", f"{part} error", significant) for part in PARTS),
@@ -56,7 +56,7 @@ def measured(rows: pd.DataFrame, name: str) -> Value:
 
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Where the damage is, by setting."""
+    """Findings for each setting: which layers a recipe hurts most."""
     return {f"Where the damage is: {where}": _damage(mine) for where, mine in by_setting(rows)}
 
 
@@ -163,7 +163,7 @@ def _add_heads(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str]]:
-    """How far to the side each recipe's marks are, and its colour."""
+    """Horizontal offset and colour of each recipe's marks."""
     recipes = sorted(set(rows["recipe"]))
     tints, middle = style.colours(recipes), (len(recipes) - 1) / 2
     return {name: (0.05 * (place - middle), tints[name]) for place, name in enumerate(recipes)}

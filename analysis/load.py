@@ -39,7 +39,7 @@ Place = tuple[str, str]  # study and cell
 
 @dataclass(frozen=True)
 class Results:
-    """What the analysis works on.
+    """Rows and cells of one or several results folders.
 
     Attributes:
         rows: polykv.results.frame, and a column `set.NAME` for each setting that differs between cells of one line.
@@ -59,7 +59,7 @@ class Results:
 
 @contextmanager
 def drawing(root: Path) -> Iterator[None]:
-    """Held from reading the rows to the last figure: who draws last has then read the most.
+    """Lock a results folder from reading the rows to writing the last figure.
 
     Processes that share a folder all draw when they end; without it an early one's table can replace a later one's.
 
@@ -149,7 +149,7 @@ def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFra
 
 
 def _concerns(setting: str, recipe: str, policy: str) -> bool:
-    """Whether a line depends on the setting: on one of a recipe where it names one, of policies on its own only."""
+    """Whether a line depends on the setting: a recipe's needs a recipe, a policy's concerns its own lines only."""
     group, _, rest = setting.partition(".")
     if group == "policies":
         return rest.startswith(f"{policy}.")
@@ -157,12 +157,12 @@ def _concerns(setting: str, recipe: str, policy: str) -> bool:
 
 
 def swept(rows: pd.DataFrame) -> list[str]:
-    """The columns that `with_settings` added, of which these rows differ in some."""
+    """The columns added by `with_settings` in which these rows differ."""
     return [name for name in rows if name.startswith(SETTING) and rows[name].nunique() > 1]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted name -> value as text, of what no column tells."""
+    """Dotted name -> value as text, for the settings that have no column."""
     found = {}
     for key, value in flat(config).items():
         group, _, rest = key.partition(".")

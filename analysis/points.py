@@ -126,7 +126,7 @@ def having(found: Iterable[Point], *measures: str) -> list[Point]:
 
 
 def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> Value:
-    """The mean over seeds of what `reduce` makes of the rows of one; its interval is the hull of theirs."""
+    """The mean over seeds of `reduce` of each seed's rows; the interval is the hull of the seeds' intervals."""
     found = [reduce(part) for _, part in rows.groupby("seed", dropna=False)]
     present = [value for value in found if value.value is not None]
     if len(present) < 2:
@@ -143,7 +143,7 @@ def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> V
 
 
 def tidied(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows in the order of their making, those of one cell under one dtype and one reader.
+    """The rows by time of creation, with one dtype and one reader per cell.
 
     The reader whose floor a baseline's cell measured is kept in column `floor_of`; no backend reads unshared caches.
     """
@@ -156,7 +156,7 @@ def tidied(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, each under the dtype in which its cell scores; answers may come from another, which is added."""
+    """The rows with the dtype in which their cell scores; another dtype of its answers is added in brackets."""
     answers = rows["metric"].isin(ANSWERS)
     own, answered = (
         rows["dtype"].where(which).groupby(rows["cell"]).transform("first")
@@ -169,13 +169,13 @@ def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_cell(rows: pd.DataFrame, column: str) -> pd.Series:
-    """The column, where it is empty as the first row of the same cell that states it."""
+    """The column, with empty entries filled from the first row of the same cell that has one."""
     stated = rows[column].where(rows[column] != "")
     return stated.fillna(stated.groupby(rows["cell"]).transform("first")).fillna("")
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """By run, document, context and handoffs, then budget, and policies from exact to control; the newest last."""
+    """The rows sorted by run, document, context, handoffs, budget and policy (POLICIES), the newest last."""
     rank = (
         rows["policy"]
         .map(dict(zip(POLICIES, range(len(POLICIES)), strict=True)))
@@ -191,14 +191,14 @@ def counted(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def less(rows: pd.DataFrame, other: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows as `metric`, their values less those of `other` of the same cell and sample; without such: no row."""
+    """Rows of `metric`: values less those of `other` for the same cell and sample; unpaired rows are dropped."""
     theirs = other[["cell", "sample", "value"]].rename(columns={"value": "_theirs"})
     found = rows.merge(theirs, on=["cell", "sample"])
     return found.assign(metric=metric, value=found["value"] - found.pop("_theirs"))
 
 
 def named(names: Sequence[str], key: Sequence[object]) -> dict[str, object]:
-    """The values of a group's key by their columns; what is missing is None."""
+    """A group's key as column -> value, missing values as None."""
     return dict(zip(names, (None if pd.isna(one) else one for one in key), strict=True))
 
 
@@ -208,10 +208,10 @@ def run_text(run: Mapping[str, object]) -> str:
 
 
 def bits_text(bits: float | None) -> str:
-    """A budget."""
+    """A budget as text."""
     return "none" if bits is None or pd.isna(bits) else f"{bits:g} bits"
 
 
 def hops_text(n: float) -> str:
-    """A number of handoffs."""
+    """A number of handoffs as text."""
     return f"{n:g} handoff" + "s" * (n != 1)

@@ -38,7 +38,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def polykv_memory(rows: pd.DataFrame) -> Table | None:
-    """Published GB beside the same accounting here, and beside what is stored and resident; None without any."""
+    """Published GB beside ours in the same accounting, and beside stored and resident memory; None without rows."""
     found = having(points(rows), *MEMORY)
     if not found:
         return None
@@ -146,7 +146,7 @@ def described(rows: pd.DataFrame, *metrics: str) -> str:
 
 
 def decomposition(rows: pd.DataFrame) -> str | None:
-    """Every published kv_memory as tokens x bytes per token x agents, or over the ratio.
+    """How each published GB is computed: tokens x bytes per token x agents, or divided by the ratio for a pool.
 
     None where the models whose gigabytes are published were not run.
     """
@@ -277,6 +277,7 @@ def _draw(
 
 
 def beside(figures: Iterable[Figure], measure: str, found: Sequence[Point]) -> list[Figure]:
+    """The published figures that may be drawn beside these points."""
     return [f for f in figures if any(published.is_beside(f, measure, p) for p in found)]
 
 
@@ -289,6 +290,7 @@ def open_markers(canvas: Canvas, measure: str, found: Sequence[Point]) -> str:
 
 
 def grouped(found: Sequence[Point], key: Callable[[Point], Key]) -> dict[Key, list[Point]]:
+    """The points by key, in order of appearance."""
     groups: dict[Key, list[Point]] = {}
     for p in found:
         groups.setdefault(key(p), []).append(p)
@@ -296,12 +298,14 @@ def grouped(found: Sequence[Point], key: Callable[[Point], Key]) -> dict[Key, li
 
 
 def run_of(p: Point) -> str:
+    """Model, weights, device and dtype as a heading."""
     return f"{p.model} ({p.weights} weights), {p.device}, {p.dtype}"
 
 
 def draw_published(
     ax: Axes, figures: Sequence[Figure], recipes: Sequence[str], scale: float = 1
 ) -> None:
+    """Open markers: published values times `scale` against agents."""
     for recipe in dict.fromkeys(f.recipe for f in figures):
         mine = [(f.n_agents, f.value.value * scale) for f in figures if f.recipe == recipe]
         ax.plot(
@@ -310,13 +314,13 @@ def draw_published(
 
 
 def recipes_of(found: Sequence[Point]) -> list[str]:
-    """The names that lines of the whole figure are about, so that each looks alike in every panel."""
+    """The recipes in the whole figure, so that each has the same look in every panel."""
     names = (*lines_of(found, by_reader=False), *lines_of(found))
     return list(dict.fromkeys(name.removesuffix(SUFFIX) for name in names))
 
 
 def look_of(name: str, recipes: Sequence[str]) -> dict[str, object]:
-    """Later recipes are thinner and their markers smaller, so that equal ones still all show."""
+    """Look of a recipe's line; later ones are thinner with smaller markers, so that coinciding lines all show."""
     recipe = name.removesuffix(SUFFIX)
     thin = max(0.35, 0.78 ** recipes.index(recipe))
     look = {"color": colour_of(recipe, recipes), "marker": style.family(recipe)[2]}
@@ -325,11 +329,12 @@ def look_of(name: str, recipes: Sequence[str]) -> dict[str, object]:
 
 
 def colour_of(recipe: str, recipes: Sequence[str]) -> str:
+    """The recipe's colour among `recipes`."""
     return style.colours([*recipes, recipe])[recipe]
 
 
 def lines_of(found: Sequence[Point], by_reader: bool = True) -> dict[str, list[Point]]:
-    """A line for each recipe; those who read its pool in place may have one of their own, after the others.
+    """Points by line: one per recipe, and if `by_reader` one more per recipe read in place, after the others.
 
     Where several backends read in place, each has one.
     """
@@ -349,7 +354,7 @@ def agents_axis(ax: Axes, found: Sequence[Point], figures: Sequence[Figure]) -> 
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """One for each claim and each weights that can tell, else one that says what would tell."""
+    """One claim per weights that can decide it, or the command that would measure it."""
     figures, found = published.load("polykv"), points(rows)
     gigabytes = [f for f in figures if f.metric == "kv_memory" and f.n_agents == 15]
     return [
@@ -396,7 +401,7 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
 
 
 def _resident(found: Sequence[Point]) -> list[Claim]:
-    """At the most agents of each weights: what they take while all decode, by reader."""
+    """Memory while all agents decode, by reader, at the largest number of agents of each model and weights."""
     claim = "agents that read one pool take less memory than agents with a cache each"
     most: dict[tuple[str, str], Point] = {}
     for p in found:

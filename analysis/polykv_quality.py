@@ -53,7 +53,7 @@ Panel = Callable[[Axes, Sequence[Point], Sequence[Figure], Sequence[str]], Axes]
 
 
 def polykv_quality(rows: pd.DataFrame) -> Table | None:
-    """Published perplexity, delta and BERTScore beside the measured, other models apart; None without any."""
+    """Published perplexity, delta and BERTScore beside the measured ones; None without rows."""
     found = having(points(rows), *TRAINED)
     if not found:
         return None
@@ -119,7 +119,7 @@ def _by_metric(number: float, row: Row) -> str:
 
 @style.styled
 def perplexity_context(rows: pd.DataFrame) -> style.Picture | str | None:
-    """One panel per model and document."""
+    """Perplexity delta by context; one panel per model and document."""
     every = having(points(rows), "perplexity_delta")
     found = [p for p in every if p.recipe != BASELINE and p.context_tokens]
     if not found:
@@ -136,7 +136,7 @@ def perplexity_context(rows: pd.DataFrame) -> style.Picture | str | None:
 
 @style.styled
 def bertscore_agents(rows: pd.DataFrame) -> style.Picture | str | None:
-    """One panel per model, document, context and scoring model in which a score differs from the others."""
+    """BERTScore by agents; one panel per model, document, context and scorer where a score differs from 1."""
     every = having(points(rows), "bertscore_f1")
     found = [p for p in every if p.recipe != BASELINE and p.n_agents]
     if not found:
@@ -229,12 +229,12 @@ def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> 
 
 
 def _differ(found: Sequence[Point]) -> bool:
-    """Whether, in the digits that tables give, a score is not that of the uncompressed cache's own answers."""
+    """Whether any score differs from 1 in the digits that tables show."""
     return any(round(p["bertscore_f1"].value, 4) != 1 for p in found)
 
 
 def _supported(f1: Value) -> bool:
-    """Whether there were answers enough for an interval: one that is cut at the least F1 says nothing."""
+    """Whether there were enough answers for an interval that is not cut off at the least possible F1."""
     return f1.low is not None and f1.low > LEAST_F1 and (f1.n or 0) >= MIN_DOCUMENTS
 
 
@@ -285,7 +285,7 @@ def _level(f: Figure, found: Sequence[Point]) -> Claim:
 
 
 def _unlike(f: Figure, p: Point) -> str:
-    """Why the point cannot be held against the figure, or nothing."""
+    """Why the point cannot be compared with the figure; "" if it can."""
     got, reasons = p[f.metric], [published.other_weights(f, p)]
     if got.low is None or got.high is None:
         reasons.append("it has no interval")
@@ -300,7 +300,7 @@ def _where(p: Point) -> str:
 
 
 def _command(f: Figure) -> str:
-    """What would tell: the paper's setting, over documents enough for an interval."""
+    """The command that measures the paper's setting, with enough documents for an interval."""
     parts = [f"model={f.model.removesuffix('-instruct')}"]
     parts += ["model.quantization=bnb_4bit"] * (published.WEIGHTS_OF.get(f.model) == "nf4")
     parts += [f"document={published.FAMILY[f.document][0]}", f"context={f.document_tokens}"]
@@ -311,7 +311,7 @@ def _command(f: Figure) -> str:
 
 
 def _orientation(found: Sequence[Point], metric: str) -> str:
-    """What other weights gave, for orientation."""
+    """The result on other weights, as a sentence."""
     mine = [p for p in having(found, metric) if p.recipe == "polykv" and p.context_tokens]
     if not mine:
         return ""

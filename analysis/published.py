@@ -1,4 +1,4 @@
-"""The published figures, which point answers which of them, and what a claim of a paper is.
+"""The published figures, and which measured point answers which of them.
 
 published.csv holds every figure that we know. Its column `source` says where each comes from: the abstract (PolyKV is
 arXiv 2604.24971, QKVShare arXiv 2605.03884), RESULTS.md of the authors' repository, or a secondary digest: a summary,
@@ -122,7 +122,7 @@ def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
 
 
 def same_model(published: str, measured: str) -> bool:
-    """conf/model leaves out the `-instruct` of the published names."""
+    """Whether two names are of one model; conf/model leaves out the `-instruct` of the published names."""
     return published.removesuffix("-instruct") == measured.removesuffix("-instruct")
 
 
@@ -140,7 +140,7 @@ def distance(figure: Figure, point: Point) -> float:
 
 
 def is_beside(figure: Figure, measure: str, point: Point) -> bool:
-    """Whether the published figure may be drawn among points like this one: nothing else compares."""
+    """Whether the published figure is of the same setting as the point, so that it may be drawn beside it."""
     if not same_model(figure.model, point.model):
         return False
     if measure == "paper":
@@ -158,7 +158,7 @@ def scored_alike(figure: Figure, point: Point) -> bool:
 
 
 def other_weights(figure: Figure, point: Point) -> str:
-    """How the format of a point's weights differs from the one that the authors ran, or nothing."""
+    """How the format of the point's weights differs from the authors'; "" if it does not."""
     theirs = WEIGHTS_OF.get(figure.model, "")
     if point.quantization == theirs:
         return ""
@@ -208,7 +208,7 @@ def _narrowed(
     *needs: tuple[str, Callable[[Point], bool]],
     choose: Callable[[list[Point]], Point | str],
 ) -> Point | str:
-    """What `choose` takes of the points that meet every need, or what is said of the first that none meets."""
+    """`choose` from the points that meet all needs, or the text of the first need that none meets."""
     left = list(found)
     for why, keep in needs:
         left = [p for p in left if keep(p)]
@@ -240,7 +240,7 @@ def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
 
 
 def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
-    """Which rows have this budget; None: those without any."""
+    """Mask of the rows with this budget; None: those without a budget."""
     return rows["budget_bits"].isna() if bits is None else (rows["budget_bits"] - bits).abs() < SAME
 
 

@@ -1,4 +1,4 @@
-"""What the search for bits of each layer found, on documents that it did not see."""
+"""Bits per layer found by the search, scored on documents that it did not see."""
 
 import pandas as pd
 
@@ -13,7 +13,7 @@ SHOWN = [
 
 
 def table(rows: pd.DataFrame) -> Table | None:
-    """The table that was found beside the best with equal bits in every layer."""
+    """The best table found, beside the best with equal bits in every layer."""
     lines = [
         {
             "section": setting,

@@ -55,12 +55,12 @@ SETTINGS = {
 
 
 def keys(*names: str) -> list[Column]:
-    """Columns that say what a line is about, headed by their names or, of settings, the settings'."""
+    """Key columns; those of settings are headed by the setting's name."""
     return [Column(name, SETTINGS.get(name, name), key=True) for name in names]
 
 
 def settings_columns(rows: pd.DataFrame) -> list[Column]:
-    """Key columns of the settings in which these rows differ and that no other column tells."""
+    """Key columns of the `set.` settings in which these rows differ."""
     return [Column(name, name.removeprefix(SET), key=True) for name in swept(rows)]
 
 
@@ -120,7 +120,7 @@ def memory(number: float, row: Row) -> str:
 
 
 def measured(table: Table) -> Table:
-    """Without the lines that only say what was published, for the terminal."""
+    """The table without lines that hold published values only, for the terminal."""
 
     def any_value(row: Row) -> bool:
         return any(
@@ -133,7 +133,7 @@ def measured(table: Table) -> Table:
 
 
 def sections(table: Table) -> tuple[list[Section], list[str]]:
-    """The table's sections, and the footnotes of all; a text ends in its footnote's superscript.
+    """The table's sections and all footnotes; a cell's text ends in its footnote's number.
 
     A column without any value in a section is left out of it and its reason stands in the last footnote.
     """
@@ -166,7 +166,7 @@ def _marked(column: Column, row: Row, notes: dict[str, int]) -> str:
 
 
 def _text(column: Column, row: Row) -> tuple[str, str]:
-    """A cell and its footnote."""
+    """A cell's text and its footnote."""
     cell = row.get(column.name)
     if not isinstance(cell, Value):
         if cell is None or cell == "":
@@ -246,7 +246,7 @@ def _only(section: Section, places: Sequence[int]) -> tuple[list[Column], list[l
 
 
 def _width(columns: Sequence[Column], lines: Sequence[Sequence[str]]) -> int:
-    """Characters across, with two between columns."""
+    """Width in characters, with two between columns."""
     across = 0
     for column, texts in zip(columns, zip(*lines, strict=True), strict=True):
         longest = max(map(len, texts))

@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_writable(file: Path) -> None:
-    """Fail before all is drawn rather than after."""
+    """Fail before drawing if the file cannot be written."""
     if file.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def page(results: Results) -> str:
 
 
 def sections(results: Results) -> list[Section]:
-    """What was run: a section for each study, then one for each set of studies that modules show together."""
+    """One section per study that was run, then one per set of studies shown together."""
     by_studies: dict[tuple[str, ...], list[str]] = {}
     for name in catalog.modules():
         if (studies := catalog.studies_of(name)) != catalog.EVERY:
@@ -270,5 +270,5 @@ def _listed(values: list[str]) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names the one text that it allows."""
+    """The hash of a text in the form that a content security policy takes."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -84,7 +84,7 @@ def _values(rows: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Value]:
 
 
 def kv_asymmetry(rows: pd.DataFrame) -> Table | None:
-    """Key bits x value bits."""
+    """Scores of one recipe by key bits and value bits."""
     found = scores(rows)
     found = found[composed(found)]
     lines = [
@@ -263,12 +263,12 @@ def _over(ax: Axes, lines: Mapping[str, Line], dots: Mapping[str, pd.Series]) ->
 
 
 def _short(heading: str) -> str:
-    """A setting as the heading of one column."""
+    """A setting's heading, wrapped to the width of one column."""
     return textwrap.fill(heading, HEADING)
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """One for each claim and each setting that can tell, else one with the command that would."""
+    """One claim per setting that can decide it, or the command that would measure it."""
     contexts = [(where, mine) for where, recipe, mine in over_contexts(rows) if recipe == RECIPE]
     crowds = [(where, mine) for where, recipe, mine in over_agents(rows) if recipe == RECIPE]
     found = scores(rows)
@@ -327,7 +327,7 @@ def _same_for_all(mine: pd.DataFrame) -> tuple[str, str]:
 
 
 def _unequal(mine: pd.DataFrame) -> tuple[str, str] | None:
-    """None where one of the two was not run."""
+    """Keys at 8 bits and values at 3 against the reverse; None where one of them was not run."""
     widths = {(key, value): part for (key, value), part in mine.groupby(["key_bits", "value_bits"])}
     if (8, 3) not in widths or (3, 8) not in widths:
         return None

@@ -1,4 +1,4 @@
-"""From samples to numbers: means with their intervals, medians, rates, and which recipes the samples tell apart.
+"""From samples to numbers: means with intervals, medians, rates, and tests between pairs of recipes.
 
 Every interval and test of the project is computed here from rows; polykv/evaluation/statistics.py has the formulas.
 """
@@ -68,7 +68,7 @@ Reduce = Callable[[pd.DataFrame], Value]
 
 
 def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
-    """`reduce`, but "not measured" without rows, and the reason of the first missing value where one is missing."""
+    """Wrap `reduce`: no rows give "not measured", and a missing value gives its reason."""
 
     @functools.wraps(reduce)
     def checked(rows: pd.DataFrame, *arguments: Any) -> Value:
@@ -179,7 +179,7 @@ def largest(rows: pd.DataFrame) -> Value:
 
 
 def single(rows: pd.DataFrame) -> Value:
-    """The last value of what has no samples (arithmetic, bytes, statistics of all tokens); of cells their mean."""
+    """The last value of each cell, averaged over cells: for metrics without samples (arithmetic, bytes, statistics)."""
     return _mean_of_cells(rows.groupby("cell", sort=False).tail(1))
 
 
@@ -225,12 +225,12 @@ class Measure:
 
 
 def within(low: float, high: float) -> Reduce:
-    """`mean` of what cannot leave these bounds."""
+    """`mean` with its interval cut to these bounds."""
     return lambda rows: mean(rows, (low, high))
 
 
 def samples_within(low: float, high: float) -> Reduce:
-    """`mean_of_samples` of what cannot leave these bounds."""
+    """`mean_of_samples` with its interval cut to these bounds."""
     return lambda rows: mean_of_samples(rows, (low, high))
 
 
@@ -240,7 +240,7 @@ def percentage(share: float) -> float:
 
 
 def percent(difference: float) -> float:
-    """The ratio of two perplexities, less 1, in percent, of the difference of their mean log-probabilities."""
+    """Perplexity change in percent from the difference of mean negative log-probabilities."""
     return 100 * math.expm1(difference) if abs(difference) < LARGEST_EXPONENT else math.nan
 
 
@@ -250,7 +250,7 @@ def exponential(nats: float) -> float:
 
 
 def bits_of_ratio(ratio: float) -> float:
-    """Bits per cached value, of the ratio to fp16."""
+    """Bits per cached value from the compression ratio to fp16."""
     return 16 / ratio
 
 
@@ -297,7 +297,7 @@ def rescaled(f1: Value, floor: Value) -> Value:
 
 
 def _scored(rows: pd.DataFrame) -> pd.DataFrame:
-    """The pairs that have a score: two empty answers have none, and are left out unless all pairs are of them."""
+    """The pairs with a score; pairs of two empty answers have none and are dropped, unless there are no others."""
     scored = rows[rows["value"].notna()]
     return rows if scored.empty else scored
 

@@ -88,7 +88,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def styled(build: Callable[P, R]) -> Callable[P, R]:
-    """A builder of figures in the one style: colours and sizes are taken while it draws."""
+    """Decorator: draw the figure under style.mplstyle."""
 
     @functools.wraps(build)
     def inside(*arguments: P.args, **named: P.kwargs) -> R:
@@ -155,14 +155,14 @@ def legend(canvas: Canvas) -> Canvas:
 
 
 def absent(ax: Axes, why: str) -> Axes:
-    """A panel that says why it is empty."""
+    """Turn the panel into a text that says why it is empty."""
     ax.set_axis_off()
     ax.text(0, 0.5, why, transform=ax.transAxes, va="center", color="0.3", wrap=True)
     return ax
 
 
 def number_ticks(ax: Axes, places: Sequence[float]) -> Axes:
-    """Numbers with thousands separators at these places of x."""
+    """Ticks at these x, with thousands separators."""
     ax.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
@@ -233,7 +233,7 @@ def family(recipe: str) -> tuple[str, str, str]:
 
 
 def colours(recipes: Iterable[str]) -> dict[str, str]:
-    """Each recipe's colour among these: its family's, or where that is taken one that is left."""
+    """A distinct colour per recipe: its family's, or a free one where that is taken."""
     found: dict[str, str] = {}
     names = list(dict.fromkeys(recipes))
     for name in names:
@@ -261,7 +261,7 @@ def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def ink(tint: str) -> str:
-    """The colour as text: as dark as reading on white needs, of the same hue."""
+    """The colour darkened until text in it has enough contrast on white (CONTRAST)."""
     shade = to_rgb(tint)
     while contrast(shade) < CONTRAST:
         shade = tuple(0.95 * part for part in shade)
@@ -269,7 +269,7 @@ def ink(tint: str) -> str:
 
 
 def contrast(shade: Sequence[float]) -> float:
-    """To white, from 1 to 21 (WCAG 2)."""
+    """Contrast to white, from 1 to 21 (WCAG 2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade[:3]]
     luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     return 1.05 / (luminance + 0.05)
@@ -288,7 +288,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Marks:
-    """What the marks of a figure mean; each is said only where the figure has it.
+    """The meaning of a figure's marks; the caption explains those that were drawn.
 
     Attributes:
         panels: whether the titles of the panels are said.
@@ -307,7 +307,7 @@ class Marks:
 
 
 def picture(canvas: Canvas, shows: str, about: str, marks: Marks | None = None) -> Picture:
-    """The figure with its caption: what it `shows`, its panels, lines and marks as drawn, and what its rows are.
+    """The figure with its caption: what it `shows`, its panels, lines and marks, and what was measured.
 
     `about` is render.describe of the rows.
     """
@@ -337,14 +337,14 @@ def _legend(canvas: Canvas) -> list:
 
 
 def _mark(line: Line2D) -> str:
-    """What kind of line it is, of those that a caption explains."""
+    """The kind of a line that a caption explains, or ""."""
     if line.get_marker() == "." and line.get_linestyle() == "None":
         return "Dots"
     return {"--": "Dashed", ":": "Dotted"}.get(line.get_linestyle(), "")
 
 
 def _has_bars(canvas: Canvas) -> bool:
-    """Whether an interval is drawn that has a length."""
+    """Whether the figure has an error bar of non-zero length."""
     held = [container for ax in canvas.axes for container in ax.containers]
     held += [c.errorbar for c in held if isinstance(c, BarContainer) and c.errorbar]
     bars = [part for c in held if isinstance(c, ErrorbarContainer) for part in c[2]]
