@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments import settings, sweep
 from polykv import config, digests, models, naming, shipped, versions
@@ -178,11 +179,8 @@ def test_a_policy_that_became_another_is_another_cell(experiment, tmp_path, monk
     first = identity(f"experiment={experiment}")
     shutil.copytree(CONF, tmp_path / "conf")
     uniform = tmp_path / "conf" / "policy" / "uniform.yaml"
-    uniform.write_text(uniform.read_text().replace("[2, 4, 8, 16]", "[4, 8]\nalpha: 0.5", 1))
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(uniform), {"alpha": 0.5}), uniform)
     monkeypatch.setattr(config, "CONF", tmp_path / "conf")
-    uniform.write_text(
-        uniform.read_text().replace("alpha: 1.0 # weight of importance; the rest goes to demand\n", "")
-    )  # fmt: skip
     assert identity(f"experiment={experiment}") != first
 
 

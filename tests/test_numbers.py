@@ -365,7 +365,7 @@ def test_a_document_of_one_token_is_a_pool_and_an_empty_one_an_error(llama, toke
     assert answers["dequantize"] == answers["in_place"]
     with pytest.raises(PolyKVError, match="document is empty; give"):
         SharedKVPool.from_text(llama, tokenizer, "", recipe)
-    with pytest.raises(PolyKVError, match="max_new_tokens=0; an answer takes"):
+    with pytest.raises(PolyKVError, match="max_new_tokens=0"):
         pool.ask(llama, tokenizer, ["is"], max_new_tokens=0)
 
 
