@@ -99,7 +99,7 @@ class Session:
 
         def make() -> tuple[Reading, ...]:
             dequantized = self.kept(PREFILLED, _full_need(cfg), prefilled, of=(MODEL,))
-            return tuple(one.read_by(cfg.reader, cfg.backend) for one in dequantized)
+            return tuple(one.in_mode(cfg.reader, cfg.backend) for one in dequantized)
 
         needs = [_full_need(cfg), cfg.reader, cfg.backend]
         return self.kept(FULL, needs, make, of=(PREFILLED,))

@@ -1,4 +1,7 @@
-"""Reading of single YAML files of `conf/` for the library's own use (run.py composes them with Hydra)."""
+"""Loads single YAML files from `conf/` without Hydra, for library use; run.py composes them with Hydra.
+
+A group is a folder of conf/ (`model`, `recipe`, ...), and a name in it the stem of one of its YAML files.
+"""
 
 import difflib
 from pathlib import Path
@@ -9,31 +12,35 @@ from polykv.errors import PolyKVError
 
 PACKAGE = Path(__file__).resolve().parent
 REPO = PACKAGE.parent
-# A wheel carries conf/ inside the package (pyproject.toml); in a checkout it lies beside it.
+# In a checkout conf/ is beside the package; a wheel has it inside the package (pyproject.toml).
 CONF = next(path for path in (REPO / "conf", PACKAGE / "conf") if (path / "recipe").is_dir())
 
 
 def available(group: str) -> list[str]:
-    """The names of a group: its YAML files in conf/GROUP, sorted."""
+    """The names in a group, sorted; empty if there is no such group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def load_group(group: str, name: str) -> DictConfig:
-    """One YAML file of `conf/`, merged with the files of its group that its `defaults` list.
+    """The settings in conf/GROUP/NAME.yaml, on top of the files of the same group that its `defaults` list names.
 
     Raises:
         PolyKVError: an unknown name; lists the known ones.
     """
-    if name not in available(group):
-        raise PolyKVError(f"no {group} named {name!r}{did_you_mean(name, available(group))}")
-    found = OmegaConf.load(CONF / group / f"{name}.yaml")
-    for base in found.pop("defaults", ()):
-        found = OmegaConf.merge(load_group(group, base), found)
-    return found
+    names = available(group)
+    if name not in names:
+        raise PolyKVError(f"no {group} named {name!r}{did_you_mean(name, names)}")
+    settings = OmegaConf.load(CONF / group / f"{name}.yaml")
+    for base in settings.pop("defaults", ()):
+        settings = OmegaConf.merge(load_group(group, base), settings)
+    return settings
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """The end of an error message about an unknown name: the nearest one, and all of them."""
-    near = difflib.get_close_matches(name, names, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{guess} there are: {', '.join(names)}"
+    """The end of an error message about an unknown name: the nearest known name, if one is similar, and all of them.
+
+    For example "; did you mean 'polykv'? there are: full, polykv" or "; there are: full, polykv".
+    """
+    similar = difflib.get_close_matches(name, names, n=1)
+    suggestion = f" did you mean {similar[0]!r}?" if similar else ""
+    return f";{suggestion} there are: {', '.join(names)}"

@@ -2,4 +2,4 @@
 
 
 class PolyKVError(Exception):
-    """Invalid input. The message is one line that names the problem and how to fix it."""
+    """Bad input or an unusable setup. The message is one line that names the problem and how to fix it."""

@@ -1,8 +1,8 @@
-"""Probing of an architecture with one token: shapes of its KV cache, and whether its attention can be replaced.
+"""Runs one token through an architecture to find the shapes of its KV cache and whether its attention can be replaced.
 
-The architecture is built on the meta device, which takes no memory, and reads one token. The tensors that it passes to
-its cache show kv heads and head_dim reliably; attributes of configs have different names in different families, and
-their absence may mean multi-head or multi-query attention.
+The model is built without weights on the meta device, which allocates no memory, and given a cache and an attention
+function that record what they receive. The shapes of the recorded keys are reliable. A config's attributes are not:
+their names differ between model families, and a missing one may mean multi-head or multi-query attention.
 """
 
 import copy
@@ -24,9 +24,9 @@ from transformers.masking_utils import sdpa_mask
 
 from polykv.errors import PolyKVError
 
-NAME = "polykv_probe"
-FAR = 1 << 20  # position of a query that still has to see the first token
-# Arguments of attention functions that plain attention does not support.
+ATTENTION = "polykv_probe"  # name of the recording attention function in transformers' registry
+FAR_POSITION = 1 << 20  # with full attention, a query this far away still sees token 0
+# Arguments that plain softmax attention cannot honour, and the end of an error message "MODEL ...".
 UNSUPPORTED = {
     "softcap": "caps its attention scores",
     "s_aux": "has attention sinks",
@@ -38,7 +38,11 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one layer of a cache. `n_heads`: query heads; None if the model's attention cannot be replaced."""
+    """Shape of one layer of a cache.
+
+    `n_heads` is the number of query heads, or None if the model did not call the recording attention function. It does
+    not affect the cache, so equality ignores it.
+    """
 
     n_kv_heads: int
     head_dim: int
@@ -47,27 +51,33 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """All layers, and the reason why attention cannot be replaced by an equivalent function (None if it can)."""
+    """The shapes of all layers, and why the model's attention cannot be replaced.
+
+    `attention_fault` is the end of an error message "MODEL ...", or None if the attention is plain causal softmax
+    attention over the whole cache, for which another implementation can be substituted.
+    """
 
     layers: tuple[LayerShape, ...]
-    not_plain: str | None
+    attention_fault: str | None
 
 
-class _Layer(DynamicLayer):
-    """A cache layer that records what the attention function was given."""
+class _RecordingLayer(DynamicLayer):
+    """A cache layer on which `_attend` records what the model did with the keys and values returned by `update`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.n_heads: int | None = None
         self.is_causal = True
+        # Remains if the keys returned by `update` never reach `_attend`.
         self.fault: str | None = "does not attend to what its cache returns"
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
+        # New tensor objects: an attribute on self.keys would make a reference cycle with this layer.
         keys, values = keys.view_as(keys), values.view_as(values)
-        keys.probed = values.probed = self
+        keys.cache_layer = values.cache_layer = self
         return keys, values
 
 
@@ -79,84 +89,109 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    layer = getattr(key, "probed", None)
+    """Attention function that records its arguments on the cache layer that `key` comes from.
+
+    The output (B, query tokens, heads, D) is uninitialized: on the meta device only shapes matter.
+    """
+    layer = getattr(key, "cache_layer", None)
     if layer is not None:
         layer.n_heads = query.shape[1]
-        layer.is_causal = getattr(module, "is_causal", True) and not getattr(
-            attention_mask, "sees_next", False
-        )
+        sees_next = getattr(attention_mask, "sees_next", False)
+        layer.is_causal = getattr(module, "is_causal", True) and not sees_next
         layer.fault = _fault(layer, value, attention_mask, options)
     batch, heads, n_queries, _ = query.shape
     return query.new_empty(batch, n_queries, heads, value.shape[-1]), None
 
 
-def _fault(layer: _Layer, value: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
-    if getattr(value, "probed", None) is not layer:
+def _fault(layer: _RecordingLayer, value: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
+    """Why this call is not plain attention over `layer`, as the end of an error message; None if it is."""
+    if getattr(value, "cache_layer", None) is not layer:
         return "attends to values that its cache does not hold"
     for option, what in UNSUPPORTED.items():
         if options.get(option) is not None:
             return what
-    if not hasattr(mask, "sees_first"):
+    if not hasattr(mask, "sees_first"):  # not the tensor that `_mask` made
         return "changes its attention mask"
     return None if mask.sees_first else "hides early tokens from later ones"
 
 
 def _mask(*args: Any, mask_function: Any = None, **options: Any) -> Tensor:
-    """sdpa's mask, never None, with two attributes: whether a query sees the next token, and a far one the first."""
+    """Mask function: sdpa's mask, never None, with two attributes for `_attend`.
+
+    `sees_next`: whether token 0 sees token 1 (not causal). `sees_first`: whether a query at FAR_POSITION sees token 0
+    (no sliding window or chunks).
+    """
     options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
     mask = sdpa_mask(*args, mask_function=mask_function, **options)
-    zero, one, far = (torch.tensor(place, device="cpu") for place in (0, 1, FAR))
+    zero, one, far = (torch.tensor(position, device="cpu") for position in (0, 1, FAR_POSITION))
+    # Arguments: batch index, head index, query position, key position.
     mask.sees_next = bool(mask_function(zero, zero, zero, one))
     mask.sees_first = bool(mask_function(zero, zero, far, zero))
     return mask
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
-_known: dict[str, Probe] = {}
+_probes: dict[str, Probe] = {}  # by the config's JSON, since configs are not hashable
 
 
 def probe(config: PretrainedConfig) -> Probe:
-    """Probe an architecture with full-attention layers (polykv/supported.py); cached per process.
+    """The probe of an architecture; results are cached for the life of the process.
+
+    All layers must use full attention, which `check_model` (polykv/supported.py) checks first.
 
     Raises:
-        PolyKVError: an architecture that does not store a token's keys and values in each layer.
+        PolyKVError: the model cannot read one token with a cache, is not causal, or does not cache exactly one key and
+            one value of the same shape for that token in each layer.
     """
     key = config.to_json_string()
-    if key not in _known:
-        _known[key] = _probe(config)
-    return _known[key]
+    if key not in _probes:
+        _probes[key] = _probe(config)
+    return _probes[key]
 
 
 @torch.no_grad()
 def _probe(config: PretrainedConfig) -> Probe:
     name, config = config.model_type, copy.deepcopy(config)
-    # There are no weights to quantize, and looping over experts would need their data.
-    config.quantization_config, config._experts_implementation = None, "batched_mm"
-    layers = [_Layer() for _ in DynamicCache(config=config).layers]
+    # There are no weights to quantize.
+    config.quantization_config = None
+    # Looping over the experts that the router chose would need its output, which has no data on the meta device.
+    config._experts_implementation = "batched_mm"
+    layers = [_RecordingLayer() for _ in DynamicCache(config=config).layers]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
             ).eval()
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(ATTENTION)
             ids_BT = torch.zeros(1, 1, dtype=torch.long)
-            # Without a mask some models look for padding in the ids, which have no data.
-            given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
-            model(**given, past_key_values=Cache(layers=layers), use_cache=True)
+            model(
+                input_ids=ids_BT,
+                # Without a mask some models look for padding in the ids, which have no data on the meta device.
+                attention_mask=torch.ones_like(ids_BT),
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+            )
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PolyKVError(
-            f"{name} cannot be read one token at a time with a cache ({first}); use another model"
+            f"{name} cannot be read one token at a time with a cache ({first_line}); use another model"
         ) from error
-    chosen = model.config._attn_implementation == NAME
-    faults = [layer.fault for layer in layers] if chosen else ["has its own attention function"]
     shapes = tuple(_shape(name, index, layer) for index, layer in enumerate(layers))
-    return Probe(shapes, next(filter(None, faults), None))
+    # Models that do not use the registry ignore set_attn_implementation.
+    if model.config._attn_implementation != ATTENTION:
+        return Probe(shapes, "has its own attention function")
+    faults = (layer.fault for layer in layers if layer.fault)
+    return Probe(shapes, next(faults, None))
 
 
-def _shape(name: str, index: int, layer: _Layer) -> LayerShape:
+def _shape(name: str, index: int, layer: _RecordingLayer) -> LayerShape:
+    """The shape of a layer that has read one token.
+
+    Raises:
+        PolyKVError: not causal, not exactly one token, or keys and values of different shapes.
+    """
     if not layer.is_causal:
         raise PolyKVError(
             f"{name} lets a token attend to later ones (layer {index}); use a causal decoder"

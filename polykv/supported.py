@@ -83,7 +83,7 @@ def check_attention(model_config: Any, remedy: str) -> None:
     Raises:
         PolyKVError: it is not plain, or not taken from transformers' registry; the message ends with `remedy`.
     """
-    if fault := probe(model_config).not_plain:
+    if fault := probe(model_config).attention_fault:
         raise PolyKVError(f"{model_config.model_type} {fault}; {remedy}")
 
 

@@ -28,7 +28,7 @@ from polykv import checkpoint
 from polykv.reference import WEIGHTS_DIR
 from polykv.reference.documents import Question
 from polykv.reference.evaluation_set import N_DOCUMENTS, sheets
-from polykv.reference.exact_match import encode, exact_matches, restated_values
+from polykv.reference.exact_match import encode, exact_matches, restated_value_indices
 from polykv.reference.problems import TEMPLATES, Operands, Relay, draw_problem, draw_relay
 from polykv.reference.world import sample_world
 
@@ -90,7 +90,7 @@ def value_losses(
     ids_1T = torch.tensor([ids], device=model.device)
     logits_TV = model(ids_1T, past_key_values=cache).logits[0, :-1].float()
     losses_T = cross_entropy(logits_TV, ids_1T[0, 1:], reduction="none")
-    return losses_T[restated_values(tokenizer, ids)]
+    return losses_T[restated_value_indices(tokenizer, ids)]
 
 
 def judge_context(

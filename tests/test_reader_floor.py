@@ -71,7 +71,7 @@ def test_the_uncompressed_cache_costs_nothing_in_place_and_the_floor_is_said(stu
 
 
 def test_a_recipes_delta_is_that_to_the_baseline_of_its_own_reader(injected):
-    in_place = injected.read_by("in_place", "torch")
+    in_place = injected.in_mode("in_place", "torch")
     found = {
         reader: base.under(load_recipe("int8_token"), "torch")
         for reader, base in (("dequantize", injected), ("in_place", in_place))

@@ -1,4 +1,7 @@
-"""CascadeCache, for agents that read a pool in place: layers reference the pool and store only the agents' suffixes."""
+"""CascadeCache: a transformers cache of agents that read one pool in place.
+
+Its layers reference the pool's compressed segments (the prefix) and store only each agent's own tokens (the suffix).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +15,14 @@ from polykv.segment import Segment
 
 
 class CascadeLayer(DynamicLayer):
-    """One layer: the pool's compressed segments, shared, and each agent's own keys and values after them."""
+    """One layer of a CascadeCache: the shared compressed prefix and the agents' suffixes.
+
+    Attributes:
+        keys, values: of the suffixes, (agents, kv_heads, suffix tokens, head_dim).
+        segments: the parts of the prefix.
+        backend: the code that attends to the segments (polykv/kernels).
+        awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
+    """
 
     keys: Tensor
     values: Tensor
@@ -26,48 +36,55 @@ class CascadeLayer(DynamicLayer):
 
     @property
     def n_suffix(self) -> int:
-        """Tokens after the prefix, padding among them."""
+        """Tokens of each suffix, padding included."""
         return self.keys.shape[2] if self.is_initialized else 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (agents, kv_heads, new tokens, head_dim); returns those of the whole suffix.
+        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the whole suffixes.
 
-        The returned keys carry this layer to the attention function as an attribute of the tensor, because most
-        models pass only these two tensors to it, not the cache. No global state is needed, so any number of caches
-        and threads may be in use. A model that does not attend to the tensors that `update` returns leaves
-        `awaits_attention` set, and the next update raises (CascadeCache.update).
+        The returned keys have this layer as an attribute `cascade_layer`, from which the attention function takes the
+        prefix: most models pass only these two tensors to it, not the cache. This needs no global state, so any number
+        of caches and threads may be in use.
+
+        A model whose attention function does not receive these keys leaves `awaits_attention` set, and the next
+        `CascadeCache.update` raises.
         """
         super().update(key_states, value_states)
         self.awaits_attention = True
-        # Set on a view that is dropped after the call: on self.keys it would be a reference cycle.
+        # On a view, which is dropped after the call: the attribute on self.keys itself would make a reference cycle.
         keys: Any = self.keys.view_as(self.keys)
         keys.cascade_layer = self
         return keys, self.values
 
     def get_seq_length(self) -> int:
+        """Tokens of the prefix and of a suffix."""
         return self.n_prefix + self.n_suffix
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(mask length, offset): the mask covers the suffix only, since every query sees the whole prefix."""
+        """(mask length, offset) of the mask for `query_length` new tokens.
+
+        The mask covers the suffix only, since every query sees the whole prefix.
+        """
         return self.n_suffix + query_length, self.n_prefix
 
     def reset(self) -> None:
-        # DynamicLayer.reset zeroes the tokens but keeps them in some of the supported versions of transformers.
+        """Drop the suffixes."""
+        # Not super().reset(): in some supported versions of transformers it zeroes the tokens but keeps their number.
         self.keys = self.values = None
         self.is_initialized = self.awaits_attention = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens of every agent.
+        """Drop the last tokens of every suffix; `tokens_to_remove` is their number, negated, as in transformers.
 
         Raises:
-            PolyKVError: a positive number, or more tokens than the suffix has; the prefix is shared.
+            PolyKVError: a positive number, or more tokens than a suffix has.
         """
         if not -self.n_suffix <= tokens_to_remove <= 0:
             raise PolyKVError(
-                f"crop({tokens_to_remove}) of agents with {self.n_suffix} tokens of their own; pass the negative "
-                "number of tokens to remove, at most these: the shared pool cannot be cropped"
+                f"crop({tokens_to_remove}) of agents with {self.n_suffix} tokens of their own; pass the number of "
+                f"tokens to remove as a negative number, {-self.n_suffix} to 0: the shared pool cannot be cropped"
             )
         super().crop(tokens_to_remove)
 
@@ -86,16 +103,16 @@ class CascadeLayer(DynamicLayer):
 
 
 class CascadeCache(Cache):
-    """Cache of N agents over one compressed prefix, made by `SharedKVPool.reader` and read within `attend_in_place`.
+    """Cache of N agents that share one compressed prefix, to be used within `attend_in_place(model)`.
 
-    Only the suffixes grow, in the model's own dtype. Beam search, cropping, and repeating or selecting agents
-    act on the suffixes; `reset` drops them.
+    `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow, in the model's own dtype. Beam search,
+    cropping, and repeating or selecting agents act on the suffixes; `reset` drops them.
     """
 
     def __init__(
         self, layers: Sequence[Sequence[Segment]], n_agents: int, backend: str = "torch"
     ) -> None:
-        """`layers`: the segments of each layer, with batch size 1.
+        """`layers` are the segments of each layer, with batch size 1; `backend` attends to them (polykv/kernels).
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -109,26 +126,27 @@ class CascadeCache(Cache):
             raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
         super().__init__(layers=[CascadeLayer(segments, backend) for segments in layers])
         self.n_agents = n_agents
-        self._last: CascadeLayer | None = None
+        self._last_updated: CascadeLayer | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new tokens to a layer; called by the model.
+        """Append new tokens to a layer (`CascadeLayer.update`); called by the model.
 
         Raises:
             PolyKVError: the pool of another model, another number of agents, or a model that does not attend in place.
         """
-        if self._last is not None and self._last.awaits_attention:
+        if self._last_updated is not None and self._last_updated.awaits_attention:
             raise PolyKVError(
                 "the model does not attend to the pool in place; run it inside "
                 "`with attend_in_place(model):`, or use reader=dequantize if it already runs there"
             )
         self._check(key_states, layer_idx)
-        self._last = self.layers[layer_idx]
+        self._last_updated = self.layers[layer_idx]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check(self, k_BHTD: Tensor, index: int) -> None:
+        """Check that new keys fit layer `index` of the pool and the number of agents; raises PolyKVError."""
         if index >= len(self.layers):
             raise PolyKVError(
                 f"the pool has {len(self.layers)} layers, fewer than the model; read it with the model that wrote it"
@@ -136,18 +154,19 @@ class CascadeCache(Cache):
         layer = self.layers[index]
         pooled = layer.segments[0].key
         batch, heads, _, dim = k_BHTD.shape
-        if (heads, dim) != pooled.shape[1::2]:
+        _, pool_heads, _, pool_dim = pooled.shape
+        if (heads, dim) != (pool_heads, pool_dim):
             raise PolyKVError(
-                f"layer {index} of the pool has {pooled.shape[1]} kv heads of {pooled.shape[3]} and the "
+                f"layer {index} of the pool has {pool_heads} kv heads of {pool_dim} and the "
                 f"model {heads} of {dim}; read a pool with the model that wrote it"
             )
         device = next(iter(pooled.tensors.values())).device
         if device != k_BHTD.device:
             raise PolyKVError(
-                f"layer {index} of the pool is on {device}, that of the model on {k_BHTD.device}; "
-                "write the pool again with the model on its present device"
+                f"layer {index} of the pool is on {device} and the model's is on {k_BHTD.device}; "
+                "make the pool again with the model on this device"
             )
-        # Beam search and num_return_sequences give an agent several rows.
+        # A multiple is allowed: beam search and num_return_sequences give each agent several rows.
         if not layer.is_initialized and batch % self.n_agents:
             raise PolyKVError(
                 f"{batch} queries for a reader of {self.n_agents} agents; give one query per agent"

@@ -1,4 +1,4 @@
-"""TurboQuant-MSE: rotation, then an optimal scalar quantizer of the normal distribution per coordinate."""
+"""TurboQuant-MSE: rotates vectors, then quantizes each coordinate with the optimal scalar quantizer for N(0, 1)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,26 @@ from polykv.errors import PolyKVError
 
 @dataclass(frozen=True)
 class TurboQuantMSE(Codec):
-    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), with the norm stored separately.
+    """TurboQuant without the residual for inner products (arXiv 2504.19874, Algorithm 1), with the norm stored in fp16.
 
-    Per token and head: the norm in fp16; the unit vector, rotated and scaled by sqrt(head_dim), rounded to the
-    nearest of 2**bits Lloyd-Max levels of N(0, 1); codes bit-packed.
-    x' = norm / sqrt(head_dim) * unrotate(levels[codes]).
-    Stored: 8 * ceil(head_dim * bits / 8) + 16 bits per vector; bits + 16/head_dim per value where
-    that packs evenly: 3.125 at 3 bits and head_dim 128.
+    The vector of one token and head is divided by its norm, rotated and multiplied by sqrt(head_dim), which makes its
+    coordinates close to N(0, 1). Each is rounded to the nearest of the 2**bits Lloyd-Max levels of N(0, 1), and the
+    codes are bit-packed. Decoded: x' = norm / sqrt(head_dim) * unrotate(levels[codes]).
 
-    signs: random signs before the Hadamard transform (from `seed`), as TurboQuant requires. PolyKV (arXiv 2604.24971)
-    has none; a vector with a common offset is then rotated to a single spike, which the codebook clips. A vector whose
-    norm vanishes in fp16 (below 3e-8) decodes to zeros.
+    Stored per vector: ceil(head_dim * bits / 8) bytes of codes and 2 of the norm. If head_dim * bits is a multiple of
+    8, that is bits + 16 / head_dim bits per value: 3.125 at 3 bits and head_dim 128.
+
+    A vector whose norm rounds to zero in fp16 (below 3e-8) decodes to zeros.
+
+    Attributes:
+        bits: per coordinate, 1 to 5.
+        signs: flip coordinates by random signs before the Hadamard transform, as TurboQuant requires. PolyKV
+            (arXiv 2604.24971) does not; an offset that all channels share then ends up in one large coordinate, which
+            is clipped to the outermost level.
+        seed: of the signs.
+
+    Raises:
+        PolyKVError: bits out of range.
     """
 
     version = 1
@@ -54,8 +63,9 @@ class TurboQuantMSE(Codec):
         x_BHTD, dim = x_BHTD.float(), x_BHTD.shape[-1]
         norm_BHT1 = torch.linalg.vector_norm(x_BHTD, dim=-1, keepdim=True)
         y_BHTD = self.rotate(x_BHTD, {})
+        # Clamped so that a zero vector is not divided by zero.
         y_BHTD *= dim**0.5 / norm_BHT1.clamp_min(torch.finfo(torch.float32).tiny)
-        # Same as torch.bucketize, and several times faster for so few boundaries.
+        # A code is the number of boundaries below the coordinate. torch.bucketize gives the same, several times slower.
         codes_BHTD = torch.zeros(y_BHTD.shape, dtype=torch.uint8, device=y_BHTD.device)
         for boundary in lloyd_max(self.bits).boundaries:
             codes_BHTD += y_BHTD > boundary

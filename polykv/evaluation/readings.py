@@ -1,5 +1,10 @@
-"""Reading: one document under one recipe in one read mode, and its scores."""
+"""Reading: one document whose prefix is pooled under one recipe and read in one read mode, and its scores.
 
+The two read modes are those of polykv/pool.py: `dequantize` rebuilds a full-precision cache, `in_place` attends to the
+compressed copy.
+"""
+
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,94 +23,111 @@ from polykv.supported import check_padding
 
 @dataclass(eq=False)
 class Reading:
-    """A pool over a document's prefix, read by `model` in a read mode.
+    """A pool of a document's prefix, which `model` reads in the read mode `reader`.
 
-    `full` is the baseline: the uncompressed cache in the same read mode, so that differences are due to the recipe
-    alone. None if this reading is the baseline.
+    `baseline` is the reading of the uncompressed cache in the same read mode, so that differences between the two are
+    due to the recipe alone. It is None if this reading is itself a baseline.
     """
 
     model: PreTrainedModel
     document: Document
     pool: SharedKVPool
     reader: str = "dequantize"
-    full: "Reading | None" = None
+    baseline: "Reading | None" = None
 
-    def read_by(self, reader: str, backend: str) -> "Reading":
-        """This baseline in another read mode."""
+    def in_mode(self, reader: str, backend: str) -> "Reading":
+        """This baseline in another read mode (itself if it is the same), encoded and read by `backend`."""
         if reader == self.reader:
             return self
         pool = self.pool.under(self.pool.recipe, backend)
         return Reading(self.model, self.document, pool, reader)
 
     def under(self, recipe: Recipe, backend: str) -> "Reading":
-        """The same document under another recipe, with this reading as its baseline."""
+        """The same document under `recipe`, with this reading as its baseline (itself if the recipe is the same)."""
         if recipe == self.pool.recipe:
             return self
         pool = self.pool.under(recipe, backend)
         return Reading(self.model, self.document, pool, self.reader, self)
 
+    def _attention(self) -> AbstractContextManager[None]:
+        """Context in which the model reads caches in this read mode."""
+        in_place = self.reader == "in_place"
+        return attend_in_place(self.model) if in_place else read_unshared(self.model)
+
     def score(self) -> Tensor:
-        """Log-probabilities of the rest of the document: (scored tokens, vocabulary) in fp32."""
-        if self.reader == "dequantize":
-            with read_unshared(self.model):
-                return score_rest(self.model, self.pool.dequantize(), self.document.rest_BT)
-        with attend_in_place(self.model):
-            return score_rest(self.model, self.pool.reader(1), self.document.rest_BT)
+        """Log-probabilities of the document's tokens after the prefix: (scored tokens, vocabulary) in fp32.
+
+        The first token after the prefix is fed and not scored (polykv/evaluation/continuation.py).
+
+        Raises:
+            PolyKVError: the document is longer than the model supports.
+        """
+        with self._attention():
+            cache = self.pool.reader(1) if self.reader == "in_place" else self.pool.dequantize()
+            return score_rest(self.model, cache, self.document.rest_BT)
 
     @cached_property
     def log_probs_TV(self) -> Tensor:
-        """`score`, cached: for the baseline, with which other readings are compared."""
+        """`score()`, kept in memory: for baselines, which are compared with several recipes."""
         return self.score()
 
     @cached_property
     def comparison(self) -> Comparison:
-        """This reading against its baseline, per scored token."""
-        full = self.full or self
-        # Only the baseline's log-probabilities are cached: they take vocabulary x tokens x 4 bytes.
-        mine_TV = self.score() if self.full else self.log_probs_TV
-        return compare(full.log_probs_TV, mine_TV, self.document.rest_BT)
+        """This reading against its baseline, per scored token; a baseline is compared with itself."""
+        baseline = self.baseline or self
+        # Only the baseline's log-probabilities are kept: they take vocabulary x tokens x 4 bytes.
+        own_TV = self.score() if self.baseline else self.log_probs_TV
+        return compare(baseline.log_probs_TV, own_TV, self.document.rest_BT)
 
     @cached_property
     def reader_floor(self) -> Comparison:
-        """The cost of the read mode itself, per scored token: the uncompressed cache read by it, against `dequantize`.
+        """The uncompressed cache in this read mode against `dequantize`, per scored token.
 
-        The two attention implementations round differently, in bfloat16 by as much as an 8-bit recipe costs.
+        This is what the read mode itself costs: the two attention implementations round differently. In bfloat16 the
+        difference is as large as that of an 8-bit recipe.
         """
-        if self.full:
-            return self.full.reader_floor
+        if self.baseline:
+            return self.baseline.reader_floor
         dequantized = Reading(self.model, self.document, self.pool)
         return compare(dequantized.score(), self.log_probs_TV, self.document.rest_BT)
 
     @torch.no_grad()
     def score_together(self, n_agents: int) -> Tensor:
-        """`score` by each of `n_agents` in one batch: (agents, scored tokens, vocabulary) in fp32.
+        """The log-probabilities of `score` from each of `n_agents` agents in one batch.
 
-        Agent i has i tokens of padding before the rest of the document, and padding behind it that is not scored.
-        `dequantize` gives each agent its own copy of the cache.
+        All agents read the same tokens. So that their rows differ, agent i has i tokens of padding before them, and the
+        rows are padded at the end to equal length. `dequantize` gives each agent its own copy of the cache.
+
+        Returns:
+            (agents, scored tokens, vocabulary) in fp32.
 
         Raises:
             PolyKVError: a model whose outputs depend on padding.
         """
         check_padding(self.model.config)
         rest_T, n_prefix = self.document.rest_BT[0], self.pool.n_tokens
-        n_rest, width = len(rest_T), len(rest_T) + n_agents - 1
-        ids_NT = rest_T.new_zeros(n_agents, width)
-        mask_NT = rest_T.new_ones(n_agents, n_prefix + width)
+        n_rest = len(rest_T)
+        n_padded = n_rest + n_agents - 1
+        ids_NT = rest_T.new_zeros(n_agents, n_padded)
+        mask_NT = rest_T.new_ones(n_agents, n_prefix + n_padded)
         for agent in range(n_agents):
             ids_NT[agent, agent : agent + n_rest] = rest_T
             mask_NT[agent, n_prefix : n_prefix + agent] = 0
-        last = n_prefix + n_rest - 1  # keeps the padding within the model's positions
-        positions_NT = (mask_NT.cumsum(-1) - 1)[:, n_prefix:].clamp_max(last)
+        # Clamped because the model may have no positions for the padding at the end.
+        last_position = n_prefix + n_rest - 1
+        positions_NT = (mask_NT.cumsum(-1) - 1)[:, n_prefix:].clamp_max(last_position)
+        # () because only the mode `unshared` copies uncompressed layers.
         (cache,) = caches_of(self.reader, (), self.pool, n_agents, together=True)
         device = self.model.device
-        with (
-            attend_in_place(self.model) if self.reader == "in_place" else read_unshared(self.model)
-        ):
+        with self._attention():
             logits_NTV = self.model(
                 input_ids=ids_NT.to(device),
                 attention_mask=mask_NT.to(device),
                 position_ids=positions_NT.to(device),
                 past_key_values=cache,
             ).logits
-        scored = [logits_NTV[n, n : n + n_rest - 1] for n in range(n_agents)]
-        return torch.stack(scored).float().log_softmax(dim=-1)
+        # The logits at a token predict the next one, so those at the last token are left out.
+        scored_NTV = torch.stack(
+            [logits_NTV[agent, agent : agent + n_rest - 1] for agent in range(n_agents)]
+        )
+        return scored_NTV.float().log_softmax(dim=-1)

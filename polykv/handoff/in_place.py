@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from polykv.codecs.base import Packed
-from polykv.handoff.mixed import EXACT, TIERS, Mixed, MixedCodec, heads_of
+from polykv.handoff.mixed import EXACT_TIER, TIERS, Mixed, MixedCodec, select_heads
 from polykv.segment import Segment
 
 
@@ -27,10 +27,10 @@ def segments_by_layer(
         codecs = codec.codec(key_tier), codec.codec(value_tier)
         for index, segments in enumerate(layers):
             span = slice(index * n_kv_heads, (index + 1) * n_kv_heads)
-            even = key.channels is not None and key_tier != EXACT
+            even = key.channels is not None and key_tier != EXACT_TIER
             channels = key.channels.heads(span) if even else None
             segments.append(
-                Segment(*codecs, heads_of(keys, span), heads_of(values, span), channels)
+                Segment(*codecs, select_heads(keys, span), select_heads(values, span), channels)
             )
     return layers
 

@@ -1,11 +1,13 @@
-"""Token-level mixed precision: every token at 3, 4, 8 or 16 bits, separately for keys and values.
+"""Token-level mixed precision for cards: every token at 3, 4, 8 or 16 bits, chosen separately for keys and values.
 
-A token has the same tier in all layers and heads, so the tier maps take 2 bits per token for keys and 2 for values.
-Layers are stacked along the heads, and the tokens of a tier are stored together in order of position: a whole cache is
-a handful of tensors, and appended tokens go to the end of their tier.
+A tier is one of these precisions, identified by its index into TIERS. A token has the same tier in all layers and
+heads, so a tier map takes 2 bits per token for the keys and 2 for the values. Layers are stacked along the heads
+dimension, and the tokens of a tier are stored together in order of position: a whole cache takes a few tensors, and
+appended tokens go to the end of their tier.
 
-Vectors to be quantized are rotated (signed Hadamard along head_dim). Before that, keys are normalized by channel
-(polykv/codecs/channels.py): otherwise the large biases of some models' keys leave too few levels for the rest.
+The tiers below 16 bits quantize vectors after a rotation (signed Hadamard along head_dim). Before it, keys are
+normalized by channel (polykv/codecs/channels.py): with the large biases of some models' keys, too few quantization
+levels would be left for the other channels.
 """
 
 from __future__ import annotations
@@ -28,21 +30,25 @@ from polykv.codecs.rotation import rotation
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 
-VERSION = 1  # of a card's content, with packing.py and codecs/channels.py
-TIERS = (3, 4, 8, 16)  # bits; maps hold indices into it
-EXACT = 3  # the tier that is not quantized
-MAP_BITS = 2
-GROUP = 64  # values that share a scale, which takes 0.25 bits per value
-SEED = 0  # of the rotation's signs
-DECODED_AT_ONCE = 1 << 22  # fp32 values
+VERSION = 1  # of a card's content, which packing.py and codecs/channels.py determine as well
+TIERS = (3, 4, 8, 16)  # bits per value
+EXACT_TIER = TIERS.index(16)  # the only tier that is not quantized
+MAP_BITS = 2  # per token: an index into TIERS
+GROUP = 64  # values that share an fp16 scale, which costs 0.25 bits per value
+SEED = 0  # of the rotation's random signs
+DECODE_CHUNK = 1 << 22  # values that `decode` holds in fp32 at a time, to bound its memory
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """One side (keys or values) of a whole cache: the tier of every token, and the packed tokens of each tier.
+    """The keys or the values of a whole cache: the tier of every token, and the packed tokens of each tier.
 
-    `tiers_T` (tokens,) uint8 indexes TIERS; `parts[tier]` holds (1, layers * heads, tokens of the tier, D), rotated if
-    the tier is quantized. `channels`: the normalization of quantized keys.
+    Attributes:
+        tiers_T: (tokens,) uint8, indices into TIERS.
+        parts: tier -> its tokens, packed from (1, layers * heads, tokens of the tier, D); rotated if quantized.
+        shape: (1, layers * heads, tokens, D).
+        dtype: that of the decoded cache.
+        channels: the normalization of the quantized keys; None for values, or if no key is quantized.
     """
 
     tiers_T: Tensor
@@ -53,13 +59,17 @@ class Mixed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, channels and the packed map."""
-        kept = sum(part.nbytes for part in self.parts.values())
-        kept += 0 if self.channels is None else self.channels.nbytes
-        return kept + bitpack.packed_size(len(self.tiers_T), MAP_BITS)
+        """Bytes of codes, scales, 16-bit values, channels and the packed tier map."""
+        packed = sum(part.nbytes for part in self.parts.values())
+        channels = self.channels.nbytes if self.channels else 0
+        return packed + channels + bitpack.packed_size(len(self.tiers_T), MAP_BITS)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All stored tensors by name: `map`, `BITS.NAME` for each tier, and for keys `mean` and `spread`."""
+        """All stored tensors by name.
+
+        These are `map` (the packed tiers), `BITS.NAME` for each tier (`4.codes`, `4.scale`, `16.values`), and the
+        channels' `mean` and `spread`, if there are any.
+        """
         found = {"map": bitpack.pack(self.tiers_T, MAP_BITS)}
         found |= self.channels._asdict() if self.channels else {}
         for tier, part in self.parts.items():
@@ -69,10 +79,13 @@ class Mixed:
 
 @dataclass(frozen=True)
 class MixedCodec:
-    """The codecs of the four tiers. `exact` is the dtype of the 16-bit tier; None keeps the model's own.
+    """Encoder and decoder of `Mixed`.
 
-    With None, exact tokens of a float32 model take 32 bits (policy `full`). `backend` comes from
-    `kernels.pick_backend`; all backends give the same bits.
+    Attributes:
+        exact: dtype of the 16-bit tier. None keeps the cache's own dtype, as policy `full` does: a value of a float32
+            model then takes 32 bits.
+        group_size: values along head_dim that share a scale.
+        backend: from `kernels.pick_backend`; all backends produce the same bits.
     """
 
     exact: str | None = "float16"
@@ -81,83 +94,98 @@ class MixedCodec:
 
     def codec(self, tier: int) -> Codec:
         """The codec of a tier, including the rotation but not the normalization of keys."""
-        return Identity(self.exact) if tier == EXACT else Rotated(self._uniform(tier), SEED)
+        return Identity(self.exact) if tier == EXACT_TIER else Rotated(self._uniform(tier), SEED)
 
     def _uniform(self, tier: int) -> Uniform:
         return Uniform(TIERS[tier], self.group_size)
 
     def relative_error(self, tier: int) -> float:
-        """Mean squared error of a tier in units of a block's absmax^2."""
-        return 0.0 if tier == EXACT else self._uniform(tier).relative_error
+        """Expected mean squared error of a tier, as a fraction of absmax^2 of the values that share a scale."""
+        return 0.0 if tier == EXACT_TIER else self._uniform(tier).relative_error
 
     def expected_error(self, tier: int, dim: int) -> float:
-        """Relative RMS error of a vector with normally distributed values, as most are after rotation."""
+        """Expected RMS error of a tier, relative to the RMS of the vectors (head_dim `dim`).
+
+        Assumes independent, normally distributed values, which rotated vectors come close to. absmax is taken as its
+        median m over `n` such values: P(|x| < m)^n = 1/2.
+        """
         n_values = min(self.group_size, dim)
-        absmax = NormalDist().inv_cdf((1 + 0.5 ** (1 / n_values)) / 2)  # its median
-        return absmax * sqrt(self.relative_error(tier))
+        median_absmax = NormalDist().inv_cdf((1 + 0.5 ** (1 / n_values)) / 2)
+        return median_absmax * sqrt(self.relative_error(tier))
 
     def channels_of(self, layers: Sequence[Tensor], tiers_T: Tensor) -> Channels | None:
-        """The channels of the keys to be quantized, given per layer as (1, heads, tokens, D); None if there are none.
+        """The channel normalization of the keys that are to be quantized; None if all are in the 16-bit tier.
+
+        `layers` are the keys of each layer, (1, heads, tokens, D).
 
         Raises:
-            PolyKVError: a mean overflows fp16.
+            PolyKVError: a channel's mean overflows fp16.
         """
-        at = (tiers_T != EXACT).nonzero().squeeze(1).to(layers[0].device)
-        if not len(at):
+        quantized = _positions(tiers_T != EXACT_TIER, layers[0].device)
+        if not len(quantized):
             return None
-        parts = [Channels.of(layer.index_select(2, at)) for layer in layers]
-        return Channels(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+        by_layer = [Channels.of(layer.index_select(2, quantized)) for layer in layers]
+        return Channels(*(torch.cat(tensors, dim=1) for tensors in zip(*by_layer, strict=True)))
 
     def encode(
         self, layers: Sequence[Tensor], tiers_T: Tensor, channels: Channels | None = None
     ) -> Mixed:
-        """Quantize one side of a cache, given per layer as (1, heads, tokens, D); keys with their `channels`."""
+        """Quantize the keys or the values of a cache, given per layer as (1, heads, tokens, D).
+
+        `tiers_T` is (tokens,). Keys come with the `channels` from `channels_of`.
+
+        Raises:
+            PolyKVError: NaN, infinity, or a scale or value that overflows fp16.
+        """
         _, heads, n_tokens, dim = layers[0].shape
         device, parts = layers[0].device, {}
         for tier in tiers_T.unique().tolist():
-            at = (tiers_T == tier).nonzero().squeeze(1).to(device)
-            x_BHTD = torch.cat([layer.index_select(2, at) for layer in layers], dim=1)
-            if tier == EXACT:
+            positions = _positions(tiers_T == tier, device)
+            x_BHTD = torch.cat([layer.index_select(2, positions) for layer in layers], dim=1)
+            if tier == EXACT_TIER:
                 parts[tier] = kernels.encode(self.codec(tier), x_BHTD, self.backend)
                 continue
-            even = channels.normalize(x_BHTD) if channels else x_BHTD.float()
+            normalized_BHTD = channels.normalize(x_BHTD) if channels else x_BHTD.float()
             # Rotated in torch for every backend, so that all of them round to the same codes.
-            turned = even @ rotation(dim, SEED, device)
-            part = kernels.encode(self._uniform(tier), turned, self.backend)
+            rotated_BHTD = normalized_BHTD @ rotation(dim, SEED, device)
+            part = kernels.encode(self._uniform(tier), rotated_BHTD, self.backend)
+            # The encoder was given fp32; decoding is to return the cache's dtype.
             parts[tier] = replace(part, dtype=x_BHTD.dtype)
         shape = (1, len(layers) * heads, n_tokens, dim)
         return Mixed(tiers_T.cpu(), parts, shape, layers[0].dtype, channels)
 
     def decode(self, mixed: Mixed) -> Tensor:
         """Dequantize to (1, layers * heads, tokens, D) in the cache's dtype; a layer is a slice along dimension 1."""
-        if list(mixed.parts) == [EXACT]:
-            return self.codec(EXACT).decode(mixed.parts[EXACT])
+        if list(mixed.parts) == [EXACT_TIER]:  # already in order of position: no copy
+            return self.codec(EXACT_TIER).decode(mixed.parts[EXACT_TIER])
         device = next(iter(next(iter(mixed.parts.values())).tensors.values())).device
         out = torch.empty(mixed.shape, dtype=mixed.dtype, device=device)
         for tier, part in mixed.parts.items():
-            at = (mixed.tiers_T == tier).nonzero().squeeze(1).to(device)
-            if tier == EXACT:
-                out.index_copy_(2, at, self.codec(tier).decode(part))
+            positions = _positions(mixed.tiers_T == tier, device)
+            if tier == EXACT_TIER:
+                out.index_copy_(2, positions, self.codec(tier).decode(part))
                 continue
-            _, width, n_tokens, dim = part.shape
-            step = max(DECODED_AT_ONCE // (n_tokens * dim), 1)
-            for start in range(0, width, step):
-                span = slice(start, min(start + step, width))
-                turned = kernels.decode_rotated(
-                    self._uniform(tier), heads_of(part, span), self.backend
+            _, n_heads, n_tokens, dim = part.shape  # heads of all layers
+            step = max(DECODE_CHUNK // (n_tokens * dim), 1)
+            for start in range(0, n_heads, step):
+                heads = slice(start, min(start + step, n_heads))
+                rotated_BHTD = kernels.decode_rotated(
+                    self._uniform(tier), select_heads(part, heads), self.backend
                 )
-                x_BHTD = turned @ rotation(dim, SEED, device).T
+                x_BHTD = rotated_BHTD @ rotation(dim, SEED, device).T
                 if mixed.channels:
-                    x_BHTD = mixed.channels.heads(span).denormalize(x_BHTD)
-                out[:, span].index_copy_(2, at, saturated(x_BHTD, mixed.dtype))
+                    x_BHTD = mixed.channels.heads(heads).denormalize(x_BHTD)
+                out[:, heads].index_copy_(2, positions, saturated(x_BHTD, mixed.dtype))
         return out
 
     def extend(self, mixed: Mixed, new: Mixed) -> Mixed:
-        """`mixed` followed by `new`, whose codes and scales are copied as they are."""
+        """`mixed` followed by the tokens of `new`; codes and scales of both are kept, nothing is quantized again.
+
+        Both must have been encoded with the same channels, if they have any.
+        """
         parts = dict(mixed.parts)
         for tier, part in new.parts.items():
-            old = parts.get(tier)
-            parts[tier] = part if old is None else _joined(old, part)
+            parts[tier] = _append_tokens(parts[tier], part) if tier in parts else part
         shape = (*mixed.shape[:2], mixed.shape[2] + new.shape[2], mixed.shape[3])
         channels = mixed.channels or new.channels
         return Mixed(torch.cat([mixed.tiers_T, new.tiers_T]), parts, shape, mixed.dtype, channels)
@@ -165,50 +193,56 @@ class MixedCodec:
     def rebuild(
         self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, is_key: bool = False
     ) -> Mixed:
-        """The inverse of `Mixed.tensors`.
+        """The `Mixed` whose `tensors()` these are; `shape` and `dtype` are its own. Does not read codes or values.
 
         Raises:
-            PolyKVError: names, shapes or dtypes that do not match the map and `shape`.
+            PolyKVError: a tensor is missing, superfluous, or not of the shape and dtype that `map` and `shape` require.
         """
-        left = dict(tensors)
-        packed_map = left.pop("map", None)
+        unread = dict(tensors)
+        packed_map = unread.pop("map", None)
         _check(packed_map, "map", (bitpack.packed_size(shape[2], MAP_BITS),), torch.uint8)
         tiers_T = bitpack.unpack(packed_map.cpu(), MAP_BITS, shape[2])
         parts, channels = {}, None
-        if is_key and (tiers_T != EXACT).any():
-            channels = Channels(*(left.pop(name, None) for name in Channels._fields))
+        if is_key and (tiers_T != EXACT_TIER).any():
+            channels = Channels(*(unread.pop(name, None) for name in Channels._fields))
             for name, tensor in channels._asdict().items():
                 _check(tensor, name, (1, shape[1], 1, shape[3]), torch.float16)
         for tier in tiers_T.unique().tolist():
             part_shape = (*shape[:2], int((tiers_T == tier).sum()), shape[3])
-            found = {}
-            for name, (size, kind) in self._layout(tier, part_shape, dtype).items():
+            packed = {}
+            for name, (wanted_shape, wanted_dtype) in self._layout(tier, part_shape, dtype).items():
                 full_name = f"{TIERS[tier]}.{name}"
-                found[name] = left.pop(full_name, None)
-                _check(found[name], full_name, size, kind)
-            parts[tier] = Packed(found, part_shape, dtype)
-        if left:
-            raise PolyKVError(f"tensors that no token needs: {', '.join(sorted(left))}")
+                packed[name] = unread.pop(full_name, None)
+                _check(packed[name], full_name, wanted_shape, wanted_dtype)
+            parts[tier] = Packed(packed, part_shape, dtype)
+        if unread:
+            raise PolyKVError(f"tensors that no token needs: {', '.join(sorted(unread))}")
         return Mixed(tiers_T, parts, shape, dtype, channels)
 
     def _layout(
         self, tier: int, shape: Shape, dtype: torch.dtype
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        if tier == EXACT:
+        """Name -> (shape, dtype) of the tensors that pack a part of `shape` in this tier; `dtype` is the cache's."""
+        if tier == EXACT_TIER:
             return {"values": (shape, getattr(torch, self.exact) if self.exact else dtype)}
         bits, n_groups = TIERS[tier], ceil(shape[3] / self.group_size)
         codes = (*shape[:3], bitpack.packed_size(shape[3], bits))
         return {"codes": (codes, torch.uint8), "scale": ((*shape[:3], n_groups), torch.float16)}
 
 
-def heads_of(part: Packed, span: slice) -> Packed:
-    """A slice of the heads of all layers, as views."""
-    tensors = {name: tensor[:, span] for name, tensor in part.tensors.items()}
+def select_heads(part: Packed, heads: slice) -> Packed:
+    """A slice along dimension 1 (layers * heads), as views."""
+    tensors = {name: tensor[:, heads] for name, tensor in part.tensors.items()}
     batch, _, n_tokens, dim = part.shape
-    return replace(part, tensors=tensors, shape=(batch, span.stop - span.start, n_tokens, dim))
+    return replace(part, tensors=tensors, shape=(batch, heads.stop - heads.start, n_tokens, dim))
 
 
-def _joined(old: Packed, new: Packed) -> Packed:
+def _positions(selected_T: Tensor, device: torch.device) -> Tensor:
+    """The positions at which a boolean (tokens,) is true, on `device`."""
+    return selected_T.nonzero().squeeze(1).to(device)
+
+
+def _append_tokens(old: Packed, new: Packed) -> Packed:
     tensors = {name: torch.cat([t, new.tensors[name]], dim=2) for name, t in old.tensors.items()}
     n_tokens = old.shape[2] + new.shape[2]
     return replace(old, tensors=tensors, shape=(*old.shape[:2], n_tokens, old.shape[3]))

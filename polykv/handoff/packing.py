@@ -17,7 +17,7 @@ from polykv.codecs.base import not_finite
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
-from polykv.handoff.mixed import EXACT, TIERS, Mixed, MixedCodec
+from polykv.handoff.mixed import EXACT_TIER, TIERS, Mixed, MixedCodec
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import SINKS, Sender
 
@@ -64,7 +64,9 @@ def pack(
         mix = _mix(budgeted, codec, keys[0].shape[3])
         _warn_of_low_tiers(policy.name, budget_bits, mix)
     else:
-        key_tiers = value_tiers = torch.full((sender.n_tokens - start,), EXACT, dtype=torch.uint8)
+        key_tiers = value_tiers = torch.full(
+            (sender.n_tokens - start,), EXACT_TIER, dtype=torch.uint8
+        )
     try:
         channels = before[0].channels if before else None
         channels = channels or codec.channels_of(keys, key_tiers)
@@ -78,9 +80,9 @@ def pack(
 def nominal_bits(key: Mixed, value: Mixed) -> float:
     """Mean payload bits per cached value of the tokens after the sinks, or of the last token if there are none."""
     start = min(SINKS, key.shape[2] - 1)
-    exact = 8 * next((side.parts[EXACT].tensors["values"].itemsize for side in (key, value)
-                      if EXACT in side.parts), 2)  # fmt: skip
-    widths = torch.tensor([*TIERS[:EXACT], exact], dtype=torch.float64)
+    exact = 8 * next((side.parts[EXACT_TIER].tensors["values"].itemsize for side in (key, value)
+                      if EXACT_TIER in side.parts), 2)  # fmt: skip
+    widths = torch.tensor([*TIERS[:EXACT_TIER], exact], dtype=torch.float64)
     tiers = torch.cat([side.tiers_T[start:] for side in (key, value)])
     return float(widths[tiers.long()].mean())
 
@@ -110,7 +112,7 @@ def _tiers(
     if before is not None:
         old = torch.cat([side.tiers_T[SINKS:] for side in before])
         spent = int(torch.tensor(TIERS)[old.long()].sum())
-    tiers = torch.full((2 * (sender.n_tokens - start),), EXACT, dtype=torch.uint8)
+    tiers = torch.full((2 * (sender.n_tokens - start),), EXACT_TIER, dtype=torch.uint8)
     if first < sender.n_tokens:
         offered = [TIERS.index(tier) for tier in policy.tiers]
         distortion = [codec.relative_error(tier) for tier in offered]
