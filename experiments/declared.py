@@ -1,12 +1,13 @@
-"""Settings that a study declares; any other is refused, since nothing would read it. Torch-free.
+"""Refuses settings that the study does not declare, since nothing would read them. Torch-free.
 
-A study declares those in conf/config.yaml and in its own YAML of conf/experiment. A model, document or other of GROUPS
-declares what the YAML files of its group hold. Recipes and policies check their own settings.
+A study declares the settings in conf/config.yaml and in its own YAML in conf/experiment, and composes the groups in
+their `defaults`. A group in CHECKED_GROUPS declares the settings in the YAML files of its folder; any other group, such
+as `recipe` or `policy`, is checked by the code that reads it. Settings have dotted names, such as `model.path`.
 """
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,78 +15,100 @@ from polykv import config
 from polykv.errors import PolyKVError
 from polykv.naming import flat
 
-GROUPS = ("model", "document", "relay", "hardware", "scorer")
-# Prefixes of settings whose names a user or another library chooses.
-FREE = (
+CHECKED_GROUPS = ("model", "document", "relay", "hardware", "scorer")
+# Mappings in these groups whose keys the user or another library chooses.
+OPEN_PREFIXES = (
     "model.geometry.",
     "model.packaged.",
     "hardware.tflops.",
     "hardware.sources.",
     "references.",
 )
-IN_DEFAULTS = re.compile(r"(?:override )?/?(\w+)")
-OURS = "polykv."
-USED = re.compile(r"\$\{(\w+)")  # ${key_bits}: a setting that others interpolate
+GROUP_OF_DEFAULT = re.compile(r"(?:override )?/?(\w+)")  # `override /model` -> model
+OUR_CODE = "polykv."  # start of a `_target_` in this package
+INTERPOLATED = re.compile(r"\$\{(\w+)")  # `${key_bits}` -> key_bits
+
+
+class _Declared(NamedTuple):
+    """What a study declares: dotted names of settings, and groups that it composes."""
+
+    settings: frozenset[str]
+    groups: frozenset[str]
+
+    def top_level(self) -> set[str]:
+        """The groups, and the first part of each setting's name."""
+        return {_top(name) for name in self.settings} | self.groups
 
 
 def check(cfg: DictConfig) -> None:
-    """Check that the study of a composed config declares every setting.
+    """Check that the study of a composed config declares every setting in it.
 
     Raises:
-        PolyKVError: names one that it does not, and the nearest declared name or the studies that declare it.
+        PolyKVError: a setting that it does not declare; names the nearest declared setting, or the studies that do
+            declare it.
     """
-    study, given = cfg.study, OmegaConf.to_container(cfg)
-    known, groups = _of_study(study)
-    free = [*FREE, *(f"{name}." for name in set(USED.findall(str(given))) - _names(study))]
-    for group in groups:
-        target = (given.get(group) or {}).get("_target_", OURS)
-        if group in GROUPS and target.startswith(OURS):
-            known |= {f"{group}.{name}" for name in _of_group(group, target)}
-        else:  # a user's own code may read anything
-            free.append(f"{group}.")
+    given = OmegaConf.to_container(cfg)
+    declared = _declared_by(cfg.study)
+    settings = set(declared.settings)
+    # A user may add a setting that others interpolate: `+width=4 recipe.value.bits=${width}`.
+    added = set(INTERPOLATED.findall(str(given))) - declared.top_level()
+    open_prefixes = [*OPEN_PREFIXES, *(f"{name}." for name in added)]
+    for group in declared.groups:
+        target = (given.get(group) or {}).get("_target_", OUR_CODE)
+        # A `_target_` of the user's own may read any setting of its group.
+        if group in CHECKED_GROUPS and target.startswith(OUR_CODE):
+            settings |= {f"{group}.{name}" for name in _settings_of_group(group, target)}
+        else:
+            open_prefixes.append(f"{group}.")
     for name in flat(given):
-        if name not in known and not f"{name}.".startswith(tuple(free)):
-            raise _unknown(name, study, known)
+        if name not in settings and not f"{name}.".startswith(tuple(open_prefixes)):
+            raise _undeclared(name, cfg.study, settings)
 
 
-def _unknown(name: str, study: str, known: frozenset[str]) -> PolyKVError:
-    top = name.partition(".")[0]
-    others = [other for other in config.available("experiment") if top in _names(other)]
-    if others and top not in _names(study):
-        said = f"experiment={study} does not read {name}; leave it out"
-        return PolyKVError(f"{said}, or use experiment={' or '.join(others)}")
-    beside = [one for one in sorted(known) if one.partition(".")[0] == top]
-    near = beside or sorted({one.partition(".")[0] for one in known} - {"study"})
-    return PolyKVError(f"experiment={study} has no setting {name}{config.did_you_mean(name, near)}")
+def _undeclared(name: str, study: str, settings: set[str]) -> PolyKVError:
+    """The error for setting `name`; `settings` are those that the study and its groups declare."""
+    top = _top(name)
+    if top not in _declared_by(study).top_level():
+        studies = config.available("experiment")
+        if others := [other for other in studies if top in _declared_by(other).top_level()]:
+            return PolyKVError(
+                f"experiment={study} does not read {name}; leave it out, "
+                f"or use experiment={' or '.join(others)}"
+            )
+    # Suggest among the settings of the same group; of an unknown group, among all top-level names.
+    same_group = sorted(one for one in settings if _top(one) == top)
+    known = same_group or sorted({_top(one) for one in settings} - {"study"})
+    hint = config.did_you_mean(name, known)
+    return PolyKVError(f"experiment={study} has no setting {name}{hint}")
 
 
-def _names(study: str) -> set[str]:
-    """First parts of the names of a study's settings, and its groups."""
-    declared, groups = _of_study(study)
-    return {name.partition(".")[0] for name in declared} | groups
+def _top(name: str) -> str:
+    """The first part of a dotted name: `model` of `model.path`."""
+    return name.partition(".")[0]
 
 
 @cache
-def _of_study(study: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Settings that a study declares, and groups that it composes."""
-    names: set[str] = set()
+def _declared_by(study: str) -> _Declared:
+    """What conf/config.yaml and the study's own YAML declare."""
+    settings: set[str] = set()
     groups: set[str] = set()
     for path in (config.CONF / "config.yaml", config.CONF / "experiment" / f"{study}.yaml"):
-        declared: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
-        chosen = [one for one in declared.pop("defaults", ()) if isinstance(one, dict)]
-        groups |= {IN_DEFAULTS.match(group)[1] for one in chosen for group in one}
-        declared.pop("hydra", None)
-        names |= flat(declared).keys()
-    return frozenset(names), frozenset(groups)
+        content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
+        # Entries that choose a file of a group are mappings; the others (`_self_`) are strings.
+        choices = [one for one in content.pop("defaults", ()) if isinstance(one, dict)]
+        groups |= {GROUP_OF_DEFAULT.match(key)[1] for choice in choices for key in choice}
+        content.pop("hydra", None)
+        settings |= flat(content).keys()
+    return _Declared(frozenset(settings), frozenset(groups))
 
 
 @cache
-def _of_group(group: str, target: str) -> frozenset[str]:
-    """Settings in the group's YAML files, of those files that have no `_target_` or this one."""
+def _settings_of_group(group: str, target: str) -> frozenset[str]:
+    """Names of settings, without the group, in the group's YAML files whose `_target_` is `target` or absent."""
     files = [config.load_group(group, name) for name in config.available(group)]
     return frozenset(
         name
-        for one in files
-        if one.get("_target_", target) == target
-        for name in flat(OmegaConf.to_container(one))
+        for file in files
+        if file.get("_target_", target) == target
+        for name in flat(OmegaConf.to_container(file))
     )
