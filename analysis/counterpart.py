@@ -1,10 +1,12 @@
-"""Every published figure beside what was measured of it: in its setting, near it, on another model, or why not at all.
+"""Tables that put our value beside every figure that a paper publishes, or the reason why there is none.
 
-Figures that both sides only work out (GB by the paper's accounting, payload bits) are computed, never measured.
+Our value is preferably from the published setting, else from a similar setting on the same model, else from another
+model. Figures that follow from arithmetic alone (GB in the paper's accounting, ratios of payload bits) are computed on
+both sides and marked so, since nothing was measured that could differ.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,15 +14,16 @@ import pandas as pd
 
 from analysis import published
 from analysis.catalog import NOT_MEASURED, PAPERS
-from analysis.points import IN_PLACE, UNSHARED, Point, having, over_seeds, points
+from analysis.points import IN_PLACE, RUN, UNSHARED, Point, having, hops_text, over_seeds, points
 from analysis.published import HOLDS, NOT_HERE, SAME_LENGTH, Figure, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
 from analysis.statistics import BASELINE, Measure, Value, median, percentage, rate
 
 STUDY = ("polykv_memory", "compare", "handoff_accuracy", "handoff_ttft")
-EXACT, NEAR, OTHER, NONE = "exact", "near", "other model", NOT_MEASURED
-COMPUTED = "computed"  # by the arithmetic of the published figure: nothing was measured
-RUN = {  # by metric, or by table
+# How our value relates to the published figure (explained in MATCHES); NOT_MEASURED is the fifth.
+EXACT, NEAR, OTHER, COMPUTED = "exact", "near", "other model", "computed"
+# The experiment that gives a value for a figure, by the figure's metric or else its table.
+EXPERIMENT_FOR = {
     "kv_memory": "polykv_memory",
     "memory_reduction": "polykv_memory",
     "compression_ratio": "polykv_ratio",
@@ -30,13 +33,14 @@ RUN = {  # by metric, or by table
     "quality": "polykv_quality",
     "stages": "handoff_stages",
 }
-TRANSPORT = {
-    "reprefill": "text",
-    "q4_reload": "file",
-}  # the others are read as handed over in memory
+# How our cards travel, for policies of QKVShare; we take the others to hand over in memory.
+TRANSPORT = {"reprefill": "text", "q4_reload": "file"}
 ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
-RUN_OF = ["model", "weights", "device", "dtype"]
-TIMES = ("ttft", "stages")  # these are divided, all else is subtracted
+TIMES = (
+    "ttft",
+    "stages",
+)  # tables of times, which are compared by ratio; other figures by difference
+# How numbers are written, by metric; others have one decimal.
 DIGITS = {
     "kv_memory": memory,
     "memory_reduction": fixed(1),
@@ -58,42 +62,42 @@ MATCHES = (
     "nothing was measured"
 )
 CAPTIONS = {
-    "polykv": "Every figure that PolyKV publishes, beside what was measured or computed here, or the reason why "
-    "nothing was. GB as in the paper's own accounting: fp32, the prefilled part of the document only",
-    "qkvshare": "Every figure of QKVShare that we know, beside what was measured here, or the reason why nothing was. "
-    "Its device is not stated; its 1K, 4K and 8K are read as the 476, 1,939 and 3,877 tokens that the digest "
-    "gives them (whose stages at 8K add up to the abstract's time); its hops are read as handoffs, its Q4 "
-    "and Q8 as budgets of 4 and 8 bits of every byte stored",
+    "polykv": "Every figure that PolyKV publishes beside what was measured or computed here, or the reason why "
+    "nothing was. GB are in the paper's own accounting: fp32, the prefilled part of the document only",
+    "qkvshare": "Every figure of QKVShare that we know of beside what was measured here, or the reason why nothing "
+    "was. The paper does not state its device. We take its 1K, 4K and 8K to be the 476, 1,939 and 3,877 tokens that a "
+    "secondary digest gives (the digest's stages at 8K add up to the abstract's time), its hops to be handoffs, and "
+    "its Q4 and Q8 to be budgets of 4 and 8 payload bits per value, without metadata",
 }
 
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What was measured of a published figure.
+    """Our value for a published figure.
 
     Attributes:
-        value: ours, or None with the reason; what differs from the published setting is its note.
-        match: EXACT, NEAR, OTHER, COMPUTED or NONE.
-        on: model, weights, device and dtype.
-        at: the rest of the setting that it is from.
+        value: its note says how the setting differs from the published one; None with the reason in the note.
+        match: EXACT, NEAR, OTHER, COMPUTED or NOT_MEASURED.
+        on: the model, weights, device and dtype (RUN) of our value.
+        at: the rest of its setting, such as document, tokens and agents.
     """
 
     value: Value
-    match: str = NONE
+    match: str = NOT_MEASURED
     on: tuple[str, ...] = ()
     at: str = ""
 
 
 def table(paper: str, rows: pd.DataFrame) -> Table:
-    """Every figure of a paper, and its counterpart or the reason why there is none."""
+    """The table of a paper's figures and our values for them; `rows` are those of the studies in STUDY."""
     figures = published.load(paper)
-    found = points(_of(rows, ("polykv_memory", "compare"))) if paper == "polykv" else []
+    found = points(_rows_of(rows, ("polykv_memory", "compare"))) if paper == "polykv" else []
     answers = [counterpart(figure, found, rows) for figure in figures]
     columns = [
         *keys("setting", "policy", "metric", "unit"),
-        Column("published", "published", _digits),
-        Column("ours", "here [95 %]", _digits, interval=True),
-        Column("against", "against published", _against),
+        Column("published", "published", _format_value),
+        Column("ours", "here [95 %]", _format_value, interval=True),
+        Column("against", "against published", _format_comparison),
         Column("match", "match", key=True),
         Column("on", "on", key=True),
         Column("at", "at", key=True),
@@ -105,25 +109,28 @@ def table(paper: str, rows: pd.DataFrame) -> Table:
 def _caption(
     paper: str, figures: Sequence[Figure], answers: Sequence[Counterpart], rows: pd.DataFrame
 ) -> str:
-    n_found = sum(answer.match in (EXACT, NEAR) for answer in answers)
+    n_measured = sum(answer.match in (EXACT, NEAR) for answer in answers)
     n_computed = sum(answer.match == COMPUTED for answer in answers)
-    counted = f"{n_found} measured on the published model"
-    counted += f", {n_computed} computed" * bool(n_computed)
-    digest = sum(figure.digest for figure in figures)
-    secondary = f", {digest} of them taken from a secondary digest of the paper" if digest else ""
+    n_digest = sum(figure.digest for figure in figures)
+    counts = f"{len(figures)} figures"
+    if n_digest:
+        counts += f", {n_digest} of them taken from a secondary digest of the paper"
+    counts += f"; {n_measured} measured on the published model"
+    if n_computed:
+        counts += f", {n_computed} computed"
+    # The caption names the runs that were measured; if there are none, those that were computed.
     measured = {answer.on for answer in answers if answer.on and answer.match != COMPUTED}
-    runs, how = measured, "Measured on"
-    if not measured:
-        runs, how = {answer.on for answer in answers}, "Computed for"
-    mine = rows[rows["metric"].isin(ANSWERING[paper])]
-    mine = mine[[run in runs for run in mine[RUN_OF].itertuples(index=False, name=None)]]
+    runs = measured or {answer.on for answer in answers}
+    used = rows[rows["metric"].isin(ANSWERING[paper])]
+    used = used[[run in runs for run in used[RUN].itertuples(index=False, name=None)]]
     return (
-        f"{CAPTIONS[paper]}. {len(figures)} figures{secondary}; {counted}. {MATCHES}. Intervals of "
-        f"times are quartiles. {describe(mine, how)}"
+        f"{CAPTIONS[paper]}. {counts}. {MATCHES}. Intervals of times are quartiles. "
+        f"{describe(used, 'Measured on' if measured else 'Computed for')}"
     )
 
 
 def _line(figure: Figure, answer: Counterpart) -> Row:
+    """A line of the table."""
     model = "any model" if figure.model == "any" else figure.model
     absent = Value(None, note=answer.value.note)
     return {
@@ -134,16 +141,16 @@ def _line(figure: Figure, answer: Counterpart) -> Row:
         "unit": figure.unit,
         "published": figure.value,
         "ours": answer.value,
-        "against": _compared(figure, answer),
+        "against": _comparison(figure, answer),
         "match": answer.match,
         "on": "{} ({}), {} {}".format(*answer.on) if answer.on else absent,
         "at": answer.at or absent,
     }
 
 
-def _compared(figure: Figure, answer: Counterpart) -> Value:
-    """The difference or, of times, the ratio; neither where the models differ."""
-    if answer.match == NONE:
+def _comparison(figure: Figure, answer: Counterpart) -> Value:
+    """Our value less the published one or, for times, over it; None with the reason if the models differ."""
+    if answer.match == NOT_MEASURED:
         return Value(None, note=answer.value.note)
     if answer.match == OTHER:
         return Value(None, note="another model: not compared")
@@ -151,24 +158,30 @@ def _compared(figure: Figure, answer: Counterpart) -> Value:
     return Value(ours / theirs if figure.table in TIMES else ours - theirs)
 
 
-def _against(number: float, row: Row) -> str:
+def _format_comparison(number: float, row: Row) -> str:
     return f"× {number:.2f}" if row["unit"] == "ms" else fixed(4, "+")(number, row)
 
 
 def _setting(figure: Figure) -> str:
-    tokens = f"{figure.document_tokens:,} tokens" if figure.document_tokens else ""
-    agents = f"{figure.n_agents} agents" if figure.n_agents else ""
-    at = figure.at and f"{figure.at} hops" if figure.table == "accuracy" else figure.at
-    document = figure.document if figure.document != "any" else ""
-    return ", ".join(filter(None, (document, at, tokens, agents))) or "any"
+    """The published setting in words: "gsm8k, 3 hops"; "any" if the figure depends on none."""
+    parts = []
+    if figure.document not in ("", "any"):
+        parts.append(figure.document)
+    if figure.at:
+        parts.append(f"{figure.at} hops" if figure.table == "accuracy" else figure.at)
+    if figure.document_tokens:
+        parts.append(f"{figure.document_tokens:,} tokens")
+    if figure.n_agents:
+        parts.append(f"{figure.n_agents} agents")
+    return ", ".join(parts) or "any"
 
 
-def _digits(number: float, row: Row) -> str:
+def _format_value(number: float, row: Row) -> str:
     return DIGITS.get(row["metric"], fixed(1))(number, row)
 
 
 def counterpart(figure: Figure, found: Sequence[Point], rows: pd.DataFrame) -> Counterpart:
-    """What was measured of one published figure; `found` are the points of `rows`, which answer PolyKV's."""
+    """Our value for one published figure: from the points `found` for PolyKV, from `rows` for QKVShare."""
     if figure.paper == "qkvshare":
         return _accuracy(figure, rows) if figure.table == "accuracy" else _time(figure, rows)
     if figure.metric == "compression_ratio":
@@ -179,116 +192,139 @@ def counterpart(figure: Figure, found: Sequence[Point], rows: pd.DataFrame) -> C
 
 
 def _ratio(figure: Figure, found: Sequence[Point]) -> Counterpart:
-    mine = [p for p in having(found, "nominal_ratio") if p.recipe == figure.recipe]
-    if not mine:
-        return _absent(figure, "no compression ratio was measured")
+    """The nominal compression ratio of the figure's recipe, which depends on neither model nor text."""
+    same_recipe = [p for p in having(found, "nominal_ratio") if p.recipe == figure.recipe]
+    if not same_recipe:
+        return _not_measured(figure, "no compression ratio was measured")
+    point = same_recipe[0]
     note = "16 bits over the recipe's mean payload bits"
-    return _beside(mine[0], replace(mine[0]["nominal_ratio"], note=note), COMPUTED)
+    return _from_point(point, replace(point["nominal_ratio"], note=note), COMPUTED)
 
 
 def _memory(figure: Figure, found: Sequence[Point]) -> Counterpart:
-    """By the paper's own accounting, worked back from its table: tokens x bytes of the geometry."""
+    """GB, or the percentage saved, in the paper's own accounting: tokens x bytes per token of the model's geometry."""
     counted = having(found, "paper")
     answer = published.memory_answer(figure, counted)
     if isinstance(answer, Point):
         note = "paper accounting, from the geometry"
-        return _reduced(figure, answer, counted, COMPUTED, note)
+        return _memory_of(answer, figure, counted, COMPUTED, note)
     others = [p for p in counted if p.recipe == figure.recipe and p.n_agents]
+    # Another model stands in only if the published one was not run at all.
     if not others or any(published.same_model(figure.model, p.model) for p in others):
-        return _absent(figure, answer)
-    nearest = min(others, key=partial(_apart, figure))
-    return _reduced(figure, nearest, counted, OTHER, "computed; other geometry, other bytes")
+        return _not_measured(figure, answer)
+    nearest = min(
+        others, key=lambda p: (abs(p.n_agents - figure.n_agents), published.distance(figure, p))
+    )
+    return _memory_of(nearest, figure, counted, OTHER, "computed; other geometry, other bytes")
 
 
-def _reduced(
-    figure: Figure, pool: Point, found: Sequence[Point], match: str, note: str
+def _memory_of(
+    point: Point, figure: Figure, counted: Sequence[Point], match: str, note: str
 ) -> Counterpart:
+    """The memory of `point` or, for a reduction, the percentage saved against unshared caches in the same setting."""
     if figure.metric == "kv_memory":
-        return _beside(pool, replace(pool["paper"], note=note), match)
-    wanted = replace(figure, policy="no_sharing", document_tokens=pool.context_tokens)
-    wanted = replace(wanted, model=pool.model, n_agents=pool.n_agents)
-    full = published.memory_answer(wanted, found)
-    if isinstance(full, str):
-        return _absent(figure, f"{NOT_HERE}no {BASELINE} row beside the pool")
-    saved = 100 * (1 - pool["paper"].value / full["paper"].value)
-    return _beside(pool, Value(saved, note=note), match)
-
-
-def _apart(figure: Figure, point: Point) -> tuple:
-    return abs(point.n_agents - figure.n_agents), published.distance(figure, point)
+        return _from_point(point, replace(point["paper"], note=note), match)
+    unshared = replace(
+        figure,
+        policy="no_sharing",
+        model=point.model,
+        document_tokens=point.context_tokens,
+        n_agents=point.n_agents,
+    )
+    baseline = published.memory_answer(unshared, counted)
+    if isinstance(baseline, str):
+        return _not_measured(figure, f"{NOT_HERE}no {BASELINE} row beside the pool")
+    saved = 100 * (1 - point["paper"].value / baseline["paper"].value)
+    return _from_point(point, Value(saved, note=note), match)
 
 
 def _quality(figure: Figure, found: Sequence[Point]) -> Counterpart:
-    answer, match = published.quality_answer(figure, found), EXACT
-    if isinstance(answer, str):
+    """Perplexity or BERTScore; of another model only if the published one was not run at all with trained weights."""
+    point, match = published.quality_answer(figure, found), EXACT
+    if isinstance(point, str):
+        reason = point
         trained = [p for p in found if p.weights != "random"]
-        others = [p for p in trained if not published.same_model(figure.model, p.model)]
-        beside = published.nearest(figure, others) if len(others) == len(trained) else answer
-        # Of a model that was not run at all another stands beside it, never one in its place.
-        if isinstance(beside, str):
-            return _absent(figure, answer)
-        answer, match = beside, OTHER
-    differs = _differences(
-        (answer.document, figure.document.replace("-", ""), "another text"),
-        (answer.context_tokens, figure.document_tokens, "another length"),
-        (answer.n_agents, figure.n_agents, "another number of agents"),
+        if any(published.same_model(figure.model, p.model) for p in trained):
+            return _not_measured(figure, reason)
+        point, match = published.nearest(figure, trained), OTHER
+        if isinstance(point, str):
+            return _not_measured(figure, reason)
+    differences = _differences(
+        # "wikitext-2" is our document wikitext2.
+        (point.document, figure.document.replace("-", ""), "another text"),
+        (point.context_tokens, figure.document_tokens, "another length"),
+        (point.n_agents, figure.n_agents, "another number of agents"),
     )
-    if not published.scored_alike(figure, answer):
-        differs.append(f"scored by {answer.scorer}")
-    if match == EXACT and (weights := published.other_weights(figure, answer)):
-        differs.append(weights)
-    match = NEAR if match == EXACT and differs else match
-    got = answer[figure.metric]
-    return _beside(answer, replace(got, note=_joined(got.note, *differs)), match)
+    if not published.scored_alike(figure, point):
+        differences.append(f"scored by {point.scorer}")
+    if match == EXACT and (weights := published.other_weights(figure, point)):
+        differences.append(weights)
+    if match == EXACT and differences:
+        match = NEAR
+    value = point[figure.metric]
+    value = replace(value, note=_join_notes(value.note, *differences))
+    return _from_point(point, value, match)
 
 
 def _differences(*settings: tuple[object, object, str]) -> list[str]:
-    return [name for ours, theirs, name in settings if ours is not None and ours != theirs]
+    """The descriptions of those (ours, published, description) whose values differ; ours may be None: it never does."""
+    return [what for ours, theirs, what in settings if ours is not None and ours != theirs]
 
 
-def _beside(p: Point, got: Value, match: str) -> Counterpart:
-    tokens = f"{p.context_tokens:,} tokens" if p.context_tokens else "whole text"
-    agents = f"{p.n_agents} agents" if p.n_agents else ""
-    reader = p.reader if p.reader != UNSHARED else ""
-    at = ", ".join(filter(None, (p.document, tokens, agents, reader, p.settings)))
-    return Counterpart(got, match, (p.model, p.weights, p.device, p.dtype), at)
+def _from_point(point: Point, value: Value, match: str) -> Counterpart:
+    """The counterpart with this value of a point."""
+    parts = [
+        point.document,
+        f"{point.context_tokens:,} tokens" if point.context_tokens else "whole text",
+        f"{point.n_agents} agents" if point.n_agents else "",
+        point.reader if point.reader != UNSHARED else "",
+        point.settings,
+    ]
+    on = (point.model, point.weights, point.device, point.dtype)
+    return Counterpart(value, match, on, ", ".join(filter(None, parts)))
 
 
 def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
-    found = _of(rows, ("handoff_accuracy",), "answer_right")
-    if len(found) and figure.policy:  # the number of problems has none
+    """The share of right answers after the published number of handoffs, or the nearest that was run.
+
+    The figure `n_problems` has no policy and no number of handoffs: for it, the number of problems of any relay.
+    """
+    found = _rows_of(rows, ("handoff_accuracy",), "answer_right")
+    if len(found) and figure.policy:
         policy, bits = figure.controller
         found = found[found["policy"] == policy]
         if found.empty:
-            return _absent(figure, f"{NOT_HERE}policy {policy} was not run")
+            return _not_measured(figure, f"{NOT_HERE}policy {policy} was not run")
         found = found[with_budget(found, bits)]
         if found.empty:
-            return _absent(figure, f"{NOT_HERE}policy {policy} was not run at {bits:g} bits", bits)
-    chosen = _of_model(figure, found, lambda own: own[own["document"] == figure.document])
+            reason = f"{NOT_HERE}policy {policy} was not run at {bits:g} bits"
+            return _not_measured(figure, reason, bits)
+    chosen = _rows_of_one_run(figure, found, figure.document)
     if chosen.empty:
-        return _absent(figure, f"{NOT_HERE}no relay was run")
-    hops = int(figure.at) if figure.at else int(chosen["n_hops"].min())
-    nearest = int(min(set(chosen["n_hops"]), key=lambda n: (abs(n - hops), n)))
-    chosen = chosen[chosen["n_hops"] == nearest]
-    reseal = max(chosen["reseal"])  # "requantize", as published, where it was run
+        return _not_measured(figure, f"{NOT_HERE}no relay was run")
+    wanted_hops = int(figure.at) if figure.at else int(chosen["n_hops"].min())
+    n_hops = int(min(set(chosen["n_hops"]), key=lambda n: (abs(n - wanted_hops), n)))
+    chosen = chosen[chosen["n_hops"] == n_hops]
+    reseal = max(
+        chosen["reseal"]
+    )  # by name: "requantize", as published, if it was run, else "append"
     chosen = chosen[chosen["reseal"] == reseal]
     document = chosen["document"].iloc[0]
     chosen = chosen[chosen["document"] == document]
-    differs = _differences(
+    differences = _differences(
         (document, figure.document, f"{document} instead of {figure.document}"),
-        (nearest, hops, "another number of handoffs"),
+        (n_hops, wanted_hops, "another number of handoffs"),
     )
-    got, at = over_seeds(chosen, ACCURACY.of), document
+    value, at = over_seeds(chosen, ACCURACY.of), document
     if figure.policy:
-        handoffs = f"{nearest} handoff" + "s" * (nearest != 1)
-        at = ", ".join(
-            filter(None, (document, handoffs, str(chosen["policy"].iloc[0]), str(reseal)))
-        )
+        parts = (document, hops_text(n_hops), str(chosen["policy"].iloc[0]), str(reseal))
+        at = ", ".join(filter(None, parts))
     else:
-        got = Value(None if got.n is None else float(got.n))
-    if got.value is None:
-        return _absent(figure, NOT_HERE + got.note)
-    return _of_rows(figure, chosen, replace(got, note=_joined(got.note, *differs)), at, differs)
+        value = Value(None if value.n is None else float(value.n))
+    if value.value is None:
+        return _not_measured(figure, NOT_HERE + value.note)
+    value = replace(value, note=_join_notes(value.note, *differences))
+    return _from_rows(figure, chosen, value, at, NEAR if differences else EXACT)
 
 
 def _time(figure: Figure, rows: pd.DataFrame) -> Counterpart:
@@ -296,70 +332,79 @@ def _time(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     stages = HOLDS[figure.metric]
     policy, bits = figure.controller
     transport = TRANSPORT.get(figure.policy, "memory")
-    found = _of(rows, ("handoff_ttft",), "time")
+    found = _rows_of(rows, ("handoff_ttft",), "time")
     if len(found):
         found = found[(found["policy"] == policy) & (found["transport"] == transport)]
         found = found[found["stage"].isin(stages) & (found["reader"] != IN_PLACE)]
         found = found[with_budget(found, bits)]
-    chosen = _of_model(figure, found, lambda own: own)
+    chosen = _rows_of_one_run(figure, found)
     if chosen.empty:
-        return _absent(figure, f"{NOT_HERE}route {policy}, {transport} was not timed")
+        return _not_measured(figure, f"{NOT_HERE}route {policy}, {transport} was not timed")
     tokens = min(
         set(chosen["context_tokens"]), key=lambda n: (abs(math.log(n / figure.label_tokens)), n)
     )
     chosen = chosen[chosen["context_tokens"] == tokens]
     chosen = chosen[chosen["backend"] == chosen["backend"].iloc[0]]
     if chosen["value"].isna().any() or set(chosen["stage"]) != set(stages):
-        return _absent(figure, f"{NOT_HERE}a stage is missing")
-    differs = ["another length"] if abs(tokens / figure.label_tokens - 1) > SAME_LENGTH else []
-    held = f"{' + '.join(stages)}, medians" if figure.table == "stages" else ""
-    got = over_seeds(chosen, _median_of_sums)
-    got = replace(got, note=_joined(got.note, held, *differs))
+        return _not_measured(figure, f"{NOT_HERE}a stage is missing")
+    summed = f"{' + '.join(stages)}, medians" if figure.table == "stages" else ""
+    length = "another length" if abs(tokens / figure.label_tokens - 1) > SAME_LENGTH else ""
+    value = over_seeds(chosen, _median_of_sums)
+    value = replace(value, note=_join_notes(value.note, summed, length))
     at = f"{tokens:,.0f} tokens, {policy}, {transport}"
-    return _of_rows(figure, chosen, got, at, [*differs, "their device is not stated"])
+    # Never EXACT, since the paper does not state its device.
+    return _from_rows(figure, chosen, value, at, NEAR)
 
 
 def _median_of_sums(rows: pd.DataFrame) -> Value:
+    """The median over repeats of the sum of the stages, from the newest cell of `rows`."""
     newest = rows.sort_values("created_at", kind="stable")["cell"].iloc[-1]
-    mine = rows[rows["cell"] == newest]
-    return median(mine.groupby("sample", as_index=False)["value"].sum())
+    stages = rows[rows["cell"] == newest]
+    return median(stages.groupby("sample", as_index=False)["value"].sum())
 
 
-def _of(rows: pd.DataFrame, studies: Sequence[str], metric: str = "") -> pd.DataFrame:
-    mine = rows[rows["study"].isin(studies)]
-    return mine[mine["metric"] == metric] if metric else mine
+def _rows_of(rows: pd.DataFrame, studies: Sequence[str], metric: str = "") -> pd.DataFrame:
+    """The rows of these studies, of one metric if it is given."""
+    found = rows[rows["study"].isin(studies)]
+    return found[found["metric"] == metric] if metric else found
 
 
-def _of_model(
-    figure: Figure, found: pd.DataFrame, keep: Callable[[pd.DataFrame], pd.DataFrame]
-) -> pd.DataFrame:
-    """The rows of the figure's own model that `keep` selects; if none, those of one other model on one device."""
-    own = found["model"].map(partial(published.same_model, figure.model)).astype(bool)
-    mine = keep(found[own])
-    mine = mine if len(mine) else found[~own]
-    # a GPU before a CPU, then by name: one place, never a mean over several
-    order = mine.sort_values(
-        RUN_OF, key=lambda c: c.eq("cpu") if c.name == "device" else c, kind="stable"
+def _rows_of_one_run(figure: Figure, found: pd.DataFrame, document: str = "") -> pd.DataFrame:
+    """The rows of one model, weights, device and dtype (RUN), so that values are not averaged over several.
+
+    The figure's own model comes first, on `document` if it is given; if that was not run, any other model on any
+    document. Among several runs: a GPU before a CPU, then by name.
+    """
+    is_own = found["model"].map(partial(published.same_model, figure.model)).astype(bool)
+    chosen = found[is_own]
+    if document:
+        chosen = chosen[chosen["document"] == document]
+    if chosen.empty:
+        chosen = found[~is_own]
+    ordered = chosen.sort_values(
+        RUN, key=lambda c: c.eq("cpu") if c.name == "device" else c, kind="stable"
     )
-    return order.merge(order[RUN_OF].head(1), on=RUN_OF)
+    return ordered.merge(ordered[RUN].head(1), on=RUN)
 
 
-def _of_rows(
-    figure: Figure, chosen: pd.DataFrame, got: Value, at: str, differs: Iterable[str]
+def _from_rows(
+    figure: Figure, chosen: pd.DataFrame, value: Value, at: str, match: str
 ) -> Counterpart:
-    on = tuple(chosen[RUN_OF].iloc[0])
+    """The counterpart with this value of the rows of one run; `match` is overridden if the model is another."""
+    on = tuple(chosen[RUN].iloc[0])
     own = published.same_model(figure.model, on[0])
-    return Counterpart(got, (NEAR if differs else EXACT) if own else OTHER, on, at)
+    return Counterpart(value, match if own else OTHER, on, at)
 
 
-def _absent(figure: Figure, why: str, bits: float | None = None) -> Counterpart:
-    run = RUN.get(figure.metric) or RUN[figure.table]
+def _not_measured(figure: Figure, reason: str, bits: float | None = None) -> Counterpart:
+    """The counterpart without a value: the reason, and the command that would measure one (`bits`: its budget)."""
+    experiment = EXPERIMENT_FOR.get(figure.metric) or EXPERIMENT_FOR[figure.table]
     model = "" if figure.model == "any" else f" model={figure.model.removesuffix('-instruct')}"
     budget = "" if bits is None else f" budget_bits={bits:g}"
-    return Counterpart(Value(None, note=f"{why}; run experiment={run}{model}{budget}"))
+    return Counterpart(Value(None, note=f"{reason}; run experiment={experiment}{model}{budget}"))
 
 
-def _joined(*notes: str) -> str:
+def _join_notes(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 

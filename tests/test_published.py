@@ -16,8 +16,8 @@ from analysis_rows import (
 )
 
 from analysis import catalog, published
-from analysis.catalog import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, equivalent
-from analysis.counterpart import COMPUTED, EXACT, NEAR, NONE, OTHER
+from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, equivalent
+from analysis.counterpart import COMPUTED, EXACT, NEAR, OTHER
 from analysis.load import load
 from analysis.points import points
 from analysis.statistics import Value
@@ -49,9 +49,9 @@ def test_every_published_row_stands_once_beside_a_value_or_a_reason(tmp_path, ce
         zip(said["metric"], said["unit"], policies, said["value"].astype(float), strict=True)
     )
     for line in lines:
-        assert line["match"] in (EXACT, NEAR, OTHER, COMPUTED, NONE)
-        assert (line["ours"].value is None) == (line["match"] == NONE)
-        if line["match"] == NONE:
+        assert line["match"] in (EXACT, NEAR, OTHER, COMPUTED, NOT_MEASURED)
+        assert (line["ours"].value is None) == (line["match"] == NOT_MEASURED)
+        if line["match"] == NOT_MEASURED:
             assert "run experiment=" in line["ours"].note, line
         else:
             assert "(" in line["on"] and line["at"]
@@ -62,7 +62,7 @@ def test_every_published_row_stands_once_beside_a_value_or_a_reason(tmp_path, ce
 def test_only_the_published_model_is_compared(tmp_path):
     lines = both(tmp_path, quickstart() + paper_memory() + handoff_cells())
     for line in lines:
-        assert (line["against"].value is None) == (line["match"] in (OTHER, NONE)), line
+        assert (line["against"].value is None) == (line["match"] in (OTHER, NOT_MEASURED)), line
     by_match = {
         match: [line for line in lines if line["match"] == match] for match in (COMPUTED, OTHER)
     }
@@ -94,7 +94,7 @@ def test_the_published_model_in_its_setting_is_exact_and_elsewhere_near(tmp_path
     assert exact["match"] == EXACT and exact["against"].value == pytest.approx(90 - 80.67)
     near = accuracy["topology_q4", "gsm8k, 4 hops"]
     assert near["match"] == NEAR and near["ours"].note
-    assert accuracy["topology_q8", "gsm8k, 3 hops"]["match"] == NONE
+    assert accuracy["topology_q8", "gsm8k, 3 hops"]["match"] == NOT_MEASURED
     slow = next(line for line in lines if (line["policy"], line["setting"]) == ("reprefill", "8K"))
     assert slow["match"] == NEAR and slow["against"].value == pytest.approx(9 * 81.92 / 1029.7)
     (count,) = [line for line in lines if line["metric"] == "n_problems"]
@@ -124,8 +124,8 @@ def nf4(context=7194, n_agents=15, **more):
         ({"quantization": "", "dtype": "bfloat16"}, NEAR),
         ({"context": 7000}, NEAR),
         ({"n_agents": 3}, NEAR),
-        ({"context": 3000}, NONE),
-        ({"document": "moon_landing"}, NONE),
+        ({"context": 3000}, NOT_MEASURED),
+        ({"document": "moon_landing"}, NOT_MEASURED),
         ({"scorer": "minilm"}, EXACT),
     ],
 )
@@ -136,12 +136,12 @@ def test_a_perplexity_delta_is_held_against_the_published_one_of_its_setting(
     (line,) = [li for li in lines if li["metric"] == "perplexity_delta" and li["published"].value == 0.57
                and "15 agents" in li["setting"]]  # fmt: skip
     assert line["match"] == match
-    if match != NONE:
+    if match != NOT_MEASURED:
         assert line["against"].value == pytest.approx(line["ours"].value - 0.57)
 
 
 def test_a_bertscore_needs_the_published_scorer_and_agents(tmp_path):
-    wanted = [({}, EXACT), ({"scorer": "minilm"}, NONE), ({"n_agents": 3}, NONE)]
+    wanted = [({}, EXACT), ({"scorer": "minilm"}, NOT_MEASURED), ({"n_agents": 3}, NOT_MEASURED)]
     for place, (more, match) in enumerate(wanted):
         lines = table(tmp_path / str(place), "polykv", [nf4(f1=0.92, **more)]).rows
         (line,) = [li for li in lines if li["published"].value == 0.9279]
