@@ -36,10 +36,8 @@ EXPERIMENT_FOR = {
 # How our cards travel, for policies of QKVShare; we take the others to hand over in memory.
 TRANSPORT = {"reprefill": "text", "q4_reload": "file"}
 ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
-TIMES = (
-    "ttft",
-    "stages",
-)  # tables of times, which are compared by ratio; other figures by difference
+# Tables of times, which are compared by ratio; all other figures are compared by difference.
+TIMES = ("ttft", "stages")
 # How numbers are written, by metric; others have one decimal.
 DIGITS = {
     "kv_memory": memory,
@@ -51,8 +49,8 @@ DIGITS = {
     "n_problems": fixed(0),
     "gsm8k_accuracy": fixed(2),
 }
-# The studies and metrics whose rows answer each paper's figures.
-ANSWERING = {
+# By paper, the metrics of our rows that its figures are compared with; the caption describes these rows.
+ANSWERED_BY = {
     "polykv": ("kv_memory", "compression_ratio", "nll", "nll_delta", "bertscore_f1"),
     "qkvshare": ("answer_right", "time"),
 }
@@ -121,7 +119,7 @@ def _caption(
     # The caption names the runs that were measured; if there are none, those that were computed.
     measured = {answer.on for answer in answers if answer.on and answer.match != COMPUTED}
     runs = measured or {answer.on for answer in answers}
-    used = rows[rows["metric"].isin(ANSWERING[paper])]
+    used = rows[rows["metric"].isin(ANSWERED_BY[paper])]
     used = used[[run in runs for run in used[RUN].itertuples(index=False, name=None)]]
     return (
         f"{CAPTIONS[paper]}. {counts}. {MATCHES}. Intervals of times are quartiles. "

@@ -4,7 +4,7 @@ Exact match uses teacher forcing: an answer counts if each of its tokens, and th
 model's most probable next token. That is equivalent to generating the correct answer greedily. For problems the answer
 is the whole solution, with all its steps.
 
-A document first states facts ("Ada 's pet is hen .") and then restates them (polykv/reference/documents.py). The values
+A document first states facts ("Ada's pet is hen.") and then restates them (polykv/reference/documents.py). The values
 in the restatements ("hen") are the tokens that a model can only predict from the statements.
 """
 
