@@ -116,7 +116,8 @@ class Comparison:
     @property
     def heading(self) -> str:
         """The setting, and how many documents all its recipes have."""
-        return f"{self.setting}; {self.pairs.documents} documents"
+        n = self.pairs.documents
+        return f"{self.setting}; {n} document{'s' * (n != 1)}"
 
 
 def measured(rows: pd.DataFrame, name: str) -> Value:

@@ -216,11 +216,12 @@ def save(canvas: Canvas, stem: Path, formats: Sequence[str]) -> list[Path]:
     """Write `stem`.png and/or .pdf: the same rows give the same bytes."""
     files = []
     with plt.style.context(STYLE):
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")  # laid out above, once for all formats
         for kind in formats:
             files.append(stem.with_suffix(f".{kind}"))
-            drawn = (
-                BytesIO()
-            )  # where a disk is full, matplotlib's PDF writer hides the error behind its own
+            # Into memory first: where a disk is full, matplotlib's PDF writer hides the error behind its own.
+            drawn = BytesIO()
             canvas.savefig(drawn, format=kind, metadata=UNDATED[kind])
             files[-1].write_bytes(drawn.getvalue())
     plt.close(canvas)
