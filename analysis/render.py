@@ -80,7 +80,7 @@ class Table:
     @property
     def about(self) -> str:
         """Caption and legend in one."""
-        return ". ".join(filter(None, [self.caption, self.legend]))
+        return ". ".join(filter(None, [self.caption.rstrip("."), self.legend]))
 
 
 @dataclass(frozen=True)
