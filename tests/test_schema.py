@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from experiments.rows import SCORES, add_scores
 from experiments.study import studies
 from polykv import cellfile
 from polykv.cellfile import COLUMNS, DamagedCell
+from polykv.config import CONF
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.statistics import document_interval
 from polykv.results import Rows, Store, frame
@@ -164,3 +166,20 @@ def test_every_claim_is_of_published_rows():
     published = {paper: {row.table for row in load_published(paper)} for paper in PAPERS}
     for claim in catalog.claims(frame([])):
         assert claim.table in published[claim.paper], claim.claim
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["capacity", "smollm2-135m"])
+def test_whatever_is_shown_has_rows_and_a_caption(folder):
+    rows = load.load(CONF.parent / "results" / folder).rows
+    for name, piece in catalog.pieces("TABLES").items():
+        table = piece(rows)
+        assert table is None or (table.rows and table.caption), f"table {name}"
+    for name, piece in catalog.pieces("FIGURES").items():
+        figure = piece(rows)
+        assert figure is None or isinstance(figure, str) or figure.caption, f"figure {name}"
+        others = rows[~rows["study"].isin(piece.studies)]
+        assert piece.studies and piece(others) is None, (
+            f"figure {name} needs rows of {piece.studies}"
+        )
+        plt.close("all")
