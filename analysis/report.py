@@ -39,6 +39,9 @@ VERDICTS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open", AGREE
 RUN = ["study", "model", "weights", "device", "dtype"]
 LISTED = 12  # values of a setting
 PIXELS = 120  # per inch of a figure: larger than on paper, where text has 8 points
+# Without HTML, links or images of the text's own.
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
+MARKDOWN.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def page(results: Results) -> str:
         claims=judged,
         n_unmeasured=len(said) - len(judged),
         verdicts=VERDICTS,
-        findings=catalog.findings(rows),
+        findings={
+            heading: [Markup(MARKDOWN.renderInline(line)) for line in lines]
+            for heading, lines in catalog.findings(rows).items()
+        },
         sections=sections(results),
         produced=shown(produced_by(results)),
         settings=settings(results),
@@ -198,15 +204,13 @@ def image(name: str, drawn: Picture) -> Image:
 
 
 def _written(text: str) -> Markup:
-    """Markdown without HTML, links or images of its own; the policy allows no style attributes."""
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    markdown.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
-    tokens = markdown.parse(text)
+    """Markdown as HTML without style attributes, which the page's policy does not allow."""
+    tokens = MARKDOWN.parse(text)
     for token in tokens:
         token.attrs.pop("style", None)
         if token.type in ("heading_open", "heading_close"):
             token.tag = "h3"
-    return Markup(markdown.renderer.render(tokens, markdown.options, {}))
+    return Markup(MARKDOWN.renderer.render(tokens, MARKDOWN.options, {}))
 
 
 def what_ran(rows: pd.DataFrame) -> Table:

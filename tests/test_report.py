@@ -141,7 +141,9 @@ def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, mo
             monkeypatch.delattr(module, name, raising=False)
     compare = catalog.modules()["compare"]
     monkeypatch.setattr(compare, "CLAIMS", made_up, raising=False)
-    monkeypatch.setattr(compare, "FINDINGS", lambda rows: {"Ours": ["one <b>"]}, raising=False)
+    monkeypatch.setattr(
+        compare, "FINDINGS", lambda rows: {"Ours": ["one <b> **two** a_b_c"]}, raising=False
+    )
     rows = load(*folders).rows
     n_rows = (rows["study"] == "compare").sum()
     assert {claim.said for claim in catalog.claims(rows)} == {f"{n_rows} rows", "run it"}
@@ -150,7 +152,9 @@ def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, mo
     places = [
         shown.index(said) for said in ("memory <shrinks>", "bits are bits", "a card is sooner")
     ]
-    assert places == sorted(places) and "nobody looked" not in shown and "one <b>" in shown
+    assert (
+        places == sorted(places) and "nobody looked" not in shown and "one <b> two a_b_c" in shown
+    )
     assert "1 more published claim." in shown
     written = catalog.findings_page(rows)
     assert "**reproduced**: memory <shrinks>" in written and "nobody looked" not in written
