@@ -52,7 +52,7 @@ def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
         return 2
     for cell in damaged:
         print(
-            f"warning: skipped damaged cell {cell}; the sweep, run again, sets it aside and measures it anew",
+            f"warning: skipped damaged cell {cell}; the sweep, run again, sets it aside and measures it again",
             file=sys.stderr,
         )
     return 1 if damaged else 0

@@ -351,7 +351,7 @@ def _levels(found: pd.DataFrame) -> list[Claim]:
         ratio, tokens = slow.value.value / fast.value.value, fast.label_tokens
         place = f"{label} (which is {tokens:,} tokens by published.csv) on {fast.model}"
         times = f"{slow.value.value:g} to {fast.value.value:g} ms at {place}"
-        claim = f"a card takes the time to first token from {times}, {ratio:.2f} times sooner"
+        claim = f"a card takes the time to first token from {times}, {ratio:.2f} times faster"
         mine = found
         if len(found):
             own = found["model"].map(partial(published.same_model, fast.model)).astype(bool)
@@ -399,7 +399,7 @@ def _of_median(got: Value) -> Value:
 def _sooner(mine: pd.DataFrame) -> tuple[str, str]:
     at = mine["context_tokens"].max()
     got = _speedups(mine, at)
-    said = f"At {at:,} tokens, by route: {_said(got)} times sooner (median [quartiles])."
+    said = f"At {at:,} tokens, by route: {_said(got)} times faster (median [quartiles])."
     sooner, later = (all(v.low > 1 for v in got.values()), all(v.high < 1 for v in got.values()))
     verdict = decided(sooner, later)
     return verdict, said + f" {MORE}." * (verdict == INCONCLUSIVE)
@@ -415,7 +415,7 @@ def _grows(mine: pd.DataFrame) -> tuple[str, str]:
     first, last = (_speedups(mine, n) for n in (contexts[0], contexts[-1]))
     pairs = [(first[name], last[name]) for name in first if name in last]
     said = (
-        f"By route, from {contexts[0]:,} tokens: {_said(first)} times sooner; to {contexts[-1]:,}: {_said(last)} "
+        f"By route, from {contexts[0]:,} tokens: {_said(first)} times faster; to {contexts[-1]:,}: {_said(last)} "
         "(median [quartiles])."
     )
     gains = bool(pairs) and all(b.low > a.high for a, b in pairs)

@@ -326,7 +326,7 @@ def plain(table: Table, width: int) -> str:
         parts.append("\n".join(shown))
     if left_out:
         notes.append(
-            f"Left out for want of width: {', '.join(left_out)} (the table's file has all)"
+            f"Too wide for this terminal: {', '.join(left_out)} (the table's file has all)"
         )
     notes = [*notes, *filter(None, [table.legend])]
     parts.append("\n".join(textwrap.fill(note, width, subsequent_indent="  ") for note in notes))
