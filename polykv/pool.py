@@ -17,11 +17,13 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place, read_unshared
 from polykv.chat import Chat, is_wanted
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.errors import PolyKVError
 from polykv.greedy import greedy
+from polykv.prefill import prefill
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
-from polykv.supported import check_cache, check_length, check_model, check_rope
+from polykv.supported import check_cache, check_length, check_rope
 from polykv.tokens import encode
 
 READERS = ("dequantize", "in_place")
@@ -35,12 +37,18 @@ class SharedKVPool:
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[Segment]], recipe: Recipe, backend: str = "torch"
+        self,
+        layers: Sequence[Sequence[Segment]],
+        recipe: Recipe,
+        backend: str = "torch",
+        contexts: Sequence[LayerContext] = (),
     ) -> None:
         if not layers:
             raise PolyKVError("the cache holds no layers; prefill the document first")
         self._layers = tuple(tuple(segments) for segments in layers)
         self.recipe = recipe
+        # For the pools that are made of an uncompressed one; its segments hold what a codec asked for.
+        self.contexts = tuple(contexts) if recipe.is_full else ()
         self.chat: Chat | None = None
         self.device = next(iter(self._layers[0][0].key.tensors.values())).device
         self.backend = kernels.pick_backend(backend, self.device)
@@ -84,11 +92,14 @@ class SharedKVPool:
         """Compress a transformers cache of full-attention layers, which is not modified.
 
         Raises:
-            PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches.
+            PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches; a recipe that needs
+                to know more of the model than a cache that `polykv.prefill.prefill` did not make can tell.
         """
         check_cache(cache)
+        contexts = getattr(cache, "contexts", ())
+        _check_known(recipe, contexts)
         layers = ((layer.keys, layer.values) for layer in cache.layers)
-        return cls.from_layers(layers, recipe, backend=backend)
+        return cls.from_layers(layers, recipe, backend=backend, contexts=contexts)
 
     @classmethod
     def from_layers(
@@ -97,10 +108,13 @@ class SharedKVPool:
         recipe: Recipe,
         n_layers: int | None = None,
         backend: str = "auto",
+        contexts: Sequence[LayerContext] = (),
     ) -> "SharedKVPool":
         """Compress (keys, values) layer by layer, each (batch, kv_heads, tokens, head_dim).
 
         `layers` may be a generator, so that only one layer exists at full size at a time; then give `n_layers`.
+        `contexts`: what the recipe's codecs may know of each layer. Without them the codecs do without, which is enough
+        to count bytes.
 
         Raises:
             PolyKVError: a tensor that the recipe's codec cannot encode; names the layer, and keys or values.
@@ -112,12 +126,15 @@ class SharedKVPool:
         # Not enumerate, which keeps a reference to a layer while the next is made.
         for k_BHTD, v_BHTD in layers:
             index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
+            context = contexts[index] if contexts else NOTHING
             try:
-                encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers, backend))
+                encoded.append(
+                    recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers, backend, context)
+                )
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
             del k_BHTD, v_BHTD
-        return cls(encoded, recipe, backend)
+        return cls(encoded, recipe, backend, contexts)
 
     def _segments(self) -> Iterator[Segment]:
         return (segment for segments in self._layers for segment in segments)
@@ -152,12 +169,17 @@ class SharedKVPool:
         return decode_segments(self._layers[index])
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """A pool of this pool's decoded cache under another recipe or backend."""
+        """A pool of this pool's decoded cache under another recipe or backend.
+
+        Raises:
+            PolyKVError: a recipe that needs to know more of the model than this pool kept (only uncompressed ones do).
+        """
         backend = kernels.pick_backend(backend, self.device)
         if (recipe, backend) == (self.recipe, self.backend):
             return self
+        _check_known(recipe, self.contexts)
         layers = (self.decode_layer(index) for index in range(self.n_layers))
-        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend)
+        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend, self.contexts)
 
     def dequantize(self, n_agents: int = 1) -> DynamicCache:
         """A full-precision DynamicCache with a row for each of `n_agents`, ready to continue the document.
@@ -218,6 +240,14 @@ class SharedKVPool:
             return generate(model, tokenizer, cache, queries_ids, max_new_tokens)
 
 
+def _check_known(recipe: Recipe, contexts: Sequence[LayerContext]) -> None:
+    if recipe.needs and not contexts:
+        raise PolyKVError(
+            f"recipe {recipe.name!r} needs the model's {' and '.join(sorted(recipe.needs))}, and this cache has only "
+            "keys and values; make it with polykv.prefill.prefill, or the pool with SharedKVPool.from_text"
+        )
+
+
 def check_reader(name: str) -> None:
     """Validate the name of a read mode.
 
@@ -226,22 +256,6 @@ def check_reader(name: str) -> None:
     """
     if name not in READERS:
         raise PolyKVError(f"no reader named {name!r}; there are: {', '.join(READERS)}")
-
-
-@torch.no_grad()
-def prefill(model: PreTrainedModel, ids_BT: Tensor) -> DynamicCache:
-    """The KV cache of tokens (1, tokens), in the model's dtype.
-
-    Raises:
-        PolyKVError: no tokens, more tokens than positions, or an unsupported architecture.
-    """
-    check_model(model.config)
-    if ids_BT.shape[1] == 0:
-        raise PolyKVError("the document is empty; give at least one token of text")
-    check_length(model.config, ids_BT.shape[1], "the document")
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
-    return cache
 
 
 def encode_queries(

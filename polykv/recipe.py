@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polykv import config, kernels, targets
 from polykv.codecs.base import Codec, not_finite
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
 from polykv.segment import Segment
@@ -111,12 +112,23 @@ class Recipe:
         key_bits, value_bits = self.layer_bits[layer * len(self.layer_bits) // n_layers]
         return with_bits(self.key, key_bits), with_bits(self.value, value_bits)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the codecs ask to know of a layer: fields of polykv.codecs.context.LayerContext."""
+        return frozenset(self.key.needs) | frozenset(self.value.needs)
+
     def encode_layer(
-        self, k_BHTD: Tensor, v_BHTD: Tensor, layer: int, n_layers: int, backend: str = "torch"
+        self,
+        k_BHTD: Tensor,
+        v_BHTD: Tensor,
+        layer: int,
+        n_layers: int,
+        backend: str = "torch",
+        context: LayerContext = NOTHING,
     ) -> list[Segment]:
         """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim).
 
-        `backend` comes from `kernels.pick_backend`.
+        `backend` comes from `kernels.pick_backend`; `context` is what codecs may know of the layer and these tokens.
 
         Raises:
             PolyKVError: NaN, infinity, or an overflow of fp16 (polykv/codecs/base.py); names keys or values.
@@ -129,7 +141,8 @@ class Recipe:
             packed = []
             for side, codec, x_BHTD in zip(SIDES, pair, (k_BHTD, v_BHTD), strict=True):
                 try:
-                    packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend))
+                    known = context.narrow(start, stop)
+                    packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend, known))
                 except PolyKVError as error:
                     # Name tokens of the whole layer: the codec counts within its run.
                     message = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"

@@ -16,7 +16,7 @@ def test_distortion_is_the_published_one(bits, expected):
     assert lloyd_max(bits).distortion == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("bits", DISTORTION)
+@pytest.mark.parametrize("bits", range(1, 8))
 def test_distortion_is_that_of_gaussian_samples(bits):
     book = lloyd_max(bits)
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
@@ -25,7 +25,7 @@ def test_distortion_is_that_of_gaussian_samples(bits):
     assert float((x - quantized).square().mean()) == pytest.approx(book.distortion, rel=0.01)
 
 
-@pytest.mark.parametrize("bits", DISTORTION)
+@pytest.mark.parametrize("bits", range(1, 8))
 def test_levels_are_centroids_and_boundaries_midpoints(bits):
     book, normal = lloyd_max(bits), NormalDist()
     levels = book.levels

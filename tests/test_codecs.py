@@ -151,8 +151,10 @@ def test_one_token_and_zero_vectors(codec):
         assert torch.equal(codec.decode(codec.encode(zeros)), zeros)
         some = gaussian(1, 2, 5, 64, dtype=dtype)
         some[:, :, 2] = 0
-        decoded = codec.decode(codec.encode(some))
-        if codec.group == 1:  # tokens that share metadata share its minimum too
+        packed = codec.encode(some)
+        decoded = codec.decode(packed)
+        # A zero token that shares a minimum or mean with others does not decode to zeros.
+        if codec.group == 1 and "mean" not in packed.tensors:
             assert torch.equal(decoded[:, :, 2], some[:, :, 2])
         assert decoded[:, :, 1].abs().sum() > 0
 

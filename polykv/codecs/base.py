@@ -1,7 +1,8 @@
 """The base class of codecs: chunked encoding and decoding, and `Packed`, the bundle of tensors that is stored.
 
-A codec sees one tensor (batch B, kv_heads H, tokens T, head_dim D) and nothing else. The base class cuts it into
-chunks of tokens, which bounds the memory of every method, and checks that everything stored is finite.
+A codec sees one tensor (batch B, kv_heads H, tokens T, head_dim D) and what it asks to know of the model
+(polykv/codecs/context.py; most ask for nothing). The base class cuts the tensor into chunks of tokens, which bounds the
+memory of every method, and checks that everything stored is finite.
 
 Edge cases are the same for every codec, in torch, C++ and Triton (a kernel may break ties between two equally near
 levels the other way):
@@ -14,7 +15,7 @@ levels the other way):
 - A scale or norm below fp16's normal range is rounded to its grid (steps of 2**-24); one that rounds to zero decodes
   to zeros. This adds at most the number of levels times 2**-25, below 1e-5, to the method's own error. fp32 scales
   below 2**-126 are stored as zero.
-- Zeros (and -0) decode to zeros; with KiviKey only if all tokens that share the minimum are zero.
+- Zeros (and -0) decode to zeros; in codecs whose tokens share a minimum or mean only if all of these are zero.
 - Scaling a tensor by a power of two changes no code while its scales stay normal in fp16.
 - Single tokens, equal tokens, constant vectors and any head_dim are valid.
 - Decoding into fp16 saturates at 65,504.
@@ -23,13 +24,14 @@ levels the other way):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.errors import PolyKVError
 
 Shape = tuple[int, int, int, int]
@@ -48,13 +50,15 @@ class Packed:
 
     `tensors` holds codes, scales, norms, ..., each 4-D (B, H, N, X) or (1, 1, 1, X): N == T is per
     token, N == 1 is shared by all tokens, N == ceil(T / group) is per `group` consecutive tokens.
-    `dtype` is that of the tensor that `Codec.decode` returns.
+    `dtype` is that of the tensor that `Codec.decode` returns. `context` is what the codec asked to know of these
+    tokens; it comes from the model and does not count as stored.
     """
 
     tensors: Mapping[str, Tensor]
     shape: Shape
     dtype: torch.dtype
     group: int = 1
+    context: LayerContext = NOTHING
 
     def __post_init__(self) -> None:
         n_tokens = self.shape[2]
@@ -88,7 +92,8 @@ class Packed:
             return tensor[:, :, start // self.group : -(-stop // self.group)]
 
         tensors = {name: view(tensor) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, shape=(batch, heads, stop - start, dim))
+        context, shape = self.context.narrow(start, stop), (batch, heads, stop - start, dim)
+        return replace(self, tensors=tensors, shape=shape, context=context)
 
 
 class Codec(ABC):
@@ -99,11 +104,15 @@ class Codec(ABC):
     vectors before quantizing them overrides `rotation` (or `rotate` and `unrotate`, if one matrix does not describe
     it): attention then rotates queries and outputs instead of the tokens.
 
+    `needs`: the fields of LayerContext that the method asks for. `_statistics`, `_quantize` and `_dequantize` get them
+    as keyword arguments, which are None if unknown.
+
     `version` is part of a cell's identity (polykv/versions.py). Each codec of this package declares its own and raises
     it when its bits or decoded numbers change (tests/outputs.py records them).
     """
 
     group: int = 1
+    needs: ClassVar[tuple[str, ...]] = ()
     # Here: of the code that all codecs share (chunks, bit packing, rotations, codebooks).
     version: ClassVar[int] = 1
 
@@ -126,8 +135,11 @@ class Codec(ABC):
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         """One chunk (B, H, T, D), D == `dim`, in any float dtype; in the rotated domain if the codec has one."""
 
-    def _statistics(self, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Tensors (.., .., 1, X) shared by all tokens, from a first pass over the chunks."""
+    def _statistics(self, chunks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors (.., .., 1, X) shared by all tokens, from one or more passes over the chunks.
+
+        The keyword arguments that a codec asked for (`needs`) are about all chunks together.
+        """
         return {}
 
     def rotation(self, dim: int, device: torch.device) -> Tensor | None:
@@ -144,9 +156,12 @@ class Codec(ABC):
         matrix = self.rotation(y_BHTD.shape[-1], y_BHTD.device)
         return y_BHTD if matrix is None else y_BHTD @ matrix.T
 
-    def _reconstruct(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
+    def _reconstruct(self, tensors: Mapping[str, Tensor], dim: int, **known: Any) -> Tensor:
         """One chunk (B, H, T, D), dequantized and rotated back."""
-        return self.unrotate(self._dequantize(tensors, dim), tensors)
+        return self.unrotate(self._dequantize(tensors, dim, **known), tensors)
+
+    def _asked(self, context: LayerContext) -> dict[str, Any]:
+        return {name: getattr(context, name) for name in self.needs}
 
     @torch.no_grad()
     def decode_rotated(self, packed: Packed) -> Tensor:
@@ -154,7 +169,8 @@ class Codec(ABC):
 
         Decodes all tokens at once: use `Packed.narrow` to bound the memory.
         """
-        return self._dequantize(packed.tensors, packed.shape[3]).float()
+        known = self._asked(packed.context)
+        return self._dequantize(packed.tensors, packed.shape[3], **known).float()
 
     @torch.no_grad()
     def scores(self, q_BHQD: Tensor, packed: Packed) -> Tensor:
@@ -162,7 +178,7 @@ class Codec(ABC):
         return q_BHQD @ self.decode_rotated(packed).mT
 
     @torch.no_grad()
-    def encode(self, x_BHTD: Tensor) -> Packed:
+    def encode(self, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Packed:
         """Quantize (B, H, T, D) in fp32, fp16 or bf16, on the device of `x_BHTD`.
 
         Temporary memory is under twice the tensor's fp16 bytes (under half a MiB for fewer than 2**17 values).
@@ -171,15 +187,50 @@ class Codec(ABC):
             PolyKVError: NaN or infinite values, or a scale or norm that overflows fp16.
         """
         shape = _checked_shape(x_BHTD)
-        spans = list(_spans(shape, self.group))
-        shared = self._statistics(x_BHTD[:, :, i:j] for i, j in spans)
+        chunks = [x_BHTD[:, :, i:j] for i, j in _spans(shape, self.group)]
+        shared = self._statistics(chunks, **self._asked(context))
+        return self._encoded(x_BHTD, shared, context)
+
+    @torch.no_grad()
+    def extend(self, packed: Packed, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Packed:
+        """`packed` with the tokens (B, H, T, D) appended, quantized with its shared statistics.
+
+        The codes of its own tokens do not change. `context` is that of the new tokens.
+
+        Raises:
+            PolyKVError: as `encode`, or the last group of `packed` is not full.
+        """
+        _checked_shape(x_BHTD)
+        batch, heads, n_tokens, dim = packed.shape
+        if n_tokens % self.group:
+            raise PolyKVError(
+                f"cannot append to {n_tokens} tokens in groups of {self.group}; encode all tokens together"
+            )
+        if packed.context.rope is None:  # its mean was taken without RoPE
+            context = NOTHING
+        # With a single token or group these are all tensors; `_encoded` replaces those that are not shared.
+        shared = {name: kept for name, kept in packed.tensors.items() if kept.shape[2] == 1}
+        added = self._encoded(x_BHTD, shared, context)
+        tensors = {
+            name: new if new is shared.get(name) else torch.cat([packed.tensors[name], new], dim=2)
+            for name, new in added.tensors.items()
+        }
+        shape = (batch, heads, n_tokens + added.shape[2], dim)
+        return Packed(tensors, shape, packed.dtype, self.group, packed.context.join(added.context))
+
+    def _encoded(
+        self, x_BHTD: Tensor, shared: Mapping[str, Tensor], context: LayerContext
+    ) -> Packed:
+        """Quantize all tokens with the given statistics."""
+        shape = _checked_shape(x_BHTD)
         kept: dict[str, Tensor] = {}
         per: dict[str, int] = {}
         finite = torch.ones((), dtype=torch.bool, device=x_BHTD.device)
         for tensor in shared.values():
             finite &= _all_finite(tensor)
-        for start, stop in spans:
-            part = self._quantize(x_BHTD[:, :, start:stop], shared)
+        for start, stop in _spans(shape, self.group):
+            known = self._asked(context.narrow(start, stop))
+            part = self._quantize(x_BHTD[:, :, start:stop], shared, **known)
             for name, tensor in part.items():
                 if name not in kept:
                     # Per token or per group? Decided by the first chunk, since the last may hold a single token.
@@ -188,10 +239,11 @@ class Codec(ABC):
                     kept[name] = tensor.new_empty(size)
                 kept[name][:, :, start // per[name] : -(-stop // per[name])] = tensor
                 finite &= _all_finite(tensor)
-        kept |= shared
+        kept |= {name: tensor for name, tensor in shared.items() if name not in kept}
         if not finite:
             raise PolyKVError(not_finite(x_BHTD) or _overflow(x_BHTD, self, kept))
-        return Packed(kept, shape, x_BHTD.dtype, self.group)
+        told = context if self.needs else NOTHING
+        return Packed(kept, shape, x_BHTD.dtype, self.group, told)
 
     @torch.no_grad()
     def decode(self, packed: Packed) -> Tensor:
@@ -199,7 +251,9 @@ class Codec(ABC):
         device = next(iter(packed.tensors.values())).device
         out = torch.empty(packed.shape, dtype=packed.dtype, device=device)
         for start, stop in _spans(packed.shape, packed.group):
-            values = self._reconstruct(packed.narrow(start, stop).tensors, packed.shape[3])
+            part = packed.narrow(start, stop)
+            known = self._asked(part.context)
+            values = self._reconstruct(part.tensors, packed.shape[3], **known)
             out[:, :, start:stop] = saturated(values, packed.dtype)
         return out
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from polykv.attention.observe import observe
 from polykv.codecs.base import Codec
+from polykv.codecs.context import NOTHING
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_attention
@@ -97,10 +98,11 @@ def diagnostics(x_BHTD: Tensor) -> Mapping[str, float]:
 
 def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) -> SharedKVPool:
     """The pool `full` with one layer under `recipe` and the others under `exact`."""
+    contexts = full.contexts or (NOTHING,) * full.n_layers
     segments = [
         (recipe if index == layer else exact).encode_layer(
-            *full.decode_layer(index), index, full.n_layers
+            *full.decode_layer(index), index, full.n_layers, context=context
         )
-        for index in range(full.n_layers)
+        for index, context in enumerate(contexts)
     ]
     return SharedKVPool(segments, recipe)

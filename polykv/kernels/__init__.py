@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from polykv.codecs.base import Codec, Packed
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.errors import PolyKVError
 from polykv.segment import Segment
 
@@ -74,10 +75,10 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"polykv.kernels.{backend}")
 
 
-def encode(codec: Codec, x_BHTD: Tensor, backend: str) -> Packed:
-    """`codec.encode(x_BHTD)`; codes may differ where rounding moves a value across a decision boundary."""
+def encode(codec: Codec, x_BHTD: Tensor, backend: str, context: LayerContext = NOTHING) -> Packed:
+    """`codec.encode(x_BHTD, context)`; codes may differ where rounding moves a value across a decision boundary."""
     packed = None if backend == TORCH else _module(backend).encode(codec, x_BHTD)
-    return codec.encode(x_BHTD) if packed is None else packed
+    return codec.encode(x_BHTD, context) if packed is None else packed
 
 
 def decode_rotated(codec: Codec, packed: Packed, backend: str) -> Tensor:

@@ -1,0 +1,65 @@
+"""TurboQuant-MSE whose norms are 8-bit logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from polykv.codecs.base import Codec, Shape
+from polykv.codecs.bitpack import pack, packed_size, unpack
+from polykv.codecs.normal import SMALLEST, codes_of, levels_of, log_codes, log_values
+from polykv.codecs.rotation import rotation
+from polykv.errors import PolyKVError
+
+
+@dataclass(frozen=True)
+class TurboQuantLog(Codec):
+    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), its norms in a byte each.
+
+    As TurboQuantMSE with signs, but the RMS of a token and head is an 8-bit logarithm relative to the head's largest
+    (polykv/codecs/normal.py): x' = rms * unrotate(levels[codes]). Tokens that are added later keep that largest one.
+    Stored: 8 * ceil(head_dim * bits / 8) + 8 bits per vector and 16 for each head; bits + 8/head_dim per value
+    where that packs evenly.
+    """
+
+    version = 1
+
+    bits: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(1, 8):
+            raise PolyKVError(f"TurboQuantLog has no {self.bits}-bit codebook; choose 1 to 7 bits")
+
+    def payload_bits(self, dtype: torch.dtype) -> float:
+        return float(self.bits)
+
+    def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        batch, heads, _, dim = shape
+        return prod(shape[:3]) * (packed_size(dim, self.bits) + 1) + 2 * batch * heads
+
+    def rotation(self, dim: int, device: torch.device) -> Tensor:
+        return rotation(dim, self.seed, device)
+
+    def _statistics(self, chunks: Sequence[Tensor]) -> dict[str, Tensor]:
+        largest = torch.stack([_rms(chunk).amax(2, keepdim=True) for chunk in chunks]).amax(0)
+        return {"largest": largest.half()}
+
+    def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        norm = log_codes(_rms(x_BHTD), shared["largest"])
+        y_BHTD = self.rotate(x_BHTD.float(), {})
+        y_BHTD /= log_values(norm, shared["largest"]).clamp_min(SMALLEST)
+        return {"codes": pack(codes_of(y_BHTD, self.bits), self.bits), "norm": norm}
+
+    def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
+        y_BHTD = levels_of(unpack(tensors["codes"], self.bits, dim), self.bits)
+        return y_BHTD.mul_(log_values(tensors["norm"], tensors["largest"]))
+
+
+def _rms(x_BHTD: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x_BHTD.float(), dim=-1, keepdim=True)
+    return norm / x_BHTD.shape[-1] ** 0.5
