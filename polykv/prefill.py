@@ -25,7 +25,6 @@ from polykv.errors import PolyKVError
 from polykv.supported import check_length, check_model
 
 APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), as the models of transformers call it
-LOOKED_AT = 512  # keys that tell whether a layer uses its angles
 
 
 class PrefilledCache(DynamicCache):
@@ -67,6 +66,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._thread = get_ident()
         self._given: tuple[type, Any] | None = None  # the last module that got angles, and these
+        self._used = False  # by that module: SmolLM3 gives them to layers without RoPE, too
         self._ropes: dict[tuple[type, int], tuple[Any, Rope | None]] = {}
         self._found: dict[int, LayerContext] = {}
         self._waits: tuple[int, int] | None = None  # the layer whose queries come next, its heads
@@ -77,7 +77,7 @@ class _Watch(TorchFunctionMode):
 
         def angles(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if get_ident() == self._thread:
-                self._given = (type(module), kwargs.get("position_embeddings"))
+                self._given, self._used = (type(module), kwargs.get("position_embeddings")), False
 
         with ExitStack() as stack:
             for module in model.modules():
@@ -88,8 +88,7 @@ class _Watch(TorchFunctionMode):
 
     def keys_of(self, layer: int, k_BHTD: Tensor) -> None:
         """A layer writes to the cache: its angles were given before, its queries come next."""
-        rope = self._rope(k_BHTD.shape[-1])
-        self._found[layer] = LayerContext(rope if rope and _turns(k_BHTD, rope) else None)
+        self._found[layer] = LayerContext(self._rope(k_BHTD.shape[-1]) if self._used else None)
         self._waits = (layer, k_BHTD.shape[1])
 
     def __torch_function__(
@@ -101,6 +100,8 @@ class _Watch(TorchFunctionMode):
             query = args[0] if args else kwargs["query"]
             square = query.unflatten(1, (heads, -1)).float().square().mean((2, 3)).unsqueeze(2)
             self._found[layer] = replace(self._found[layer], query_rms=square.sqrt())
+        elif self._given and isinstance(self._given[1], tuple):
+            self._used |= any(arg is self._given[1][0] for arg in args)
         return func(*args, **kwargs)
 
     def contexts(self) -> tuple[LayerContext, ...]:
@@ -109,22 +110,11 @@ class _Watch(TorchFunctionMode):
 
     def _rope(self, head_dim: int) -> Rope | None:
         """Of the angles that were given last; layers that were given the same share it."""
-        if self._given is None:
-            return None
         owner, given = self._given
         key = (owner, id(given))
         if key not in self._ropes:  # the angles are kept with it, so that no others get their id
             self._ropes[key] = (given, _rope_of(owner, given, head_dim))
         return self._ropes[key][1]
-
-
-def _turns(k_BHTD: Tensor, rope: Rope) -> bool:
-    """Whether a layer uses its angles (SmolLM3 gives them to layers that do not): then the mean of the keys is longer
-    with RoPE undone.
-    """
-    part = k_BHTD[:1, :, :LOOKED_AT].float()
-    undone = rope.narrow(0, LOOKED_AT).turn_back(part)
-    return bool(undone.mean(2).square().sum() >= part.mean(2).square().sum())
 
 
 def _rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
