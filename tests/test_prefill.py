@@ -21,7 +21,8 @@ SCALED = {
 }
 # Pairs of halves, of neighbours (GLM, Cohere, Ernie, Helium), of a part of the head, turned the other way (NanoChat),
 # angles for half the channels (GPT-OSS), several sets of angles (Gemma 3).
-FAMILIES = ("qwen2", "glm", "cohere", "ernie4_5", "helium", "gpt_neox", "phi", "nanochat", "gemma3_text", "gpt_oss")  # fmt: skip
+FAMILIES = ("qwen2", "glm", "cohere", "ernie4_5", "helium", "gpt_neox", "phi", "nanochat",
+            "gemma3_text", "gpt_oss")  # fmt: skip
 
 
 def same_token(model, n_tokens=12):
