@@ -20,6 +20,7 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
+from polykv.kernels import cpu
 from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
 from polykv.segment import Segment
@@ -264,26 +265,70 @@ def test_tokens_are_not_added_inside_a_group():
 # In place
 
 
+def assert_attends(q, segments, backend, tolerance=1e-5):
+    """Against attention in fp64 over the decoded tokens."""
+    keys, values = (torch.cat(x, 2)[0] for x in zip(*(s.decode() for s in segments), strict=True))
+    scaling = q.shape[-1] ** -0.5
+    scores = q.double() @ keys.double().mT * scaling
+    out, lse = attend_prefix(q, segments, scaling, backend)
+    expected = scores.softmax(-1) @ values.double()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_attention_in_place_is_that_over_the_decoded_tokens(name):
-    recipe = polykv.load_recipe(name)
     k, context = biased_keys(2, 150, 64, bias=5)
     v, q = gaussian(1, 2, 150, 64, seed=8), gaussian(2, 7, 64, seed=9)
-    segments = recipe.encode_layer(k, v, 5, 9, "torch", context)
-    keys, values = (torch.cat(x, 2)[0] for x in zip(*(s.decode() for s in segments), strict=True))
-    scores = q.double() @ keys.double().mT / 8
-    out, lse = attend_prefix(q, segments, 1 / 8, "torch")
-    expected = scores.softmax(-1) @ values.double()
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    segments = polykv.load_recipe(name).encode_layer(k, v, 5, 9, "torch", context)
+    assert_attends(q, segments, "torch")
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 128, 256])
+def test_the_cpu_kernel_attends_as_torch_does(name, dim):
+    k, context = biased_keys(3, 150, dim, bias=3)
+    v, q = gaussian(1, 3, 150, dim, seed=8), gaussian(3, 19, dim, seed=9)
+    for known in (context, LayerContext()):
+        segments = polykv.load_recipe(name).encode_layer(k, v, 5, 9, "cpu", known)
+        assert cpu.attend(q, segments[1], 0.1) is not None
+        assert_attends(q, segments, "cpu", 3e-5)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_the_cpu_kernel_reads_every_width(bits):
+    v, q = gaussian(1, 2, 70, 48), gaussian(2, 5, 48, seed=1)
+    codecs = (WaterfillKey(bits), TurboQuantLog(bits))
+    segment = Segment(*codecs, *(codec.encode(v) for codec in codecs))
+    assert cpu.attend(q, segment, 0.1) is not None
+    assert_attends(q, [segment], "cpu")
+
+
+def test_the_cpu_kernel_reads_partial_rope_in_pairs_of_neighbours():
+    k, v, q = gaussian(1, 2, 90, 32), gaussian(1, 2, 90, 32, seed=1), gaussian(2, 5, 32, seed=2)
+    rope, even = rope_of(90, 12), torch.arange(0, 12, 2)
+    rope = Rope(1.1 * rope.cos_TP, 1.1 * rope.sin_TP, even, even + 1)
+    recipe = polykv.load_recipe("waterfill_4")
+    segments = recipe.encode_layer(k + 2, v, 5, 9, "cpu", LayerContext(rope))
+    assert cpu.attend(q, segments[1], 0.1) is not None
+    assert_attends(q, segments, "cpu")
+
+
+def test_the_cpu_kernel_leaves_other_pairs_and_layouts_to_torch():
+    k, context = biased_keys(2, 40, 32)
+    key, q = WaterfillKey(4).encode(k, context), gaussian(2, 3, 32)
+    assert cpu.attend(q, Segment(WaterfillKey(4), WaterfillKey(4), key, key), 0.1) is None
+    small = WaterfillKey(4).encode(gaussian(1, 2, 40, 20))
+    values = TurboQuantLog(4).encode(gaussian(1, 2, 40, 20))
+    segment = Segment(WaterfillKey(4), TurboQuantLog(4), small, values)
+    assert cpu.attend(gaussian(2, 3, 20), segment, 0.1) is None
+    assert_attends(gaussian(2, 3, 20), [segment], "cpu")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "smollm3", "gpt_neox", "gpt2"])
 def test_a_model_answers_in_place_as_it_does_dequantized(architecture, tokenizer):
     model = tiny_model(architecture)
-    pool = SharedKVPool.from_text(
-        model, tokenizer, TEXT[:300], polykv.load_recipe("waterfill_4"), backend="torch"
-    )
+    pool = SharedKVPool.from_text(model, tokenizer, TEXT[:300], polykv.load_recipe("waterfill_4"))
     queries = [" Each agent asks", " A quantized"]
     dequantized = pool.ask(model, tokenizer, queries, 8, "dequantize")
     assert pool.ask(model, tokenizer, queries, 8, "in_place") == dequantized

@@ -1,4 +1,5 @@
-"""Vectorized CPU kernels for Int8, Q8_0, TurboQuantMSE and Uniform; attention supports Identity too.
+"""Vectorized CPU kernels for Int8, Q8_0, TurboQuantMSE and Uniform; attention also for Identity, TurboQuantLog and
+WaterfillKey.
 
 The arithmetic is C++ (csrc/), compiled once on this machine and called through ctypes with the addresses of tensors.
 Where a function returns None, the caller takes the torch path, which also raises the errors.
@@ -18,7 +19,9 @@ from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
+from polykv.codecs.waterfill import WaterfillKey
 from polykv.kernels.cpu_build import BuildError, library
 from polykv.kernels.cpu_layout import DTYPES, Input, Queries, empty_tensors, strides, struct_of
 from polykv.segment import Segment
@@ -96,9 +99,10 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
         return None
     if q_HQD.dtype not in DTYPES or queries == 0 or key.shape[2] == 0:
         return None
-    for codec in (segment.key_codec, segment.value_codec):
-        if not (type(codec) is Identity and dim in DIMS or _takes(codec, key.shape)):
-            return None
+    if not (
+        _attends(segment.key_codec, key, WaterfillKey) and _attends(segment.value_codec, value)
+    ):
+        return None
     if not _readable(q_HQD, *key.tensors.values(), *value.tensors.values()):
         return None
     q_HQD = q_HQD.contiguous()
@@ -131,6 +135,16 @@ def _takes(codec: Any, shape: Shape) -> bool:
     if kind is Uniform and not (codec.symmetric and codec.block_size(shape[3]) % BLOCK_STEP == 0):
         return False
     return kind in (Int8, Q8_0, TurboQuantMSE, Uniform) and shape[3] in DIMS
+
+
+def _attends(codec: Any, packed: Packed, *more: type) -> bool:
+    """Whether attention takes a codec; `more` are kinds that keys may have and values may not."""
+    if type(codec) in (TurboQuantLog, *more):
+        shared = [tensor for tensor in packed.tensors.values() if tensor.shape[2] == 1]
+        rope = packed.context.rope
+        tables = [] if rope is None else [rope.cos_TP, rope.sin_TP]
+        return packed.shape[3] in DIMS and all(t.is_contiguous() for t in (*shared, *tables))
+    return type(codec) is Identity and packed.shape[3] in DIMS or _takes(codec, packed.shape)
 
 
 def _readable(*tensors: Tensor) -> bool:

@@ -15,13 +15,17 @@ from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.ggml import BLOCK
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
+from polykv.codecs.normal import log_values
 from polykv.codecs.rotation import random_signs
 from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
+from polykv.codecs.waterfill import BLOCK as CHANNELS
+from polykv.codecs.waterfill import WaterfillKey
 
 # The enums Dtype (vector.h) and Kind (rows.h) of csrc.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-INT8_TENSOR, INT8_TOKEN, Q8, TURBOQUANT, UNIFORM, EXACT = range(6)
+INT8_TENSOR, INT8_TOKEN, Q8, TURBOQUANT, UNIFORM, EXACT, TURBOQUANT_LOG, WATERFILL = range(8)
 
 
 class Input(ctypes.Structure):
@@ -51,6 +55,10 @@ class PackedStruct(ctypes.Structure):
         ("levels", ctypes.c_void_p),
         ("boundaries", ctypes.c_void_p),
         ("signs", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("log_values", "largest")),
+        *((name, ctypes.c_void_p) for name in ("mean", "channel_scale", "block_rms")),
+        *((name, ctypes.c_void_p) for name in ("order", "widths", "cos", "sin", "first", "second")),
+        ("pairs", ctypes.c_int64),
     ]
 
 
@@ -93,6 +101,8 @@ def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
 
 def struct_of(codec: Codec, packed: Packed) -> Any:
     """Reference to a PackedStruct with the addresses of the tensors of `packed`, which has to stay alive."""
+    if isinstance(codec, TurboQuantLog | WaterfillKey):
+        return ctypes.byref(_described_log(codec, packed))
     codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
     struct = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
     if isinstance(codec, Identity):
@@ -114,6 +124,30 @@ def struct_of(codec: Codec, packed: Packed) -> Any:
     return ctypes.byref(struct)
 
 
+def _described_log(codec: TurboQuantLog | WaterfillKey, packed: Packed) -> PackedStruct:
+    """Of the codecs whose norms are 8-bit logarithms."""
+    kept = packed.tensors
+    codes, norm, dim = kept["codes"], kept["norm"], packed.shape[3]
+    told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
+    told.scale, told.scale_strides = norm.data_ptr(), strides(norm)
+    levels, norms = _log_tables()
+    told.levels, told.log_values = levels.data_ptr(), norms.data_ptr()
+    told.largest = kept["largest"].data_ptr()
+    if isinstance(codec, TurboQuantLog):
+        told.kind, told.bits = TURBOQUANT_LOG, codec.bits
+        told.signs = _signs(dim, codec.seed).data_ptr()
+        return told
+    told.kind, told.signs = WATERFILL, _signs(CHANNELS, codec.seed).data_ptr()
+    told.channel_scale = kept["scale"].data_ptr()
+    for name in ("mean", "block_rms", "order", "widths"):
+        setattr(told, name, kept[name].data_ptr())
+    if rope := packed.context.rope:
+        told.cos, told.sin = rope.cos_TP.data_ptr(), rope.sin_TP.data_ptr()
+        told.first, told.second = rope.first_P.data_ptr(), rope.second_P.data_ptr()
+        told.pairs = len(rope.first_P)
+    return told
+
+
 def _kind_of_scaled(codec: Codec) -> int:
     if isinstance(codec, Int8):
         return INT8_TENSOR if codec.granularity == "tensor" else INT8_TOKEN
@@ -128,6 +162,16 @@ def _codebook(bits: int) -> tuple[Tensor, Tensor]:
     tables[0, : len(book.levels)] = torch.tensor(book.levels)
     tables[1, : len(book.boundaries)] = torch.tensor(book.boundaries)
     return tables[0], tables[1]
+
+
+@cache
+def _log_tables() -> tuple[Tensor, Tensor]:
+    """Codebooks of 0 to 7 bits (8, 128) in fp32, zero-padded, and the values (256,) of the norms' codes."""
+    levels = torch.zeros(8, 128, dtype=torch.float32, device="cpu")
+    for bits in range(1, 8):
+        levels[bits, : 1 << bits] = torch.tensor(lloyd_max(bits).levels)
+    one = torch.ones(1, dtype=torch.float16, device="cpu")
+    return levels, log_values(torch.arange(256, device="cpu"), one)
 
 
 @cache

@@ -1,7 +1,7 @@
 // Attention of a tile of queries to a packed segment, in blocks of tokens.
 #pragma once
 
-#include "rows.h"
+#include "waterfill.h"
 
 constexpr int BLOCK = 64;  // tokens decoded at a time
 constexpr int TILE = COLUMNS * LANES;  // queries at a time, one per lane
@@ -26,6 +26,7 @@ struct Scratch {  // a thread's buffers, of fixed size
     float weights[BLOCK * TILE];  // (tokens, queries): scores, then probabilities
     float sums[MAX_DIM * TILE];  // (dim, queries): weighted values, in their rotated domain
     float key_factor[BLOCK], value_factor[BLOCK];
+    Plan plan;  // of WATERFILL's keys
 };
 
 // Rows of a product with N vectors of columns, such that its sums fit the registers.
@@ -77,6 +78,14 @@ static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floa
     }
 }
 
+// Decode `n` tokens of a head, up to a factor per token. WATERFILL's plan is that of the head.
+static inline void decode(const Packed& p, const Plan& plan, int64_t head, int64_t first, int n, float* out,
+                          float* factor) {
+    if (p.kind == WATERFILL) waterfill_rows(p, plan, head, first, n, out, factor);
+    else if (p.kind == TURBOQUANT_LOG) turboquant_log_rows(p, head, first, n, out, factor);
+    else decode_rows(p, head, first, n, out, factor);
+}
+
 // A job of at most N vectors of queries.
 template <int N>
 static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
@@ -85,19 +94,21 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
     alignas(64) float row[MAX_DIM];
     memset(s.queries, 0, sizeof(float) * dim * N * LANES);
     memset(s.sums, 0, sizeof(float) * dim * N * LANES);
+    if (key.kind == WATERFILL) plan_blocks(key, job.head, s.plan), plan_mean(key, job.head, s.plan);
     const int step = bytes_of(q.dtype);
     const uint8_t* from = q.data + (job.head * q.count + job.first) * dim * step;
     for (int i = 0; i < job.count; i++, from += dim * step) {
         for (int d = 0; d < dim; d += LANES) store(row + d, load_floats(from + d * step, q.dtype));
-        if (key.kind == TURBOQUANT) rotate(row, key.signs, dim);
+        if (key.kind == TURBOQUANT || key.kind == TURBOQUANT_LOG) rotate(row, key.signs, dim);
+        if (key.kind == WATERFILL) to_blocks(s.plan, dim, row);
         for (int d = 0; d < dim; d++) s.queries[d * N * LANES + i] = row[d];
     }
     Floats most[N], total[N] = {};
     for (int c = 0; c < N; c++) most[c] = Floats{} - __builtin_inff();
     for (int64_t t0 = job.start; t0 < job.stop; t0 += BLOCK) {
         const int n = job.stop - t0 < BLOCK ? int(job.stop - t0) : BLOCK;
-        decode_rows(key, job.head, t0, n, s.keys, s.key_factor);
-        decode_rows(value, job.head, t0, n, s.values, s.value_factor);
+        decode(key, s.plan, job.head, t0, n, s.keys, s.key_factor);
+        decode(value, s.plan, job.head, t0, n, s.values, s.value_factor);
         for (int t = 0; t < n; t += ROWS<N>)  // may overrun n: those scores are not read
             product<N, false>(s.keys + t * dim, dim, 1, s.queries, dim, s.weights + t * N * LANES);
         soften<N>(s, n, dim, q.scaling, most, total);
@@ -107,7 +118,7 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
     for (int i = 0; i < job.count; i++) {
         const float sum = total[i / LANES][i % LANES];
         for (int d = 0; d < dim; d++) row[d] = s.sums[d * N * LANES + i] / sum;
-        if (value.kind == TURBOQUANT) unrotate(row, value.signs, dim);
+        if (value.kind == TURBOQUANT || value.kind == TURBOQUANT_LOG) unrotate(row, value.signs, dim);
         memcpy(job.out + i * dim, row, sizeof(float) * dim);
         job.lse[i] = most[i / LANES][i % LANES] + std::log(sum);
     }

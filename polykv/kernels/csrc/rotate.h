@@ -49,6 +49,11 @@ static inline void hadamard_blocks(float* x, int dim) {
     }
 }
 
+// The same in blocks of 16.
+static inline void hadamard_each(float* x, int dim) {
+    for (int start = 0; start < dim; start += 16) hadamard<16>(x + start);
+}
+
 static inline float hadamard_scale(int dim) { return 1.0f / std::sqrt(float(dim & -dim)); }
 
 static inline void multiply(float* x, const float* by, int dim) {

@@ -3,7 +3,12 @@
 
 #include "rotate.h"
 
-enum Kind : int32_t { INT8_TENSOR = 0, INT8_TOKEN = 1, Q8_0 = 2, TURBOQUANT = 3, UNIFORM = 4, EXACT = 5 };
+enum Kind : int32_t {
+    INT8_TENSOR = 0, INT8_TOKEN = 1, Q8_0 = 2, TURBOQUANT = 3, UNIFORM = 4, EXACT = 5,
+    TURBOQUANT_LOG = 6, WATERFILL = 7  // waterfill.h
+};
+
+constexpr int LEVELS = 128;  // entries of each codebook of TURBOQUANT_LOG and WATERFILL
 
 // Strides are in bytes, along (batch, head, token); a row itself is contiguous.
 struct Packed {
@@ -18,6 +23,16 @@ struct Packed {
     int64_t scale_strides[3];
     const float *levels, *boundaries;  // the codebook, 16 entries each
     const float* signs;                // of the rotation, or null
+    // TURBOQUANT_LOG and WATERFILL: `levels` holds the codebooks of 0 to 7 bits, `scale` a byte for each norm.
+    const float* log_values;  // of those bytes, over the largest norm of the head
+    const uint16_t* largest;  // fp16, of each head
+    // WATERFILL, of each head:
+    const uint16_t *mean, *channel_scale, *block_rms;  // fp16, of channels and blocks
+    const uint8_t *order, *widths;                     // of channels, and of two blocks a byte
+    // and of the tokens' RoPE, if any: (tokens, pairs), and the channels of each pair.
+    const float *cos, *sin;
+    const int64_t *first, *second;
+    int64_t pairs;
 };
 
 // Address of (batch, head) number `head`; `owner` has the number of heads.
