@@ -17,10 +17,13 @@ import polykv
 from polykv import kernels
 from polykv.attention.cascade import attend_in_place
 from polykv.attention.prefix import attend_prefix
+from polykv.codecs.centred import Centred
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.turboquant import TurboQuantMSE
+from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.turboquant_variants import TurboQuantNC, TurboQuantOutlier, TurboQuantProd
+from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import MixedCodec
 from polykv.pool import SharedKVPool
@@ -38,6 +41,7 @@ def available_backends():
 
 
 BACKENDS = available_backends()
+N_TOKENS = 5
 OVERFLOW = 65520.0  # rounds to infinity in fp16, and what is below does not
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_NORMAL = 2.0**-14  # in fp16
@@ -46,8 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 
 
 def with_value(value, dtype=torch.float32, rest=0.0, dim=64):
-    """(1, 2, 5, dim) of `rest`, with one value in head 1, token 2."""
-    x = torch.full((1, 2, 5, dim), rest)
+    """(1, 2, N_TOKENS, dim) of `rest`, with one value in head 1, token 2."""
+    x = torch.full((1, 2, N_TOKENS, dim), rest)
     x[0, 1, 2, 7] = value
     return x.to(dtype)
 
@@ -89,6 +93,12 @@ def overflowing_spike(codec):
     """The least lone value among zeros (head_dim 64) whose scale or norm leaves fp16; None where none does."""
     if isinstance(codec, TurboQuantMSE | TurboQuantNC | TurboQuantProd | TurboQuantOutlier):
         return OVERFLOW
+    if isinstance(codec, TurboQuantLog):
+        return OVERFLOW * 8  # of its RMS
+    if isinstance(codec, WaterfillKey):
+        return OVERFLOW * N_TOKENS  # of its mean
+    if isinstance(codec, Centred):
+        return OVERFLOW * N_TOKENS / (N_TOKENS - 1)
     inner = getattr(codec, "codec", codec)
     spread = 8 if inner is not codec else 1  # a rotation spreads it over 64 channels
     per_step = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q8_0": 127}
@@ -191,7 +201,10 @@ def test_a_power_of_two_changes_no_code(codec, exponent, seed):
             if not tensor.is_floating_point():
                 assert torch.equal(tensor, other.tensors[name])
             elif tensor.dtype == torch.float32 or tensor.abs().min() * 2**-6 > SMALLEST_NORMAL:
-                assert torch.equal(tensor * 2.0**exponent, other.tensors[name])
+                # WaterfillKey's scale is relative to the head, its largest RMS to that of the blocks.
+                relative = isinstance(codec, WaterfillKey) and name in ("scale", "largest")
+                factor = 1.0 if relative else 2.0**exponent
+                assert torch.equal(tensor * factor, other.tensors[name])
 
 
 @st.composite

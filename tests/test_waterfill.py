@@ -211,11 +211,6 @@ def test_widths_that_no_block_has_are_refused(bits):
         WaterfillKey(bits)
 
 
-def test_heads_too_wide_for_bytes_are_refused():
-    with pytest.raises(PolyKVError, match="head_dim of up to 256, not 320"):
-        WaterfillKey().encode(gaussian(1, 1, 4, 320))
-
-
 def test_centred_takes_codecs_without_shared_statistics():
     with pytest.raises(PolyKVError, match="cannot wrap WaterfillKey"):
         Centred(WaterfillKey())

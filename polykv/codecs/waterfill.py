@@ -1,4 +1,4 @@
-"""Keys centred before RoPE, in blocks of channels whose widths reverse water-filling sets (this project's own)."""
+"""Keys centred before RoPE, in blocks of channels of 1 to 7 bits, allocated by reverse water-filling."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from polykv.codecs.rotation import rotation
 from polykv.errors import PolyKVError
 
 BLOCK = 16  # channels that share a width, and are rotated together
-MOST_DIM = 256  # the order of channels is kept in bytes
-LEAST = 1e-3  # of a channel's spread, or of its queries', over the head's mean
+LEAST = 1e-3  # of sigma and w
 
 
 @dataclass(frozen=True)
 class WaterfillKey(Codec):
-    """Keys of one layer at `bits` bits a value on average, more where an error of the logits would be larger.
+    """Keys at `bits` bits per value on average; blocks of channels whose errors change the logits more get more bits.
 
-    1. mean = that of a head's keys with RoPE undone (fp16); P_t = k_t - R_t mean (KVQuant's keys before RoPE).
-    2. sigma = the RMS of each channel of P over the tokens; w = that of the queries, paired as RoPE pairs channels
-       (1 where they are not known). Both over their mean over the head's channels, and at least LEAST.
-    3. scale = sqrt(w / sigma) in fp16; Y = P scale. Channels in the order of falling w sigma, in blocks of 16 (zeros
-       fill the last one). Attention takes q.k = (q / scale).(Y) + q.R_t mean.
-    4. A block's importance e is log2 of the RMS of Y times that of w / scale over its channels (0.5 log2 of the product
-       of the mean squares), plus log2 of the mean w of the head.
-    5. Widths: 1 bit for each block of all heads of the layer, then one by one to the block with the largest
-       2 e - 2 width, up to 6 (7 from 4.5 bits on), until the mean is `bits`: reverse water-filling.
-    6. Each block through a signed Hadamard-16 (from `seed`) and over its RMS (fp16); the token over its RMS over all
-       blocks (8-bit logarithm, polykv/codecs/normal.py); Lloyd-Max codes of the block's width.
+    Per head of D = head_dim channels in n = ceil(D / 16) blocks:
 
-    Attention sinks are not exempt here but by the recipe. Kept with D = head_dim, n = ceil(D / 16) blocks of H heads:
-    a token takes 2 * round(bits * n * H) bytes of codes for all heads together, heads after each other, and a byte
-    for each head's RMS; a head takes 5 D + 2 n + ceil(n / 2) + 2 bytes: mean, scale, order, RMS and widths (4 bits)
-    of blocks, largest RMS of a token. Tokens that are added later use all of these as they are.
+    1. mean: of the keys with RoPE undone (fp16). R_t mean is the mean turned to the position of token t, and
+       P_t = k_t - R_t mean. (KVQuant, arXiv 2401.18079, section 3.2, quantizes keys before RoPE.)
+    2. sigma: RMS of each channel of P over the tokens. w: RMS of each channel of the queries, averaged over the pairs
+       of RoPE; 1 if unknown. Both relative to their mean over the channels, at least LEAST.
+    3. scale = sqrt(w / sigma) in fp16, Y = P * scale. Channels are sorted by falling w * sigma and cut into blocks of
+       16; zeros fill the last block. A score is q.k = (q / scale).Y + q.(R_t mean).
+    4. Importance e of a block = log2 of the RMS of Y over its channels + log2 of that of w / scale + log2 of the mean w
+       of the head (before 2 made it relative).
+    5. Widths by reverse water-filling: every block of all heads of the layer has 1 bit; the others go one by one to
+       the block with the largest 2 e - 2 width. At most 6 bits, or 7 if `bits` is 4.5 or more.
+    6. Codes: signed Hadamard-16 of each block (signs from `seed`), divided by the RMS of the block (fp16) and the RMS
+       of the token over all blocks (8-bit logarithm, polykv/codecs/normal.py), to the nearest Lloyd-Max level.
+
+    Stored, for H heads: per token 2 * round(bits * n * H) bytes of codes, head after head, and H bytes of RMS; per head
+    5 D + 2 n + ceil(n / 2) + 2 bytes (6 D above 256): mean, scale and order of channels, RMS and widths (4 bits) of
+    blocks, largest RMS of a token. Appended tokens (`extend`) use these as they are. Exact attention sinks are the
+    recipe's (`exempt`).
     """
 
     version = 1
@@ -63,9 +65,8 @@ class WaterfillKey(Codec):
         batch, heads, n_tokens, dim = shape
         n_blocks = ceil(dim / BLOCK)
         token = BLOCK // 8 * self._total(heads * n_blocks) + heads
-        return batch * (
-            n_tokens * token + heads * (5 * dim + 2 * n_blocks + ceil(n_blocks / 2) + 2)
-        )
+        head = (4 + _order_dtype(dim).itemsize) * dim + 2 * n_blocks + ceil(n_blocks / 2) + 2
+        return batch * (n_tokens * token + heads * head)
 
     def _total(self, n_blocks: int) -> int:
         return round(self.bits * n_blocks)
@@ -73,10 +74,6 @@ class WaterfillKey(Codec):
     def _statistics(
         self, chunks: Sequence[Tensor], rope: Rope | None = None, query_rms: Tensor | None = None
     ) -> dict[str, Tensor]:
-        if chunks[0].shape[3] > MOST_DIM:
-            raise PolyKVError(
-                f"WaterfillKey takes a head_dim of up to {MOST_DIM}, not {chunks[0].shape[3]}; use another recipe"
-            )
         mean = mean_of(chunks, rope)
         pairs = list(with_rope(chunks, rope))
         sums = [
@@ -111,13 +108,13 @@ class WaterfillKey(Codec):
         widths_BH1n = torch.tensor(widths, dtype=torch.uint8, device=e.device).view(e.shape)
         return {
             "scale": scale,
-            "order": order.to(torch.uint8),
+            "order": order.to(_order_dtype(order.shape[-1])),
             "block_rms": y_energy.sqrt().half(),
             "widths": bitpack.pack(widths_BH1n, 4),
         }
 
     def _widths(self, importance: Sequence[float]) -> list[int]:
-        """A width for each block of a layer: reverse water-filling in whole bits."""
+        """The width of each block of a layer: reverse water-filling in whole bits."""
         widest = 7 if self.bits >= 4.5 else 6
         widths = [1] * len(importance)
         heap = [(-2 * e, index) for index, e in enumerate(importance)]
@@ -125,12 +122,12 @@ class WaterfillKey(Codec):
         for _ in range(self._total(len(widths)) - len(widths)):
             gain, index = heap[0]
             widths[index] += 1
-            # Each bit divides a block's squared error by 4.
+            # A bit divides the squared error of a block by 4.
             heapreplace(heap, (gain + 2 if widths[index] < widest else torch.inf, index))
         return widths
 
     def _whitened(self, x_BHTD: Tensor, shared: Mapping[str, Tensor], rope: Rope | None) -> Tensor:
-        """fp32 (B, H, T, n, 16): step 6 up to the token's RMS."""
+        """fp32 (B, H, T, n, 16): step 6 before the division by the RMS of the token."""
         y_BHTD = (x_BHTD.float() - turned_mean(shared["mean"], rope)) * shared["scale"].float()
         blocks = _in_blocks(y_BHTD, shared["order"].long()) @ self._hadamard(y_BHTD.device)
         return blocks / shared["block_rms"].float().clamp_min(SMALLEST).unsqueeze(-1)
@@ -162,7 +159,7 @@ class WaterfillKey(Codec):
         rope: Rope | None = None,
         query_rms: Tensor | None = None,
     ) -> Tensor:
-        """The rotated domain has 16 n channels: blocks of Y, rotated, the mean's among them."""
+        """Rotated domain of 16 n channels: the blocks after the Hadamard, times their RMS, R_t mean included."""
         codes, norm = tensors["codes"], log_values(tensors["norm"], tensors["largest"])
         batch, heads, n_tokens, _ = norm.shape
         n_blocks = tensors["block_rms"].shape[3]
@@ -179,13 +176,13 @@ class WaterfillKey(Codec):
         return (y_BHTnb + mean_BHTnb).flatten(-2)
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Queries, so that their products with rotated keys are those with keys: over the scale, not times it."""
+        """Queries for products with rotated keys: divided by the scale, since keys are multiplied by it."""
         order = tensors["order"].long()
         blocks = _in_blocks(x_BHTD / tensors["scale"].float(), order)
         return (blocks @ self._hadamard(x_BHTD.device)).flatten(-2)
 
     def unrotate(self, y_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Keys of the rotated domain, brought back."""
+        """Keys of the rotated domain, brought back (not the inverse of `rotate`, which is for queries)."""
         scale, order = tensors["scale"].float(), tensors["order"].long()
         blocks = y_BHTD.unflatten(-1, (-1, BLOCK)) @ self._hadamard(y_BHTD.device).T
         sorted_BHTD = blocks.flatten(-2)[..., : scale.shape[3]]
@@ -194,6 +191,10 @@ class WaterfillKey(Codec):
 
     def _hadamard(self, device: torch.device) -> Tensor:
         return rotation(BLOCK, self.seed, device)
+
+
+def _order_dtype(dim: int) -> torch.dtype:
+    return torch.uint8 if dim <= 256 else torch.int16
 
 
 def _paired(query_rms: Tensor | None, rope: Rope | None) -> Tensor | None:
