@@ -93,7 +93,7 @@ class SharedKVPool:
 
         Raises:
             PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches; a recipe that needs
-                to know more of the model than a cache that `polykv.prefill.prefill` did not make can tell.
+                to know more of the model, and a cache that does not come from `polykv.prefill.prefill`.
         """
         check_cache(cache)
         contexts = getattr(cache, "contexts", ())

@@ -251,7 +251,7 @@ def test_what_a_kernel_does_not_support_torch_does(monkeypatch):
     answer = (torch.ones(2, 3, 64), torch.zeros(2, 3))
     asked = []
     module = SimpleNamespace(
-        encode=lambda codec, x: asked.append("encode"),
+        encode=lambda codec, x, context: asked.append("encode"),
         decode_rotated=lambda codec, packed: asked.append("decode_rotated"),
         attend=lambda q, segment, scaling: asked.append("attend"),
     )

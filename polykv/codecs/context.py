@@ -5,7 +5,7 @@ A codec names what it asks for (`Codec.needs`: fields of LayerContext) and gets 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,20 +27,21 @@ class Rope:
 
     def turn(self, x_BHTD: Tensor) -> Tensor:
         """fp32 vectors (.., T, D), or (.., 1, D) at all T positions, as keys of these tokens."""
-        return self._turned(x_BHTD, self.cos_TP, self.sin_TP)
+        x_BHTD = x_BHTD.float()
+        a, b = x_BHTD[..., self.first_P], x_BHTD[..., self.second_P]
+        out = x_BHTD.expand(*x_BHTD.shape[:-2], len(self.cos_TP), x_BHTD.shape[-1]).clone()
+        out[..., self.first_P] = a * self.cos_TP - b * self.sin_TP
+        out[..., self.second_P] = b * self.cos_TP + a * self.sin_TP
+        return out
 
     def turn_back(self, k_BHTD: Tensor) -> Tensor:
         """The inverse: fp32 keys (.., T, D) as they were before their positions turned them."""
-        square_TP = self.cos_TP.square() + self.sin_TP.square()
-        return self._turned(k_BHTD, self.cos_TP / square_TP, -self.sin_TP / square_TP)
+        return self.inverse().turn(k_BHTD)
 
-    def _turned(self, x_BHTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-        x_BHTD = x_BHTD.float()
-        a, b = x_BHTD[..., self.first_P], x_BHTD[..., self.second_P]
-        out = x_BHTD.expand(*x_BHTD.shape[:-2], len(cos_TP), x_BHTD.shape[-1]).clone()
-        out[..., self.first_P] = a * cos_TP - b * sin_TP
-        out[..., self.second_P] = b * cos_TP + a * sin_TP
-        return out
+    def inverse(self) -> Rope:
+        """The rotation that undoes this one."""
+        square_TP = self.cos_TP.square() + self.sin_TP.square()
+        return replace(self, cos_TP=self.cos_TP / square_TP, sin_TP=-self.sin_TP / square_TP)
 
     def pair_mean(self, x: Tensor) -> Tensor:
         """(.., D) with both channels of each pair at their mean."""
@@ -51,12 +52,12 @@ class Rope:
 
     def narrow(self, start: int, stop: int) -> Rope:
         """That of tokens [start, stop), as views."""
-        return Rope(self.cos_TP[start:stop], self.sin_TP[start:stop], self.first_P, self.second_P)
+        return replace(self, cos_TP=self.cos_TP[start:stop], sin_TP=self.sin_TP[start:stop])
 
     def join(self, other: Rope) -> Rope:
         """That of these tokens and the ones of `other` after them."""
         cos_TP = torch.cat([self.cos_TP, other.cos_TP])
-        return Rope(cos_TP, torch.cat([self.sin_TP, other.sin_TP]), self.first_P, self.second_P)
+        return replace(self, cos_TP=cos_TP, sin_TP=torch.cat([self.sin_TP, other.sin_TP]))
 
 
 @dataclass(frozen=True)

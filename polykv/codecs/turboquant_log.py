@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -39,8 +38,13 @@ class TurboQuantLog(Codec):
         return float(self.bits)
 
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        batch, heads, _, dim = shape
-        return prod(shape[:3]) * (packed_size(dim, self.bits) + 1) + 2 * batch * heads
+        batch, heads, n_tokens, dim = shape
+        token = heads * (self.code_bytes(heads, dim) + 1)
+        return batch * (n_tokens * token + 2 * heads)
+
+    def code_bytes(self, heads: int, dim: int) -> int:
+        """Bytes of codes of a token and head."""
+        return packed_size(dim, self.bits)
 
     def rotation(self, dim: int, device: torch.device) -> Tensor:
         return rotation(dim, self.seed, device)

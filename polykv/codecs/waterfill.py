@@ -14,7 +14,7 @@ from torch import Tensor
 from polykv.codecs import bitpack
 from polykv.codecs.base import Codec, Shape
 from polykv.codecs.centred import mean_of, turned_mean, with_rope
-from polykv.codecs.context import Rope
+from polykv.codecs.context import LayerContext, Rope
 from polykv.codecs.normal import SMALLEST, codes_of, levels_of, log_codes, log_values
 from polykv.codecs.rotation import rotation
 from polykv.errors import PolyKVError
@@ -64,9 +64,13 @@ class WaterfillKey(Codec):
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         batch, heads, n_tokens, dim = shape
         n_blocks = ceil(dim / BLOCK)
-        token = BLOCK // 8 * self._total(heads * n_blocks) + heads
+        token = self.code_bytes(heads, dim) + heads
         head = (4 + _order_dtype(dim).itemsize) * dim + 2 * n_blocks + ceil(n_blocks / 2) + 2
         return batch * (n_tokens * token + heads * head)
+
+    def code_bytes(self, heads: int, dim: int) -> int:
+        """Bytes of codes of a token, all heads together."""
+        return BLOCK // 8 * self._total(heads * ceil(dim / BLOCK))
 
     def _total(self, n_blocks: int) -> int:
         return round(self.bits * n_blocks)
@@ -82,14 +86,15 @@ class WaterfillKey(Codec):
         ]
         n_tokens = sum(chunk.shape[2] for chunk in chunks)
         sigma = (torch.stack(sums).sum(0) / n_tokens).sqrt().float()
-        shared = {"mean": mean} | self._plan(sigma, _paired(query_rms, rope))
+        shared = {"mean": mean} | self.plan(sigma, LayerContext(rope, query_rms))
         largest = [
             _rms(self._whitened(x_BHTD, shared, part)).amax(2, True) for x_BHTD, part in pairs
         ]
         return shared | {"largest": torch.stack(largest).amax(0).half()}
 
-    def _plan(self, sigma: Tensor, w: Tensor | None) -> dict[str, Tensor]:
-        """Scale, order, RMS and packed widths of blocks, from the RMS (B, H, 1, D) of keys and of queries."""
+    def plan(self, sigma: Tensor, context: LayerContext) -> dict[str, Tensor]:
+        """Scale, order, RMS and packed widths of blocks, from the RMS (B, H, 1, D) of centred keys."""
+        w = _query_rms(context)
         w = torch.ones_like(sigma) if w is None else w
         level = w.mean(-1, keepdim=True).clamp_min(SMALLEST)
         w = (w / level).clamp_min(LEAST)
@@ -143,8 +148,8 @@ class WaterfillKey(Codec):
         norm = log_codes(_rms(y_BHTnb), shared["largest"])
         y_BHTnb /= log_values(norm, shared["largest"]).clamp_min(SMALLEST).unsqueeze(-1)
         batch, heads, n_tokens, n_blocks, _ = y_BHTnb.shape
-        size = BLOCK // 8 * self._total(heads * n_blocks)
-        codes = torch.empty(batch, 1, n_tokens, size, dtype=torch.uint8, device=x_BHTD.device)
+        size = (batch, 1, n_tokens, self.code_bytes(heads, x_BHTD.shape[-1]))
+        codes = torch.empty(size, dtype=torch.uint8, device=x_BHTD.device)
         for row, places in enumerate(_places(shared["widths"], n_blocks)):
             y_TNb = y_BHTnb[row].transpose(0, 1).flatten(1, 2)
             for bits, (blocks, columns) in places.items():
@@ -197,10 +202,11 @@ def _order_dtype(dim: int) -> torch.dtype:
     return torch.uint8 if dim <= 256 else torch.int16
 
 
-def _paired(query_rms: Tensor | None, rope: Rope | None) -> Tensor | None:
-    if query_rms is None or rope is None:
-        return query_rms
-    return rope.pair_mean(query_rms.square()).sqrt()
+def _query_rms(context: LayerContext) -> Tensor | None:
+    """With the channels of a pair of RoPE made equal."""
+    if context.query_rms is None or context.rope is None:
+        return context.query_rms
+    return context.rope.pair_mean(context.query_rms.square()).sqrt()
 
 
 def _in_blocks(x_BHTD: Tensor, order_BH1D: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import attend_in_place
+from polykv.codecs.context import LayerContext
 from polykv.evaluation.process import in_fresh_process, keep_freed_memory
 from polykv.evaluation.ttft import Clock
 from polykv.geometry import Geometry
@@ -74,8 +75,8 @@ def _step_times(
     """
     keep_freed_memory()
     model, _ = source.load(device)
-    layers = prefix_layers(source, model, n_tokens)
-    pool = pool_of(readers, layers, recipe, backend)
+    layers, contexts = prefix_layers(source, model, n_tokens)
+    pool = pool_of(readers, layers, recipe, backend, contexts)
     times: dict[str, list[float]] = {reader: [] for reader in readers}
     kept = {}
     for reader in list(readers) * repeats:
@@ -99,15 +100,19 @@ def _times(
     return times[WARMUP:]
 
 
-def prefix_layers(source: ModelSource, model: PreTrainedModel, n_tokens: int) -> Layers:
-    """Keys and values of each layer, each (1, kv_heads, tokens, head_dim): see `is_prefilled`."""
+def prefix_layers(
+    source: ModelSource, model: PreTrainedModel, n_tokens: int
+) -> tuple[Layers, Sequence[LayerContext]]:
+    """Keys and values of each layer, each (1, kv_heads, tokens, head_dim), and what codecs may know of it (nothing if
+    synthetic): see `is_prefilled`.
+    """
     if not is_prefilled(source, n_tokens):
-        return list(
-            synthetic_layers(Geometry.of(model.config), n_tokens, model.dtype, model.device)
-        )
+        geometry = Geometry.of(model.config)
+        return list(synthetic_layers(geometry, n_tokens, model.dtype, model.device)), ()
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(model.config.vocab_size, (1, n_tokens), generator=generator)
-    return [(layer.keys, layer.values) for layer in prefill(model, ids_BT).layers]
+    cache = prefill(model, ids_BT)
+    return [(layer.keys, layer.values) for layer in cache.layers], cache.contexts
 
 
 def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
@@ -130,12 +135,16 @@ def synthetic_layers(
 
 
 def pool_of(
-    readers: Sequence[str], layers: Layers, recipe: Recipe, backend: str
+    readers: Sequence[str],
+    layers: Layers,
+    recipe: Recipe,
+    backend: str,
+    contexts: Sequence[LayerContext] = (),
 ) -> SharedKVPool | None:
     """The pool that these read modes share, or None where all caches are unshared."""
     if set(readers) == {"unshared"}:
         return None
-    return SharedKVPool.from_layers(layers, recipe, backend=backend)
+    return SharedKVPool.from_layers(layers, recipe, backend=backend, contexts=contexts)
 
 
 def caches_of(

@@ -77,7 +77,7 @@ def _module(backend: str) -> ModuleType:
 
 def encode(codec: Codec, x_BHTD: Tensor, backend: str, context: LayerContext = NOTHING) -> Packed:
     """`codec.encode(x_BHTD, context)`; codes may differ where rounding moves a value across a decision boundary."""
-    packed = None if backend == TORCH else _module(backend).encode(codec, x_BHTD)
+    packed = None if backend == TORCH else _module(backend).encode(codec, x_BHTD, context)
     return codec.encode(x_BHTD, context) if packed is None else packed
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polykv.codecs.base import Codec, Packed, Shape
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
@@ -22,6 +23,7 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
 from polykv.codecs.waterfill import WaterfillKey
+from polykv.kernels import cpu_log
 from polykv.kernels.cpu_build import BuildError, library
 from polykv.kernels.cpu_layout import DTYPES, Input, Queries, empty_tensors, strides, struct_of
 from polykv.segment import Segment
@@ -49,6 +51,9 @@ def _library() -> Any:
     loaded.polykv_encode.argtypes = [pointer, pointer, number]
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
     loaded.polykv_attend.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
+    loaded.polykv_waterfill_sums.argtypes = [pointer, pointer, pointer, pointer, number]
+    loaded.polykv_encode_log.argtypes = [pointer, pointer, ctypes.c_int32, pointer, number]
+    loaded.polykv_waterfill_sums.restype = loaded.polykv_encode_log.restype = None
     loaded.polykv_decode.restype = loaded.polykv_attend.restype = None
     return loaded
 
@@ -59,7 +64,7 @@ def available() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
+def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Packed | None:
     """`codec.encode`, or None for another codec, dtype or layout, or values that cannot be encoded.
 
     Codes differ from the torch path's only where rounding moves a rotated value across a decision boundary.
@@ -68,11 +73,15 @@ def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
         return None
     batch, heads, n_tokens, dim = x_BHTD.shape
     shape = (batch, heads, n_tokens, dim)
+    threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
+    if isinstance(codec, TurboQuantLog | WaterfillKey):
+        if dim not in DIMS or not _readable(x_BHTD):
+            return None
+        return cpu_log.encode(_library(), codec, x_BHTD, context, threads)
     if not (_takes(codec, shape) and _readable(x_BHTD)):
         return None
     packed = Packed(empty_tensors(codec, shape), shape, x_BHTD.dtype, codec.group)
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
-    threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
     good = _library().polykv_encode(ctypes.byref(x), struct_of(codec, packed), threads)
     return packed if good else None
 

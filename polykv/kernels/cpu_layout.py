@@ -12,6 +12,7 @@ from torch import Tensor
 from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.bitpack import packed_size
 from polykv.codecs.codebook import lloyd_max
+from polykv.codecs.context import Rope
 from polykv.codecs.ggml import BLOCK
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
@@ -61,6 +62,13 @@ class PackedStruct(ctypes.Structure):
         ("pairs", ctypes.c_int64),
     ]
 
+    def set_rope(self, rope: Rope | None) -> None:
+        """The addresses of its tensors, which have to stay alive."""
+        if rope is not None:
+            self.cos, self.sin = rope.cos_TP.data_ptr(), rope.sin_TP.data_ptr()
+            self.first, self.second = rope.first_P.data_ptr(), rope.second_P.data_ptr()
+            self.pairs = len(rope.first_P)
+
 
 class Queries(ctypes.Structure):
     """`Queries` of attend.h: queries (heads, count, dim)."""
@@ -102,7 +110,7 @@ def empty_tensors(codec: Codec, shape: Shape) -> dict[str, Tensor]:
 def struct_of(codec: Codec, packed: Packed) -> Any:
     """Reference to a PackedStruct with the addresses of the tensors of `packed`, which has to stay alive."""
     if isinstance(codec, TurboQuantLog | WaterfillKey):
-        return ctypes.byref(_described_log(codec, packed))
+        return ctypes.byref(_log_struct_of(codec, packed))
     codes = packed.tensors["values" if isinstance(codec, Identity) else "codes"]
     struct = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
     if isinstance(codec, Identity):
@@ -124,14 +132,15 @@ def struct_of(codec: Codec, packed: Packed) -> Any:
     return ctypes.byref(struct)
 
 
-def _described_log(codec: TurboQuantLog | WaterfillKey, packed: Packed) -> PackedStruct:
+def _log_struct_of(codec: TurboQuantLog | WaterfillKey, packed: Packed) -> PackedStruct:
     """Of the codecs whose norms are 8-bit logarithms."""
     kept = packed.tensors
     codes, norm, dim = kept["codes"], kept["norm"], packed.shape[3]
     told = PackedStruct(shape=packed.shape, codes=codes.data_ptr(), code_strides=strides(codes))
     told.scale, told.scale_strides = norm.data_ptr(), strides(norm)
-    levels, norms = _log_tables()
-    told.levels, told.log_values = levels.data_ptr(), norms.data_ptr()
+    levels, boundaries, norms = _log_tables()
+    told.levels, told.boundaries = levels.data_ptr(), boundaries.data_ptr()
+    told.log_values = norms.data_ptr()
     told.largest = kept["largest"].data_ptr()
     if isinstance(codec, TurboQuantLog):
         told.kind, told.bits = TURBOQUANT_LOG, codec.bits
@@ -141,10 +150,7 @@ def _described_log(codec: TurboQuantLog | WaterfillKey, packed: Packed) -> Packe
     told.channel_scale = kept["scale"].data_ptr()
     for name in ("mean", "block_rms", "order", "widths"):
         setattr(told, name, kept[name].data_ptr())
-    if rope := packed.context.rope:
-        told.cos, told.sin = rope.cos_TP.data_ptr(), rope.sin_TP.data_ptr()
-        told.first, told.second = rope.first_P.data_ptr(), rope.second_P.data_ptr()
-        told.pairs = len(rope.first_P)
+    told.set_rope(packed.context.rope)
     return told
 
 
@@ -165,13 +171,15 @@ def _codebook(bits: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _log_tables() -> tuple[Tensor, Tensor]:
-    """Codebooks of 0 to 7 bits (8, 128) in fp32, zero-padded, and the values (256,) of the norms' codes."""
-    levels = torch.zeros(8, 128, dtype=torch.float32, device="cpu")
+def _log_tables() -> tuple[Tensor, Tensor, Tensor]:
+    """Levels and boundaries of 0 to 7 bits (8, 128) in fp32, zero-padded, and the values (256,) of the norms' codes."""
+    levels, boundaries = torch.zeros(2, 8, 128, dtype=torch.float32, device="cpu")
     for bits in range(1, 8):
-        levels[bits, : 1 << bits] = torch.tensor(lloyd_max(bits).levels)
+        book = lloyd_max(bits)
+        levels[bits, : 1 << bits] = torch.tensor(book.levels)
+        boundaries[bits, : len(book.boundaries)] = torch.tensor(book.boundaries)
     one = torch.ones(1, dtype=torch.float16, device="cpu")
-    return levels, log_values(torch.arange(256, device="cpu"), one)
+    return levels, boundaries, log_values(torch.arange(256, device="cpu"), one)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polykv.codecs.base import INPUT_DTYPES, Codec, Packed
+from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
@@ -40,7 +41,7 @@ def available() -> str | None:
     return None
 
 
-def encode(codec: Codec, x_BHTD: Tensor) -> Packed | None:
+def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Packed | None:
     """`codec.encode` in one pass; None for another codec or shape, or values that cannot be encoded."""
     if x_BHTD.dtype not in INPUT_DTYPES or x_BHTD.ndim != 4 or 0 in x_BHTD.shape:
         return None

@@ -83,8 +83,13 @@ static inline void pack(const uint8_t* codes, int n, uint8_t* out) {
         words[i] = (word & four) | (word >> (32 - 4 * BITS) & four << 4 * BITS);
     }
     for (int i = 0; i < n / 8; i += 2) {
-        const uint64_t pair = words[i] | words[i + 1] << 8 * BITS;
-        memcpy(out + i * BITS, &pair, 2 * BITS);
+        if constexpr (BITS <= 4) {
+            const uint64_t pair = words[i] | words[i + 1] << 8 * BITS;
+            memcpy(out + i * BITS, &pair, 2 * BITS);
+        } else {
+            memcpy(out + i * BITS, words + i, BITS);
+            memcpy(out + (i + 1) * BITS, words + i + 1, BITS);
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "attend.h"
-#include "encode.h"
+#include "waterfill_encode.h"
 
 constexpr int64_t PART = 256;  // tokens of a head that a thread takes at a time
 
@@ -93,6 +93,36 @@ int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
         if (to.kind == UNIFORM)
             return encode_uniform(from, x.dtype, to, to.codes + row * packed_dim, scale + row * scales);
         return encode_turboquant(from, x.dtype, to, to.codes + row * packed_dim, scale + row);
+    });
+}
+
+// Sums over the tokens of each head in parts of PART: `sums` (batch, heads, parts, dim). Without `mean` (batch, heads,
+// dim): of the keys turned by `packed`'s cos and sin; with it: of the squares of the keys without R_t mean.
+void polykv_waterfill_sums(const Input* input, const Packed* packed, const float* mean, double* sums,
+                           int64_t threads) {
+    const Input x = *input;
+    const Packed p = *packed;
+    const Turns turns(p);
+    const int64_t parts = (x.tokens + PART - 1) / PART;
+    each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+        double* out = sums + (head * parts + start / PART) * x.dim;
+        sums_of(x, p, turns, head, mean ? mean + head * x.dim : nullptr, start, stop, out);
+        return true;
+    });
+}
+
+// The largest RMS of the tokens of each head in parts of PART, `largest` (batch, heads, parts), of what TURBOQUANT_LOG
+// or WATERFILL codes; with `write` the codes, too, into the tensors of `packed`.
+void polykv_encode_log(const Input* input, const Packed* packed, int32_t write, float* largest, int64_t threads) {
+    const Input x = *input;
+    const Packed to = *packed;
+    const Turns turns(to);
+    const int64_t parts = (x.tokens + PART - 1) / PART;
+    each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+        const Coding coding{x, to, head, write != 0};
+        largest[head * parts + start / PART] =
+            to.kind == WATERFILL ? coding.keys(turns, start, stop) : coding.values(start, stop);
+        return true;
     });
 }
 

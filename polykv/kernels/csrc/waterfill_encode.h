@@ -1,0 +1,202 @@
+// The encoders of WaterfillKey and TurboQuantLog in passes over the rows; formats and rounding as in polykv/codecs.
+#pragma once
+
+#include "encode.h"
+#include "waterfill.h"
+
+constexpr float SMALLEST = 0x1p-24f;  // in fp16
+constexpr float STEPS = 24.0f, TOP = 207.0f;  // of normal.py
+constexpr int TOKENS = 32;  // at a time
+
+// How RoPE turns the channels of a head: x[c] cos[pair[c]] + sign[c] x[partner[c]] sin[pair[c]]; pair -1: not at all.
+struct Turns {
+    int32_t pair[MAX_DIM], partner[MAX_DIM];
+    float sign[MAX_DIM];
+    bool straight = true;  // each vector of channels has consecutive partners and pairs, and one sign (halves)
+
+    explicit Turns(const Packed& p) {
+        for (int c = 0; c < MAX_DIM; c++) pair[c] = -1, partner[c] = c, sign[c] = 0.0f;
+        for (int i = 0; i < p.pairs; i++) {
+            const int a = int(p.first[i]), b = int(p.second[i]);
+            pair[a] = pair[b] = i, partner[a] = b, partner[b] = a, sign[a] = -1.0f, sign[b] = 1.0f;
+        }
+        for (int c = 0; c < p.dim; c++) {
+            const int start = c / LANES * LANES, l = c - start;
+            straight &= pair[c] == (pair[start] < 0 ? -1 : pair[start] + l) &&
+                        partner[c] == partner[start] + l && sign[c] == sign[start];
+        }
+    }
+
+    // LANES channels of `x` from `c` on, turned by the angles of a token.
+    Floats turned(const float* x, const float* cos, const float* sin, int c) const {
+        const Floats own = load<Floats>(x + c);
+        if (straight)
+            return pair[c] < 0 ? own : own * load<Floats>(cos + pair[c]) +
+                                       load<Floats>(x + partner[c]) * load<Floats>(sin + pair[c]) * sign[c];
+        Floats out = own;
+        for (int l = 0; l < LANES; l++)
+            if (const int i = pair[c + l]; i >= 0)
+                out[l] = own[l] * cos[i] + sign[c + l] * x[partner[c + l]] * sin[i];
+        return out;
+    }
+};
+
+static inline void load_row(const uint8_t* from, Dtype dtype, int dim, float* row) {
+    for (int c = 0; c < dim; c += LANES) store(row + c, load_floats(from + c * bytes_of(dtype), dtype));
+}
+
+// row -= R_t mean
+static inline void centre(const Packed& p, const Turns& turns, const float* mean, int64_t t, float* row) {
+    const float *cos = p.cos + t * p.pairs, *sin = p.sin + t * p.pairs;
+    for (int c = 0; c < p.dim; c += LANES)
+        store(row + c, load<Floats>(row + c) - turns.turned(mean, cos, sin, c));
+}
+
+// sums[c] over tokens [start, stop) of a head: of the keys turned by `p.cos` and `p.sin`; with a mean, of the squares of
+// the keys without R_t mean. In fp32 over TOKENS tokens, and in fp64 over these.
+static void sums_of(const Input& x, const Packed& p, const Turns& turns, int64_t head, const float* mean,
+                    int64_t start, int64_t stop, double* sums) {
+    const int dim = int(x.dim);
+    alignas(64) float row[MAX_DIM], some[MAX_DIM] = {};
+    for (int c = 0; c < dim; c++) sums[c] = 0.0;
+    const uint8_t* from = head_of(x.data, x.strides, x, head) + start * x.strides[2];
+    for (int64_t t = start; t < stop; t++, from += x.strides[2]) {
+        load_row(from, x.dtype, dim, row);
+        if (mean) centre(p, turns, mean, t, row);
+        for (int c = 0; c < dim; c += LANES) {
+            Floats v = load<Floats>(row + c);
+            v = mean ? v * v : turns.turned(row, p.cos + t * p.pairs, p.sin + t * p.pairs, c);
+            store(some + c, load<Floats>(some + c) + v);
+        }
+        if ((t - start) % TOKENS == TOKENS - 1 || t == stop - 1)
+            for (int c = 0; c < dim; c++) sums[c] += some[c], some[c] = 0.0f;
+    }
+}
+
+// y = row[order] * gain, through the Hadamard of each block; DIM, where not 0, is the head's, and the order is then
+// applied in registers.
+template <int DIM>
+static void to_blocks(const float* row, const int32_t* order, const float* gain, int dim, float* y) {
+    for (int i = 0; i < dim; i += LANES) {
+        Floats v;
+        if constexpr (DIM) v = lookup(row, load<Ints>(order + i), DIM);
+        else for (int l = 0; l < LANES; l++) v[l] = row[order[i + l]];
+        store(y + i, v * load<Floats>(gain + i));
+    }
+    hadamard_each(y, dim);
+}
+
+// 16 codes of each of `n` tokens, packed: the number of boundaries below y * factor[t] * scale. Rows of `y` are `dim`
+// apart, those of `out` `stride` bytes.
+template <int BITS>
+static void encode_block(const float* y, int dim, const float* factor, float scale, int n, const float* boundaries,
+                         uint8_t* out, int64_t stride) {
+    for (int t = 0; t < n; t++, y += dim, out += stride) {
+        alignas(16) uint8_t codes[CODES];
+        for (int i = 0; i < CODES; i += LANES) {
+            const Floats v = load<Floats>(y + i) * (factor[t] * scale);
+            Ints code{};  // by halves
+            for (int half = 1 << BITS >> 1; half; half /= 2) {
+                const Floats boundary = lookup(boundaries, code + (half - 1), 1 << BITS);
+                code = v > boundary ? code + half : code;
+            }
+            store(codes + i, low_bytes(code));
+        }
+        pack<BITS>(codes, CODES, out);
+    }
+}
+
+using EncodeBlock = void (*)(const float*, int, const float*, float, int, const float*, uint8_t*, int64_t);
+constexpr EncodeBlock ENCODE_BLOCK[] = {nullptr,         encode_block<1>, encode_block<2>, encode_block<3>,
+                                        encode_block<4>, encode_block<5>, encode_block<6>, encode_block<7>};
+
+static inline uint8_t log_code(float rms, float largest) {
+    if (!(rms > 0)) return 0;
+    const float ratio = std::fmax(rms / std::fmax(largest, SMALLEST), 1e-30f);
+    return uint8_t(std::fmin(std::fmax(std::nearbyint(std::log2(ratio) * STEPS) + TOP, 1.0f), 255.0f));
+}
+
+// The last two passes over a head's tokens: their largest RMS, and then (`write`) their codes.
+struct Coding {
+    const Input& x;
+    const Packed& to;
+    int64_t head;
+    bool write;
+
+    // The codes of `n` tokens from `first` on, whose blocks are `y` (n, dim) and RMS `rms`. Without a plan all blocks
+    // have `bits` bits, and no RMS of their own; `unit` is a factor of all values.
+    void codes(int64_t first, int n, const float* y, const float* rms, float unit, const Plan* plan) const {
+        const float largest = float_of_half(to.largest[head]);
+        uint8_t* norm = head_of(to.scale, to.scale_strides, to, head) + first * to.scale_strides[2];
+        uint8_t* out = head_of(to.codes, to.code_strides, to, head) + first * to.code_strides[2];
+        float factor[TOKENS];
+        for (int t = 0; t < n; t++, norm += to.scale_strides[2]) {
+            *norm = log_code(rms[t], largest);
+            factor[t] = unit / std::fmax(to.log_values[*norm] * largest, SMALLEST);
+        }
+        for (int j = 0; j < to.dim / CODES; j++) {
+            const int width = plan ? plan->width[j] : to.bits, offset = plan ? plan->offset[j] : 2 * width * j;
+            const float scale = plan ? 1.0f / std::fmax(plan->rms[j], SMALLEST) : 1.0f;
+            ENCODE_BLOCK[width](y + j * CODES, int(to.dim), factor, scale, n, to.boundaries + width * LEVELS,
+                                out + offset, to.code_strides[2]);
+        }
+    }
+
+    // The largest RMS of tokens [start, stop); `prepare(from, t, y)` makes a row's blocks and gives its RMS.
+    template <typename Prepare>
+    float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
+        alignas(64) float y[TOKENS * MAX_DIM];
+        float rms[TOKENS], most = 0.0f;
+        for (int64_t first = start; first < stop; first += TOKENS) {
+            const int n = stop - first < TOKENS ? int(stop - first) : TOKENS;
+            const uint8_t* from = head_of(x.data, x.strides, x, head) + first * x.strides[2];
+            for (int t = 0; t < n; t++, from += x.strides[2]) {
+                rms[t] = prepare(from, first + t, y + t * to.dim);
+                most = std::fmax(most, rms[t]);
+            }
+            if (write) codes(first, n, y, rms, unit, plan);
+        }
+        return most;
+    }
+
+    float keys(const Turns& turns, int64_t start, int64_t stop) const {
+        Plan plan;
+        plan_blocks(to, head, plan);
+        alignas(64) int32_t order[MAX_DIM];
+        alignas(64) float gain[MAX_DIM], mean[MAX_DIM], row[MAX_DIM], weight[MAX_DIM];
+        const int dim = int(to.dim);
+        for (int i = 0; i < dim; i++) {
+            order[i] = to.order[head * dim + i], mean[i] = float_of_half(to.mean[head * dim + i]);
+            const float by = float_of_half(to.channel_scale[head * dim + order[i]]);
+            gain[i] = by * to.signs[i % CODES] * hadamard_scale(CODES);
+            // A Hadamard keeps the energy of its block, so the token's RMS is known before it.
+            weight[order[i]] = by / std::fmax(plan.rms[i / CODES], SMALLEST);
+        }
+        auto* blocks = dim == 64 ? to_blocks<64> : dim == 128 ? to_blocks<128> : to_blocks<0>;
+        return tokens(start, stop, 1.0f, &plan, [&](const uint8_t* from, int64_t t, float* y) {
+            load_row(from, x.dtype, dim, row);
+            centre(to, turns, mean, t, row);
+            Floats sum{};
+            for (int c = 0; c < dim; c += LANES) {
+                const Floats v = load<Floats>(row + c) * load<Floats>(weight + c);
+                sum += v * v;
+            }
+            if (write) blocks(row, order, gain, dim, y);
+            return std::sqrt(sum_lanes(sum) / dim);
+        });
+    }
+
+    float values(int64_t start, int64_t stop) const {
+        const int dim = int(to.dim);
+        return tokens(start, stop, hadamard_scale(dim), nullptr, [&](const uint8_t* from, int64_t, float* y) {
+            Floats square{};
+            for (int i = 0; i < dim; i += LANES) {
+                const Floats v = load_floats(from + i * bytes_of(x.dtype), x.dtype);
+                square += v * v;
+                if (write) store(y + i, v * load<Floats>(to.signs + i));
+            }
+            if (write) hadamard_blocks(y, dim);
+            return std::sqrt(sum_lanes(square)) / std::sqrt(float(dim));
+        });
+    }
+};
