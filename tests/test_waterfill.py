@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polykv
+from polykv import kernels
 from polykv.attention.cascade import attend_in_place
 from polykv.attention.prefix import attend_prefix
 from polykv.codecs.base import FP16_MAX
 from polykv.codecs.centred import Centred
 from polykv.codecs.codebook import lloyd_max
-from polykv.codecs.context import LayerContext, Rope
+from polykv.codecs.context import NOTHING, LayerContext, Rope
 from polykv.codecs.rotation import hadamard, random_signs
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
@@ -255,6 +256,60 @@ def test_tokens_are_not_added_inside_a_group():
         codec.extend(codec.encode(gaussian(1, 1, 12, 16)), gaussian(1, 1, 4, 16))
     whole = codec.extend(codec.encode(gaussian(1, 1, 8, 16)), gaussian(1, 1, 12, 16, seed=1))
     assert whole.nbytes == codec.stored_bytes((1, 1, 20, 16), torch.float32)
+
+
+# The CPU kernel's encoder
+
+
+def assert_same_format(codec, x, context=NOTHING):
+    """The torch path's tensors, but for codes of values within rounding of a boundary."""
+    ours, truth, off = cpu.encode(codec, x, context), codec.encode(x, context), {}
+    assert (ours.shape, ours.dtype, ours.context) == (truth.shape, truth.dtype, truth.context)
+    assert list(ours.tensors) == list(truth.tensors)
+    for name, expected in truth.tensors.items():
+        found = ours.tensors[name]
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        off[name] = float((found != expected).float().mean())
+        if found.is_floating_point():
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6, msg=name)
+    # Sums in another order may round a statistic to its neighbour in fp16, and then codes change with it.
+    rounded = any(off.get(name, 0) for name in ("mean", "scale", "block_rms", "largest"))
+    assert max(off["codes"], off["norm"]) <= (0.05 if rounded else 1e-3)
+    assert all(share < 0.02 for name, share in off.items() if name not in ("codes", "largest"))
+    torch.testing.assert_close(codec.decode(ours), codec.decode(truth), rtol=0.3, atol=0.3)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+def test_the_cpu_kernel_encodes_as_torch_does(dim):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x, context = biased_keys(3, 300, dim, bias=3)
+        for bits in (1, 2.5, 4, 5, 7):
+            assert_same_format(WaterfillKey(bits), x.to(dtype), context)
+        for bits in range(1, 8):
+            assert_same_format(TurboQuantLog(bits), x.to(dtype))
+
+
+def test_the_cpu_kernel_encodes_batches_layouts_and_other_ropes():
+    x = gaussian(2, 40, 6, 64).transpose(1, 2)
+    assert_same_format(WaterfillKey(4), x)
+    assert_same_format(WaterfillKey(4), x, LayerContext(query_rms=gaussian(2, 6, 1, 64).abs()))
+    assert_same_format(TurboQuantLog(3), x[:, 1:4, 5:])
+    rope, even = rope_of(40, 20), torch.arange(0, 20, 2)
+    neighbours = Rope(1.1 * rope.cos_TP, 1.1 * rope.sin_TP, even, even + 1)
+    assert_same_format(WaterfillKey(4), x + 2, LayerContext(neighbours))
+    assert_same_format(WaterfillKey(4), x[:, :, :1])
+    assert_same_format(WaterfillKey(4), torch.zeros(1, 2, 5, 32))
+    assert cpu.encode(WaterfillKey(4), gaussian(1, 1, 5, 20)) is None
+
+
+@pytest.mark.parametrize("codec", [WaterfillKey(4), TurboQuantLog(4)], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_what_the_cpu_kernel_cannot_encode_is_left_to_torch(codec, value):
+    x = gaussian(1, 2, 300, 32)
+    x[0, 1, 270, 3] = value
+    assert cpu.encode(codec, x) is None
+    with pytest.raises(PolyKVError, match="token 270|overflow fp16"):
+        kernels.encode(codec, x, "cpu")
 
 
 # In place

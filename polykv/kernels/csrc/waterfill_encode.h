@@ -142,21 +142,23 @@ struct Coding {
         }
     }
 
-    // The largest RMS of tokens [start, stop); `prepare(from, t, y)` makes a row's blocks and gives its RMS.
+    // The largest RMS of tokens [start, stop), infinity if one is not finite; `prepare(from, t, y)` makes a row's blocks and gives its RMS.
     template <typename Prepare>
     float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
         alignas(64) float y[TOKENS * MAX_DIM];
         float rms[TOKENS], most = 0.0f;
+        bool finite = true;
         for (int64_t first = start; first < stop; first += TOKENS) {
             const int n = stop - first < TOKENS ? int(stop - first) : TOKENS;
             const uint8_t* from = head_of(x.data, x.strides, x, head) + first * x.strides[2];
             for (int t = 0; t < n; t++, from += x.strides[2]) {
                 rms[t] = prepare(from, first + t, y + t * to.dim);
-                most = std::fmax(most, rms[t]);
+                most = std::fmax(most, rms[t]);  // passes over NaN
+                finite &= rms[t] < __builtin_inff();
             }
             if (write) codes(first, n, y, rms, unit, plan);
         }
-        return most;
+        return finite ? most : __builtin_inff();
     }
 
     float keys(const Turns& turns, int64_t start, int64_t stop) const {
