@@ -1,9 +1,10 @@
-"""A document's full cache, and what a codec may ask to know of each layer (polykv/codecs/context.py).
+"""Prefill: a document's full KV cache, and what codecs may know of each layer (polykv/codecs/context.py).
 
-The model itself is asked, while it prefills: the angles are those that it hands to its attention layers, and how they
-pair channels (halves, neighbours, a part of the head) is what its module's `apply_rotary_pos_emb` does to unit vectors.
-Queries are those that scaled_dot_product_attention gets, after biases, norms and RoPE; the mean square of a pair of
-channels is the same before and after RoPE. A model that has another way leaves these unknown.
+Both come from the model while it runs. RoPE: the cosines and sines that the model passes to its attention layers; which
+channels they pair (halves, neighbours, part of the head) shows when the module's `apply_rotary_pos_emb` is applied to
+unit vectors. Queries: the input of scaled_dot_product_attention, after biases, norms and RoPE, which does not change
+the mean square of a pair of channels. What a model does in another way is unknown (None): GPT-J's and CodeGen's RoPE,
+the queries of models that do not use sdpa.
 """
 
 import sys
@@ -24,14 +25,20 @@ from polykv.codecs.context import LayerContext, Rope
 from polykv.errors import PolyKVError
 from polykv.supported import check_length, check_model
 
-APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), as the models of transformers call it
+APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), the name in all models of transformers
 
 
 class PrefilledCache(DynamicCache):
-    """A DynamicCache as `prefill` makes it; `contexts` is what is known of each layer."""
+    """The DynamicCache that `prefill` returns, with what it found out about the layers."""
 
-    contexts: tuple[LayerContext, ...] = ()
-    watch: "_Watch | None" = None
+    watch: "_Watch | None" = None  # while the model runs
+    found: tuple[LayerContext, ...] = ()
+    n_prefilled = 0
+
+    @property
+    def contexts(self) -> tuple[LayerContext, ...]:
+        """What codecs may know of each layer; empty once the cache has grown, as later angles are not known."""
+        return self.found if self.get_seq_length() == self.n_prefilled else ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -43,7 +50,7 @@ class PrefilledCache(DynamicCache):
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids_BT: Tensor) -> PrefilledCache:
-    """The full cache of the tokens (1, tokens), in the model's own dtype.
+    """The KV cache of tokens (1, tokens), in the model's dtype.
 
     Raises:
         PolyKVError: no tokens, more tokens than positions, or an unsupported architecture.
@@ -55,27 +62,33 @@ def prefill(model: PreTrainedModel, ids_BT: Tensor) -> PrefilledCache:
     cache = PrefilledCache(config=model.config)
     with _Watch() as cache.watch, cache.watch.hooked(model):
         model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
-    cache.contexts, cache.watch = cache.watch.contexts(), None
+    cache.found, cache.n_prefilled = cache.watch.contexts(), ids_BT.shape[1]
+    cache.watch = None
     return cache
 
 
 class _Watch(TorchFunctionMode):
-    """Notes each layer's angles and queries while this thread prefills, whatever others do with the model."""
+    """Records angles and queries of each layer in this thread's forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = get_ident()
-        self._given: tuple[type, Any] | None = None  # the last module that got angles, and these
-        self._used = False  # by that module: SmolLM3 gives them to layers without RoPE, too
+        self._given: tuple[type, Any] | None = (
+            None  # the last module that got angles, and the angles
+        )
+        self._used = False  # whether that module used them: SmolLM3 passes them to layers without RoPE as well
         self._ropes: dict[tuple[type, int], tuple[Any, Rope | None]] = {}
         self._found: dict[int, LayerContext] = {}
-        self._waits: tuple[int, int] | None = None  # the layer whose queries come next, its heads
+        self._waits: tuple[int, int] | None = (
+            None  # the layer whose queries come next, and its kv heads
+        )
 
     @contextmanager
     def hooked(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within it the watch sees the angles that modules get."""
+        """Record the angles that modules of the model get within the context."""
 
         def angles(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            # Hooks run for all threads that use the model.
             if get_ident() == self._thread:
                 self._given, self._used = (type(module), kwargs.get("position_embeddings")), False
 
@@ -87,7 +100,7 @@ class _Watch(TorchFunctionMode):
             yield
 
     def keys_of(self, layer: int, k_BHTD: Tensor) -> None:
-        """A layer writes to the cache: its angles were given before, its queries come next."""
+        """Called when a layer writes to the cache: after it got its angles, before attention gets its queries."""
         self._found[layer] = LayerContext(self._rope(k_BHTD.shape[-1]) if self._used else None)
         self._waits = (layer, k_BHTD.shape[1])
 
@@ -98,32 +111,34 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and self._waits:
             (layer, heads), self._waits = self._waits, None
             query = args[0] if args else kwargs["query"]
-            square = query.unflatten(1, (heads, -1)).float().square().mean((2, 3)).unsqueeze(2)
+            # (B, query heads, D), without fp32 copies of the queries.
+            norm = torch.linalg.vector_norm(query, dim=2, dtype=torch.float32)
+            square = norm.square().unflatten(1, (heads, -1)).mean(2, keepdim=True) / query.shape[2]
             self._found[layer] = replace(self._found[layer], query_rms=square.sqrt())
         elif self._given and isinstance(self._given[1], tuple):
             self._used |= any(arg is self._given[1][0] for arg in args)
         return func(*args, **kwargs)
 
     def contexts(self) -> tuple[LayerContext, ...]:
-        """What was found, by layer."""
+        """What was recorded, by layer."""
         return tuple(self._found[layer] for layer in sorted(self._found))
 
     def _rope(self, head_dim: int) -> Rope | None:
-        """Of the angles that were given last; layers that were given the same share it."""
+        """The rotation by the last angles; layers that get the same angles share it."""
         owner, given = self._given
         key = (owner, id(given))
-        if key not in self._ropes:  # the angles are kept with it, so that no others get their id
+        if key not in self._ropes:  # a reference to the angles keeps their id from being reused
             self._ropes[key] = (given, _rope_of(owner, given, head_dim))
         return self._ropes[key][1]
 
 
 def _rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
-    """What a module's own function does with the angles that it was given; None where it is no such rotation."""
+    """The rotation that a module's own function applies with these angles; None if it is not of the known form."""
     apply = getattr(sys.modules[owner.__module__], APPLY, None)
     if apply is None or not isinstance(given, tuple) or len(given) != 2:
         return None
     cos_BTW, sin_BTW = given
-    # Angles have the width of the channels that turn, or half of it.
+    # The angles are as wide as the channels that rotate, or half as wide.
     for width in (cos_BTW.shape[-1], 2 * cos_BTW.shape[-1]):
         if width <= head_dim:
             try:
@@ -134,11 +149,11 @@ def _rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
 
 
 class _NoRotation(Exception):
-    """A function does something else than to turn pairs of channels."""
+    """The function does not rotate pairs of channels."""
 
 
 def _measured(apply: Callable, cos_1TW: Tensor, sin_1TW: Tensor, width: int) -> Rope:
-    """The pairs from unit vectors under angles whose cosines and sines are 2 and 1, and then cos and sin themselves."""
+    """The pairs of channels from unit vectors with cos = 2 and sin = 1, then the cos and sin that are applied."""
     device = cos_1TW.device
 
     def turned(x_HTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,7 +162,7 @@ def _measured(apply: Callable, cos_1TW: Tensor, sin_1TW: Tensor, width: int) -> 
 
     units = torch.eye(width, device=device).unsqueeze(1)
     two, one = (torch.full_like(cos_1TW[:, :1], value) for value in (2, 1))
-    # [from, to]: 2 on the diagonal, 1 from the first of a pair to the second, -1 back.
+    # [from, to]: 2 on the diagonal, 1 from the first channel of a pair to the second, -1 from the second to the first.
     matrix = turned(units, two, one)[:, 0]
     first_P, second_P = (matrix == 1).nonzero(as_tuple=True)
     expected = 2 * torch.eye(width, device=device)

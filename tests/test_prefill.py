@@ -134,6 +134,15 @@ def test_a_recipe_that_asks_refuses_a_cache_that_does_not_know(llama):
         lossy.under(recipe)
 
 
+def test_a_cache_that_has_grown_does_not_know_its_layers(llama):
+    cache = prefill(llama, torch.arange(30)[None])
+    assert len(cache.contexts) == 4
+    with torch.no_grad():
+        llama(input_ids=torch.arange(5)[None], past_key_values=cache)
+    with pytest.raises(PolyKVError, match="'waterfill_4' needs"):
+        SharedKVPool.from_cache(cache, polykv.load_recipe("waterfill_4"))
+
+
 def test_a_pool_made_of_an_uncompressed_one_knows_what_it_knew(llama):
     cache, recipe = prefill(llama, torch.arange(30)[None]), polykv.load_recipe("waterfill_4")
     full = SharedKVPool.from_cache(cache, polykv.load_recipe("full"))

@@ -248,6 +248,21 @@ def test_longer_tokens_may_be_added_up_to_four_times_the_longest():
     assert clipped.square().mean() < 1e-3 * (1e3 * v).square().mean()
 
 
+def test_a_context_of_other_tokens_is_refused():
+    k, context = biased_keys(2, 60, 32)
+    codec = WaterfillKey(4)
+    for encode in (codec.encode, lambda x, known: kernels.encode(codec, x, "cpu", known)):
+        with pytest.raises(PolyKVError, match="RoPE of 60 tokens, and the tensor 59"):
+            encode(k[:, :, 1:], context)
+    first = codec.encode(k[:, :, :50], context.narrow(0, 50))
+    with pytest.raises(PolyKVError, match="give the context"):
+        codec.extend(first, k[:, :, 50:])
+    with pytest.raises(PolyKVError, match="RoPE of 60 tokens, and the tensor 10"):
+        codec.extend(first, k[:, :, 50:], context)
+    without = codec.encode(k[:, :, :50])
+    assert codec.extend(without, k[:, :, 50:], context.narrow(50, 60)).context.rope is None
+
+
 def test_tokens_are_not_added_inside_a_group():
     from polykv.codecs.kivi import KiviKey
 

@@ -187,6 +187,7 @@ class Codec(ABC):
             PolyKVError: NaN or infinite values, or a scale or norm that overflows fp16.
         """
         shape = _checked_shape(x_BHTD)
+        _check_rope(context, shape[2])
         chunks = [x_BHTD[:, :, i:j] for i, j in _spans(shape, self.group)]
         shared = self._statistics(chunks, **self._asked(context))
         return self._encoded(x_BHTD, shared, context)
@@ -206,8 +207,11 @@ class Codec(ABC):
             raise PolyKVError(
                 f"cannot append to {n_tokens} tokens in groups of {self.group}; encode all tokens together"
             )
-        if packed.context.rope is None:  # its mean was taken without RoPE
+        if packed.context.rope is None:  # its mean was computed without RoPE
             context = NOTHING
+        elif context.rope is None:
+            raise PolyKVError("give the context of the appended tokens: their RoPE is not known")
+        _check_rope(context, x_BHTD.shape[2])
         # With a single token or group these are all tensors; `_encoded` replaces those that are not shared.
         shared = {name: kept for name, kept in packed.tensors.items() if kept.shape[2] == 1}
         added = self._encoded(x_BHTD, shared, context)
@@ -285,6 +289,14 @@ def _checked_shape(x: Tensor) -> Shape:
         raise PolyKVError(f"cannot encode {x.dtype}; cast it to float32, float16 or bfloat16")
     batch, heads, n_tokens, dim = x.shape
     return batch, heads, n_tokens, dim
+
+
+def _check_rope(context: LayerContext, n_tokens: int) -> None:
+    if context.rope is not None and context.rope.n_tokens != n_tokens:
+        raise PolyKVError(
+            f"the context has the RoPE of {context.rope.n_tokens} tokens, and the tensor {n_tokens} tokens; "
+            "narrow the context to them"
+        )
 
 
 def _spans(shape: Shape, group: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The mean key of a head taken off before any other codec, before or after RoPE turned it."""
+"""Another codec on keys minus the mean key of their head, taken before or after RoPE."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from polykv.errors import PolyKVError
 
 @dataclass(frozen=True)
 class Centred(Codec):
-    """`codec` of the keys minus their mean over the prefix, which is kept once per head in fp16.
+    """`codec` applied to keys minus their mean over the tokens, which is stored once per head in fp16.
 
-    x'_t = codec(x_t - R_t mean) + R_t mean. before_rope: the mean is of the keys with RoPE undone, and R_t turns it to
-    token t, so what a bias of the key projection adds is taken off whole (keys before RoPE: KVQuant, arXiv 2401.18079,
-    section 3.2). Otherwise, or where the keys have no RoPE or it is not known, R_t is 1. Granularity is that of
-    `codec`; stored: 16 * head_dim bits more for each head. Tokens added later keep the mean.
+    x'_t = codec(x_t - R_t mean) + R_t mean. before_rope: the mean of the keys with RoPE undone, which R_t rotates to
+    the position of token t; this removes all that a bias of the key projection adds (keys before RoPE: KVQuant, arXiv
+    2401.18079, section 3.2). Otherwise, or if the layer has no RoPE or it is unknown, R_t is 1. Granularity is that
+    of `codec`; stored: 16 * head_dim bits more per head. Appended tokens use the same mean.
     """
 
     version = 1
@@ -71,9 +71,9 @@ class Centred(Codec):
 
 
 def mean_of(chunks: Sequence[Tensor], rope: Rope | None) -> Tensor:
-    """The mean (B, H, 1, D) in fp16 of tokens that come in chunks, with RoPE undone.
+    """The mean (B, H, 1, D) in fp16 of all tokens of the chunks, with RoPE undone.
 
-    Summed in fp64, so that the rounding does not depend on how the tokens were cut.
+    Summed in fp64, so that rounding does not depend on the size of the chunks.
     """
     total: Tensor | None = None
     for x_BHTD, part in with_rope(chunks, rope):
@@ -89,7 +89,7 @@ def turned_mean(mean_BH1D: Tensor, rope: Rope | None) -> Tensor:
 
 
 def with_rope(chunks: Iterable[Tensor], rope: Rope | None) -> Iterator[tuple[Tensor, Rope | None]]:
-    """Each chunk with the rope of its own tokens."""
+    """Each chunk with the RoPE of its tokens."""
     start = 0
     for chunk in chunks:
         stop = start + chunk.shape[2]

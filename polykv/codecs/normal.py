@@ -1,8 +1,8 @@
-"""Vectors that are nearly normal after a rotation: Lloyd-Max codes, and their RMS as an 8-bit logarithm.
+"""Quantization of vectors that are nearly normal after a rotation: Lloyd-Max codes, and norms as 8-bit logarithms.
 
-The RMS of a vector (token and head) is kept as a code c: 2**((c - TOP) / STEPS) times the largest RMS of its head,
-which is one fp16 number; 0 is a vector of zeros. A step is 2.9 %, so rounding errs by at most 1.5 %. Tokens that are
-added later may be up to 4 times as large as that largest one (codes above TOP); longer ones are cut to that.
+The RMS of a vector (a token of a head) is stored as a code c, which stands for 2**((c - TOP) / STEPS) times the largest
+RMS of the head, an fp16 number; code 0 is a vector of zeros. A step is 2.9 %, so that rounding errs by at most 1.5 %.
+Appended tokens may be up to 4 times as large as the largest RMS (codes above TOP); larger ones are clipped to that.
 """
 
 import torch
@@ -16,7 +16,7 @@ SMALLEST = 2.0**-24  # in fp16
 
 
 def codes_of(y: Tensor, bits: int) -> Tensor:
-    """uint8 codes of fp32 values, those of the nearest of 2**bits Lloyd-Max levels of N(0, 1)."""
+    """uint8 codes of the nearest of the 2**bits Lloyd-Max levels of N(0, 1)."""
     boundaries = y.new_tensor(lloyd_max(bits).boundaries)
     return torch.bucketize(y.contiguous(), boundaries, out_int32=True).to(torch.uint8)
 
@@ -28,13 +28,13 @@ def levels_of(codes: Tensor, bits: int) -> Tensor:
 
 
 def log_codes(rms_BHT1: Tensor, largest_BH11: Tensor) -> Tensor:
-    """uint8 codes of fp32 RMS values, relative to the fp16 one that codes[TOP] stands for."""
+    """uint8 codes of fp32 RMS values; TOP is the code of `largest`, in fp16."""
     octaves = (rms_BHT1 / largest_BH11.float().clamp_min(SMALLEST)).clamp_min(1e-30).log2()
     codes = (octaves * STEPS).round().add(TOP).clamp(1, 255)
     return torch.where(rms_BHT1 > 0, codes, 0).to(torch.uint8)
 
 
 def log_values(codes_BHT1: Tensor, largest_BH11: Tensor) -> Tensor:
-    """The fp32 RMS values of codes."""
+    """The fp32 RMS values of these codes."""
     values = ((codes_BHT1.float() - TOP) / STEPS).exp2() * largest_BH11.float()
     return torch.where(codes_BHT1 > 0, values, 0)

@@ -1,4 +1,4 @@
-"""TurboQuant-MSE whose norms are 8-bit logarithms."""
+"""TurboQuant-MSE with 8-bit logarithmic norms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from polykv.errors import PolyKVError
 
 @dataclass(frozen=True)
 class TurboQuantLog(Codec):
-    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), its norms in a byte each.
+    """TurboQuant without inner-product residual (arXiv 2504.19874, Algorithm 1), with one byte per norm.
 
-    As TurboQuantMSE with signs, but the RMS of a token and head is an 8-bit logarithm relative to the head's largest
-    (polykv/codecs/normal.py): x' = rms * unrotate(levels[codes]). Tokens that are added later keep that largest one.
-    Stored: 8 * ceil(head_dim * bits / 8) + 8 bits per vector and 16 for each head; bits + 8/head_dim per value
-    where that packs evenly.
+    As TurboQuantMSE with signs, but the RMS of a token of a head is an 8-bit logarithm relative to the largest RMS of
+    the head (polykv/codecs/normal.py): x' = rms * unrotate(levels[codes]). Stored: 8 * ceil(head_dim * bits / 8) + 8
+    bits per vector and 16 per head; bits + 8/head_dim per value if the codes fill whole bytes.
     """
 
     version = 1

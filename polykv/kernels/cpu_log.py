@@ -26,6 +26,8 @@ def encode(
 ) -> Packed | None:
     """`codec.encode`; None if a value or statistic is not finite."""
     batch, heads, n_tokens, dim = shape = x_BHTD.shape
+    if context.rope is not None and context.rope.n_tokens != n_tokens:
+        return None
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
     shared, told = {}, LayerContext()
     if isinstance(codec, WaterfillKey):
@@ -58,7 +60,8 @@ def _statistics(
     batch, heads, n_tokens, dim = shape
     rope = context.rope
 
-    def mean_of(of: Rope | None, mean: Tensor | None) -> Tensor:
+    def average(of: Rope | None, mean: Tensor | None) -> Tensor:
+        """Over the tokens: of the keys rotated by `of`, or of the squares of the keys without the mean."""
         sums = torch.empty(batch, heads, -(-n_tokens // PART), dim, dtype=torch.float64)
         told = PackedStruct(shape=tuple(shape))
         told.set_rope(of)
@@ -71,6 +74,6 @@ def _statistics(
         )
         return sums.sum(2, keepdim=True) / n_tokens
 
-    mean = mean_of(None if rope is None else rope.inverse(), None).half()
-    sigma = mean_of(rope, mean.float()).sqrt().float()
+    mean = average(None if rope is None else rope.inverse(), None).half()
+    sigma = average(rope, mean.float()).sqrt().float()
     return {"mean": mean, **codec.plan(sigma, context)}
