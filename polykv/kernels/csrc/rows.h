@@ -23,8 +23,8 @@ struct Packed {
     int64_t scale_strides[3];
     const float *levels, *boundaries;  // the codebook, 16 entries each
     const float* signs;                // of the rotation, or null
-    // TURBOQUANT_LOG and WATERFILL: `levels` and `boundaries` hold the codebooks of 0 to 7 bits, `scale` a byte for each
-    // norm.
+    // TURBOQUANT_LOG and WATERFILL: `levels` and `boundaries` hold the codebooks of 0 to 7 bits, `scale` a byte
+    // per norm.
     const float* log_values;  // of those bytes, over the largest norm of the head
     const uint16_t* largest;  // fp16, of each head
     // WATERFILL, of each head:

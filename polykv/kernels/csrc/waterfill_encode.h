@@ -52,8 +52,8 @@ static inline void centre(const Packed& p, const Turns& turns, const float* mean
         store(row + c, load<Floats>(row + c) - turns.turned(mean, cos, sin, c));
 }
 
-// sums[c] over tokens [start, stop) of a head: of the keys turned by `p.cos` and `p.sin`; with a mean, of the squares of
-// the keys without R_t mean. In fp32 over TOKENS tokens, and in fp64 over these.
+// sums[c] over tokens [start, stop) of a head: of the keys rotated by `p.cos` and `p.sin`; with a mean, of the squares
+// of the keys without R_t mean. Summed in fp32 over TOKENS tokens, then in fp64.
 static void sums_of(const Input& x, const Packed& p, const Turns& turns, int64_t head, const float* mean,
                     int64_t start, int64_t stop, double* sums) {
     const int dim = int(x.dim);
@@ -76,7 +76,7 @@ static void sums_of(const Input& x, const Packed& p, const Turns& turns, int64_t
 // y = row[order] * gain, through the Hadamard of each block; DIM, where not 0, is the head's, and the order is then
 // applied in registers.
 template <int DIM>
-static void to_blocks(const float* row, const int32_t* order, const float* gain, int dim, float* y) {
+static void sorted_blocks(const float* row, const int32_t* order, const float* gain, int dim, float* y) {
     for (int i = 0; i < dim; i += LANES) {
         Floats v;
         if constexpr (DIM) v = lookup(row, load<Ints>(order + i), DIM);
@@ -142,7 +142,8 @@ struct Coding {
         }
     }
 
-    // The largest RMS of tokens [start, stop), infinity if one is not finite; `prepare(from, t, y)` makes a row's blocks and gives its RMS.
+    // The largest RMS of tokens [start, stop), infinity if one is not finite. `prepare(from, t, y)` writes the blocks of
+    // a row and returns its RMS.
     template <typename Prepare>
     float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
         alignas(64) float y[TOKENS * MAX_DIM];
@@ -174,7 +175,7 @@ struct Coding {
             // A Hadamard keeps the energy of its block, so the token's RMS is known before it.
             weight[order[i]] = by / std::fmax(plan.rms[i / CODES], SMALLEST);
         }
-        auto* blocks = dim == 64 ? to_blocks<64> : dim == 128 ? to_blocks<128> : to_blocks<0>;
+        auto* blocks = dim == 64 ? sorted_blocks<64> : dim == 128 ? sorted_blocks<128> : sorted_blocks<0>;
         return tokens(start, stop, 1.0f, &plan, [&](const uint8_t* from, int64_t t, float* y) {
             load_row(from, x.dtype, dim, row);
             centre(to, turns, mean, t, row);
