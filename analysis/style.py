@@ -47,11 +47,14 @@ UNDATED = {
 }
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
 GREEN, PINK, SKY, GREY = "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"
+WINE = "#882255"
 # A family of recipes has one colour and one marker: the first prefix that fits.
 FAMILIES = {
     BASELINE: ("uncompressed", BLACK, "o"),
     "polykv": ("PolyKV", VERMILION, "D"),
     "turboquant": ("TurboQuant", BLUE, "o"),
+    "waterfill": ("this project", WINE, "h"),
+    "mean_": ("this project", WINE, "h"),
     "vllm": ("vLLM presets", PINK, "P"),
     "kivi": ("KIVI", GREEN, "^"),
     "uniform": ("absmax", ORANGE, "s"),

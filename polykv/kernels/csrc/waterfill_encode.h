@@ -142,8 +142,8 @@ struct Coding {
         }
     }
 
-    // The largest RMS of tokens [start, stop), infinity if one is not finite. `prepare(from, t, y)` writes the blocks of
-    // a row and returns its RMS.
+    // The largest RMS of tokens [start, stop), infinity if one is not finite. `prepare(from, t, y)` writes the
+    // blocks of a row and returns its RMS.
     template <typename Prepare>
     float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
         alignas(64) float y[TOKENS * MAX_DIM];
