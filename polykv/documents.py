@@ -5,6 +5,7 @@ YAMLs of these groups), `context`, `n_documents`, `prefix_fraction`, `n_agents`,
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -172,6 +173,13 @@ def wikitext2(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     return _articles(cfg, tokenizer, shipped.read("wikitext2"))
 
 
+def gsm8k(cfg: DictConfig, tokenizer: Any) -> list[Document]:
+    """GSM8K problems with their solutions, one after the other; consecutive windows of the text."""
+    problems = map(json.loads, shipped.read("gsm8k").splitlines())
+    text = "\n\n".join(f"Question: {p['question']}\nAnswer: {p['answer']}" for p in problems)
+    return of_text(cfg, tokenizer, text, _generic_questions())
+
+
 def wikitext2_raw(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     """WikiText-2's raw test split, from a local file or the hub."""
     if cfg.document.path is not None:
@@ -256,7 +264,8 @@ def _articles(cfg: DictConfig, tokenizer: Any, text: str) -> list[Document]:
         raise PolyKVError(
             f"document={cfg.document.name} has articles of different lengths; set context=1024, say"
         )
-    found = windows.of_articles(tokenizer, text, cfg.context, cfg.n_documents)
+    skip = cfg.document.get("skip_articles", 0)
+    found = windows.of_articles(tokenizer, text, cfg.context, cfg.n_documents, skip)
     return _documents(cfg, tokenizer, text, found, _generic_questions())
 
 

@@ -12,6 +12,7 @@ FILES = {
     "moon_landing": "moon_landing.yaml",
     "packet_networks": "packet_networks.yaml",
     "wikitext2": "wikitext2_test.txt.gz",
+    "wikitext2_evaluation": "wikitext2_test.txt.gz",
     "gsm8k": "gsm8k_test_300.jsonl",
 }
 

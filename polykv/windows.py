@@ -70,14 +70,14 @@ def own_tokens(tokenizer: Any, context: int) -> int:
     return n_own
 
 
-def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Tensor]:
-    """Up to `limit` windows (1, context), each starting at an article of WikiText.
+def of_articles(tokenizer: Any, text: str, context: int, limit: int, skip: int = 0) -> list[Tensor]:
+    """Up to `limit` windows (1, context), each starting at an article of WikiText; the first `skip` are left out.
 
     If at least `limit` articles are long enough, each window lies within one article. Otherwise windows continue into
     the following articles, which are then not used again.
 
     Raises:
-        PolyKVError: a text without a title, or a context without room for text.
+        PolyKVError: a text without a title, fewer than `skip` articles, or a context without room for text.
     """
     starts = [found.start() for found in TITLE.finditer(text)]
     if not starts:
@@ -85,6 +85,11 @@ def of_articles(tokenizer: Any, text: str, context: int, limit: int) -> list[Ten
             "the text is not in WikiText's format: it has no line ' = Title = ' between blank lines; "
             "use document=file"
         )
+    if not 0 <= skip < len(starts):
+        raise PolyKVError(
+            f"document.skip_articles={skip} of {len(starts)} articles; give 0 to {len(starts) - 1}"
+        )
+    starts = starts[skip:]
     n_own, ends = own_tokens(tokenizer, context), [*starts[1:], len(text)]
     for run_on in (False, True):
         windows, start = [], starts[0]

@@ -80,9 +80,9 @@ def recipes(patch: pytest.MonkeyPatch, keys: bool = False) -> None:
     """What a recipe compresses is another document's; the uncompressed cache is as it was."""
     encode_layer = Recipe.encode_layer
 
-    def encode(self: Recipe, k: Tensor, v: Tensor, layer: int, *rest: Any) -> Any:
+    def encode(self: Recipe, k: Tensor, v: Tensor, layer: int, *rest: Any, **more: Any) -> Any:
         pair = (k, v) if self.is_full else damaged(k, v, layer, keys)
-        return encode_layer(self, *pair, layer, *rest)
+        return encode_layer(self, *pair, layer, *rest, **more)
 
     patch.setattr(Recipe, "encode_layer", encode)
 

@@ -224,6 +224,25 @@ def test_wikitext2_needs_no_hub_and_begins_with_articles(context, n, tokenizer):
     assert len(set(starts)) == n
 
 
+def test_evaluation_documents_are_the_articles_after_the_first_twelve(tokenizer):
+    every = load_documents(settings("wikitext2", context=300, n_documents=40), tokenizer)
+    held_out = load_documents(
+        settings("wikitext2_evaluation", context=300, n_documents=28), tokenizer
+    )
+    assert [d.digest for d in held_out] == [d.digest for d in every[12:]]
+
+
+def test_articles_cannot_all_be_skipped(tokenizer):
+    left_out = {**config.load_group("document", "wikitext2_evaluation"), "skip_articles": 60}
+    with pytest.raises(PolyKVError, match="skip_articles=60"):
+        load_documents(settings("wikitext2_evaluation", document=left_out, context=300), tokenizer)
+
+
+def test_gsm8k_documents_are_problems_with_solutions(tokenizer):
+    first, *_ = load_documents(settings("gsm8k", context=256, n_documents=2), tokenizer)
+    assert "Question: Mazie has 52 marbles" in tokenizer.decode(first.ids_BT[0])
+
+
 def test_wikitext2_has_no_length_of_its_own(tokenizer):
     with pytest.raises(PolyKVError, match="set context=1024"):
         load_documents(settings("wikitext2", context=None), tokenizer)
