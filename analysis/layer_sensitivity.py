@@ -5,6 +5,7 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy import stats
 
 from analysis import style
 from analysis.frontier import about, by_setting
@@ -20,7 +21,7 @@ MEASURES = {
     **{f"error_{part}": Measure("error", {"part": part}, plain_mean) for part in PARTS},
     **{
         f"{name}_{part}": Measure(name, {"part": part})
-        for name in ("gaussian_error", "dc_share", "peak_to_rms")
+        for name in ("gaussian_error", "dc_share", "peak_to_rms", "bias_norm", "token_norm")
         for part in SIDES
     },
 }
@@ -34,6 +35,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         *(Column(f"gaussian_error_{part}", f"{part}, Gaussian", significant) for part in SIDES),
         *(Column(f"dc_share_{part}", f"{part} DC share", fixed(3)) for part in SIDES),
         *(Column(f"peak_to_rms_{part}", f"{part} peak channel", fixed(2)) for part in SIDES),
+        *(Column(f"bias_norm_{part}", f"{part} bias norm", fixed(1)) for part in SIDES),
+        *(Column(f"token_norm_{part}", f"{part} norm", fixed(1)) for part in SIDES),
     ]
     lines = [
         {"section": setting, "recipe": recipe, "layer": int(layer)}
@@ -45,7 +48,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         "Relative squared errors of each layer (mean of its heads and documents), beside the same codec's error on "
         "Gaussian data. DC share: energy in each vector's mean, which an unsigned Hadamard transform gathers in one "
         "coordinate (1 / head_dim for white noise). Peak channel: its root mean square over the head's (1 for white "
-        f"noise). {about(rows)}"
+        "noise). Bias norm: of the projection's bias, and norm: root mean square of a token's vector, all kv heads "
+        f"together. {about(rows)}"
     )
     return Table("layer_sensitivity", caption, [*keys("recipe", "layer"), *columns], lines)
 
@@ -73,7 +77,7 @@ def _damage(rows: pd.DataFrame) -> list[str]:
             lines.append(
                 f"{recipe} hurts layer {worst} most: compressed alone it costs {damage[worst]:.3g} nats, "
                 f"{damage[worst] / sum(damage.values()):.0%} of the layers' sum. Its error, over that on Gaussian "
-                f"data, is at most {' and '.join(against)}."
+                f"data, is at most {' and '.join(against)}.{_with_bias(parts, damage)}"
             )
     most = {
         (name, side): rows.loc[(rows["metric"] == name) & (rows["part"] == side), "value"].max()
@@ -87,6 +91,19 @@ def _damage(rows: pd.DataFrame) -> list[str]:
         f"{most['peak_to_rms', 'value']:.1f} (values) times their head's root mean square."
     )
     return lines
+
+
+def _with_bias(parts: Mapping[int, pd.DataFrame], damage: Mapping[int, float]) -> str:
+    """The rank correlation of the layers' damage with the norm of their key bias; nothing without biases."""
+    norms = {layer: measured(parts[layer], "bias_norm_key").value for layer in damage}
+    if None in norms.values() or len(set(norms.values())) < 3:
+        return ""
+    rho, p = stats.spearmanr(list(norms.values()), list(damage.values()))
+    largest = max(norms, key=norms.get)
+    return (
+        f" Over {len(norms)} layers its damage has a rank correlation of {rho:+.2f} (Spearman, p = {p:.2g}) with the "
+        f"norm of the key bias, which is largest in layer {largest} ({norms[largest]:.0f})."
+    )
 
 
 def _most(found: Sequence[float | None]) -> float | None:

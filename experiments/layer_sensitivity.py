@@ -17,6 +17,7 @@ from polykv.results import Rows
 
 # part: key, value, logits or output; head: empty for a whole layer.
 COLUMNS = {**write.SCORES, "layer": int, "head": int, "part": str}
+FUSED = "the layer has no k_proj and v_proj of its own"
 ZEROS = "the exact values are all zero, so there is no relative error"
 
 
@@ -27,7 +28,7 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """Metrics error, gaussian_error, dc_share, peak_to_rms and kl of each layer."""
+    """Metrics error, gaussian_error, dc_share, peak_to_rms, bias_norm, token_norm and kl of each layer."""
     rows = write.new_rows(cfg, session, COLUMNS)
     full, readings = session.full_readings(cfg), session.readings(cfg)
     recipe = Recipe.from_config(cfg.recipe)
@@ -52,7 +53,7 @@ def _add_errors(rows: Rows, full: Sequence[Reading], readings: Sequence[Reading]
 
 def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
     """The codecs' errors on Gaussian data, and how far the first document's cache is from Gaussian."""
-    pool = full.pool
+    pool, biases = full.pool, layers.bias_norms(full.model)
     for layer in range(pool.n_layers):
         codecs = recipe.codecs(layer, pool.n_layers)
         sides = zip(("key", "value"), pool.decode_layer(layer), codecs, strict=True)
@@ -60,6 +61,8 @@ def _add_theory(rows: Rows, recipe: Recipe, full: Reading) -> None:
             place = {"layer": layer, "part": part}
             expected = layers.gaussian_error(codec, pool.head_dim)
             rows.add("gaussian_error", expected, "relative", **place)
+            rows.add("bias_norm", biases[layer][part], "norm", why=FUSED, **place)
+            rows.add("token_norm", layers.token_norm(x_BHTD), "norm", **place)
             for name, value in layers.diagnostics(x_BHTD).items():
                 rows.add(name, value, "ratio", why=ZEROS, **place)
 

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, checked_cell, rows_of, tiny_model
+from scipy import stats
 
 from analysis import layer_sensitivity
 from analysis.load import load
@@ -98,6 +99,27 @@ def test_diagnostics_of_known_tensors():
     assert layers.diagnostics(outlier)["peak_to_rms"] == pytest.approx(8, rel=0.01)  # sqrt(64)
 
 
+def test_bias_norms_are_those_of_the_projections():
+    model = tiny_model("qwen2")
+    projection = model.model.layers[2].self_attn.k_proj
+    with torch.no_grad():
+        projection.bias.zero_()
+        projection.bias[:2] = torch.tensor([3.0, 4.0])
+    norms = layers.bias_norms(model)
+    assert len(norms) == 4 and norms[2]["key"] == pytest.approx(5)
+
+
+def test_a_model_without_biases_has_norms_of_zero_and_one_with_fused_projections_none(llama):
+    assert layers.bias_norms(llama) == [{"key": 0.0, "value": 0.0}] * 4
+    assert layers.bias_norms(tiny_model("gpt2")) == [{"key": None, "value": None}] * 4
+
+
+def test_the_norm_of_a_token_is_over_all_heads():
+    x_BHTD = torch.zeros(1, 2, 2, 8)
+    x_BHTD[0, :, 0, 0] = torch.tensor([3.0, 4.0])
+    assert layers.token_norm(x_BHTD) == pytest.approx(5 / 2**0.5)
+
+
 # The study, and what the analysis makes of its rows
 
 
@@ -137,6 +159,7 @@ def made(tmp_path_factory):
         for (sample, layer), value in np.ndenumerate(of_layers):
             rows.add("kl", value, "nats", sample=sample, layer=layer, n=20)
         for layer in range(3):
+            rows.add("bias_norm", 100.0 - layer, "norm", layer=layer, part="key")
             for part in ("key", "value"):
                 for metric in ("gaussian_error", "dc_share", "peak_to_rms"):
                     rows.add(metric, 0.02 + layer, "ratio", layer=layer, part=part)
@@ -173,3 +196,5 @@ def test_findings_name_the_layer_that_costs_most(made):
     damage = kl.mean(axis=0)
     said = next(line for line in lines if line.startswith("polykv"))
     assert f"layer {damage.argmax()} " in said and f"{damage.max() / damage.sum():.0%}" in said
+    rho = stats.spearmanr(damage, [100, 99, 98]).statistic
+    assert f"{rho:+.2f}" in said and "layer 0 (100)" in said

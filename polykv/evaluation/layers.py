@@ -96,6 +96,33 @@ def diagnostics(x_BHTD: Tensor) -> Mapping[str, float]:
     }
 
 
+def bias_norms(model: PreTrainedModel) -> list[Mapping[str, float | None]]:
+    """Of each layer, the norm of its key and value projection's bias over all kv heads; 0 without a bias.
+
+    None where the layer has no `k_proj` and `v_proj` (fused projections).
+    """
+    found: dict[int, Mapping[str, float | None]] = {}
+    for module in model.modules():
+        if (layer := getattr(module, "layer_idx", None)) is not None:
+            sides = {"key": "k_proj", "value": "v_proj"}
+            norms = {part: _bias_norm(getattr(module, name, None)) for part, name in sides.items()}
+            if layer not in found or None not in norms.values():
+                found[layer] = norms
+    return [found[layer] for layer in sorted(found)]
+
+
+def _bias_norm(projection: Any) -> float | None:
+    if projection is None:
+        return None
+    bias = getattr(projection, "bias", None)
+    return 0.0 if bias is None else float(bias.detach().float().norm())
+
+
+def token_norm(x_BHTD: Tensor) -> float:
+    """Root mean square over the tokens of the norm of a token's keys or values, all kv heads together."""
+    return float(x_BHTD.float().square().sum(dim=(1, 3)).mean().sqrt())
+
+
 def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) -> SharedKVPool:
     """The pool `full` with one layer under `recipe` and the others under `exact`."""
     contexts = full.contexts or (NOTHING,) * full.n_layers
