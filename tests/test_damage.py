@@ -38,6 +38,7 @@ NO_QUALITY = {name for name, study in studies().items() if not SCORES & {*study.
 # which answers are empty or of more than one mark.
 NOT_QUALITY = {
     "mean_bits", "file_bits", "compression_ratio", "kv_memory", "time", "gaussian_error", "dc_share", "peak_to_rms",
+    "bias_norm", "token_norm",
     "bertscore_floor", "empty_answer", "empty_reference", "several_marks",
 }  # fmt: skip
 # The baseline and what is measured without a recipe: damage to a recipe must leave them as they are.
