@@ -1,6 +1,7 @@
 """WaterfillKey, TurboQuantLog and Centred: against an independent computation, to the byte, and in place."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,49 @@ def test_queries_that_do_not_look_at_a_channel_take_its_bits():
     codec = WaterfillKey(3)
     error = (codec.decode(codec.encode(k, context)) - k).square().mean((0, 1, 2))
     assert error[:16].mean() < error[16:].mean() / 100
+
+
+# Options that leave a part out
+
+PARTS = ("centred", "before_rope", "queries")
+
+
+def test_a_codec_that_does_not_ask_encodes_as_one_that_is_not_told():
+    k, context = biased_keys(2, 64, 32)
+    for option, unknown in (("before_rope", "rope"), ("queries", "query_rms")):
+        blind = WaterfillKey(3, **{option: False})
+        expected = WaterfillKey(3).encode(k, replace(context, **{unknown: None}))
+        found = blind.encode(k, context)
+        assert all(torch.equal(found.tensors[n], t) for n, t in expected.tensors.items())
+        assert torch.equal(blind.decode(found), WaterfillKey(3).decode(expected))
+
+
+def test_without_centring_the_mean_is_zero_and_a_bias_costs():
+    k, context = biased_keys(2, 64, 32)
+    found = WaterfillKey(4, centred=False).encode(k, context)
+    assert not found.tensors["mean"].any()
+    errors = [
+        (codec.decode(codec.encode(k, context)) - k).square().mean()
+        for codec in (WaterfillKey(4, centred=False), WaterfillKey(4))
+    ]
+    assert errors[0] > 5 * errors[1]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, [4] * 4), (2.5, [3, 3, 2, 2])])
+def test_equal_widths_spend_as_many_bits(bits, expected):
+    k, context = biased_keys(2, 40, 32)
+    codec = WaterfillKey(bits, equal_widths=True)
+    packed = codec.encode(k, context)
+    kept = packed.tensors["widths"].int().flatten()
+    assert torch.stack([kept & 15, kept >> 4], -1).flatten().tolist() == expected
+    assert packed.nbytes == WaterfillKey(bits).stored_bytes(packed.shape, k.dtype)
+
+
+@pytest.mark.parametrize("option", PARTS)
+def test_the_cpu_kernel_leaves_out_the_same_parts(option):
+    x, context = biased_keys(3, 300, 64, bias=3)
+    assert_same_format(WaterfillKey(4, **{option: False}), x, context)
+    assert_same_format(WaterfillKey(2.5, equal_widths=True), x, context)
 
 
 # Bytes

@@ -104,17 +104,21 @@ class Codec(ABC):
     vectors before quantizing them overrides `rotation` (or `rotate` and `unrotate`, if one matrix does not describe
     it): attention then rotates queries and outputs instead of the tokens.
 
-    `needs`: the fields of LayerContext that the method asks for. `_statistics`, `_quantize` and `_dequantize` get them
-    as keyword arguments, which are None if unknown.
+    `_statistics`, `_quantize` and `_dequantize` get what the method asks for (`needs`) as keyword arguments, which are
+    None if unknown.
 
     `version` is part of a cell's identity (polykv/versions.py). Each codec of this package declares its own and raises
     it when its bits or decoded numbers change (tests/outputs.py records them).
     """
 
     group: int = 1
-    needs: ClassVar[tuple[str, ...]] = ()
     # Here: of the code that all codecs share (chunks, bit packing, rotations, codebooks).
     version: ClassVar[int] = 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields of LayerContext that the method asks for."""
+        return ()
 
     @abstractmethod
     def payload_bits(self, dtype: torch.dtype) -> float:
@@ -162,6 +166,10 @@ class Codec(ABC):
 
     def _asked(self, context: LayerContext) -> dict[str, Any]:
         return {name: getattr(context, name) for name in self.needs}
+
+    def told(self, context: LayerContext) -> LayerContext:
+        """Of what is known, what the method asks for."""
+        return LayerContext(**self._asked(context))
 
     @torch.no_grad()
     def decode_rotated(self, packed: Packed) -> Tensor:
@@ -246,8 +254,7 @@ class Codec(ABC):
         kept |= {name: tensor for name, tensor in shared.items() if name not in kept}
         if not finite:
             raise PolyKVError(not_finite(x_BHTD) or _overflow(x_BHTD, self, kept))
-        told = context if self.needs else NOTHING
-        return Packed(kept, shape, x_BHTD.dtype, self.group, told)
+        return Packed(kept, shape, x_BHTD.dtype, self.group, self.told(context))
 
     @torch.no_grad()
     def decode(self, packed: Packed) -> Tensor:

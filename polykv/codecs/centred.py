@@ -25,7 +25,6 @@ class Centred(Codec):
     """
 
     version = 1
-    needs = ("rope",)
 
     codec: Codec = field(default_factory=lambda: TurboQuantMSE(bits=4))
     before_rope: bool = True
@@ -38,6 +37,10 @@ class Centred(Codec):
                 "choose a codec with its metadata per token"
             )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("rope",) if self.before_rope else ()
+
     def payload_bits(self, dtype: torch.dtype) -> float:
         return self.codec.payload_bits(dtype)
 
@@ -46,22 +49,19 @@ class Centred(Codec):
         return self.codec.stored_bytes(shape, torch.float32) + 2 * batch * heads * dim
 
     def _statistics(self, chunks: Sequence[Tensor], rope: Rope | None = None) -> dict[str, Tensor]:
-        return {"mean": mean_of(chunks, self._used(rope))}
+        return {"mean": mean_of(chunks, rope)}
 
     def _quantize(
         self, x_BHTD: Tensor, shared: Mapping[str, Tensor], rope: Rope | None = None
     ) -> dict[str, Tensor]:
-        centred = x_BHTD.float() - turned_mean(shared["mean"], self._used(rope))
+        centred = x_BHTD.float() - turned_mean(shared["mean"], rope)
         return self.codec._quantize(centred, {})
 
     def _dequantize(
         self, tensors: Mapping[str, Tensor], dim: int, rope: Rope | None = None
     ) -> Tensor:
-        mean_BHTD = turned_mean(tensors["mean"], self._used(rope))
+        mean_BHTD = turned_mean(tensors["mean"], rope)
         return self.codec._dequantize(tensors, dim) + self.codec.rotate(mean_BHTD, tensors)
-
-    def _used(self, rope: Rope | None) -> Rope | None:
-        return rope if self.before_rope else None
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.codec.rotate(x_BHTD, tensors)

@@ -46,17 +46,28 @@ class WaterfillKey(Codec):
     5 D + 2 n + ceil(n / 2) + 2 bytes (6 D above 256): mean, scale and order of channels, RMS and widths (4 bits) of
     blocks, largest RMS of a token. Appended tokens (`extend`) use these as they are. Exact attention sinks are the
     recipe's (`exempt`).
+
+    The other options leave a part out, to measure what it is worth. centred: without it the mean is zero. before_rope:
+    without it the mean is that of the keys as they are. queries: without them w is 1. equal_widths: all blocks have
+    `bits` bits (a fraction is spread over the first blocks).
     """
 
     version = 1
-    needs = ("rope", "query_rms")
 
     bits: float = 4
     seed: int = 0
+    centred: bool = True
+    before_rope: bool = True
+    queries: bool = True
+    equal_widths: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 7:
             raise PolyKVError(f"WaterfillKey has no bits={self.bits}; choose a number from 1 to 7")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("rope",) * self.before_rope + ("query_rms",) * self.queries
 
     def payload_bits(self, dtype: torch.dtype) -> float:
         return float(self.bits)
@@ -78,7 +89,7 @@ class WaterfillKey(Codec):
     def _statistics(
         self, chunks: Sequence[Tensor], rope: Rope | None = None, query_rms: Tensor | None = None
     ) -> dict[str, Tensor]:
-        mean = mean_of(chunks, rope)
+        mean = mean_of(chunks, rope) * self.centred
         pairs = list(with_rope(chunks, rope))
         sums = [
             (x_BHTD.float() - turned_mean(mean, part)).square().sum(2, True, dtype=torch.float64)
@@ -120,6 +131,9 @@ class WaterfillKey(Codec):
 
     def _widths(self, importance: Sequence[float]) -> list[int]:
         """The width of each block of a layer: reverse water-filling in whole bits."""
+        if self.equal_widths:
+            least, more = divmod(self._total(len(importance)), len(importance))
+            return [least + (index < more) for index in range(len(importance))]
         widest = 7 if self.bits >= 4.5 else 6
         widths = [1] * len(importance)
         heap = [(-2 * e, index) for index, e in enumerate(importance)]

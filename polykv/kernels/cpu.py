@@ -74,7 +74,7 @@ def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Pac
     batch, heads, n_tokens, dim = x_BHTD.shape
     shape = (batch, heads, n_tokens, dim)
     threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
-    if isinstance(codec, TurboQuantLog | WaterfillKey):
+    if type(codec) is TurboQuantLog or type(codec) is WaterfillKey:
         if dim not in DIMS or not _readable(x_BHTD):
             return None
         return cpu_log.encode(_library(), codec, x_BHTD, context, threads)

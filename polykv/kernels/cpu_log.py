@@ -26,12 +26,12 @@ def encode(
 ) -> Packed | None:
     """`codec.encode`; None if a value or statistic is not finite."""
     batch, heads, n_tokens, dim = shape = x_BHTD.shape
+    context = codec.told(context)
     if context.rope is not None and context.rope.n_tokens != n_tokens:
         return None
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
-    shared, told = {}, LayerContext()
+    shared = {}
     if isinstance(codec, WaterfillKey):
-        told = context
         shared = _statistics(library, codec, x, shape, context, threads)
     codes = codec.code_bytes(heads, dim)
     rows = 1 if isinstance(codec, WaterfillKey) else heads
@@ -41,7 +41,7 @@ def encode(
         **shared,
         "largest": torch.ones((batch, heads, 1, 1), dtype=torch.float16),
     }
-    packed = Packed(kept, (batch, heads, n_tokens, dim), x_BHTD.dtype, context=told)
+    packed = Packed(kept, (batch, heads, n_tokens, dim), x_BHTD.dtype, context=context)
     most_BHp = torch.empty(batch, heads, -(-n_tokens // PART), dtype=torch.float32)
     for write in (0, 1):
         struct = struct_of(codec, packed)
@@ -74,6 +74,6 @@ def _statistics(
         )
         return sums.sum(2, keepdim=True) / n_tokens
 
-    mean = average(None if rope is None else rope.inverse(), None).half()
+    mean = average(None if rope is None else rope.inverse(), None).half() * codec.centred
     sigma = average(rope, mean.float()).sqrt().float()
     return {"mean": mean, **codec.plan(sigma, context)}
