@@ -4,7 +4,6 @@ All of it from compare's rows. Seeds, which draw rotations and the generator's d
 """
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -54,7 +53,7 @@ MEASURES = {
 }
 SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
-LETTERS = 32  # of a line of the frontier's legend
+Looks = Mapping[str, tuple[str, str]]  # colour and marker of each recipe
 RECIPE = "polykv"
 EQUAL_BITS = 0.05
 PAIRS = {
@@ -298,11 +297,12 @@ def frontier_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     found = compared(rows)
     if not found:
         return None
-    canvas, panels = style.sheet([comparison.heading for comparison in found], 1, 5.2)
+    canvas, panels = style.sheet([comparison.heading for comparison in found], 1, 3.4)
+    look = _looks([s for comparison in found for s in comparison.standings])
     for (ax,), comparison in zip(panels, found, strict=True):
-        _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0])
+        _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0], look)
     return style.picture(
-        canvas,
+        style.legend(canvas),
         "Mean KL divergence to the uncompressed cache against stored bits per value",
         about(scores(rows)),
         style.Marks(
@@ -313,26 +313,26 @@ def frontier_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     )
 
 
-def _frontier(ax: Axes, standings: Sequence[Standing]) -> None:
-    """The legend has every recipe under its family; those on the front are filled, since others lie over each other."""
-    found = {s.recipe: s for s in standings}
-    for recipe, (tint, marker) in _looks(standings).items():
-        s = found[recipe]
+def _frontier(ax: Axes, standings: Sequence[Standing], look: Looks) -> None:
+    """Recipes on the front are filled. They and PolyKV are named, since others lie over each other."""
+    for s in sorted(standings, key=lambda s: list(look).index(s.recipe)):
+        tint, marker = look[s.recipe]
         ax.errorbar(
             *s.spot, yerr=style.reaches([s["kl_mean"]]), fmt=marker, color=tint, elinewidth=0.9, markersize=6,
-            markeredgewidth=1, markerfacecolor=tint if s.on_front else "none", label=recipe,
+            markeredgewidth=1, markerfacecolor=tint if s.on_front else "none", label=s.recipe,
         )  # fmt: skip
+        if s.on_front or s.recipe == RECIPE:
+            ax.annotate(
+                s.recipe, s.spot, (-5, -5), textcoords="offset points", ha="right", va="top",
+                fontsize=style.SIZE, color=style.ink(tint),
+            )  # fmt: skip
     front = sorted(s.spot for s in standings if s.on_front)
     bits, kl = zip(*front, strict=True)
     ax.step(bits, kl, where="post", color="0.55", linewidth=1, zorder=0)
     ax.set_yscale("log")
-    ax.margins(x=0.08, y=0.08)
+    ax.margins(x=0.14, y=0.12)
     ax.set_xlabel("stored bits per value (every byte kept)")
     ax.set_ylabel("mean KL divergence, nats")
-    handles, names = ax.get_legend_handles_labels()
-    points = [container[0] for container in handles]  # without their intervals
-    names = [textwrap.fill(name, LETTERS) for name in names]
-    ax.legend(points, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
 
 
 @style.styled
@@ -390,9 +390,10 @@ def _name(ax: Axes, standings: Sequence[Standing]) -> None:
         tick.set_fontweight("bold" if s.on_front else "normal")
 
 
-def _looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
+def _looks(standings: Sequence[Standing]) -> Looks:
     """Colour and marker of each recipe, by family and then stored bits."""
-    return style.looks(s.recipe for s in sorted(standings, key=lambda s: (s.spot[0], s.recipe)))
+    ordered = sorted(standings, key=lambda s: (s.spot[0], s.recipe))
+    return style.looks(dict.fromkeys(s.recipe for s in ordered))
 
 
 def findings(rows: pd.DataFrame) -> Mapping[str, list[str]]:
