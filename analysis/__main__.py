@@ -1,9 +1,7 @@
 """`python -m analysis`: results -> tables and figures beside the published ones.
 
-`python -m analysis report` puts them on one page (analysis/report.py), `python -m analysis upload` sends them to
-Weights & Biases, `python -m analysis pack` writes all cells into two files for git
-(polykv/archive.py).
-Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an error of use.
+Commands: `report` (one page, analysis/report.py), `upload` (to Weights & Biases), `pack` (all cells in two files for
+git, polykv/archive.py). Exit codes: 0; 1 if a damaged cell was skipped (all else is written); 2 for an error of use.
 """
 
 import argparse
@@ -189,33 +187,24 @@ def _write(
         for name in track(only, "tables and figures"):
             if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
                 (tables / f"{name}.md").write_text(text, encoding="utf-8")
-            if name in pieces("TABLES"):
-                _write_table(rows, name, tables, kinds)
-            if name in pieces("FIGURES"):
-                reason = _write_figure(rows, name, pictures, [k for k in kinds if k in PICTURES])
-                undrawn |= {name: reason} if reason else {}
+            if name in pieces("TABLES") and (table := pieces("TABLES")[name](rows)):
+                for kind in filter(WRITERS.get, kinds):
+                    text = WRITERS[kind](table)
+                    (tables / f"{name}.{kind}").write_text(text, encoding="utf-8")
+            if name in pieces("FIGURES") and (asked := [k for k in kinds if k in PICTURES]):
+                drawn = pieces("FIGURES")[name](rows)
+                if isinstance(drawn, Picture):
+                    save(drawn.canvas, pictures / name, asked)
+                    caption = f"{render.tex(drawn.caption)}\n"
+                    (pictures / f"{name}.tex").write_text(caption, encoding="utf-8")
+                elif drawn:
+                    undrawn[name] = drawn
     except OSError as error:
         raise PolyKVError(
             f"cannot write {error.filename or root} ({error.strerror or error}); free space or give "
             "a folder that can be written"
         ) from error
     return undrawn
-
-
-def _write_table(rows: pd.DataFrame, name: str, tables: Path, kinds: Sequence[str]) -> None:
-    """Write a table in all formats; nothing where the study was not run."""
-    if table := pieces("TABLES")[name](rows):
-        for kind in filter(WRITERS.get, kinds):
-            (tables / f"{name}.{kind}").write_text(WRITERS[kind](table), encoding="utf-8")
-
-
-def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> str:
-    """Write a figure and its LaTeX caption; return why it cannot be drawn, or ""."""
-    drawn = pieces("FIGURES")[name](rows) if kinds else None
-    if isinstance(drawn, Picture):
-        save(drawn.canvas, pictures / name, kinds)
-        (pictures / f"{name}.tex").write_text(f"{render.tex(drawn.caption)}\n", encoding="utf-8")
-    return drawn if isinstance(drawn, str) else ""
 
 
 def _write_answers(results: Results, folder: Path) -> None:
@@ -240,26 +229,17 @@ def _write_answers(results: Results, folder: Path) -> None:
 
 def _answers_page(named: dict, by_recipe: dict[str, list[dict]]) -> str:
     about = ", ".join(f"{name} {_plain(value)}" for name, value in named.items())
-    parts = [f"# Answers: {about}"]
-    first = next(iter(by_recipe.values()))
-    for place, asked in enumerate(first):
-        parts.append(
-            f"## Document {asked['document']}, agent {asked['agent']}: {asked['question']}"
-        )
+    pages = [f"# Answers: {about}"]
+    for place, asked in enumerate(next(iter(by_recipe.values()))):
+        who = f"Document {asked['document']}, agent {asked['agent']}"
         lines = [("right answer", asked["gold"]), ("uncompressed", asked["reference"])]
-        lines += [
-            (recipe, said[place]["answer"])
-            for recipe, said in by_recipe.items()
-            if place < len(said)
+        lines += [(name, of[place]["answer"]) for name, of in by_recipe.items() if place < len(of)]
+        shown = [
+            (name, " ".join(text.split()) or "(empty)") for name, text in lines if text is not None
         ]
-        parts.append(
-            "\n".join(f"- **{who}**: {_one_line(said)}" for who, said in lines if said is not None)
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(empty)"
+        pages.append(f"## {who}: {asked['question']}")
+        pages.append("\n".join(f"- **{name}**: {text}" for name, text in shown))
+    return "\n\n".join(pages) + "\n"
 
 
 def _plain(value: object) -> object:

@@ -1,16 +1,17 @@
 """Table and figure of `capacity`: how many agents fit, how fast they decode, and when sharing pays. Computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import style
-from analysis.concurrency import prefix_text, threads_text, with_threads
+from analysis.concurrency import runs
 from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.points import RECIPES, RUN, named, run_text
+from analysis.points import RECIPES, groups
 from analysis.render import (
     Column,
     Row,
@@ -28,7 +29,7 @@ from analysis.statistics import BASELINE, Value, median, single
 READERS = ("unshared", "dequantize", "in_place")
 ANY = "any"  # unshared caches have no recipe, and our assumptions no device
 HELD = ("nodes", "devices", "memory_gb", "usable")  # their product is what devices are ordered by
-SETTING = ["model", "dtype", "context_tokens"]
+SETTING = ("model", "dtype", "context_tokens")
 # What a row is about, apart from its part or sample: of cells that agree in it the newest counts.
 IDENTITY = [
     "model", "weights", "dtype", "device", "context_tokens", "recipe", "reader", "backend", "n_agents", "seed",
@@ -38,9 +39,7 @@ ACROSS = 5
 HEIGHT = 1.35  # inches of a panel
 THICK, THIN = 2.6, 1.1  # what coincides shows both
 Kind = tuple[str, str]  # reader and recipe
-MB_PER_GB = 1e3
-BYTES_PER_GB = 1e9
-MS_PER_S = 1e3
+MB_PER_GB, BYTES_PER_GB, MS_PER_S = 1e3, 1e9, 1e3
 PAYS = ("time_pays_agents", "memory_pays_agents", "time_pays_tokens")
 SPEEDS = ("step_time", "throughput", "weights_share")
 INPUTS = {
@@ -106,29 +105,27 @@ def _whole(number: float, row: Row) -> str:
 
 def _capacity_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """One line per device, reader and recipe; one section per setting and number of agents per document."""
-    speeds, apart = steps(rows), swept(rows)
-    about = [*SETTING, "suffix_tokens", *apart]
-    counted = rows[rows["metric"] == "max_documents"]
-    places = devices(rows)
-    for key, of_setting in counted.groupby(about, dropna=False):
-        place = named(about, key)
+    speeds, counted = steps(rows), rows[rows["metric"] == "max_documents"]
+    apart, order = swept(rows), {device: place for place, device in enumerate(devices(rows))}
+    for place, of_setting in groups(counted, *SETTING, "suffix_tokens", sort=True):
         mine, fast = (_where(frame, place) for frame in (rows, speeds))
         for n_agents in sorted(set(of_setting["n_agents"])):
-            title = (
-                f"{place['model']}, {place['dtype']}: {place['context_tokens']:,} tokens, "
+            line = {name: place.get(name) for name in apart} | {
+                "section": f"{place['model']}, {place['dtype']}: {place['context_tokens']:,} tokens, "
                 f"{place['suffix_tokens']:,} of them an agent's own; documents, steps and shared tokens for "
                 f"{n_agents} agents"
+            }
+            lines = mine[mine["device"].isin(of_setting["device"])].groupby(
+                ["device", "reader", "recipe"]
             )
-            line = {"section": title} | {name: place[name] for name in apart}
-            for device in (name for name in places if name in set(of_setting["device"])):
-                kinds = mine[mine["device"] == device].groupby(["reader", "recipe"])
-                unshared = None
-                for kind in sorted(kinds.groups, key=rank):
-                    of = dict(zip(("reader", "recipe"), kind, strict=True)) | {"device": device}
-                    found = _capacity_line(kinds.get_group(kind), _where(fast, of), n_agents)
-                    unshared = unshared or found["throughput_most"]
-                    found["faster"] = _ratio(found["throughput_most"], unshared)
-                    yield line | {"hardware": of.pop("device")} | of | found
+            unshared: dict[str, Value] = {}  # a device's first line
+            for key in sorted(lines.groups, key=lambda key: (order[key[0]], rank(key[1:]))):
+                device, reader, recipe = key
+                of = {"device": device, "reader": reader, "recipe": recipe}
+                found = _capacity_line(lines.get_group(key), _where(fast, of), n_agents)
+                most = found["throughput_most"]
+                found["faster"] = _ratio(most, unshared.setdefault(device, most))
+                yield line | of | {"hardware": device} | found
 
 
 def _where(frame: pd.DataFrame, columns: Row) -> pd.DataFrame:
@@ -141,24 +138,21 @@ def _where(frame: pd.DataFrame, columns: Row) -> pd.DataFrame:
 def _capacity_line(rows: pd.DataFrame, speeds: pd.DataFrame, n_agents: int) -> Row:
     """The cells of one line; steps and documents are for `n_agents` agents."""
 
-    def at(metric: str, n: int | None = None) -> Value:
-        return single(_where(rows, {"metric": metric} | ({} if n is None else {"n_agents": n})))
-
     def speed(name: str, n: float) -> Value:
         (found,) = speeds[speeds["n_agents"] == n].to_dict("records")
         return Value(None, note=found["note"]) if found["note"] else Value(found[name])
 
-    most = at("max_agents")
+    most = single(rows[rows["metric"] == "max_agents"])
     fastest = speed("throughput", most.value) if most.value else Value(None, note=most.note)
-    line = {"max_agents": most, "throughput_most": fastest}
-    line["max_documents"] = at("max_documents", n_agents)
+    documents = single(_where(rows, {"metric": "max_documents", "n_agents": n_agents}))
+    line = {"max_agents": most, "throughput_most": fastest, "max_documents": documents}
     line |= {name: speed(name, n_agents) for name in SPEEDS}
     if (rows["reader"] == "unshared").all():
         compared = Value(None, note="unshared caches are what sharing is compared with")
         return line | dict.fromkeys(PAYS, compared)
-    return line | {
-        name: at(name, n_agents if name == "time_pays_tokens" else None) for name in PAYS
-    }
+    of_agents = {"time_pays_tokens": {"n_agents": n_agents}}
+    found = {name: {"metric": name} | of_agents.get(name, {}) for name in PAYS}
+    return line | {name: single(_where(rows, columns)) for name, columns in found.items()}
 
 
 def _ratio(own: Value, unshared: Value) -> Value:
@@ -171,68 +165,63 @@ def _measured_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """Bytes and steps measured by `concurrency` beside what the formulas give for them."""
     if "synthetic" not in rows:
         return
-    rows = with_threads(rows[rows["synthetic"].notna()])
-    about = [*RUN, "synthetic", "context_tokens", "recipe", "n_threads"]
-    for key, part in rows.groupby(about, dropna=False):
-        run = named(about, key)
-        title = (
-            f"Measured beside computed: {run_text(run)}, {run['context_tokens']:,} tokens "
-            f"({prefix_text(run['synthetic'])}), {run['recipe']}; {threads_text(run['n_threads'])}"
-        )
+    for title, part in runs(rows[rows["synthetic"].notna()]):
         agents = part.groupby(["n_agents", "reader", "backend"])
         for who in sorted(agents.groups, key=lambda who: (who[0], READERS.index(who[1]), who[2])):
-            n_agents, reader, backend = who
-            line = {"section": title, "agents": str(n_agents), "reader": reader}
-            yield line | {"backend": backend} | _measured_line(agents.get_group(who))
+            line = {"section": f"Measured beside computed: {title}", "agents": str(who[0])}
+            line |= {"reader": who[1], "backend": who[2]}
+            yield line | _measured_line(agents.get_group(who))
 
 
 def _measured_line(rows: pd.DataFrame) -> Row:
     """Measured and computed bytes in MB, whether they agree within the tolerance, and the implied bandwidth in GB/s."""
-    found: dict[tuple[str, str], Value] = {}
+    line: dict[str, Value | str] = {}
     agrees = []
     for accounting in ("stored", "resident"):
-        of = {"accounting": accounting}
-        for kind in ("measured", "computed"):
-            how = of | {"metric": "kv_memory", "source": kind}
-            found[accounting, kind] = Value(single(_where(rows, how)).value, note="not measured")
-        found[accounting, "allowed"] = single(_where(rows, of | {"metric": "kv_memory_allowed"}))
-        sizes = [found[accounting, kind].value for kind in ("measured", "computed", "allowed")]
+        mine = rows[rows["accounting"] == accounting]
+        memory = mine[mine["metric"] == "kv_memory"].groupby("source")
+        found = {
+            kind: Value(single(memory.get_group(kind)).value)
+            if kind in memory.groups
+            else Value(None)
+            for kind in ("measured", "computed")
+        }
+        found["allowed"] = single(mine[mine["metric"] == "kv_memory_allowed"])
+        for kind, gb in found.items():
+            note = "" if gb.value is not None else gb.note or "not measured"
+            line[f"{accounting}_{kind}"] = replace(gb, note=note).map(lambda size: MB_PER_GB * size)
+        sizes = [gb.value for gb in found.values()]
         if None not in sizes:
             measured, computed, allowed = (round(BYTES_PER_GB * size) for size in sizes)
             agrees.append(0 <= measured - computed <= allowed)
-    line: dict[str, Value | str] = {
-        f"{accounting}_{kind}": Value(value.value, note="" if value.value is not None else value.note)
-        .map(lambda gb: MB_PER_GB * gb)
-        for (accounting, kind), value in found.items()
-    }  # fmt: skip
-    measured, computed = (found["resident", kind].value for kind in ("measured", "computed"))
-    known = measured is not None and computed is not None
-    off = 100 * (computed - measured) / measured if known else None
-    line["resident_error"] = Value(off, note="" if known else "not measured")
+    measured, computed = (line[f"resident_{kind}"].value for kind in ("measured", "computed"))
+    off = Value(None, note="not measured")
+    if None not in (measured, computed):
+        off = Value(100 * (computed - measured) / measured)
     step = median(_where(rows, {"metric": "step_time", "source": "measured"}))
-    read = single(_where(rows, {"metric": "step_read"}))
-    timed = step.value is not None and read.value is not None
-    speed = read.value / (step.value / MS_PER_S) if timed else None
-    line["implied"] = Value(speed, note="" if timed else "not timed")
-    if not agrees:
-        return line | {"within": Value(None, note="not both measured and computed")}
-    return line | {"within": "yes" if all(agrees) else "NO"}
+    read = single(rows[rows["metric"] == "step_read"])
+    speed = Value(None, note="not timed")
+    if None not in (step.value, read.value):
+        speed = Value(read.value / (step.value / MS_PER_S))
+    within = "yes" if all(agrees) else "NO"
+    none = Value(None, note="not both measured and computed")
+    return line | {"resident_error": off, "implied": speed, "within": within if agrees else none}
 
 
 def _input_lines(rows: pd.DataFrame) -> Iterator[Row]:
     """The inputs with their sources; assumptions that hold for all devices are listed once."""
     inputs = rows[rows["source"] == "input"]
-    ours = inputs["assumed"] == "assumption"
-    inputs = inputs.assign(device=inputs["device"].mask(ours, ANY))
-    inputs = inputs.assign(dtype=inputs["dtype"].where(inputs["metric"] == "tflops", ""))
+    inputs = inputs.assign(
+        device=inputs["device"].mask(inputs["assumed"] == "assumption", ANY),
+        dtype=inputs["dtype"].where(inputs["metric"] == "tflops", ""),
+    )
     for device in (ANY, *devices(rows)):
-        mine = inputs[inputs["device"] == device]
         for metric, said in INPUTS.items():
-            found = mine[mine["metric"] == metric]
+            found = inputs[(inputs["device"] == device) & (inputs["metric"] == metric)]
             for (dtype, number), part in found.groupby(["dtype", "value"]):
-                name = f"{said}, {dtype}" if dtype else said
-                line = {"section": "Inputs", "hardware": device, "input": name}
-                yield line | {"source": part["note"].iloc[-1], "figure": Value(number)}
+                line = {"hardware": device, "input": f"{said}, {dtype}" if dtype else said}
+                line |= {"source": part["note"].iloc[-1], "figure": Value(number)}
+                yield {"section": "Inputs"} | line
 
 
 def _caption(rows: pd.DataFrame) -> str:
@@ -309,12 +298,15 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     across = max(len(places) for _, places, _ in lines)
     canvas, panels = style.sheet([heading for heading, _, _ in lines], across, HEIGHT)
     for axes, (_, places, mine) in zip(panels, lines, strict=True):
-        for ax, device in zip(axes, places, strict=False):
+        drawn = mine[mine["throughput"].notna()]
+        for place, (ax, device) in enumerate(zip(axes, places, strict=False)):
             ax.set_title(device)
             _panel(ax, mine[mine["device"] == device], kinds)
+            _scale(ax, drawn)
+            ax.tick_params(labelleft=place == 0)
+        axes[0].set_ylabel("tokens per second")
         for ax in axes[len(places) :]:
             ax.set_axis_off()
-        _share(axes[: len(places)], mine[mine["throughput"].notna()])
     return style.picture(
         style.legend(canvas),
         "Tokens per second of all agents against their number, up to all that fit: computed, not measured",
@@ -327,14 +319,12 @@ def _lines_of_panels(
     order: list[str], speed: pd.DataFrame
 ) -> Iterator[tuple[str, list[str], pd.DataFrame]]:
     """Heading, devices and rows of each row of panels; only the first row of a setting has a heading."""
-    about = [*SETTING, *swept(speed)]
-    for key, mine in speed.groupby(about, dropna=False):
-        run = named(about, key)
+    for run, mine in groups(speed, *SETTING, sort=True):
         places = [name for name in order if name in set(mine["device"])]
         own = sorted(set(mine["suffix_tokens"]))
         said = " or ".join(f"{number:,}" for number in dict.fromkeys([own[0], own[-1]]))
         heading = f"{run['model']}, {run['dtype']}, {run['context_tokens']:,} tokens, {said} of them an agent's own"
-        for name in about[len(SETTING) :]:
+        for name in swept(speed):
             heading += f", {name.removeprefix(SET)}={run[name]}"
         for start in range(0, len(places), ACROSS):
             yield heading if not start else "", places[start : start + ACROSS], mine
@@ -345,29 +335,31 @@ def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
         style.absent(ax, "not one agent fits")
     for kind, own, spots in _lines(rows):
         look, fewest = _look(kind, kinds), own == rows["suffix_tokens"].min()
-        shown = {"ls": "-", "label": _name(kind)} if fewest else {"ls": ":"}
+        shown = (
+            {
+                "ls": "-",
+                "label": ", ".join([kind[1]] * (kind[1] != ANY) + [style.READERS[kind[0]][0]]),
+            }
+            if fewest
+            else {"ls": ":"}
+        )
         at, speed = spots["n_agents"].to_numpy(float), spots["throughput"].to_numpy(float)
         ax.plot(at, speed, **shown, **look)
         ax.plot(at[-1], speed[-1], "x", color=look["color"])
 
 
-def _share(panels: list[Axes], rows: pd.DataFrame) -> None:
-    """Give panels in one row the same axis ranges."""
-    for place, ax in enumerate(panels):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlim(0.6, float(rows["n_agents"].max()) * 2)
-        ax.set_ylim(rows["throughput"].min() / 2, rows["throughput"].max() * 2)
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(
-                LogLocator(subs=(1,) if high > 100 * low else (1, 3), numticks=5)
-            )
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(_short))
-        ax.tick_params(labelleft=place == 0)
-        ax.set_xlabel("agents")
-    panels[0].set_ylabel("tokens per second")
+def _scale(ax: Axes, rows: pd.DataFrame) -> None:
+    """The axes of a row of panels, which hold all its `rows`."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(0.6, float(rows["n_agents"].max()) * 2)
+    ax.set_ylim(rows["throughput"].min() / 2, rows["throughput"].max() * 2)
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 3), numticks=5))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(_short))
+    ax.set_xlabel("agents")
 
 
 def _short(number: float, _: int) -> str:
@@ -396,23 +388,12 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
 def _look(kind: Kind, kinds: list[Kind]) -> dict[str, object]:
     """Colour and width of a line; lines that coincide, such as dequantize and unshared, differ in width."""
     reader, recipe = kind
+    tint = style.READERS[reader][1]
     if reader == "in_place":
-        shared = style.colours(recipe for reader, recipe in kinds if reader == "in_place")
-        tint = (
-            style.SKY
-            if recipe == BASELINE
-            else {style.BLACK: style.BLUE}.get(shared[recipe], shared[recipe])
-        )
-    else:
-        tint = style.READERS[reader][1]
+        tint = style.colours(of for reader, of in kinds if reader == "in_place")[recipe]
+        tint = style.SKY if recipe == BASELINE else {style.BLACK: style.BLUE}.get(tint, tint)
     thick = reader == "unshared" or kind == ("in_place", BASELINE)
     return {"color": tint, "linewidth": THICK if thick else THIN}
-
-
-def _name(kind: Kind) -> str:
-    reader, recipe = kind
-    name = style.READERS[reader][0]
-    return name if recipe == ANY else f"{recipe}, {name}"
 
 
 TABLES = {"capacity": table}

@@ -7,8 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import published, style
+from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.points import RUN, named, over_seeds, run_text
+from analysis.points import RUN, over_seeds, parts, run_text
 from analysis.published import SAME_LENGTH
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import BYTES, Measure, Value, median
@@ -30,15 +31,18 @@ Lines = dict[Who, dict[int, dict[str, Value]]]  # by number of agents, by measur
 def table(rows: pd.DataFrame) -> Table:
     """Memory, time of a step and throughput, by number of agents and reader."""
     lines = []
-    for title, mine in _runs(rows):
-        for key, of_agents in mine.groupby(["n_agents", *swept(mine)], dropna=False):
+    for title, mine in runs(rows):
+        for line, of_agents in parts(mine, ["n_agents", *swept(mine)], sort=True):
             found = {who: measures(part) for who, part in _by_reader(of_agents)}
             unshared = next((m for who, m in found.items() if who.reader == "unshared"), {})
-            line = {"section": title, "agents": str(key[0])}
-            line |= dict(zip(swept(mine), key[1:], strict=True))
+            line |= {"section": title, "agents": str(line["n_agents"])}
             for who, measured in found.items():
                 about = line | {"reader": style.READERS[who.reader][0], "backend": who.backend}
                 lines.append(about | measured | _against(unshared, measured))
+
+    def speed(number: float, row: Row) -> str:
+        return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
     columns = [
         *keys("agents", "reader"),
         *settings_columns(rows),
@@ -46,7 +50,7 @@ def table(rows: pd.DataFrame) -> Table:
         Column("smaller", "× less", fixed(1)),
         Column("step", "ms per step [quartiles]", fixed(1), interval=True),
         Column("faster", "× faster", fixed(2)),
-        Column("throughput", "tokens/s [quartiles]", _speed, interval=True),
+        Column("throughput", "tokens/s [quartiles]", speed, interval=True),
         Column("stored", "prefix stored, MB", fixed(2)),
         Column("per_agent", "resident per agent, MB", fixed(2)),
         Column("backend", "backend"),
@@ -64,28 +68,27 @@ def table(rows: pd.DataFrame) -> Table:
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture:
     """Memory and throughput against the number of agents, log-log; one line of panels per run."""
-    found = []
-    for title, mine in _runs(rows):
-        names = swept(mine)
-        for key, part in mine.groupby(names, dropna=False) if names else [((), mine)]:
-            said = (
-                f"{name.removeprefix('set.')}={one}" for name, one in zip(names, key, strict=True)
-            )
-            found.append(("; ".join([title, *said]), part))
-    headings = [title.replace("; ", "\n") for title, _ in found]
-    canvas, panels = style.sheet(headings, 2, 1.9)
-    for (resident, speed), (_, mine) in zip(panels, found, strict=True):
+    found = {}
+    for title, mine in runs(rows):
+        for setting, part in parts(mine, swept(mine), sort=True):
+            said = (f"{name.removeprefix(SET)}={value}" for name, value in setting.items())
+            found["\n".join([*title.split("; "), *said])] = part
+    canvas, panels = style.sheet(list(found), 2, 1.9)
+    for (resident, speed), mine in zip(panels, found.values(), strict=True):
         lines = {
             who: {int(n): measures(of) for n, of in part.groupby("n_agents")}
             for who, part in _by_reader(mine)
         }
-        for who, by_agents in lines.items():
-            if spots := _spots(by_agents, "stored"):
-                resident.plot(
-                    [n for n, _ in spots], [v.value for _, v in spots], "--", **_look(who)
-                )
-        _panel(resident, lines, "resident", "KV memory, MB")
-        _panel(speed, lines, "throughput", "tokens/s, all agents")
+        _panel(resident, lines, "stored", linestyle="--")
+        _panel(resident, lines, "resident", named=True)
+        _panel(speed, lines, "throughput", named=True)
+        for ax, label in ((resident, "KV memory, MB"), (speed, "tokens/s, all agents")):
+            ax.set_xscale("log")
+            style.plain_log(ax)
+            ax.margins(x=0.06, y=0.1)
+            style.number_ticks(ax, set().union(*lines.values()))
+            ax.set_xlabel("agents")
+            ax.set_ylabel(label)
         resident.set_title("resident; dashed: stored of the prefix")
     return style.picture(
         style.legend(canvas),
@@ -111,68 +114,32 @@ def measures(rows: pd.DataFrame) -> dict[str, Value]:
     }
 
 
-def _speed(number: float, row: Row) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+def _panel(ax: Axes, lines: Lines, measure: str, linestyle: str = "-", named: bool = False) -> None:
+    """Draw one line of `measure` per reader, with intervals where there are any; `named` in the legend.
 
-
-def _panel(ax: Axes, lines: Lines, measure: str, label: str) -> None:
-    """Draw one line of `measure` per reader, with intervals where there are any."""
+    Dequantize nearly coincides with unshared and is drawn thinner.
+    """
     for who, by_agents in lines.items():
-        if spots := _spots(by_agents, measure):
-            at, found = zip(*spots, strict=True)
-            means, name = [v.value for v in found], _name(who, lines)
-            ax.errorbar(at, means, yerr=style.reaches(found), fmt="o-", label=name, **_look(who))
-    ax.set_xscale("log")
-    style.plain_log(ax)
-    ax.margins(x=0.06, y=0.1)
-    style.number_ticks(ax, set().union(*lines.values()))
-    ax.set_xlabel("agents")
-    ax.set_ylabel(label)
+        tint = style.SKY if who == Who("in_place", "torch") else style.READERS[who.reader][1]
+        thin = 0.7 if who.reader == "dequantize" else 1.0
+        look = {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
+        look |= {"marker": "o" if named else "", "linestyle": linestyle}
+        alone = sum(other.reader == who.reader for other in lines) == 1
+        name = style.READERS[who.reader][0] + ("" if alone else f", {who.backend}")
+        spots = ((n, found[measure]) for n, found in by_agents.items())
+        style.series(ax, spots, label=name if named else "", **look)
 
 
-def _spots(by_agents: dict[int, dict[str, Value]], measure: str) -> list[tuple[int, Value]]:
-    """(number of agents, value) where there is a value."""
-    found = ((n, measured[measure]) for n, measured in by_agents.items())
-    return [(n, value) for n, value in found if value.value is not None]
-
-
-def _look(who: Who) -> dict[str, object]:
-    """Colour and width of a reader's line; dequantize nearly coincides with unshared and is drawn thinner."""
-    tint = style.SKY if who == Who("in_place", "torch") else style.READERS[who.reader][1]
-    thin = 0.7 if who.reader == "dequantize" else 1.0
-    return {"color": tint, "linewidth": 1.6 * thin, "markersize": 4.5 * thin}
-
-
-def _name(who: Who, lines: Lines) -> str:
-    """The reader, with its backend where several were run."""
-    alone = sum(other.reader == who.reader for other in lines) == 1
-    name = style.READERS[who.reader][0]
-    return name if alone else f"{name}, {who.backend}"
-
-
-def _runs(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def runs(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """(title, rows) of each group of rows that are compared with each other."""
-    rows = with_threads(rows)
+    # A cell's timed rows have its number of threads; its other rows get it too.
+    rows = rows.assign(n_threads=rows.groupby("cell")["n_threads"].transform("max"))
     about = [*RUN, "synthetic", "context_tokens", "recipe", "n_threads"]
-    for key, part in rows.groupby(about, dropna=False):
-        run = named(about, key)
-        title = f"{run_text(run)}, {run['context_tokens']:,} tokens ({prefix_text(run['synthetic'])}), {run['recipe']}"
-        yield f"{title}; {threads_text(run['n_threads'])}", part
-
-
-def with_threads(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, with the number of threads of a cell's timed rows on its other rows too."""
-    return rows.assign(n_threads=rows.groupby("cell")["n_threads"].transform("max"))
-
-
-def prefix_text(synthetic: bool) -> str:
-    """What the shared prefix is."""
-    return "synthetic cache" if synthetic else "random tokens"
-
-
-def threads_text(n_threads: int | None) -> str:
-    """How many threads the steps were timed with."""
-    return "not timed" if n_threads is None else f"{n_threads} CPU thread{'s' * (n_threads > 1)}"
+    for run, part in parts(rows, about, sort=True):
+        prefix, n = "synthetic cache" if run["synthetic"] else "random tokens", run["n_threads"]
+        threads = "not timed" if n is None else f"{n} CPU thread{'s' * (n > 1)}"
+        title = f"{run_text(run)}, {run['context_tokens']:,} tokens ({prefix}), {run['recipe']}"
+        yield f"{title}; {threads}", part
 
 
 def _by_reader(rows: pd.DataFrame) -> Iterator[tuple[Who, pd.DataFrame]]:

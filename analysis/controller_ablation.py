@@ -14,16 +14,16 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.handoff_accuracy import ALPHA, CARD, KL
-from analysis.load import swept
 from analysis.points import (
     RUN,
     bits_text,
     counted,
+    groups,
     hops_text,
     less,
-    named,
     ordered,
     over_seeds,
+    parts,
     run_text,
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
@@ -50,13 +50,11 @@ def lines_of(rows: pd.DataFrame) -> list[Row]:
     found = found.sort_values(["tiers", "reseal"], kind="stable")
     mine = found[found["baseline"] == ""]
     apart = [less(mine, found[found["baseline"] == name], m.metric) for name, m in MINUS.items()]
-    about, lines = [*LINE, *swept(mine)], []
-    for key, part in pd.concat([mine, *apart]).groupby(about, dropna=False, sort=False):
-        line = named(about, key)
+    lines = []
+    for line, part in groups(pd.concat([mine, *apart]), *LINE):
         line |= {"signals": signals(line), "hops": int(line["n_hops"])}
         line |= {"budget": bits_text(line["budget_bits"]), "kl": over_seeds(part, KL.of)}
-        for name, measure in MINUS.items():
-            line[f"minus_{name}"] = over_seeds(part, measure.of)
+        line |= {f"minus_{name}": over_seeds(part, m.of) for name, m in MINUS.items()}
         lines.append(line)
     return lines
 
@@ -65,13 +63,13 @@ def signals(line: Row, short: bool = False) -> str:
     """The policy's signals as text, weighted by alpha where both sides count; `short` names the published sides."""
     names = {joined: side for side, joined in sides().items()} if short else {}
     weighed = [(line["alpha"], line["importance"]), (1 - line["alpha"], line["demand"])]
-    parts = [(weight, names.get(side, side)) for weight, side in weighed if weight and side]
-    if len(parts) > 1:
-        form = "{:g} {}" if short else "{:g} ({})"
-        said = " + ".join(form.format(*part) for part in parts)
-    else:
-        said = parts[0][1] if parts else "none"
-    return said + "; inverse" * bool(line["inverse"])
+    said = [(weight, names.get(side, side)) for weight, side in weighed if weight and side]
+    text = said[0][1] if said else "none"
+    if len(said) > 1:
+        text = " + ".join(
+            f"{weight:g} {side}" if short else f"{weight:g} ({side})" for weight, side in said
+        )
+    return text + "; inverse" * bool(line["inverse"])
 
 
 def table(rows: pd.DataFrame) -> Table:
@@ -108,17 +106,15 @@ def _verdict(apart: Value) -> str | Value:
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
     """Paired KL difference to uniform bits, with interval: left of 0 a signal earns its bits."""
-    found = pd.DataFrame(
-        [line for line in lines_of(rows) if line["minus_uniform"].value is not None]
-    )
-    if found.empty:
+    found = [line for line in lines_of(rows) if line["minus_uniform"].value is not None]
+    if not found:
         return "no difference to uniform bits was measured"
-    found["short"] = [signals(line, short=True) for line in found.to_dict("records")]
-    found["mean"] = [apart.value for apart in found["minus_uniform"]]
+    short = [signals(line, short=True) for line in found]
+    mean = [line["minus_uniform"].value for line in found]
+    found = pd.DataFrame(found).assign(short=short, mean=mean)
     # one order of the signals for all panels, the best at the bottom
     names = list(found.groupby("short")["mean"].mean().sort_values().index)
-    about = [*RUN, "document", "n_hops"]
-    runs = [(named(about, key), mine) for key, mine in found.groupby(about, sort=False)]
+    runs = list(parts(found, [*RUN, "document", "n_hops"]))
     settings = [list(mine.groupby(["budget_bits", "reseal"])) for _, mine in runs]
     headings = [
         f"{run_text(run)}, {run['document']}, {hops_text(run['n_hops'])}" for run, _ in runs
@@ -128,10 +124,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         for ax, ((bits, reseal), mine) in zip(axes, setting, strict=False):
             _ablated(ax, mine, names)
             ax.set_title(f"{bits:g} bits, {reseal}")
-        for ax in axes[1 : len(setting)]:
-            ax.set_yticklabels([])
-        for ax in axes[len(setting) :]:
-            ax.remove()
+        style.keep(axes, len(setting))
     named_sides = "; ".join(f"{side}: {joined}" for side, joined in sides().items())
     return style.picture(
         style.legend(canvas),
@@ -250,17 +243,14 @@ def _ahead(found: Sequence[Comparison]) -> Iterator[str]:
     wins = Counter(c.signals for c in found if c.better)
     for name in [name for name, count in wins.items() if count == max(wins.values())]:
         mine = [c for c in found if c.signals == name]
-        parts = []
-        for reseal in dict.fromkeys(c.reseal for c in mine):
-            own = [c for c in mine if c.reseal == reseal]
-            parts.append(f"{sum(c.better for c in own)} of {len(own)} under {reseal}")
-        better, _ = _corrected(mine)
+        n, n_better = Counter(c.reseal for c in mine), Counter(c.reseal for c in mine if c.better)
+        each = " and ".join(f"{n_better[reseal]} of {n[reseal]} under {reseal}" for reseal in n)
         below = sum(c.apart.value < 0 for c in mine)
         yield (
-            f"Most often better: {name}, by its own intervals in {' and '.join(parts)}; its mean is below uniform's in "
+            f"Most often better: {name}, by its own intervals in {each}; its mean is below uniform's in "
             f"{below} of {len(mine)}. Chosen after the fact it is no finding; named before, it would be better "
-            f"in {len(better)} of {len(mine)} after Holm over these. The settings share their problems, so they are no "
-            "independent repeats."
+            f"in {len(_corrected(mine)[0])} of {len(mine)} after Holm over these. The settings share their problems, "
+            "so they are no independent repeats."
         )
 
 
@@ -270,13 +260,11 @@ def _published(found: Sequence[Comparison]) -> Iterator[str]:
         return
     better, worse = _corrected(found)
     outcome = "a tie" if bool(better) == bool(worse) else "better" if better else "worse"
-    parts = "; ".join(
-        f"{c.at} {c.apart.value:+.2g} [{c.apart.low:+.2g}, {c.apart.high:+.2g}]" for c in found
-    )
+    each = "; ".join(f"{c.at} {c.apart.text('+.2g')}" for c in found)
     yield (
         f"Topology-aware cards, all signals and tiers, against uniform ones of equal bits: **{outcome}**, better in "
         f"{len(better)} and worse in {len(worse)} of {len(found)} settings after Holm over these. KL minus that of "
-        f"uniform, nats: {parts}."
+        f"uniform, nats: {each}."
     )
 
 

@@ -17,7 +17,7 @@ from analysis.catalog import NOT_MEASURED, PAPERS
 from analysis.points import IN_PLACE, RUN, UNSHARED, Point, having, hops_text, over_seeds, points
 from analysis.published import HOLDS, NOT_HERE, SAME_LENGTH, Figure, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
-from analysis.statistics import BASELINE, Measure, Value, median, percentage, rate
+from analysis.statistics import BASELINE, Measure, Value, median, newest, percentage, rate
 
 STUDY = ("polykv_memory", "compare", "handoff_accuracy", "handoff_ttft")
 # How our value relates to the published figure (explained in MATCHES); NOT_MEASURED is the fifth.
@@ -89,7 +89,8 @@ class Counterpart:
 def table(paper: str, rows: pd.DataFrame) -> Table:
     """The table of a paper's figures and our values for them; `rows` are those of the studies in STUDY."""
     figures = published.load(paper)
-    found = points(_rows_of(rows, ("polykv_memory", "compare"))) if paper == "polykv" else []
+    own = rows[rows["study"].isin(("polykv_memory", "compare"))]
+    found = points(own) if paper == "polykv" else []
     answers = [counterpart(figure, found, rows) for figure in figures]
     columns = [
         *keys("setting", "policy", "metric", "unit"),
@@ -107,15 +108,13 @@ def table(paper: str, rows: pd.DataFrame) -> Table:
 def _caption(
     paper: str, figures: Sequence[Figure], answers: Sequence[Counterpart], rows: pd.DataFrame
 ) -> str:
+    n_digest = sum(figure.digest for figure in figures)
     n_measured = sum(answer.match in (EXACT, NEAR) for answer in answers)
     n_computed = sum(answer.match == COMPUTED for answer in answers)
-    n_digest = sum(figure.digest for figure in figures)
     counts = f"{len(figures)} figures"
-    if n_digest:
-        counts += f", {n_digest} of them taken from a secondary digest of the paper"
+    counts += f", {n_digest} of them taken from a secondary digest of the paper" * bool(n_digest)
     counts += f"; {n_measured} measured on the published model"
-    if n_computed:
-        counts += f", {n_computed} computed"
+    counts += f", {n_computed} computed" * bool(n_computed)
     # The caption names the runs that were measured; if there are none, those that were computed.
     measured = {answer.on for answer in answers if answer.on and answer.match != COMPUTED}
     runs = measured or {answer.on for answer in answers}
@@ -131,6 +130,12 @@ def _line(figure: Figure, answer: Counterpart) -> Row:
     """A line of the table."""
     model = "any model" if figure.model == "any" else figure.model
     absent = Value(None, note=answer.value.note)
+    against = absent  # our value less the published one or, for times, over it
+    if answer.match == OTHER:
+        against = Value(None, note="another model: not compared")
+    elif answer.match != NOT_MEASURED:
+        ours, theirs = answer.value.value, figure.value.value
+        against = Value(ours / theirs if figure.table in TIMES else ours - theirs)
     return {
         "section": f"{figure.table}, published on {model}",
         "setting": _setting(figure),
@@ -139,43 +144,31 @@ def _line(figure: Figure, answer: Counterpart) -> Row:
         "unit": figure.unit,
         "published": figure.value,
         "ours": answer.value,
-        "against": _comparison(figure, answer),
+        "against": against,
         "match": answer.match,
         "on": "{} ({}), {} {}".format(*answer.on) if answer.on else absent,
         "at": answer.at or absent,
     }
 
 
-def _comparison(figure: Figure, answer: Counterpart) -> Value:
-    """Our value less the published one or, for times, over it; None with the reason if the models differ."""
-    if answer.match == NOT_MEASURED:
-        return Value(None, note=answer.value.note)
-    if answer.match == OTHER:
-        return Value(None, note="another model: not compared")
-    ours, theirs = answer.value.value, figure.value.value
-    return Value(ours / theirs if figure.table in TIMES else ours - theirs)
-
-
 def _format_comparison(number: float, row: Row) -> str:
     return f"× {number:.2f}" if row["unit"] == "ms" else fixed(4, "+")(number, row)
 
 
-def _setting(figure: Figure) -> str:
-    """The published setting in words: "gsm8k, 3 hops"; "any" if the figure depends on none."""
-    parts = []
-    if figure.document not in ("", "any"):
-        parts.append(figure.document)
-    if figure.at:
-        parts.append(f"{figure.at} hops" if figure.table == "accuracy" else figure.at)
-    if figure.document_tokens:
-        parts.append(f"{figure.document_tokens:,} tokens")
-    if figure.n_agents:
-        parts.append(f"{figure.n_agents} agents")
-    return ", ".join(parts) or "any"
-
-
 def _format_value(number: float, row: Row) -> str:
     return DIGITS.get(row["metric"], fixed(1))(number, row)
+
+
+def _setting(figure: Figure) -> str:
+    """The published setting in words: "gsm8k, 3 hops"; "any" if the figure depends on none."""
+    hops = " hops" * (figure.table == "accuracy")
+    parts = [
+        figure.document if figure.document != "any" else "",
+        f"{figure.at}{hops}" if figure.at else "",
+        f"{figure.document_tokens:,} tokens" if figure.document_tokens else "",
+        f"{figure.n_agents} agents" if figure.n_agents else "",
+    ]
+    return ", ".join(filter(None, parts)) or "any"
 
 
 def counterpart(figure: Figure, found: Sequence[Point], rows: pd.DataFrame) -> Counterpart:
@@ -222,13 +215,8 @@ def _memory_of(
     """The memory of `point` or, for a reduction, the percentage saved against unshared caches in the same setting."""
     if figure.metric == "kv_memory":
         return _from_point(point, replace(point["paper"], note=note), match)
-    unshared = replace(
-        figure,
-        policy="no_sharing",
-        model=point.model,
-        document_tokens=point.context_tokens,
-        n_agents=point.n_agents,
-    )
+    setting = {"document_tokens": point.context_tokens, "n_agents": point.n_agents}
+    unshared = replace(figure, policy="no_sharing", model=point.model, **setting)
     baseline = published.memory_answer(unshared, counted)
     if isinstance(baseline, str):
         return _not_measured(figure, f"{NOT_HERE}no {BASELINE} row beside the pool")
@@ -287,7 +275,7 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
 
     The figure `n_problems` has no policy and no number of handoffs: for it, the number of problems of any relay.
     """
-    found = _rows_of(rows, ("handoff_accuracy",), "answer_right")
+    found = _rows_of(rows, "handoff_accuracy", "answer_right")
     if len(found) and figure.policy:
         policy, bits = figure.controller
         found = found[found["policy"] == policy]
@@ -303,9 +291,7 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     wanted_hops = int(figure.at) if figure.at else int(chosen["n_hops"].min())
     n_hops = int(min(set(chosen["n_hops"]), key=lambda n: (abs(n - wanted_hops), n)))
     chosen = chosen[chosen["n_hops"] == n_hops]
-    reseal = max(
-        chosen["reseal"]
-    )  # by name: "requantize", as published, if it was run, else "append"
+    reseal = max(chosen["reseal"])  # by name: "requantize", as published, comes before "append"
     chosen = chosen[chosen["reseal"] == reseal]
     document = chosen["document"].iloc[0]
     chosen = chosen[chosen["document"] == document]
@@ -330,7 +316,7 @@ def _time(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     stages = HOLDS[figure.metric]
     policy, bits = figure.controller
     transport = TRANSPORT.get(figure.policy, "memory")
-    found = _rows_of(rows, ("handoff_ttft",), "time")
+    found = _rows_of(rows, "handoff_ttft", "time")
     if len(found):
         found = found[(found["policy"] == policy) & (found["transport"] == transport)]
         found = found[found["stage"].isin(stages) & (found["reader"] != IN_PLACE)]
@@ -347,24 +333,17 @@ def _time(figure: Figure, rows: pd.DataFrame) -> Counterpart:
         return _not_measured(figure, f"{NOT_HERE}a stage is missing")
     summed = f"{' + '.join(stages)}, medians" if figure.table == "stages" else ""
     length = "another length" if abs(tokens / figure.label_tokens - 1) > SAME_LENGTH else ""
-    value = over_seeds(chosen, _median_of_sums)
+    repeats = ["seed", "cell", "created_at", "sample"]
+    summed_ms = chosen.groupby(repeats, as_index=False, dropna=False)["value"].sum()
+    value = over_seeds(summed_ms, lambda of_seed: median(newest(of_seed)))
     value = replace(value, note=_join_notes(value.note, summed, length))
     at = f"{tokens:,.0f} tokens, {policy}, {transport}"
     # Never EXACT, since the paper does not state its device.
     return _from_rows(figure, chosen, value, at, NEAR)
 
 
-def _median_of_sums(rows: pd.DataFrame) -> Value:
-    """The median over repeats of the sum of the stages, from the newest cell of `rows`."""
-    newest = rows.sort_values("created_at", kind="stable")["cell"].iloc[-1]
-    stages = rows[rows["cell"] == newest]
-    return median(stages.groupby("sample", as_index=False)["value"].sum())
-
-
-def _rows_of(rows: pd.DataFrame, studies: Sequence[str], metric: str = "") -> pd.DataFrame:
-    """The rows of these studies, of one metric if it is given."""
-    found = rows[rows["study"].isin(studies)]
-    return found[found["metric"] == metric] if metric else found
+def _rows_of(rows: pd.DataFrame, study: str, metric: str) -> pd.DataFrame:
+    return rows[(rows["study"] == study) & (rows["metric"] == metric)]
 
 
 def _rows_of_one_run(figure: Figure, found: pd.DataFrame, document: str = "") -> pd.DataFrame:
@@ -373,7 +352,7 @@ def _rows_of_one_run(figure: Figure, found: pd.DataFrame, document: str = "") ->
     The figure's own model comes first, on `document` if it is given; if that was not run, any other model on any
     document. Among several runs: a GPU before a CPU, then by name.
     """
-    is_own = found["model"].map(partial(published.same_model, figure.model)).astype(bool)
+    is_own = published.of_model(found, figure.model)
     chosen = found[is_own]
     if document:
         chosen = chosen[chosen["document"] == document]
@@ -390,8 +369,7 @@ def _from_rows(
 ) -> Counterpart:
     """The counterpart with this value of the rows of one run; `match` is overridden if the model is another."""
     on = tuple(chosen[RUN].iloc[0])
-    own = published.same_model(figure.model, on[0])
-    return Counterpart(value, match if own else OTHER, on, at)
+    return Counterpart(value, match if published.same_model(figure.model, on[0]) else OTHER, on, at)
 
 
 def _not_measured(figure: Figure, reason: str, bits: float | None = None) -> Counterpart:

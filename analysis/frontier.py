@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator
 from scipy import stats
 
 from analysis import style
 from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.points import ANSWERS
+from analysis.points import ANSWERS, parts
 from analysis.render import Column, Table, describe, fixed, keys, significant
 from analysis.statistics import (
     ALPHA,
@@ -121,9 +120,9 @@ class Comparison:
 
 def measured(rows: pd.DataFrame, name: str) -> Value:
     """A figure of one recipe over the documents of all its seeds."""
-    return (
-        perplexity_ratio(rows) if name == "perplexity_ratio" else MEASURES[name].of(rows, ["seed"])
-    )
+    if name == "perplexity_ratio":
+        return perplexity_ratio(rows)
+    return MEASURES[name].of(rows, ["seed"])
 
 
 def perplexity_ratio(rows: pd.DataFrame) -> Value:
@@ -160,12 +159,11 @@ def by_setting(
     """(heading, rows) of each setting; within one, rows differ in recipe, seed and number of agents only."""
     apart = [name for name in (*APART, *swept(rows)) if name not in UNSCORED]
     apart = [name for name in apart if rows[name].nunique() > 1]
-    for key, part in rows.groupby([*setting, *apart], dropna=False):
-        said = dict(zip((*setting, *apart), key, strict=True))
-        parts = [f"{said['model']} ({said['weights']} weights)", said["document"]]
-        parts += [f"{said['context_tokens']:,} tokens"] if "context_tokens" in said else []
-        parts += [f"{name.removeprefix(SET)}={said[name] or 'unset'}" for name in apart]
-        yield ", ".join(parts), part
+    for said, part in parts(rows, [*setting, *apart], sort=True):
+        named = [f"{said['model']} ({said['weights']} weights)", said["document"]]
+        named += [f"{said['context_tokens']:,} tokens"] if "context_tokens" in said else []
+        named += [f"{name.removeprefix(SET)}={said[name] or 'unset'}" for name in apart]
+        yield ", ".join(named), part
 
 
 def composed(rows: pd.DataFrame) -> pd.Series:
@@ -175,17 +173,16 @@ def composed(rows: pd.DataFrame) -> pd.Series:
 
 def compared(rows: pd.DataFrame) -> list[Comparison]:
     """The comparisons of all settings in which several recipes were measured."""
-    found = scores(rows)
-    each = [_compare(*setting) for setting in by_setting(found[~composed(found)])]
-    return [comparison for comparison in each if len(comparison.standings) > 1]
-
-
-def _compare(setting: str, rows: pd.DataFrame) -> Comparison:
-    pairs = pairs_of(samples_of(rows, "kl", ["recipe"]).swaplevel())
-    each = [Standing(recipe, part) for recipe, part in rows.groupby("recipe")]
-    each = [s for s in each if None not in s.spot]
-    each.sort(key=lambda s: (s.spot[1], s.recipe))
-    return Comparison(setting, [_ranked(s, each, pairs) for s in each], pairs)
+    found, comparisons = scores(rows), []
+    for setting, part in by_setting(found[~composed(found)]):
+        pairs = pairs_of(samples_of(part, "kl", ["recipe"]).swaplevel())
+        each = [Standing(recipe, mine) for recipe, mine in part.groupby("recipe")]
+        each = [s for s in each if None not in s.spot]
+        each.sort(key=lambda s: (s.spot[1], s.recipe))
+        if len(each) > 1:
+            ranked = [_ranked(s, each, pairs) for s in each]
+            comparisons.append(Comparison(setting, ranked, pairs))
+    return comparisons
 
 
 def _ranked(mine: Standing, among: Sequence[Standing], pairs: Pairs) -> Standing:
@@ -215,17 +212,16 @@ def table_of(
     return Table(name, f"{caption} {about(rows)}", columns, lines) if lines else None
 
 
-def _some(names: tuple[str, ...]) -> str:
-    """The first names, and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more
-
-
 def recipe_frontier(rows: pd.DataFrame) -> Table | None:
     """All recipes by mean KL, with ranks; a range of ranks is a tie."""
+
+    def some(names: tuple[str, ...]) -> str:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (", ".join(names[:3]) or "none") + more
+
     lines = [
         {"section": found.heading, "recipe": s.recipe, "rank": s.rank}
-        | {"front": "yes" if s.on_front else "no", "dominated": _some(s.dominated_by)}
+        | {"front": "yes" if s.on_front else "no", "dominated": some(s.dominated_by)}
         | {column.name: s[column.name] for column in QUALITY_COLUMNS}
         for found in compared(rows)
         for s in found.standings
@@ -242,7 +238,7 @@ def recipe_frontier(rows: pd.DataFrame) -> Table | None:
         "of the same documents, Holm over all pairs, 5 %): 3-6 is a tie of four; table recipe_pairs has each pair. "
         "Bits per value count every byte kept. Intervals: skewness-corrected t over the documents; a text that several "
         "seeds read is one document, at the mean over its rotations. Perplexity ratio: paired standard error over "
-        "tokens, as llama.cpp's perplexity tool."
+        "tokens, as llama.cpp's perplexity tool, which takes them as independent: too narrow for other documents."
     )  # fmt: skip
     return table_of("recipe_frontier", caption, scores(rows), columns, lines)
 
@@ -262,7 +258,7 @@ def recipe_pairs(rows: pd.DataFrame) -> Table | None:
         Column("ratio", "KL ratio [95 %]", fixed(2), interval=True),
         Column("p", "p (Holm)", significant),
         Column("detectable", "detectable ratio", fixed(2)),
-        Column("needed", "documents for this ratio", lambda number, row: f"{number:,.0f}"),
+        Column("needed", "documents for this ratio", fixed(0)),
     ]
     caption = (
         "Recipes pair by pair: the ratio of their KL divergences on the same documents (geometric means, paired t on "
@@ -301,33 +297,28 @@ def frontier_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     look = _looks([s for comparison in found for s in comparison.standings])
     for (ax,), comparison in zip(panels, found, strict=True):
         _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0], look)
-    return style.picture(
-        style.legend(canvas),
-        "Mean KL divergence to the uncompressed cache against stored bits per value",
-        about(scores(rows)),
-        style.Marks(
-            lines="Markers",
-            more="One colour a family of recipes; filled, and joined by the grey line: the Pareto front. Recipes whose "
-            "markers coincide stand apart in figure recipe_ranking.",
-        ),
+    shows = "Mean KL divergence to the uncompressed cache against stored bits per value"
+    more = (
+        "One colour a family of recipes; filled, and joined by the grey line: the Pareto front. Recipes whose markers "
+        "coincide stand apart in figure recipe_ranking."
     )
+    marks = style.Marks(lines="Markers", more=more)
+    return style.picture(style.legend(canvas), shows, about(scores(rows)), marks)
 
 
-def _frontier(ax: Axes, standings: Sequence[Standing], look: Looks) -> None:
+def _frontier(ax: Axes, standings: Sequence[Standing], looks: Looks) -> None:
     """Recipes on the front are filled. They and PolyKV are named, since others lie over each other."""
-    for s in sorted(standings, key=lambda s: list(look).index(s.recipe)):
-        tint, marker = look[s.recipe]
-        ax.errorbar(
-            *s.spot, yerr=style.reaches([s["kl_mean"]]), fmt=marker, color=tint, elinewidth=0.9, markersize=6,
-            markeredgewidth=1, markerfacecolor=tint if s.on_front else "none", label=s.recipe,
-        )  # fmt: skip
+    for s in sorted(standings, key=lambda s: list(looks).index(s.recipe)):
+        tint, marker = looks[s.recipe]
+        look = {"color": tint, "elinewidth": 0.9, "markersize": 6, "markeredgewidth": 1}
+        look["markerfacecolor"] = tint if s.on_front else "none"
+        style.series(ax, [(s.spot[0], s["kl_mean"])], fmt=marker, label=s.recipe, **look)
         if s.on_front or s.recipe == RECIPE:
             ax.annotate(
                 s.recipe, s.spot, (-5, -5), textcoords="offset points", ha="right", va="top",
                 fontsize=style.SIZE, color=style.ink(tint),
             )  # fmt: skip
-    front = sorted(s.spot for s in standings if s.on_front)
-    bits, kl = zip(*front, strict=True)
+    bits, kl = zip(*sorted(s.spot for s in standings if s.on_front), strict=True)
     ax.step(bits, kl, where="post", color="0.55", linewidth=1, zorder=0)
     ax.set_yscale("log")
     ax.margins(x=0.14, y=0.12)
@@ -344,21 +335,25 @@ def ranking_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     n = max(len(comparison.standings) for comparison in found)
     canvas, panels = style.sheet([c.heading for c in found], 2, 0.17 * n + 0.5)
     for (left, right), comparison in zip(panels, found, strict=True):
-        _ranking(left, comparison.standings, "kl_mean", "mean KL divergence, nats")
+        standings = comparison.standings
+        _ranking(left, standings, "kl_mean", "mean KL divergence, nats")
         left.set_xscale("log")
-        _name(left, comparison.standings)
-        _ranking(right, comparison.standings, "perplexity_delta", "perplexity delta, %")
+        left.set_yticklabels(
+            [f"{s.recipe}   {s.spot[0]:.2f} bits   rank {s.rank}" for s in standings]
+        )
+        look = _looks(standings)
+        for tick, s in zip(left.get_yticklabels(), standings, strict=True):
+            tick.set_color(style.ink(look[s.recipe][0]))
+            tick.set_fontweight("bold" if s.on_front else "normal")
+        _ranking(right, standings, "perplexity_delta", "perplexity delta, %")
         right.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         right.set_yticklabels([])
-    return style.picture(
-        canvas,
-        "Recipes by mean KL divergence, and their perplexity against the uncompressed cache",
-        about(scores(rows)),
-        style.Marks(
-            more="Bold: on the Pareto front of stored bits and KL. A range of ranks is a tie: paired t on log KL of "
-            "the same documents, Holm over all pairs, 5 %."
-        ),
+    shows = "Recipes by mean KL divergence, and their perplexity against the uncompressed cache"
+    more = (
+        "Bold: on the Pareto front of stored bits and KL. A range of ranks is a tie: paired t on log KL of the same "
+        "documents, Holm over all pairs, 5 %."
     )
+    return style.picture(canvas, shows, about(scores(rows)), style.Marks(more=more))
 
 
 def _ranking(ax: Axes, standings: Sequence[Standing], metric: str, title: str) -> None:
@@ -367,27 +362,12 @@ def _ranking(ax: Axes, standings: Sequence[Standing], metric: str, title: str) -
     for place, s in enumerate(standings):
         (tint, marker), value = look[s.recipe], s[metric]
         if value.value is not None:
-            ax.errorbar(
-                value.value,
-                place,
-                xerr=style.reaches([value]),
-                fmt=marker,
-                color=tint,
-                elinewidth=0.9,
-            )
-    ax.yaxis.set_major_locator(FixedLocator(range(len(standings))))
+            reach = style.reaches([value])
+            ax.errorbar(value.value, place, xerr=reach, fmt=marker, color=tint, elinewidth=0.9)
+    ax.set_yticks(range(len(standings)))
     ax.set_ylim(len(standings) - 0.4, -0.6)
     ax.grid(axis="x")
     ax.set_xlabel(title)
-
-
-def _name(ax: Axes, standings: Sequence[Standing]) -> None:
-    """The recipes' names, stored bits and ranks beside the first panel of a ranking."""
-    ax.set_yticklabels([f"{s.recipe}   {s.spot[0]:.2f} bits   rank {s.rank}" for s in standings])
-    look = _looks(standings)
-    for tick, s in zip(ax.get_yticklabels(), standings, strict=True):
-        tick.set_color(style.ink(look[s.recipe][0]))
-        tick.set_fontweight("bold" if s.on_front else "normal")
 
 
 def _looks(standings: Sequence[Standing]) -> Looks:
@@ -396,21 +376,19 @@ def _looks(standings: Sequence[Standing]) -> Looks:
     return style.looks(dict.fromkeys(s.recipe for s in ordered))
 
 
-def findings(rows: pd.DataFrame) -> Mapping[str, list[str]]:
+def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """Findings for each setting: the Pareto front and the outcome of chosen pairs."""
     return {f"Which recipe: {found.setting}": _recipes(found) for found in compared(rows)}
 
 
 def _recipes(found: Comparison) -> list[str]:
+    by_name = {s.recipe: s for s in found.standings}
     front = sorted((s for s in found.standings if s.on_front), key=lambda s: s.spot)
     steps = ", ".join(f"{s.recipe} ({s.spot[0]:.2f} bits, KL {s.spot[1]:.3g})" for s in front)
-    by_name = {s.recipe: s for s in found.standings}
     lines = [f"The Pareto front of stored bits and mean KL: {steps}."]
-    lines += [
-        _pair(by_name[first], by_name[second], said, found.pairs)
-        for (first, second), said in PAIRS.items()
-        if first in by_name and second in by_name
-    ]
+    for pair, said in PAIRS.items():
+        if {*pair} <= {*by_name}:
+            lines.append(_pair(*(by_name[name] for name in pair), said, found.pairs))
     mine = by_name.get(RECIPE)
     if mine and mine.dominated_by:
         lines.append(

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import combinations
 from statistics import NormalDist
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -17,24 +15,23 @@ from analysis.points import (
     RUN,
     bits_text,
     counted,
+    groups,
     hops_text,
     less,
-    named,
     ordered,
     over_seeds,
     run_text,
 )
-from analysis.published import with_budget
+from analysis.published import judged_runs, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, samples_within
 from polykv.evaluation.statistics import holm, mcnemar
 
-RELAY = ["document", "n_hops", "budget_bits", "policy", "reseal"]
+RELAY = ("document", "n_hops", "budget_bits", "policy", "reseal")
 EXACT = "fp16"  # the policy that the others are compared with
 CARD = "topology"  # the policy of a QKVShare card
-LOSS = (
-    5.0  # points of accuracy: to hold is to rule out a greater loss. Our choice, none is published.
-)
+# Points of accuracy: to hold is to rule out a greater loss. Our choice, none is published.
+LOSS = 5.0
 ALPHA = 0.05
 DODGE = 0.09  # handoffs between policies at one place of x, so that bars do not hide each other
 KL = Measure("kl", reduce=samples_within(0, math.inf))
@@ -73,12 +70,10 @@ def with_depth(rows: pd.DataFrame) -> pd.DataFrame:
 def table(rows: pd.DataFrame) -> Table:
     """Accuracy after a relay, published and measured, with KL to the fp16 relay and the bits stored."""
     found = with_depth(rows)
-    lines = [_published(found, said) for said in published.load("qkvshare") if _is_accuracy(said)]
-    about = [*RUN, *RELAY, *swept(found)]
-    for key, mine in found.groupby(about, dropna=False, sort=False):
-        line = named(about, key)
-        line["section"] = f"measured on {run_text(line)}"
-        line["published"] = Value(None, note="not published for this model and problems")
+    lines = [_published(found, said) for said in _accuracies()]
+    none = Value(None, note="not published for this model and problems")
+    for line, mine in groups(found, *RUN, *RELAY):
+        line |= {"section": f"measured on {run_text(line)}", "published": none}
         lines.append(_keys(line) | _figures(mine))
     columns = [
         *keys("problems", "hops", "policy", "budget", "reseal"),
@@ -97,15 +92,15 @@ def table(rows: pd.DataFrame) -> Table:
     return Table("handoff_accuracy", caption, columns, lines, explained)
 
 
-def _is_accuracy(said: published.Figure) -> bool:
-    return said.metric == "gsm8k_accuracy"
+def _accuracies() -> list[published.Figure]:
+    return [f for f in published.load("qkvshare") if f.metric == "gsm8k_accuracy"]
 
 
 def _published(found: pd.DataFrame, said: published.Figure) -> Row:
     policy, bits = said.controller
     mine = found[(found["document"] == "gsm8k") & (found["policy"] == policy)]
-    mine = mine[mine["model"].map(partial(published.same_model, said.model)).astype(bool)]
-    mine = mine[(mine["n_hops"] == int(said.at)) & with_budget(mine, bits)]
+    mine = mine[published.of_model(mine, said.model) & with_budget(mine, bits)]
+    mine = mine[mine["n_hops"] == int(said.at)]
     reseal = mine["reseal"].iloc[0] if len(mine) else "not stated"
     line = {"document": "gsm8k", "policy": policy, "n_hops": int(said.at), "budget_bits": bits}
     line |= {"section": f"published on {said.model}", "published": said.value, "reseal": reseal}
@@ -114,8 +109,11 @@ def _published(found: pd.DataFrame, said: published.Figure) -> Row:
 
 
 def _keys(line: Row) -> Row:
-    texts = {"problems": line["document"], "hops": int(line["n_hops"])}
-    return line | texts | {"budget": bits_text(line["budget_bits"])}
+    return line | {
+        "problems": line["document"],
+        "hops": int(line["n_hops"]),
+        "budget": bits_text(line["budget_bits"]),
+    }
 
 
 def _figures(mine: pd.DataFrame, absent: str = "") -> Row:
@@ -128,10 +126,8 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per relay, policy, seed and extraction, from the newest cell: `right` by problem; `n`: how many."""
     found = rows[rows["metric"] == "answer_right"].sort_values("sample", kind="stable")
     about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
-    lists = found.groupby([*about, "created_at", "cell"], dropna=False)["value"].agg(
-        lambda values: [*(values == 1)]
-    )
-    lists = lists.rename("right").reset_index()
+    cells = found.groupby([*about, "created_at", "cell"], dropna=False)["value"]
+    lists = cells.agg(lambda values: [*(values == 1)]).rename("right").reset_index()
     lists = ordered(lists.assign(n=lists["right"].map(len)))
     return lists.drop_duplicates([*about, "n"], keep="last")
 
@@ -140,15 +136,15 @@ def pairs(rows: pd.DataFrame) -> Table | None:
     """McNemar's exact test for every pair of policies at equal budget, handoffs and resealing."""
     found = verdicts(rows)
     found = found[found["extraction"].isin(("strict", "flexible"))]
-    same = [*RUN, "document", "n_hops", "budget_bits", "reseal", *swept(found)]
+    same = (*RUN, "document", "n_hops", "budget_bits", "reseal", "extraction", "seed", "n")
     lines = []
-    for key, group in found.groupby([*same, "extraction", "seed", "n"], dropna=False, sort=False):
-        line = named([*same, "how", "seed", "n"], key)
+    for line, group in groups(found, *same):
+        line = _keys(line) | {"how": line["extraction"]}
         line["section"] = f"{run_text(line)}, {line['document']}"
         for one, other in combinations(group.to_dict("records"), 2):
             only_one, only_other, p = mcnemar(one["right"], other["right"])
             tested = {"only_one": only_one, "only_other": only_other, "p": Value(p)}
-            lines.append(_keys(line) | {"one": one["policy"], "other": other["policy"]} | tested)
+            lines.append(line | {"one": one["policy"], "other": other["policy"]} | tested)
     columns = [
         *keys("hops", "budget", "reseal", "how", "one", "other"),
         *settings_columns(found),
@@ -171,16 +167,19 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     The fp16 relay's own accuracy stands in each panel: what the others lose is lost from there.
     """
     place = [*RUN, "document"]
-    about = [*place, "budget_bits", "reseal", *swept(rows)]
     found = ordered(rows)
     exact = found[found["policy"] == EXACT]
     found = found[found["budget_bits"].notna()]
     if found.empty:
         return "no policy with a budget was run"
-    groups = list(found.groupby(about, dropna=False, sort=False))
-    canvas, panels = style.sheet([_heading(named(about, key)) for key, _ in groups], 2, 1.75)
-    for (left, right), (_, mine) in zip(panels, groups, strict=True):
-        if _by_hop(left, mine, KL) > 0:
+    runs = list(groups(found, *place, "budget_bits", "reseal"))
+    headings = [
+        f"{run['model']} ({run['weights']} weights), {run['document']}; {run['budget_bits']:g} bits, {run['reseal']}"
+        for run, _ in runs
+    ]
+    canvas, panels = style.sheet(headings, 2, 1.75)
+    for (left, right), (_, mine) in zip(panels, runs, strict=True):
+        if all(value.value > 0 for value in _by_hop(left, mine, KL)):
             left.set_yscale("log")
         left.set_ylabel("KL to fp16 relay, nats")
         same = (exact[place] == mine[place].iloc[0]).all(axis=1)
@@ -199,37 +198,29 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     )
 
 
-def _spots(mine: pd.DataFrame, measure: Measure) -> dict[str, list[tuple[int, Value]]]:
-    """The values of each policy by number of handoffs, of those that have any."""
-    found = {}
-    for policy, line in mine.groupby("policy", sort=False):
-        spots = [(int(n), over_seeds(of, measure.of)) for n, of in line.groupby("n_hops")]
-        if spots := [(n, v) for n, v in spots if v.value is not None]:
-            found[policy] = spots
-    return found
-
-
-def _heading(run: Row) -> str:
-    budget = f"{run['budget_bits']:g} bits, {run['reseal']}"
-    return f"{run['model']} ({run['weights']} weights), {run['document']}; {budget}"
-
-
-def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> float:
-    """Draw one line with intervals per policy, dashed for fp16; return the least value."""
-    least, found = np.inf, _spots(mine, measure)
-    for place, (policy, spots) in enumerate(found.items()):
-        shift = DODGE * (place - (len(found) - 1) / 2)
-        values = [v for _, v in spots]
-        ax.errorbar(
-            [n + shift for n, _ in spots], [v.value for v in values], yerr=style.reaches(values), fmt="o",
-            linestyle="--" if policy == EXACT else "-", elinewidth=0.8, markersize=3,
-            color=style.policy_colour(policy), label=policy, zorder=3 if policy == EXACT else 2,
-        )  # fmt: skip
-        least = min(least, *(v.value for v in values))
+def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> list[Value]:
+    """Draw one line with intervals per policy, dashed for fp16; return all values."""
+    lines = {
+        policy: [(int(n), over_seeds(of, measure.of)) for n, of in line.groupby("n_hops")]
+        for policy, line in mine.groupby("policy", sort=False)
+    }
+    lines = {
+        policy: spots
+        for policy, spots in lines.items()
+        if any(v.value is not None for _, v in spots)
+    }
+    drawn = []
+    for place, (policy, spots) in enumerate(lines.items()):
+        shift = DODGE * (place - (len(lines) - 1) / 2)
+        exact = policy == EXACT
+        look = {"linestyle": "--" if exact else "-", "zorder": 3 if exact else 2}
+        look |= {"color": style.policy_colour(policy), "elinewidth": 0.8, "markersize": 3}
+        at = [(n + shift, value) for n, value in spots]
+        drawn += style.series(ax, at, fmt="o", label=policy, **look)
     style.number_ticks(ax, set(mine["n_hops"]))
     ax.set_xlim(int(mine["n_hops"].min()) - 0.5, int(mine["n_hops"].max()) + 0.5)
     ax.set_xlabel("handoffs")
-    return least
+    return drawn
 
 
 Answers = tuple[str, list[bool], list[bool]]  # setting, verdicts of the card and of the other
@@ -238,19 +229,19 @@ UNDECIDED = "; more problems (n_problems=) would tell"
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
     """One claim per run (weights, problems, device) with answers, or the command that would measure it."""
-    said = [f for f in published.load("qkvshare") if _is_accuracy(f) and f.controller[0] == CARD]
+    said = [f for f in _accuracies() if f.controller[0] == CARD]
     hops, model = sorted({int(f.at) for f in said}), said[0].model.removesuffix("-instruct")
     answers = verdicts(rows) if len(rows) else rows
     if len(answers):
-        answers = answers[answers["extraction"] == "strict"]
-        answers = answers[answers["n_hops"].between(hops[0], hops[-1])]
+        in_range = answers["n_hops"].between(hops[0], hops[-1])
+        answers = answers[(answers["extraction"] == "strict") & in_range]
     run = f"experiment=handoff_accuracy model={model} relay=gsm8k"
     digest = ", as a secondary digest of the paper has it"
     holds = f"accuracy holds over {hops[0]} to {hops[-1]} hops{digest}"
     better = f"topology-aware cards answer better than uniform ones{digest}"
     return [
-        *published.judged_runs("accuracy", holds, run, answers, _holds),
-        *published.judged_runs("accuracy", better, run, answers, _better),
+        *judged_runs("accuracy", holds, run, answers, _holds),
+        *judged_runs("accuracy", better, run, answers, _better),
     ]
 
 
@@ -270,8 +261,10 @@ def _holds(mine: pd.DataFrame) -> tuple[str, str]:
     if lost:
         return NOT_REPRODUCED, f"{said}."
     if low > -LOSS:
-        ruled_out = f"a loss of more than {LOSS:g} points is ruled out in each (95 %)"
-        return REPRODUCED, f"{said}, and {ruled_out}."
+        return (
+            REPRODUCED,
+            f"{said}, and a loss of more than {LOSS:g} points is ruled out in each (95 %).",
+        )
     return INCONCLUSIVE, f"{said}, but a loss of {LOSS:g} points is not ruled out{UNDECIDED}."
 
 

@@ -1,6 +1,6 @@
 """Where the damage is: errors by layer and head beside theory, and each layer's own damage."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import pandas as pd
@@ -14,8 +14,6 @@ from analysis.statistics import QUALITY, Measure, Value, plain_mean
 
 PARTS = ("key", "value", "logits", "output")
 SIDES = ("key", "value")
-
-
 MEASURES = {
     "layer_kl": QUALITY["kl_mean"],
     **{f"error_{part}": Measure("error", {"part": part}, plain_mean) for part in PARTS},
@@ -70,8 +68,11 @@ def _damage(rows: pd.DataFrame) -> list[str]:
         parts = {int(layer): part for layer, part in mine.groupby("layer")}
         found = {layer: measured(part, "layer_kl").value for layer, part in parts.items()}
         damage = {layer: kl for layer, kl in found.items() if kl}
-        over = {side: [_over_theory(part, side).value for part in parts.values()] for side in SIDES}
-        against = [f"{side}s {most:.2f}" for side, each in over.items() if (most := _most(each))]
+        against = []
+        for side in SIDES:
+            over = [_over_theory(part, side).value for part in parts.values()]
+            if any(over := [value for value in over if value is not None]):
+                against.append(f"{side}s {max(over):.2f}")
         if damage and against:
             worst = max(damage, key=damage.get)
             lines.append(
@@ -98,16 +99,12 @@ def _with_bias(parts: Mapping[int, pd.DataFrame], damage: Mapping[int, float]) -
     norms = {layer: measured(parts[layer], "bias_norm_key").value for layer in damage}
     if None in norms.values() or len(set(norms.values())) < 3:
         return ""
-    rho, p = stats.spearmanr(list(norms.values()), list(damage.values()))
+    rho = stats.spearmanr(list(norms.values()), list(damage.values())).statistic
     largest = max(norms, key=norms.get)
     return (
-        f" Over {len(norms)} layers its damage has a rank correlation of {rho:+.2f} (Spearman, p = {p:.2g}) with the "
+        f" Over {len(norms)} layers its damage has a rank correlation of {rho:+.2f} (Spearman) with the "
         f"norm of the key bias, which is largest in layer {largest} ({norms[largest]:.0f})."
     )
-
-
-def _most(found: Sequence[float | None]) -> float | None:
-    return max((value for value in found if value is not None), default=None)
 
 
 @style.styled
@@ -119,15 +116,18 @@ def figure(rows: pd.DataFrame) -> style.Picture:
         (damage, output), (key, value) = panels[2 * place : 2 * place + 2]
         _by_layer(damage, mine, lambda part: measured(part, "layer_kl"), "KL, nats")
         damage.set_title("this layer alone compressed")
-        _by_layer(
-            output, mine, lambda part: measured(part, "error_output"), "relative squared error"
-        )
-        _add_heads(output, mine)
+        error = "relative squared error"
+        _by_layer(output, mine, lambda part: measured(part, "error_output"), error)
         output.set_title("attention output; dots: single heads")
+        heads = mine[(mine["metric"] == "error") & (mine["part"] == "output")]
+        for recipe, (shift, tint) in _looks(mine).items():
+            own = heads[heads["recipe"] == recipe].groupby(["layer", "head"])["value"].mean()
+            layer = own.index.get_level_values("layer").to_numpy(float)
+            output.plot(layer + shift, own, ".", markersize=2.5, color=tint)
+        for ax in (damage, output):
+            ax.set_yscale("log")
         for ax, side in ((key, "key"), (value, "value")):
-            _by_layer(
-                ax, mine, partial(_over_theory, side=side), "times the Gaussian error", log=False
-            )
+            _by_layer(ax, mine, partial(_over_theory, side=side), "times the Gaussian error")
             ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
             ax.set_title(f"{side} error over that on Gaussian data")
     return style.picture(
@@ -149,34 +149,18 @@ def _over_theory(part: pd.DataFrame, side: str) -> Value:
 
 
 def _by_layer(
-    ax: Axes, rows: pd.DataFrame, of: Callable[[pd.DataFrame], Value], label: str, log: bool = True
+    ax: Axes, rows: pd.DataFrame, of: Callable[[pd.DataFrame], Value], label: str
 ) -> None:
     """One line per recipe over the layers, with intervals where there are any."""
     for recipe, (shift, tint) in _looks(rows).items():
         each = rows[rows["recipe"] == recipe].groupby("layer")
-        found = {int(layer) + shift: of(part) for layer, part in each}
-        found = {at: value for at, value in found.items() if value.value is not None}
-        values = list(found.values())
-        spread = style.reaches(values) if any(value.low is not None for value in values) else None
-        ax.errorbar(
-            list(found), [value.value for value in values], yerr=spread, fmt="o-", elinewidth=0.8, markersize=3,
-            linewidth=1, color=tint, label=recipe,
-        )  # fmt: skip
-    if log:
-        ax.set_yscale("log")
+        spots = [(int(layer) + shift, of(part)) for layer, part in each]
+        look = {"color": tint, "elinewidth": 0.8, "markersize": 3, "linewidth": 1}
+        style.series(ax, spots, fmt="o-", label=recipe, **look)
     n_layers = int(rows["layer"].max()) + 1
     style.number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
-
-
-def _add_heads(ax: Axes, rows: pd.DataFrame) -> None:
-    """The output error of each head, mean of the documents."""
-    output = rows[(rows["metric"] == "error") & (rows["part"] == "output")]
-    for recipe, (shift, tint) in _looks(rows).items():
-        own = output[output["recipe"] == recipe].groupby(["layer", "head"])["value"].mean()
-        layer = own.index.get_level_values("layer").to_numpy(float)
-        ax.plot(layer + shift, own, ".", markersize=2.5, color=tint)
 
 
 def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str]]:

@@ -1,8 +1,9 @@
 """Points: everything that was measured of one recipe in one setting, as published figures are held against it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
@@ -87,6 +88,11 @@ class Point:
     def name(self) -> str:
         """The recipe, with the settings that tell it from others."""
         return f"{self.recipe} ({self.settings})" if self.settings else self.recipe
+
+    @property
+    def run(self) -> str:
+        """Model, weights, device and dtype."""
+        return run_text(vars(self))
 
     @property
     def head_dim(self) -> int | None:
@@ -197,9 +203,25 @@ def less(rows: pd.DataFrame, other: pd.DataFrame, metric: str) -> pd.DataFrame:
     return found.assign(metric=metric, value=found["value"] - found.pop("_theirs"))
 
 
-def named(names: Sequence[str], key: Sequence[object]) -> dict[str, object]:
-    """A group's key as column -> value, missing values as None."""
-    return dict(zip(names, (None if pd.isna(one) else one for one in key), strict=True))
+def parts(
+    rows: pd.DataFrame, about: Sequence[str], sort: bool = False
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """(their values in the columns `about`, missing ones as None; rows) of each group of rows.
+
+    Groups stand in the order of the rows, or of their keys if `sort`.
+    """
+    if not about:
+        yield {}, rows
+        return
+    for key, part in rows.groupby([*about], dropna=False, sort=sort):
+        yield {n: None if pd.isna(x) else x for n, x in zip(about, key, strict=True)}, part
+
+
+def groups(
+    rows: pd.DataFrame, *names: str, sort: bool = False
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """`parts` by these columns and the settings in which the rows differ."""
+    return parts(rows, [*names, *swept(rows)], sort)
 
 
 def run_text(run: Mapping[str, object]) -> str:

@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter
 
 from analysis import published, style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, Claim, equivalent
@@ -17,17 +17,14 @@ from analysis.polykv_memory import (
     HEIGHT,
     agents_axis,
     beside,
-    colour_of,
     described,
-    draw_published,
     grouped,
     lines_of,
-    look_of,
+    looks_of,
     minus,
     of_paper,
     open_markers,
-    recipes_of,
-    run_of,
+    published_colour,
     sentence,
 )
 from analysis.published import NOT_HERE, Figure
@@ -37,7 +34,7 @@ from polykv.evaluation.statistics import MIN_DOCUMENTS
 
 STUDY = ("polykv_memory", "compare")
 QUALITY_METRICS = ("nll", "nll_delta", "bertscore_f1")
-DECIMALS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
+DIGITS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
 ACROSS = 2
 TITLE = 48  # characters of a title above one of two panels
 WIDE = 50.0  # percent; deltas beyond it need an axis that shows small ones too
@@ -49,7 +46,8 @@ ROOM = 1.3  # beyond the first and last context, for lines that stand side by si
 MARGIN = {"perplexity_delta": 0.5, "bertscore_f1": 0.01}
 UNIT = {"perplexity_delta": " points", "bertscore_f1": ""}
 NAME = {"perplexity_delta": "perplexity", "bertscore_f1": "BERTScore F1"}
-Panel = Callable[[Axes, Sequence[Point], Sequence[Figure], Sequence[str]], Axes]
+Looks = Mapping[str, Mapping[str, Any]]  # of lines, by name
+Panel = Callable[[Axes, Sequence[Point], Sequence[Figure], Looks], None]
 
 
 def polykv_quality(rows: pd.DataFrame) -> Table | None:
@@ -58,11 +56,10 @@ def polykv_quality(rows: pd.DataFrame) -> Table | None:
     if not found:
         return None
     figures = [f for f in published.load("polykv") if f.table == "quality"]
-    theirs = list(dict.fromkeys(f.model for f in figures))
-    others = [p for p in found if not any(published.same_model(m, p.model) for m in theirs)]
+    by_model = grouped(figures, lambda f: f.model)
+    others = [p for p in found if not any(published.same_model(m, p.model) for m in by_model)]
     lines = []
-    for model in theirs:
-        mine = [f for f in figures if f.model == model]
+    for model, mine in by_model.items():
         answers = [published.quality_answer(f, found) for f in mine]
         weights = {a.weights for a in answers if isinstance(a, Point)}
         if weights or not others:
@@ -70,14 +67,17 @@ def polykv_quality(rows: pd.DataFrame) -> Table | None:
             head = f"published on {model}{on}"
             lines += [_quality(f, a, head, True) for f, a in zip(mine, answers, strict=True)]
             continue
-        for measured, kind in dict.fromkeys((p.model, p.weights) for p in others):
-            own = [p for p in others if (p.model, p.weights) == (measured, kind)]
-            head = f"published on {model}; measured on {measured} ({kind} weights)"
+        for (name, kind), own in grouped(others, lambda p: (p.model, p.weights)).items():
+            head = f"published on {model}; measured on {name} ({kind} weights)"
             lines += [_quality(f, published.nearest(f, own), head, False) for f in mine]
+
+    def by_metric(number: float, row: Row) -> str:
+        return DIGITS[row["metric"]](number, row)
+
     columns = [
         *keys("document", "context", "agents", "recipe", "metric"),
-        Column("published", "published", _by_metric),
-        Column("measured", "measured [95 %]", _by_metric, interval=True),
+        Column("published", "published", by_metric),
+        Column("measured", "measured [95 %]", by_metric, interval=True),
         Column("on", "measured on"),
         Column("at", "at context"),
         Column("difference", "difference", fixed(4, "+")),
@@ -113,10 +113,6 @@ def _quality(figure: Figure, answer: Point | str, section: str, same: bool) -> R
     return line | {"difference": minus(value, figure.value) if same else apart}
 
 
-def _by_metric(number: float, row: Row) -> str:
-    return DECIMALS[row["metric"]](number, row)
-
-
 @style.styled
 def perplexity_context(rows: pd.DataFrame) -> style.Picture | str | None:
     """Perplexity delta by context; one panel per model and document."""
@@ -124,11 +120,8 @@ def perplexity_context(rows: pd.DataFrame) -> style.Picture | str | None:
     found = [p for p in every if p.recipe != BASELINE and p.context_tokens]
     if not found:
         return "no compressed recipe has a perplexity delta" if every else None
-    canvas = _wrapped(
-        grouped(found, lambda p: f"{run_of(p)}\n{p.document}"),
-        _perplexity_delta,
-        "perplexity_delta",
-    )
+    settings = grouped(found, lambda p: f"{p.run}\n{p.document}")
+    canvas = _wrapped(settings, _perplexity_delta, "perplexity_delta")
     shows = "Perplexity against the uncompressed cache, by context and recipe"
     marks = style.Marks(dashed=DASHED, more=open_markers(canvas, "perplexity_delta", found))
     return style.picture(canvas, shows, described(rows, "nll_delta"), marks)
@@ -144,9 +137,13 @@ def bertscore_agents(rows: pd.DataFrame) -> style.Picture | str | None:
 
     def title(p: Point) -> str:
         length = f"{p.context_tokens:,} tokens" if p.context_tokens else "whole text"
-        return f"{run_of(p)}\n{p.document}, {length}; scored by {p.scorer}"
+        return f"{p.run}\n{p.document}, {length}; scored by {p.scorer}"
 
-    settings = {name: mine for name, mine in grouped(found, title).items() if _differ(mine)}
+    settings = {
+        name: mine
+        for name, mine in grouped(found, title).items()
+        if any(round(p["bertscore_f1"].value, 4) != 1 for p in mine)
+    }
     if not settings:
         return "every recipe's answers score 1.0000, as the uncompressed cache's do"
     canvas = _wrapped(settings, _bertscore, "bertscore_f1")
@@ -158,79 +155,68 @@ def bertscore_agents(rows: pd.DataFrame) -> style.Picture | str | None:
         "BERTScore F1 of answers from the pool against those from the uncompressed cache, by agents"
     )
     about = described(rows, "bertscore_f1", "bertscore_floor")
-    return style.picture(canvas, shows, about, style.Marks(dashed=DASHED, more=more))
+    bars = f"95 % intervals over documents, with fewer than {MIN_DOCUMENTS} over answers, which are not independent"
+    return style.picture(canvas, shows, about, style.Marks(bars=bars, dashed=DASHED, more=more))
 
 
 def _perplexity_delta(
-    ax: Axes, found: Sequence[Point], figures: Sequence[Figure], recipes: Sequence[str]
-) -> Axes:
+    ax: Axes, found: Sequence[Point], figures: Sequence[Figure], looks: Looks
+) -> None:
     """Percent against context (log x) with intervals; published ones of this model and text open."""
     top, lines = 0.0, lines_of(found)
     for place, (name, mine) in enumerate(lines.items()):
         shift = 2 ** (0.05 * (place - (len(lines) - 1) / 2))  # side by side, not on each other
-        values = sorted({(p.context_tokens, p["perplexity_delta"]) for p in mine}, key=_by_place)
-        means = [v.value for _, v in values]
-        at = [context * shift for context, _ in values]
-        spread, look = style.reaches([v for _, v in values]), look_of(name, recipes)
-        ax.errorbar(at, means, yerr=spread, elinewidth=0.9, label=name, **look)
-        top = max(top, *map(abs, means))
-    spots = sorted({(f.document_tokens, f.value.value) for f in figures})
-    if spots:
-        ax.plot(
-            *zip(*spots, strict=True), marker="o", color=colour_of("polykv", recipes), **style.OPEN
+        spots = _spots(mine, "context_tokens", "perplexity_delta")
+        drawn = style.series(
+            ax, [(at * shift, v) for at, v in spots], elinewidth=0.9, label=name, **looks[name]
         )
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        top = max(top, *(abs(v.value) for v in drawn))
+    if spots := sorted({(f.document_tokens, f.value.value) for f in figures}):
+        tint = published_colour("polykv", looks)
+        ax.plot(*zip(*spots, strict=True), marker="o", color=tint, **style.OPEN)
     ax.set_xscale("log", base=2)
     if top > WIDE:
         ax.set_yscale("symlog", linthresh=1)
+    style.delta_axis(ax, "perplexity delta, %" + " (log beyond 1)" * (top > WIDE))
     ax.margins(y=0.12)
-    contexts = {p.context_tokens for p in found} | {f.document_tokens for f in figures}
-    ax.set_xlim(min(contexts) / ROOM, max(contexts) * ROOM)
-    style.number_ticks(ax, _thinned(sorted(contexts)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
+    contexts = sorted({p.context_tokens for p in found} | {f.document_tokens for f in figures})
+    ax.set_xlim(contexts[0] / ROOM, contexts[-1] * ROOM)
+    ticks = contexts[:1]
+    for context in contexts:  # far enough apart that their labels do not touch
+        ticks += [context] * (context > ROOM * ticks[-1])
+    style.number_ticks(ax, ticks)
     ax.set_xlabel("context, tokens")
-    ax.set_ylabel("perplexity delta, %" + (" (log beyond 1)" if top > WIDE else ""))
-    return ax
 
 
-def _bertscore(
-    ax: Axes, found: Sequence[Point], figures: Sequence[Figure], recipes: Sequence[str]
-) -> Axes:
+def _bertscore(ax: Axes, found: Sequence[Point], figures: Sequence[Figure], looks: Looks) -> None:
     """F1 against agents with the intervals that the answers support; published figures open.
 
     The floor, far below, is named and not drawn: on one axis with it no two recipes differ.
     """
     for name, mine in lines_of(found).items():
-        line = sorted(((p.n_agents, p["bertscore_f1"]) for p in mine), key=_by_place)
-        values = [v for _, v in line]
-        ax.errorbar(
-            [n for n, _ in line], [v.value for v in values],
-            yerr=style.reaches([v if _supported(v) else Value(v.value) for v in values]),
-            elinewidth=0.9, label=name, **look_of(name, recipes),
-        )  # fmt: skip
-    draw_published(ax, figures, recipes)
-    ax.margins(x=0.08, y=0.12)
+        spots = _spots(mine, "n_agents", "bertscore_f1")
+        spots = [(n, v if _supported(v) else Value(v.value)) for n, v in spots]
+        style.series(ax, spots, elinewidth=0.9, label=name, **looks[name])
+    agents_axis(ax, found, figures, looks)
     ax.ticklabel_format(axis="y", useOffset=False)
-    agents_axis(ax, found, figures)
     floors = [p["bertscore_floor"].value for p in found]
     ends = span((floor for floor in floors if floor is not None), ".2f")
     ax.set_ylabel("BERTScore F1" + f"\n(floor {ends})" * bool(ends))
-    return ax
+
+
+def _spots(found: Sequence[Point], place: str, metric: str) -> list[tuple[int, Value]]:
+    """(place, value) of each point, each once and in order."""
+    return sorted({(getattr(p, place), p[metric]) for p in found}, key=lambda s: (s[0], s[1].value))
 
 
 def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> Canvas:
     """One panel under each title, two beside each other."""
     canvas, panels = style.grid(len(settings), ACROSS, HEIGHT + 0.3)
-    recipes = recipes_of([p for mine in settings.values() for p in mine])
+    looks = looks_of([p for mine in settings.values() for p in mine])
     for ax, (title, mine) in zip(panels, settings.items(), strict=True):
-        panel(ax, mine, beside(published.load("polykv"), metric, mine), recipes)
+        panel(ax, mine, beside(published.load("polykv"), metric, mine), looks)
         ax.set_title("\n".join(textwrap.fill(line, TITLE) for line in title.split("\n")))
     return style.legend(canvas)
-
-
-def _differ(found: Sequence[Point]) -> bool:
-    """Whether any score differs from 1 in the digits that tables show."""
-    return any(round(p["bertscore_f1"].value, 4) != 1 for p in found)
 
 
 def _supported(f1: Value) -> bool:
@@ -238,38 +224,27 @@ def _supported(f1: Value) -> bool:
     return f1.low is not None and f1.low > LEAST_F1 and (f1.n or 0) >= MIN_DOCUMENTS
 
 
-def _by_place(pair: tuple[int, Value]) -> tuple:
-    return pair[0], pair[1].value
-
-
-def _thinned(contexts: Sequence[int]) -> list[int]:
-    """Ticks at least a factor of 1.3 apart, so that their labels do not touch."""
-    kept: list[int] = []
-    for context in contexts:
-        if not kept or context > 1.3 * kept[-1]:
-            kept.append(context)
-    return kept
-
-
 def claims(rows: pd.DataFrame) -> list[Claim]:
     """Of the abstract's settings: the longest context of each model, delta and BERTScore."""
     figures, found = published.load("polykv"), points(rows)
-    lines = []
-    for metric in MARGIN:
-        said = [f for f in figures if f.metric == metric and f.policy == "polykv"]
-        for model in dict.fromkeys(f.model for f in said):
-            mine = [f for f in said if f.model == model]
-            lines.append(_level(max(mine, key=lambda f: (f.document_tokens, f.n_agents)), found))
-    return lines
+    said = [f for f in figures if f.metric in MARGIN and f.policy == "polykv"]
+    longest = grouped(
+        sorted(said, key=lambda f: [*MARGIN].index(f.metric)), lambda f: (f.metric, f.model)
+    )
+    return [
+        _level(max(mine, key=lambda f: (f.document_tokens, f.n_agents)), found)
+        for mine in longest.values()
+    ]
 
 
 def _level(f: Figure, found: Sequence[Point]) -> Claim:
     value = f"{f.value.value:+g} %" if f.metric == "perplexity_delta" else f"{f.value.value:g}"
     claim = f"{NAME[f.metric]} {value} on {f.model}, {f.document}, {f.document_tokens:,} tokens"
     answer = published.quality_answer(f, found)
-    if isinstance(answer, str) or answer[f.metric].value is None:
-        why = answer if isinstance(answer, str) else answer[f.metric].note
-        said = sentence(f"{why}; {_command(f)}") + _orientation(found, f.metric)
+    if isinstance(answer, Point) and answer[f.metric].value is None:
+        answer = answer[f.metric].note
+    if isinstance(answer, str):
+        said = sentence(f"{answer}; {_command(f)}") + _orientation(found, f.metric)
         return of_paper("quality", NOT_MEASURED, claim, said)
     got, margin = answer[f.metric], MARGIN[f.metric]
     n = f", n = {got.n:,}" if got.n else ""

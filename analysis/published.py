@@ -15,7 +15,7 @@ from importlib.resources import files
 import pandas as pd
 
 from analysis.catalog import NOT_MEASURED, Claim
-from analysis.points import RUN, Point, named
+from analysis.points import RUN, Point, parts
 from analysis.statistics import BASELINE, Value
 
 # Our documents that stand for a published one: the same text, or one of the same kind and length.
@@ -124,6 +124,11 @@ def _figure(row: pd.Series, label_tokens: int | None) -> Figure:
 def same_model(published: str, measured: str) -> bool:
     """Whether two names are of one model; conf/model leaves out the `-instruct` of the published names."""
     return published.removesuffix("-instruct") == measured.removesuffix("-instruct")
+
+
+def of_model(rows: pd.DataFrame, published: str) -> pd.Series:
+    """Mask of the rows of a published model."""
+    return rows["model"].map(partial(same_model, published)).astype(bool)
 
 
 def of_models(paper: str, models: Iterable[str]) -> list[Figure]:
@@ -246,9 +251,8 @@ def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:
 
 def judged_runs(table: str, claim: str, run: str, rows: pd.DataFrame, judge: Judge) -> list[Claim]:
     """The verdict of every run on a claim about this `table` of QKVShare, or the command that would give one."""
-    about, found = [*RUN, "document"], []
-    for key, mine in rows.groupby(about) if len(rows) else ():
-        where = named(about, key)
+    found = []
+    for where, mine in parts(rows, [*RUN, "document"], sort=True):
         on = [f"{where['weights']} weights of {where['model']}", where["document"]]
         on = ", ".join(filter(None, [*on, where["device"], where["dtype"]]))
         verdict, said = judge(mine)

@@ -82,25 +82,22 @@ def main(argv: Sequence[str]) -> tuple[str, ...]:
     Raises:
         PolyKVError: a folder holds no readable row, or the page cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        "python -m analysis report", description="One HTML file with all that was measured."
-    )
+    description = "One HTML file with all that was measured."
+    parser = argparse.ArgumentParser("python -m analysis report", description=description)
+    several = "one page of all of them; of a cell in several, the newest copy counts"
     parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="+",
-        default=[Path("results/local")],
-        metavar="FOLDER",
-        help="one page of all of them; of a cell in several, the newest copy counts",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: report.html in the first FOLDER"
-    )
+        "--results", type=Path, nargs="+", default=[Path("results/local")], metavar="FOLDER", help=several
+    )  # fmt: skip
+    default = "default: report.html in the first FOLDER"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=default)
     arguments = parser.parse_args(argv)
     file = arguments.out or arguments.results[0] / "report.html"
     results = load(*arguments.results)
     try:
-        _check_writable(file)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=file.parent).close()  # fail before drawing, if it cannot be written
         write_atomically(file, page(results))
     except OSError as error:
         raise PolyKVError(
@@ -108,14 +105,6 @@ def main(argv: Sequence[str]) -> tuple[str, ...]:
         ) from error
     print(f"report: {file} ({file.stat().st_size / 1e6:.1f} MB)")
     return results.damaged
-
-
-def _check_writable(file: Path) -> None:
-    """Fail before drawing if the file cannot be written."""
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=file.parent).close()
 
 
 def page(results: Results) -> str:
@@ -223,30 +212,28 @@ def what_ran(rows: pd.DataFrame) -> Table:
         line |= {"documents": _listed(sorted(set(mine["document"]) - {""}))}
         lines.append(line | {"dates": span(text[:10] for text in mine["created_at"])})
     columns = [*keys(*RUN, "documents"), Column("context_tokens", "context")]
-    columns += [Column("n_agents", "agents"), Column("cells", "cells"), Column("rows", "rows")]
+    columns += [Column("n_agents", "agents")]
+    columns += [Column(name, name) for name in ("cells", "rows", "dates")]
     caption = "What ran. A cell is one point of a sweep; a row is one observation"
-    return Table("what_ran", caption, [*columns, Column("dates", "dates")], lines)
+    return Table("what_ran", caption, columns, lines)
 
 
 def produced_by(results: Results) -> Table:
     """A line for each commit, machine and set of versions."""
-    lines: dict[tuple, list[tuple[str, str]]] = {}
+    lines: dict[tuple, list[str]] = {}
     packages: dict[str, None] = {}
-    for place, cell in results.cells.items():
+    for (study, _), cell in results.cells.items():
         versions = cell.provenance.get("versions") or {}
         packages |= dict.fromkeys(versions)
         about = {name: cell.provenance.get(name) for name in ("commit", "machine", "python")}
         key = tuple((name, str(value or "")) for name, value in (about | versions).items())
-        lines.setdefault(key, []).append(place)
+        lines.setdefault(key, []).append(study)
     found = [
-        dict(key) | {"studies": _listed(sorted({study for study, _ in mine})), "cells": len(mine)}
+        dict(key) | {"studies": _listed(sorted({*mine})), "cells": len(mine)}
         for key, mine in sorted(lines.items())
     ]
-    columns = [
-        *keys("commit", "studies"),
-        Column("cells", "cells"),
-        *keys("machine", "python", *packages),
-    ]
+    columns = [*keys("commit", "studies"), Column("cells", "cells")]
+    columns += keys("machine", "python", *packages)
     caption = (
         "Commits, machines and versions. A commit with +dirty: files of the checkout differed from it, so the code "
         "that ran is not that commit alone"

@@ -2,13 +2,12 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter
 from scipy import stats
 
 from analysis import style
@@ -29,7 +28,7 @@ from analysis.statistics import ALPHA, Value, pairs_of, percent, samples_of
 
 STUDY = "compare"
 HEADING = 44  # letters of a heading over one column
-Line = Sequence[tuple[float, Value]]
+Line = tuple[str, str, pd.DataFrame]  # setting, recipe, rows
 PAPER, TABLE, RECIPE = "polykv", "quality", "polykv"
 TREND = "run experiment=context_scaling with three contexts (context=) of n_documents=8"
 MORE = "; more documents (n_documents=) would tell"
@@ -66,15 +65,15 @@ def deltas_of(rows: pd.DataFrame) -> pd.Series:
     return samples_of(rows, "nll_delta", ["context_tokens"]).dropna().droplevel("text").map(percent)
 
 
-def over_contexts(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(setting, recipe, rows) of what was measured at several contexts."""
+def over_contexts(rows: pd.DataFrame) -> list[Line]:
+    """The lines of what was measured at several contexts."""
     found = by_setting(scores(rows), [name for name in SETTING if name != "context_tokens"])
     each = [(setting, *own) for setting, part in found for own in part.groupby("recipe")]
     return [line for line in each if line[2]["context_tokens"].nunique() > 1]
 
 
-def over_agents(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(setting, recipe, rows) of agents that scored together."""
+def over_agents(rows: pd.DataFrame) -> list[Line]:
+    """The lines of agents that scored together."""
     found = by_setting(scores(rows, together=True))
     return [(setting, *own) for setting, part in found for own in part.groupby("recipe")]
 
@@ -94,13 +93,8 @@ def kv_asymmetry(rows: pd.DataFrame) -> Table | None:
     ]
     lines.sort(key=lambda line: (line["section"], line["stored_bits"].value or 0))
     columns = [Column("recipe", "key and value bits", key=True), *QUALITY_COLUMNS]
-    return table_of(
-        "kv_asymmetry",
-        "One recipe at key bits x value bits, by stored bits.",
-        found,
-        columns,
-        lines,
-    )
+    caption = "One recipe at key bits x value bits, by stored bits."
+    return table_of("kv_asymmetry", caption, found, columns, lines)
 
 
 def context_scaling(rows: pd.DataFrame) -> Table | None:
@@ -119,9 +113,8 @@ def context_scaling(rows: pd.DataFrame) -> Table | None:
         "context, every context with a variance of its own (Welch); the delta shrinks where it points to 0 with its "
         "whole interval."
     )
-    return table_of(
-        "context_scaling", caption, scores(rows), [*keys("recipe", "context"), *columns], lines
-    )
+    columns = [*keys("recipe", "context"), *columns]
+    return table_of("context_scaling", caption, scores(rows), columns, lines)
 
 
 def agent_scaling(rows: pd.DataFrame) -> Table | None:
@@ -133,14 +126,8 @@ def agent_scaling(rows: pd.DataFrame) -> Table | None:
         for section, recipe, mine in over_agents(rows)
         for n, part in mine.groupby("n_agents")
     ]
-    caption = "Quality of the last of N agents that read one pool."
-    return table_of(
-        "agent_scaling",
-        caption,
-        scores(rows, together=True),
-        [*keys("recipe", "agents"), *columns],
-        lines,
-    )
+    caption, used = "Quality of the last of N agents that read one pool.", scores(rows, True)
+    return table_of("agent_scaling", caption, used, [*keys("recipe", "agents"), *columns], lines)
 
 
 @style.styled
@@ -148,31 +135,25 @@ def asymmetry_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Heat map of KL, key bits x value bits; one panel per setting."""
     found = scores(rows)
     found = found[composed(found)]
-    grids = {heading: _grid(mine) for heading, mine in by_setting(found)}
-    grids = {heading: grid for heading, grid in grids.items() if grid.size}
+    grids = {}  # mean KL, key bits down and value bits across, the most first
+    for heading, mine in by_setting(found):
+        cells = mine.groupby(["key_bits", "value_bits"])
+        kl = {bits: measured(part, "kl_mean").value for bits, part in cells}
+        kl = pd.Series({bits: value for bits, value in kl.items() if value}, dtype=float)
+        if len(kl):
+            grids[heading] = kl.unstack().sort_index(ascending=False)
     if not grids:
         return None
     canvas, panels = style.sheet([*map(_short, grids)], 1, 2.7, style.COLUMN)
     for (ax,), grid in zip(panels, grids.values(), strict=True):
         _heat_map(ax, grid)
-    return style.picture(
-        canvas,
-        "Mean KL divergence of one recipe at key bits by value bits",
-        about(found),
-        style.Marks(more="Log colour scale."),
-    )
-
-
-def _grid(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean KL, key bits down and value bits across, the most first."""
-    cells = rows.groupby(["key_bits", "value_bits"])
-    kl = pd.Series({bits: measured(part, "kl_mean").value for bits, part in cells}, dtype=float)
-    grid = kl[kl > 0].unstack()
-    return grid.sort_index(ascending=False).sort_index(axis=1, ascending=False)
+    shows = "Mean KL divergence of one recipe at key bits by value bits"
+    return style.picture(canvas, shows, about(found), style.Marks(more="Log colour scale."))
 
 
 def _heat_map(ax: Axes, grid: pd.DataFrame) -> None:
     """The grid in a log colour scale, each cell with its number."""
+    grid = grid.sort_index(axis=1, ascending=False)
     norm = LogNorm(np.nanmin(grid.values), np.nanmax(grid.values))
     image = ax.imshow(grid.values, norm=norm, cmap="viridis_r", aspect="auto")
     for (down, across), value in np.ndenumerate(grid.values):
@@ -181,10 +162,10 @@ def _heat_map(ax: Axes, grid: pd.DataFrame) -> None:
             across, down, f"{value:.1e}", ha="center", va="center", fontsize=style.SIZE,
             color="white" if dark else "black",
         )  # fmt: skip
-    for axis, bits, name in ((ax.xaxis, grid.columns, "value"), (ax.yaxis, grid.index, "key")):
-        axis.set_major_locator(FixedLocator(range(len(bits))))
-        axis.set_ticklabels([f"{n}" for n in bits])
-        axis.set_label_text(f"{name} bits")
+    ax.set_xticks(range(len(grid.columns)), [f"{bits}" for bits in grid.columns])
+    ax.set_yticks(range(len(grid.index)), [f"{bits}" for bits in grid.index])
+    ax.set_xlabel("value bits")
+    ax.set_ylabel("key bits")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label="mean KL divergence, nats")
 
@@ -192,34 +173,19 @@ def _heat_map(ax: Axes, grid: pd.DataFrame) -> None:
 @style.styled
 def context_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Perplexity delta by context, with intervals and every document; one panel per setting."""
-    return _scaling(
-        over_contexts(rows),
-        "context_tokens",
-        "context, tokens",
-        "Perplexity against the uncompressed cache, by context",
-        dots=True,
-    )
+    shows = "Perplexity against the uncompressed cache, by context"
+    return _scaling(over_contexts(rows), "context_tokens", "context, tokens", shows)
 
 
 @style.styled
 def agent_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     """Perplexity delta by number of agents; one panel per setting."""
-    return _scaling(
-        over_agents(rows),
-        "n_agents",
-        "agents that read the pool",
-        "Perplexity against the uncompressed cache of the last of N agents that read one pool",
-    )
+    shows = "Perplexity against the uncompressed cache of the last of N agents that read one pool"
+    return _scaling(over_agents(rows), "n_agents", "agents that read the pool", shows)
 
 
-def _scaling(
-    found: Iterable[tuple[str, str, pd.DataFrame]],
-    axis: str,
-    label: str,
-    shows: str,
-    dots: bool = False,
-) -> style.Picture | None:
-    """A panel for each setting of `found` (setting, recipe, rows): a line for each recipe over `axis`."""
+def _scaling(found: Sequence[Line], axis: str, label: str, shows: str) -> style.Picture | None:
+    """A panel for each setting: a line with intervals for each recipe over `axis`; documents by context as dots."""
     settings: dict[str, dict[str, pd.DataFrame]] = {}
     for setting, recipe, mine in found:
         settings.setdefault(setting, {})[recipe] = mine
@@ -227,39 +193,23 @@ def _scaling(
         return None
     canvas, panels = style.sheet([*map(_short, settings)], 1, 2.3, style.COLUMN)
     for (ax,), recipes in zip(panels, settings.values(), strict=True):
-        lines = {
-            recipe: [(at, measured(part, "perplexity_delta")) for at, part in mine.groupby(axis)]
-            for recipe, mine in recipes.items()
-        }
-        lines = {name: [s for s in line if s[1].value is not None] for name, line in lines.items()}
-        _over(ax, lines, {name: deltas_of(mine) for name, mine in recipes.items()} if dots else {})
+        tints = style.colours(recipes)
+        for place, (recipe, mine) in enumerate(recipes.items()):
+            shift, look = 1.07 ** (place - (len(recipes) - 1) / 2), {"color": tints[recipe]}
+            if axis == "context_tokens":
+                deltas = deltas_of(mine)
+                at = deltas.index.to_numpy(float) * shift
+                ax.plot(at, deltas, ".", alpha=0.3, markersize=3, markeredgewidth=0, **look)
+            parts = mine.groupby(axis)
+            spots = [(at * shift, measured(part, "perplexity_delta")) for at, part in parts]
+            style.series(ax, spots, fmt="o-", markersize=3.5, label=recipe, **look)
+        style.delta_axis(ax, "perplexity delta, %")
+        ax.set_xscale("log", base=2)
+        style.number_ticks(ax, [at for mine in recipes.values() for at in mine[axis]])
         ax.set_xlabel(label)
-    used = pd.concat([mine for recipes in settings.values() for mine in recipes.values()])
+    used = pd.concat([mine for _, _, mine in found])
     marks = style.Marks(dots="single documents")
     return style.picture(style.legend(canvas), shows, about(used), marks)
-
-
-def _over(ax: Axes, lines: Mapping[str, Line], dots: Mapping[str, pd.Series]) -> None:
-    """Perplexity delta over contexts or agents (log x) with intervals; single documents as dots."""
-    tints = style.colours(lines)
-    for place, (recipe, line) in enumerate(lines.items()):
-        shift = 1.07 ** (place - (len(lines) - 1) / 2)
-        if recipe in dots:
-            own = dots[recipe]
-            ax.plot(
-                own.index.to_numpy(float) * shift, own, ".", color=tints[recipe], alpha=0.3, markersize=3,
-                markeredgewidth=0,
-            )  # fmt: skip
-        found = [value for _, value in line]
-        ax.errorbar(
-            [at * shift for at, _ in line], [v.value for v in found], yerr=style.reaches(found), fmt="o-",
-            markersize=3.5, color=tints[recipe], label=recipe,
-        )  # fmt: skip
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    ax.set_xscale("log", base=2)
-    style.number_ticks(ax, [at for line in lines.values() for at, _ in line])
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
-    ax.set_ylabel("perplexity delta, %")
 
 
 def _short(heading: str) -> str:
@@ -284,18 +234,14 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
             (where, verdict) for where, mine in bits if (verdict := _unequal(mine))
         ],
     }
-    return [
-        claim
-        for (said, experiment), verdicts in judged.items()
-        for claim in _each(said, experiment, verdicts)
-    ]
-
-
-def _each(said: str, experiment: str, verdicts: list[tuple[str, tuple[str, str]]]) -> list[Claim]:
-    if not verdicts:
+    claims = []
+    for (said, experiment), verdicts in judged.items():
         run = f"Not measured; run experiment={experiment}."
-        return [Claim(PAPER, TABLE, NOT_MEASURED, said, run)]
-    return [Claim(PAPER, TABLE, got[0], f"{said} (on {on})", got[1]) for on, got in verdicts]
+        none = [] if verdicts else [Claim(PAPER, TABLE, NOT_MEASURED, said, run)]
+        claims += none or [
+            Claim(PAPER, TABLE, got, f"{said} (on {on})", why) for on, (got, why) in verdicts
+        ]
+    return claims
 
 
 def _shrinks(mine: pd.DataFrame) -> tuple[str, str]:

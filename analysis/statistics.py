@@ -62,24 +62,11 @@ class Value:
 
 
 UNMEASURED = Value(None, note="not measured")
-
-
 Reduce = Callable[[pd.DataFrame], Value]
 # The columns that a Reduce may read: to select all forty of them in each of thousands of figures takes seconds.
 READ = (
-    "cell",
-    "created_at",
-    "seed",
-    "sample",
-    "text",
-    "block",
-    "agent",
-    "scorer",
-    "statistic",
-    "n",
-    "value",
-    "note",
-)
+    "cell", "created_at", "seed", "sample", "text", "block", "agent", "scorer", "statistic", "n", "value", "note",
+)  # fmt: skip
 
 
 def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
@@ -153,8 +140,12 @@ def mean_of_answers(
     n, value = len(answers), float(answers.mean())
     if n < MIN_DOCUMENTS:
         return Value(value, note=f"no interval: {n} answers, and it takes {MIN_DOCUMENTS}", n=n)
-    over = DOCUMENTS if len(samples) >= MIN_DOCUMENTS else "answers"
-    return Value(value, *(document_interval(samples, bounds) or (None, None)), n=n, over=over)
+    interval = document_interval(samples, bounds) or (None, None)
+    if len(samples) >= MIN_DOCUMENTS:
+        return Value(value, *interval, n=n, over=DOCUMENTS)
+    about = f"{len(samples)} document{'s' * (len(samples) > 1)}"
+    note = f"interval over {n} answers about {about}, which are not independent"
+    return Value(value, *interval, note, n, "answers")
 
 
 @of_present
@@ -195,12 +186,9 @@ def largest(rows: pd.DataFrame) -> Value:
 
 def single(rows: pd.DataFrame) -> Value:
     """The last value of each cell, averaged over cells: for metrics without samples (arithmetic, bytes, statistics)."""
-    return _mean_of_cells(rows.groupby("cell", sort=False).tail(1))
-
-
-@of_present
-def _mean_of_cells(last: pd.DataFrame) -> Value:
-    return Value(float(last["value"].mean()), note=last["note"].iloc[-1])
+    last = rows.groupby("cell", sort=False).tail(1)
+    found = plain_mean(last)
+    return found if found.value is None else Value(found.value, note=last["note"].iloc[-1])
 
 
 @dataclass(frozen=True)
@@ -330,13 +318,13 @@ def newest(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A positive quantity of the same documents under several recipes, compared pair by pair.
+    """A positive quantity of the same documents under several recipes, compared pair by pair: (less, more).
 
     Attributes:
         documents: how many all recipes have; below FEW no pair is tested.
         names: the recipes, least mean first.
-        ratios: (less, more) -> by what factor, with the smallest that would have shown at Holm's first step.
-        p: (less, more) -> p of the paired t test on logarithms, Holm's correction over all pairs.
+        ratios: by what factor, with the smallest that would have shown at Holm's first step.
+        p: of the paired t test on logarithms, Holm's correction over all pairs.
     """
 
     documents: int

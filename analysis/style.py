@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 
@@ -181,6 +181,40 @@ def reaches(values: Sequence[Value]) -> list[list[float]]:
         [max(0.0, v.value - x) for v, x, _ in pairs],
         [max(0.0, x - v.value) for v, _, x in pairs],
     ]
+
+
+def series(ax: Axes, spots: Iterable[tuple[float, Value]], **look: Any) -> list[Value]:
+    """Draw a line through those (x, value) that have a value, with intervals; return these values."""
+    found = [(x, value) for x, value in spots if value.value is not None]
+    values = [value for _, value in found]
+    if found:
+        spread = reaches(values) if any(value.low is not None for value in values) else None
+        ax.errorbar([x for x, _ in found], [value.value for value in values], yerr=spread, **look)
+    return values
+
+
+def delta_axis(ax: Axes, label: str) -> None:
+    """A y axis of differences: signed numbers, and a line at 0."""
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:+g}" if number else "0"))
+    ax.set_ylabel(label)
+
+
+def name_bars(ax: Axes, names: Sequence[str]) -> None:
+    """A name beside each horizontal bar, the first on top, and a grid of values only."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_axisbelow(True)
+    ax.grid(axis="x")
+    ax.grid(axis="y", visible=False)
+
+
+def keep(axes: Sequence[Axes], n: int) -> None:
+    """The first `n` panels of a row stay, with the names of their common y axis at the first."""
+    for ax in axes[1:n]:
+        ax.set_yticklabels([])
+    for ax in axes[n:]:
+        ax.remove()
 
 
 class Numbers(Locator):

@@ -69,11 +69,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Check the settings, the hardware and the folder to quote from.
-
-    Raises:
-        PolyKVError: one line, for bad input.
-    """
+    """Check the settings, the hardware and the folder to quote from."""
     settings.check_common(cfg)
     settings.check_context(cfg, 32768)
     settings.check_readers(cfg)

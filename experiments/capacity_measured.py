@@ -25,11 +25,7 @@ LINE = [
 
 
 def check(cfg: DictConfig) -> None:
-    """Check that the folder to quote from, if one is set, has rows to quote.
-
-    Raises:
-        PolyKVError: names the folder.
-    """
+    """Check that the folder to quote from, if one is set, has rows to quote."""
     if cfg.measured is not None and _measured(cfg).empty:
         raise PolyKVError(
             f"measured={cfg.measured} has no rows of experiment={QUOTED}; give a results folder "

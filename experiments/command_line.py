@@ -31,9 +31,6 @@ def check_paths(overrides: Sequence[Override]) -> None:
     """Check that no path was split at its commas.
 
     Several paths are allowed if each exists; a name of a model on a hub (no leading `/`) is not looked for.
-
-    Raises:
-        PolyKVError: one was; the message has it quoted.
     """
     for override in overrides:
         key, _, typed = override.input_line.partition("=")

@@ -48,11 +48,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Check the settings; random weights are allowed, since memory and time do not depend on them.
-
-    Raises:
-        PolyKVError: one clear line.
-    """
+    """Check the settings; random weights are allowed, since memory and time do not depend on them."""
     process.start_early(memory.__name__)
     settings.check_common(cfg)
     settings.check_readers(cfg)

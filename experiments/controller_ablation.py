@@ -48,11 +48,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Check the settings and the problems.
-
-    Raises:
-        PolyKVError: one line, for bad input.
-    """
+    """Check the settings and the problems."""
     handoff_accuracy.check(cfg, session)
     if not Policy.from_config(cfg.policy).has_budget:
         raise PolyKVError(f"policy {cfg.policy.name!r} has no budget to ablate; choose another")

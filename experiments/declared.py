@@ -41,12 +41,7 @@ class _Declared(NamedTuple):
 
 
 def check(cfg: DictConfig) -> None:
-    """Check that the study of a composed config declares every setting in it.
-
-    Raises:
-        PolyKVError: a setting that it does not declare; names the nearest declared setting, or the studies that do
-            declare it.
-    """
+    """Check that the study of a composed config declares every setting in it."""
     given = OmegaConf.to_container(cfg)
     declared = _declared_by(cfg.study)
     settings = set(declared.settings)

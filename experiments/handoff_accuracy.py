@@ -57,11 +57,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Check the settings, and that the problems fit the model's positions once tokenised.
-
-    Raises:
-        PolyKVError: one line, for bad input.
-    """
+    """Check the settings, and that the problems fit the model's positions once tokenised."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     Policy.from_config(cfg.policy)
@@ -102,11 +98,7 @@ def key_of(cfg: DictConfig) -> SigningKey | None:
 
 
 def check_budget(bits: Any) -> None:
-    """Check a number of bits; None is allowed, for policies without a budget.
-
-    Raises:
-        PolyKVError: names the budget.
-    """
+    """Check a number of bits; None is allowed, for policies without a budget."""
     if bits is not None and (not isinstance(bits, int | float) or not 0 < bits <= 32):
         raise PolyKVError(f"budget_bits={bits!r}; it takes a number of bits such as 4.0")
 

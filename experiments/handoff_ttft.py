@@ -55,11 +55,7 @@ def settle(cfg: DictConfig) -> DictConfig:
 
 
 def check(cfg: DictConfig, session: Session) -> None:
-    """Check the settings; random weights are allowed, since times do not depend on them.
-
-    Raises:
-        PolyKVError: one line, for bad input.
-    """
+    """Check the settings; random weights are allowed, since times do not depend on them."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     routes_of(cfg)

@@ -1,4 +1,7 @@
-"""Settings of a cell: made explicit, checked, and written into its rows."""
+"""Settings of a cell: made explicit, checked, and written into its rows.
+
+Every `check` of this package raises PolyKVError for bad input: one line that says what is wrong and what to do.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,11 +88,7 @@ def label(cfg: DictConfig, group: str) -> str:
 
 
 def check_common(cfg: DictConfig, spread: bool = False) -> None:
-    """Check what every study has in common. `spread`: the study takes a model on several devices.
-
-    Raises:
-        PolyKVError: one line, for bad input.
-    """
+    """Check what every study has in common. `spread`: the study takes a model on several devices."""
     check_whole(cfg, "n_agents", "n_documents", "max_new_tokens")
     check_whole(cfg, "seed", least=0)
     if cfg.context is not None:
@@ -122,11 +121,7 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
 
 
 def check_quality(cfg: DictConfig, session: "Session") -> None:
-    """Check what measuring quality takes: trained weights, and texts within the model's positions.
-
-    Raises:
-        PolyKVError: random weights, no hub, a folder without a model, or a text that is too long once tokenised.
-    """
+    """Check what measuring quality takes: trained weights, and texts within the model's positions."""
     check_common(cfg, spread=True)
     check_trained(cfg, "experiment=polykv_memory")
     check_generated(cfg)
@@ -145,11 +140,7 @@ def check_quality(cfg: DictConfig, session: "Session") -> None:
 
 
 def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "") -> None:
-    """Check that these settings are whole numbers of at least `least`. `instead`: what the message ends in.
-
-    Raises:
-        PolyKVError: names the setting.
-    """
+    """Check that these settings are whole numbers of at least `least`. `instead`: what the message ends in."""
     for name in names:
         if not isinstance(cfg[name], int) or cfg[name] < least:
             given = f"{name}={cfg[name]!r}"
@@ -157,11 +148,7 @@ def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "")
 
 
 def check_readers(cfg: DictConfig) -> None:
-    """Check that `readers` lists at least one of READERS, and no other.
-
-    Raises:
-        PolyKVError: names what is wrong.
-    """
+    """Check that `readers` lists at least one of READERS, and no other."""
     if not cfg.readers:
         raise PolyKVError(f"readers=[] has no reader; name one or more of {', '.join(READERS)}")
     for reader in cfg.readers:
@@ -170,11 +157,7 @@ def check_readers(cfg: DictConfig) -> None:
 
 
 def check_context(cfg: DictConfig, example: int) -> None:
-    """Check that `context` is set, in studies that read no text whose length it could be.
-
-    Raises:
-        PolyKVError: it is null.
-    """
+    """Check that `context` is set, in studies that read no text whose length it could be."""
     if cfg.context is None:
         raise PolyKVError(
             f"context=null is the length of a text, and none is read here; set context={example}"
@@ -182,11 +165,7 @@ def check_context(cfg: DictConfig, example: int) -> None:
 
 
 def check_trained(cfg: DictConfig, instead: str) -> None:
-    """Check that the weights are trained. `instead`: a study that takes random ones.
-
-    Raises:
-        PolyKVError: they are random.
-    """
+    """Check that the weights are trained. `instead`: a study that takes random ones."""
     if cfg.weights == "random":
         raise PolyKVError(
             f"quality cannot be measured on random weights (model={cfg.model.name}); leave weights "
@@ -195,11 +174,7 @@ def check_trained(cfg: DictConfig, instead: str) -> None:
 
 
 def check_generated(cfg: DictConfig) -> None:
-    """Check that generated documents are read by the model that they are written for.
-
-    Raises:
-        PolyKVError: names the documents for other models.
-    """
+    """Check that generated documents are read by the model that they are written for."""
     if cfg.document.name == "generated" and cfg.weights != "reference":
         raise PolyKVError(
             f"document=generated is written for the reference model, not for {cfg.model.name}; "
@@ -210,22 +185,14 @@ def check_generated(cfg: DictConfig) -> None:
 def check_hub(
     cfg: DictConfig, mend: str = "use model=local model.path=/a/folder, or model=reference"
 ) -> None:
-    """Check that a hub can be reached, if the weights are there. `mend`: what the message proposes.
-
-    Raises:
-        PolyKVError: it cannot.
-    """
+    """Check that a hub can be reached, if the weights are there. `mend`: what the message proposes."""
     if cfg.weights == "hub":
         mend = packaged.remedy(cfg.model) + mend
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
 def check_dequantizes(cfg: DictConfig) -> None:
-    """Check that the reader is `dequantize`, in studies that measure unshared caches.
-
-    Raises:
-        PolyKVError: names the reader.
-    """
+    """Check that the reader is `dequantize`, in studies that measure unshared caches."""
     if cfg.reader != "dequantize":
         raise PolyKVError(
             f"{cfg.study} reads unshared caches, not reader={cfg.reader}; use reader=dequantize"

@@ -155,11 +155,7 @@ def prepare(cfg: DictConfig) -> Cell:
 
 
 def check_device(settled: DictConfig) -> None:
-    """Check that this machine has the device.
-
-    Raises:
-        PolyKVError: it does not.
-    """
+    """Check that this machine has the device."""
     from polykv import models  # imports torch
 
     models.check_device(settled.device)
