@@ -333,18 +333,14 @@ def _lines_of_panels(
 def _panel(ax: Axes, rows: pd.DataFrame, kinds: list[Kind]) -> None:
     if rows["throughput"].isna().all():
         style.absent(ax, "not one agent fits")
-    for kind, own, spots in _lines(rows):
-        look, fewest = _look(kind, kinds), own == rows["suffix_tokens"].min()
-        shown = (
-            {
-                "ls": "-",
-                "label": ", ".join([kind[1]] * (kind[1] != ANY) + [style.READERS[kind[0]][0]]),
-            }
-            if fewest
-            else {"ls": ":"}
-        )
+    for (reader, recipe), own, spots in _lines(rows):
+        look = _look((reader, recipe), kinds)
         at, speed = spots["n_agents"].to_numpy(float), spots["throughput"].to_numpy(float)
-        ax.plot(at, speed, **shown, **look)
+        if own == rows["suffix_tokens"].min():
+            name = style.READERS[reader][0]
+            ax.plot(at, speed, label=name if recipe == ANY else f"{recipe}, {name}", **look)
+        else:
+            ax.plot(at, speed, ":", **look)
         ax.plot(at[-1], speed[-1], "x", color=look["color"])
 
 

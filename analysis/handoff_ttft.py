@@ -68,10 +68,12 @@ def _warned(timing: Value) -> Value:
     return replace(timing, note="; ".join(filter(None, notes)))
 
 
-def _table(name: str, found: pd.DataFrame, said: tuple, columns: list, lines: list) -> Table:
-    """A table of routes; `said`: caption and legend."""
+def _table(
+    name: str, caption: str, legend: str, found: pd.DataFrame, columns: list[Column], lines: list
+) -> Table:
+    """A table of routes, with the columns that name them."""
     about = [*keys("context", "policy", "budget", "route"), *settings_columns(found)]
-    return Table(name, f"{said[0]}. {_describe(found)}", [*about, *columns], lines, said[1])
+    return Table(name, f"{caption}. {_describe(found)}", [*about, *columns], lines, legend)
 
 
 def _describe(found: pd.DataFrame) -> str:
@@ -117,7 +119,7 @@ def table(rows: pd.DataFrame) -> Table:
         "against the uncompressed cache read alike, in float32 whatever the times' dtype; bits: stored per cached "
         "value, all metadata counted"
     )
-    return _table("handoff_ttft", found, (caption, explained), columns, lines)
+    return _table("handoff_ttft", caption, explained, found, columns, lines)
 
 
 def stages_table(rows: pd.DataFrame) -> Table:
@@ -148,7 +150,7 @@ def stages_table(rows: pd.DataFrame) -> Table:
         "(which theirs holds) and first forward"
     )
     caption = "Milliseconds by stage, medians over repeats"
-    return _table("handoff_stages", found, (caption, explained), columns, lines)
+    return _table("handoff_stages", caption, explained, found, columns, lines)
 
 
 def _by_stage(mine: pd.DataFrame) -> dict[str, Value]:
