@@ -9,9 +9,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import style
 from analysis.concurrency import runs
-from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.points import RECIPES, groups
+from analysis.points import RECIPES, groups, settings_text
 from analysis.render import (
     Column,
     Row,
@@ -324,8 +323,7 @@ def _lines_of_panels(
         own = sorted(set(mine["suffix_tokens"]))
         said = " or ".join(f"{number:,}" for number in dict.fromkeys([own[0], own[-1]]))
         heading = f"{run['model']}, {run['dtype']}, {run['context_tokens']:,} tokens, {said} of them an agent's own"
-        for name in swept(speed):
-            heading += f", {name.removeprefix(SET)}={run[name]}"
+        heading += settings_text(run)
         for start in range(0, len(places), ACROSS):
             yield heading if not start else "", places[start : start + ACROSS], mine
 

@@ -7,9 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import published, style
-from analysis.load import SETTING as SET
 from analysis.load import swept
-from analysis.points import RUN, over_seeds, parts, run_text
+from analysis.points import RUN, over_seeds, parts, run_text, settings_text
 from analysis.published import SAME_LENGTH
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import BYTES, Measure, Value, median
@@ -71,8 +70,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
     found = {}
     for title, mine in runs(rows):
         for setting, part in parts(mine, swept(mine), sort=True):
-            said = (f"{name.removeprefix(SET)}={value}" for name, value in setting.items())
-            found["\n".join([*title.split("; "), *said])] = part
+            found[title.replace("; ", "\n") + settings_text(setting)] = part
     canvas, panels = style.sheet(list(found), 2, 1.9)
     for (resident, speed), mine in zip(panels, found.values(), strict=True):
         lines = {

@@ -23,8 +23,8 @@ from analysis.points import (
     less,
     ordered,
     over_seeds,
-    parts,
     run_text,
+    settings_text,
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.statistics import Measure, Value, mean_of_samples
@@ -114,10 +114,11 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     found = pd.DataFrame(found).assign(short=short, mean=mean)
     # one order of the signals for all panels, the best at the bottom
     names = list(found.groupby("short")["mean"].mean().sort_values().index)
-    runs = list(parts(found, [*RUN, "document", "n_hops"]))
+    runs = list(groups(found, *RUN, "document", "n_hops"))
     settings = [list(mine.groupby(["budget_bits", "reseal"])) for _, mine in runs]
     headings = [
-        f"{run_text(run)}, {run['document']}, {hops_text(run['n_hops'])}" for run, _ in runs
+        f"{run_text(run)}, {run['document']}, {hops_text(run['n_hops'])}{settings_text(run)}"
+        for run, _ in runs
     ]
     canvas, panels = style.sheet(headings, max(map(len, settings)), 0.55 + 0.2 * len(names))
     for axes, setting in zip(panels, settings, strict=True):

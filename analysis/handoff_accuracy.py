@@ -21,6 +21,7 @@ from analysis.points import (
     ordered,
     over_seeds,
     run_text,
+    settings_text,
 )
 from analysis.published import judged_runs, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
@@ -175,6 +176,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     runs = list(groups(found, *place, "budget_bits", "reseal"))
     headings = [
         f"{run['model']} ({run['weights']} weights), {run['document']}; {run['budget_bits']:g} bits, {run['reseal']}"
+        + settings_text(run)
         for run, _ in runs
     ]
     canvas, panels = style.sheet(headings, 2, 1.75)

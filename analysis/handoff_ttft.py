@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 
 from analysis import published, style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, Claim, decided, equivalent
-from analysis.points import IN_PLACE, RUN, bits_text, counted, groups, ordered, over_seeds, run_text
+from analysis.points import (
+    IN_PLACE,
+    RUN,
+    bits_text,
+    counted,
+    groups,
+    ordered,
+    over_seeds,
+    run_text,
+    settings_text,
+)
 from analysis.published import HOLDS, SAME_LENGTH, judged_runs, with_budget
 from analysis.render import Column, Row, Table, compact, describe, fixed, keys, settings_columns
 from analysis.statistics import QUALITY, Measure, Value, median
@@ -174,8 +184,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
     bars = found["context_tokens"].nunique() == 1 and not any(beside)
     n_bars = found.groupby(["policy", "route"]).ngroups / len(shown)
     height = 0.6 + 0.2 * n_bars if bars else 2.1
-    headings = [run_text(run) for run, _ in runs]
-    canvas, panels = style.sheet(headings, len(shown), height, style.PAGE, share_y=True)
+    canvas, panels = style.sheet(_headings(runs), len(shown), height, style.PAGE, share_y=True)
     for axes, (_, mine), theirs in zip(panels, runs, beside, strict=True):
         for ax, transport in zip(axes, shown, strict=True):
             part = mine[mine["transport"].isin((TEXT, transport))]
@@ -212,6 +221,14 @@ def figure(rows: pd.DataFrame) -> style.Picture:
     return style.picture(drawn, "Median time to first token by route", _describe(found), marks)
 
 
+def _headings(runs: Sequence[tuple[Row, object]]) -> list[str]:
+    """The run of each row of panels, its document where there are several, and its settings."""
+    several = len({run["document"] for run, _ in runs}) > 1
+    return [
+        run_text(run) + f", {run['document']}" * several + settings_text(run) for run, _ in runs
+    ]
+
+
 def _bars(ax: Axes, times: dict[tuple[str, str], Value]) -> None:
     """A bar with quartiles for each (policy, name)."""
     values = list(times.values())
@@ -239,7 +256,7 @@ def stages_figure(rows: pd.DataFrame) -> style.Picture | str:
     ]
     height = 0.6 + 0.15 * found.groupby(["policy", "route"]).ngroups
     across = max(len(contexts) for _, contexts in runs)
-    canvas, panels = style.sheet([run_text(run) for run, _ in runs], across, height)
+    canvas, panels = style.sheet(_headings(runs), across, height)
     for axes, (_, contexts) in zip(panels, runs, strict=True):
         for ax, (tokens, part) in zip(axes, contexts, strict=False):
             _stacked(ax, part)

@@ -229,6 +229,12 @@ def run_text(run: Mapping[str, object]) -> str:
     return f"{run['model']} ({run['weights']} weights), {run['device']}, {run['dtype']}"
 
 
+def settings_text(line: Mapping[str, object]) -> str:
+    """The settings that tell a line or a panel from others, as text to append; "" without any."""
+    told = (name for name in line if name.startswith(SETTING))
+    return "".join(f", {name.removeprefix(SETTING)}={line[name] or 'unset'}" for name in told)
+
+
 def bits_text(bits: float | None) -> str:
     """A budget as text."""
     return "none" if bits is None or pd.isna(bits) else f"{bits:g} bits"

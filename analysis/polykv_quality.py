@@ -156,7 +156,7 @@ def bertscore_agents(rows: pd.DataFrame) -> style.Picture | str | None:
         "BERTScore F1 of answers from the pool against those from the uncompressed cache, by agents"
     )
     about = described(rows, "bertscore_f1", "bertscore_floor")
-    bars = f"95 % intervals over documents, with fewer than {MIN_DOCUMENTS} over answers, which are not independent"
+    bars = f"95 % intervals over documents, with fewer than {MIN_DOCUMENTS} over answers, taken as independent"
     return style.picture(canvas, shows, about, style.Marks(bars=bars, dashed=DASHED, more=more))
 
 

@@ -144,7 +144,7 @@ def mean_of_answers(
     if len(samples) >= MIN_DOCUMENTS:
         return Value(value, *interval, n=n, over=DOCUMENTS)
     about = f"{len(samples)} document{'s' * (len(samples) > 1)}"
-    note = f"interval over {n} answers about {about}, which are not independent"
+    note = f"interval over {n} answers about {about}, taken as independent"
     return Value(value, *interval, note, n, "answers")
 
 

@@ -296,6 +296,20 @@ def test_one_context_has_bars_of_the_routes_and_no_empty_transport(tmp_path):
     assert_readable(drawn.canvas)
 
 
+def test_headings_say_which_document_and_setting_a_row_of_panels_is_of(tmp_path):
+    cells = [
+        made_up(f"{document}{tokens}", [10] * 3, [5] * 3, config=config, document=document)
+        for document in ("a", "b")
+        for tokens in (16, 32)
+        for config in ({"scored_tokens": tokens},)
+    ]
+    rows = load(write(tmp_path, cells)).rows
+    for name in NAMES:
+        titles = [part.get_suptitle() for part in figure(name, rows).canvas.subfigs]
+        assert len(titles) == len(set(titles)) == 4
+        assert sum(", a, " in title and "scored_tokens=16" in title for title in titles) == 1
+
+
 def test_published_times_are_drawn_among_those_of_their_own_model_only(tmp_path):
     for model, n_open in (("llama-3.1-8b", 4), ("reference", 0)):
         cells = timing_cells(model, "random")
