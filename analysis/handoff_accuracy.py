@@ -25,7 +25,7 @@ from analysis.points import (
 )
 from analysis.published import judged_runs, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
-from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, samples_within
+from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, within
 from polykv.evaluation.statistics import holm, mcnemar
 
 RELAY = ("document", "n_hops", "budget_bits", "policy", "reseal")
@@ -35,7 +35,7 @@ CARD = "topology"  # the policy of a QKVShare card
 LOSS = 5.0
 ALPHA = 0.05
 DODGE = 0.09  # handoffs between policies at one place of x, so that bars do not hide each other
-KL = Measure("kl", reduce=samples_within(0, math.inf))
+KL = Measure("kl", reduce=within(0, math.inf, mean_of_samples))
 STRICT = Measure("answer_right", {"extraction": "strict"}, rate, percentage)
 MEASURES = {
     "strict": STRICT,
@@ -43,7 +43,7 @@ MEASURES = {
     "kl": KL,
     "working": Measure("depth_working", reduce=mean_of_samples),
     "passing": Measure("depth_passing", reduce=mean_of_samples),
-    "same_top1": Measure("same_top1", reduce=samples_within(0, 1)),
+    "same_top1": Measure("same_top1", reduce=within(0, 1, mean_of_samples)),
     "bits": Measure("mean_bits", reduce=mean_of_samples),
     "file_bits": Measure("file_bits", reduce=mean_of_samples),
 }

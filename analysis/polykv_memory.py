@@ -335,14 +335,12 @@ def _ratio_claim(f: Figure, found: Sequence[Point]) -> Claim:
         why = "No ratio was measured; run experiment=polykv_ratio."
         return of_paper("ratio", NOT_MEASURED, claim, why)
     nominal = mine[0]["nominal_ratio"].value
-    stored = [p["stored_ratio"].value for p in mine]
-    return of_paper(
-        "ratio",
-        AGREES if abs(nominal - f.value.value) < 0.005 else NOT_REPRODUCED,
-        claim,
-        f"16 bits over the mean payload bits of the recipe are {nominal:.3f}, computed, whatever the "
-        f"weights; measured, over every byte kept, it is {span(stored, '.3f')}.",
-    )
+    stored = (p["stored_ratio"].value for p in having(mine, "stored_ratio"))
+    verdict = AGREES if abs(nominal - f.value.value) < 0.005 else NOT_REPRODUCED
+    said = f"16 bits over the mean payload bits of the recipe are {nominal:.3f}, computed, whatever the weights"
+    if ends := span(stored, ".3f"):
+        said += f"; measured, over every byte kept, it is {ends}"
+    return of_paper("ratio", verdict, claim, f"{said}.")
 
 
 def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
@@ -353,48 +351,43 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
         why = sentence(f"{answer}; run experiment=polykv_memory")
         return of_paper("memory", NOT_MEASURED, claim, why)
     same = abs(answer["paper"].value - f.value.value) < ROUNDING
-    kept = answer["stored"].value
-    every_byte = "" if kept is None else f"; measured, every byte kept, it is {kept:.3f} GB"
-    return of_paper(
-        "memory",
-        AGREES if same else NOT_REPRODUCED,
-        claim,
+    said = (
         f"The paper's accounting, worked back from its table (fp32, the prefilled part), gives "
-        f"{answer['paper'].value:.3f} GB, computed from the geometry of {answer.model}{every_byte}.",
+        f"{answer['paper'].value:.3f} GB, computed from the geometry of {answer.model}"
     )
+    if (kept := answer["stored"].value) is not None:
+        said += f"; measured, every byte kept, it is {kept:.3f} GB"
+    return of_paper("memory", AGREES if same else NOT_REPRODUCED, claim, f"{said}.")
 
 
 def _resident(found: Sequence[Point]) -> list[Claim]:
     """Memory while all agents decode, by reader, at the largest number of agents of each model and weights."""
     claim = "agents that read one pool take less memory than agents with a cache each"
     unshared = [p for p in found if p.recipe == BASELINE and p.n_agents]
-    lines = []
+    claims = []
     for (model, weights), mine in grouped(unshared, lambda p: (p.model, p.weights)).items():
         # of several that are as large the last
-        most = max(reversed(mine), key=lambda p: (p.n_agents, p.context_tokens or 0))
-        taken = {"unshared": most["resident"].value}
-        for p in found:
-            if p.recipe == "polykv" and _of(p, CROWD) == _of(most, CROWD):
-                gb = p["resident"].value
-                taken[p.reader] = min(gb, taken.get(p.reader, gb))  # of several backends the best
-        if "dequantize" in taken:
-            on = f"{claim} (on {weights} weights of {model})"
-            lines.append(_reader_by_reader(on, most, taken))
+        at = max(reversed(mine), key=lambda p: (p.n_agents, p.context_tokens or 0))
+        gb = {"unshared": at["resident"].value}
+        for p in (p for p in found if p.recipe == "polykv" and _of(p, CROWD) == _of(at, CROWD)):
+            own = p["resident"].value
+            gb[p.reader] = min(own, gb.get(p.reader, own))  # of several backends the best
+        if "dequantize" not in gb:
+            continue
+        mb = {reader: f"{1e3 * size:.3g} MB" for reader, size in gb.items()}
+        said = (
+            f"Measured while {at.n_agents} agents decode after {at.context_tokens:,} tokens on {at.device}, "
+            f"{at.dtype}: an unshared cache each {mb['unshared']}; one pool, which each rebuilds as published "
+            f"(dequantize), {mb['dequantize']}"
+        )
+        if IN_PLACE in mb:
+            said += f"; one pool that all attend to in place (in_place) {mb[IN_PLACE]}"
+        saved = gb["dequantize"] < NOTICEABLE * gb["unshared"]
+        on = f"{claim} (on {weights} weights of {model})"
+        verdict = REPRODUCED if saved else NOT_REPRODUCED
+        claims.append(of_paper("memory", verdict, on, f"{said}."))
     why = "Not measured; run experiment=polykv_memory."
-    return lines or [of_paper("memory", NOT_MEASURED, claim, why)]
-
-
-def _reader_by_reader(claim: str, at: Point, taken: Mapping[str, float]) -> Claim:
-    mb = {reader: f"{1e3 * gb:.3g} MB" for reader, gb in taken.items()}
-    said = (
-        f"Measured while {at.n_agents} agents decode after {at.context_tokens:,} tokens on {at.device}, {at.dtype}: an "
-        f"unshared cache each {mb['unshared']}; one pool, which each rebuilds as published (dequantize), "
-        f"{mb['dequantize']}"
-    )
-    if IN_PLACE in mb:
-        said += f"; one pool that all attend to in place (in_place) {mb[IN_PLACE]}"
-    saved = taken["dequantize"] < NOTICEABLE * taken["unshared"]
-    return of_paper("memory", REPRODUCED if saved else NOT_REPRODUCED, claim, f"{said}.")
+    return claims or [of_paper("memory", NOT_MEASURED, claim, why)]
 
 
 def sentence(said: str) -> str:

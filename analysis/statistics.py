@@ -228,14 +228,9 @@ class Measure:
         return shown
 
 
-def within(low: float, high: float) -> Reduce:
-    """`mean` with its interval cut to these bounds."""
-    return lambda rows: mean(rows, (low, high))
-
-
-def samples_within(low: float, high: float) -> Reduce:
-    """`mean_of_samples` with its interval cut to these bounds."""
-    return lambda rows: mean_of_samples(rows, (low, high))
+def within(low: float, high: float, reduce: Callable[..., Value] = mean) -> Reduce:
+    """`mean` or `mean_of_samples` with its interval cut to these bounds."""
+    return lambda rows: reduce(rows, (low, high))
 
 
 def percentage(share: float) -> float:
