@@ -109,11 +109,7 @@ def _render(argv: list[str]) -> tuple[str, ...]:
 
 
 def after_sweep(root: Path, study: str, cells: Sequence[str], preset: str = "") -> tuple[str, ...]:
-    """Write the study's tables and figures and print the table of these cells; return the damaged cells.
-
-    Raises:
-        PolyKVError: not one of the cells can be read.
-    """
+    """Write the study's tables and figures and print the table of these cells; return the damaged cells."""
     names = names_of((study,))
     with drawing(root):
         found = load(root)
@@ -140,10 +136,7 @@ def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
-    """The table named as the preset or the study's own; the first that rows fill.
-
-    Where they do not fill these, the next of the study's module that they do.
-    """
+    """The first table that rows fill: the one named as the preset, the study's own, the others of its module."""
     tables, own = pieces("TABLES"), getattr(modules().get(study), "TABLES", ())
     presets = [preset] if preset in tables and study in tables[preset].studies else []
     names = [name for name in (*presets, study, *own) if name in tables]
@@ -208,11 +201,7 @@ def _write(
 
 
 def _write_answers(results: Results, folder: Path) -> None:
-    """What agents said, for reading: a Markdown file in `folder` for each setting, every question with all answers.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """What agents said, for reading: a Markdown file in `folder` for each setting, every question with all answers."""
     rows = results.rows[results.rows["recipe"] != BASELINE]
     firsts = rows[rows["metric"] == "bertscore_f1"].drop_duplicates(["study", "cell"])
     for key, part in firsts.sort_values("created_at").groupby(OF_ANSWERS, sort=False):

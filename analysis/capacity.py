@@ -269,10 +269,7 @@ def rank(kind: Kind) -> tuple[int, int, str]:
 
 
 def steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per computed decode step: ms, tokens per second of all agents, the weights' share in percent.
-
-    One that does not fit has no numbers, and in `note` why.
-    """
+    """A line per computed decode step: ms, tokens/s of all agents, the weights' share in percent; or why none."""
     mine = rows[(rows["metric"] == "step_time") & rows["suffix_tokens"].notna()]
     about = [*SETTING, "device", "reader", "recipe", "suffix_tokens", "n_agents", *swept(rows)]
     linear = mine["value"].where(mine["part"] == "linear")
@@ -364,10 +361,9 @@ def _short(number: float, _: int) -> str:
 
 
 def _lines(rows: pd.DataFrame) -> Iterator[tuple[Kind, int, pd.DataFrame]]:
-    """(kind, own tokens, rows) of each line: all kinds at the fewest own tokens, in_place also at the most.
+    """(kind, own tokens, rows) of each line: every kind at the fewest own tokens, in_place at the most too.
 
-    Without sharing it is the same however many are an agent's own. Not drawn: a pool of full precision that
-    everybody copies again.
+    Not drawn: a pool of full precision that everybody copies again.
     """
     own = rows["suffix_tokens"]
     found = rows[rows["throughput"].notna() & own.isin((own.min(), own.max()))]

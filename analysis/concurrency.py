@@ -113,10 +113,7 @@ def measures(rows: pd.DataFrame) -> dict[str, Value]:
 
 
 def _panel(ax: Axes, lines: Lines, measure: str, linestyle: str = "-", named: bool = False) -> None:
-    """Draw one line of `measure` per reader, with intervals where there are any; `named` in the legend.
-
-    Dequantize nearly coincides with unshared and is drawn thinner.
-    """
+    """Draw a line of `measure` per reader, `named` in the legend; dequantize, nearly as unshared, is drawn thinner."""
     for who, by_agents in lines.items():
         tint = style.SKY if who == Who("in_place", "torch") else style.READERS[who.reader][1]
         thin = 0.7 if who.reader == "dequantize" else 1.0

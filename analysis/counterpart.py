@@ -1,8 +1,7 @@
 """Tables that put our value beside every figure that a paper publishes, or the reason why there is none.
 
-Our value is preferably from the published setting, else from a similar setting on the same model, else from another
-model. Figures that follow from arithmetic alone (GB in the paper's accounting, ratios of payload bits) are computed on
-both sides and marked so, since nothing was measured that could differ.
+Our value is preferably from the published setting, else from a similar one on the same model, else from another model.
+What follows from arithmetic alone (GB in the paper's accounting, ratios of payload bits) is computed, and marked so.
 """
 
 import math

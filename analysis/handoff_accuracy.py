@@ -163,10 +163,7 @@ def pairs(rows: pd.DataFrame) -> Table | None:
 
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
-    """KL to the fp16 relay and strict accuracy against handoffs; a line of panels for each budget and resealing.
-
-    The fp16 relay's own accuracy stands in each panel: what the others lose is lost from there.
-    """
+    """KL to the fp16 relay, and strict accuracy beside its own, by handoffs; panels for each budget and resealing."""
     place = [*RUN, "document"]
     found = ordered(rows)
     exact = found[found["policy"] == EXACT]

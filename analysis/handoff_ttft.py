@@ -171,10 +171,7 @@ def _by_stage(mine: pd.DataFrame) -> dict[str, Value]:
 
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture:
-    """Milliseconds against context, log-log, with quartiles; published ones open, on the same model only.
-
-    Bars of the routes where there is one context only.
-    """
+    """Milliseconds against context with quartiles, published ones of the same model open; bars of a single context."""
     found = timed(rows)
     runs = list(groups(found, *RUN, "document"))
     shown = [name for name in TRANSPORTS if (found["transport"] == name).any()]

@@ -206,10 +206,7 @@ def less(rows: pd.DataFrame, other: pd.DataFrame, metric: str) -> pd.DataFrame:
 def parts(
     rows: pd.DataFrame, about: Sequence[str], sort: bool = False
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """(their values in the columns `about`, missing ones as None; rows) of each group of rows.
-
-    Groups stand in the order of the rows, or of their keys if `sort`.
-    """
+    """(values of the columns `about`, None for missing; rows) of each group, in order of the rows or (`sort`) keys."""
     if not about:
         yield {}, rows
         return

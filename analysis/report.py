@@ -77,11 +77,7 @@ class Section:
 
 
 def main(argv: Sequence[str]) -> tuple[str, ...]:
-    """Write the page and say where it is; the damaged cells.
-
-    Raises:
-        PolyKVError: a folder holds no readable row, or the page cannot be written.
-    """
+    """Write the page and say where it is; the damaged cells."""
     description = "One HTML file with all that was measured."
     parser = argparse.ArgumentParser("python -m analysis report", description=description)
     several = "one page of all of them; of a cell in several, the newest copy counts"

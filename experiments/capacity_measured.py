@@ -91,11 +91,7 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(cfg: DictConfig) -> pd.DataFrame:
-    """The rows of `concurrency` in the folder `measured`, else in this sweep's own, sorted by cell.
-
-    Raises:
-        PolyKVError: one of them is damaged.
-    """
+    """The rows of `concurrency` in the folder `measured`, else in this sweep's own, sorted by cell."""
     rows, damaged = load_rows(cfg.results_dir if cfg.measured is None else cfg.measured, QUOTED)
     if damaged:
         raise PolyKVError(

@@ -88,11 +88,7 @@ def settle_key(settled: DictConfig) -> DictConfig:
 
 
 def key_of(cfg: DictConfig) -> SigningKey | None:
-    """The key in `card.key_file`, if set. It is read each time: a config only has the path.
-
-    Raises:
-        PolyKVError: the file is missing, too short, or readable by everyone.
-    """
+    """The key in `card.key_file`, if set. It is read each time: a config only has the path."""
     path = OmegaConf.select(cfg, "card.key_file")
     return SigningKey.read(path) if path else None
 

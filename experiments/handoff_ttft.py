@@ -43,9 +43,6 @@ def settle(cfg: DictConfig) -> DictConfig:
     """The settled config: policies, given by name, become their settings, which are then part of the identity.
 
     backend=auto is the fastest one here for every reader, since all backends write the same bits.
-
-    Raises:
-        PolyKVError: an unknown policy, or a backend that is not available.
     """
     settled = settle_key(settings.settle(cfg))
     settled.model = settings.answering(settled)  # times are measured in the dtype of answers
@@ -172,30 +169,18 @@ def texts_of(cfg: DictConfig, session: Session) -> list[Tensor]:
 
 
 def documents_of(cfg: DictConfig, session: Session) -> list[Document]:
-    """The cell's documents, cut to context and scored tokens.
-
-    Raises:
-        PolyKVError: the text is too short or missing.
-    """
+    """The cell's documents, cut to context and scored tokens."""
     length = cfg.context + n_scored_of(cfg)
     return session.documents(OmegaConf.merge(cfg, {"context": length}))
 
 
 def policies_of(cfg: DictConfig) -> list[Policy]:
-    """The policies whose cards are timed.
-
-    Raises:
-        PolyKVError: a policy is invalid.
-    """
+    """The policies whose cards are timed."""
     return [Policy.from_config(policy) for policy in cfg.policies.values()]
 
 
 def routes_of(cfg: DictConfig) -> list[Route]:
-    """Re-prefill, then every combination of policy, transport and reader.
-
-    Raises:
-        PolyKVError: an unknown transport or reader, or an invalid policy.
-    """
+    """Re-prefill, then every combination of policy, transport and reader."""
     for transport in cfg.transports:
         if transport not in TRANSPORTS:
             raise PolyKVError(f"no transport {transport!r}; there are: {', '.join(TRANSPORTS)}")

@@ -47,9 +47,6 @@ def settle(cfg: DictConfig) -> DictConfig:
 
     backend=auto: with reader=in_place the fastest one here, for encoding and attention. With reader=dequantize torch,
     whose numbers are the same on every machine. Groups with overrides get a label (polykv/naming.py).
-
-    Raises:
-        PolyKVError: a local file or model cannot be read.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if settled.document.name == "auto":

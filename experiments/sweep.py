@@ -139,11 +139,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 
 def prepare(cfg: DictConfig) -> Cell:
-    """The cell that a composed config describes.
-
-    Raises:
-        PolyKVError: a setting that the study does not read, or one that cannot be settled on this machine.
-    """
+    """The cell that a composed config describes."""
     from experiments.study import named  # imports torch
 
     study = named(cfg.study)
