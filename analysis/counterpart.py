@@ -91,14 +91,19 @@ def table(paper: str, rows: pd.DataFrame) -> Table:
     own = rows[rows["study"].isin(("polykv_memory", "compare"))]
     found = points(own) if paper == "polykv" else []
     answers = [counterpart(figure, found, rows) for figure in figures]
+
+    def form(number: float, row: Row) -> str:
+        return DIGITS.get(row["metric"], fixed(1))(number, row)
+
+    def difference(number: float, row: Row) -> str:
+        return f"× {number:.2f}" if row["unit"] == "ms" else fixed(4, "+")(number, row)
+
     columns = [
         *keys("setting", "policy", "metric", "unit"),
-        Column("published", "published", _format_value),
-        Column("ours", "here [95 %]", _format_value, interval=True),
-        Column("against", "against published", _format_comparison),
-        Column("match", "match", key=True),
-        Column("on", "on", key=True),
-        Column("at", "at", key=True),
+        Column("published", "published", form),
+        Column("ours", "here [95 %]", form, interval=True),
+        Column("against", "against published", difference),
+        *keys("match", "on", "at"),
     ]
     lines = [_line(*pair) for pair in zip(figures, answers, strict=True)]
     return Table(f"published_{paper}", _caption(paper, figures, answers, rows), columns, lines)
@@ -148,14 +153,6 @@ def _line(figure: Figure, answer: Counterpart) -> Row:
         "on": "{} ({}), {} {}".format(*answer.on) if answer.on else absent,
         "at": answer.at or absent,
     }
-
-
-def _format_comparison(number: float, row: Row) -> str:
-    return f"× {number:.2f}" if row["unit"] == "ms" else fixed(4, "+")(number, row)
-
-
-def _format_value(number: float, row: Row) -> str:
-    return DIGITS.get(row["metric"], fixed(1))(number, row)
 
 
 def _setting(figure: Figure) -> str:
