@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from context import of_layer
 from report import Report, show
 from timing import interleaved, peak_bytes, quartiles, timed
 from torch import Tensor, nn
@@ -27,11 +28,11 @@ from polykv.attention.cache import CascadeLayer
 from polykv.attention.cascade import cascade_attention
 from polykv.attention.prefix import attend_prefix
 from polykv.recipe import load_recipe
-from polykv.segment import Segment
+from polykv.segment import Segment, decode_segments
 
 FAIR = ("unshared caches, matmul + softmax", "unshared caches, sdpa")
-# (recipe, backend) that are read in place.
-SHARED = [(r, b) for b in ("cpu", "torch") for r in ("polykv", "polykv_q8_0")]
+# "recipe,backend" that are read in place.
+SHARED = [f"{r},{b}" for b in ("cpu", "torch") for r in ("polykv", "polykv_q8_0", "waterfill_4")]
 
 
 class Step:
@@ -55,20 +56,21 @@ class Step:
         """The queries as (agents, kv_heads, group, dim)."""
         return self.q.squeeze(2).unflatten(1, (-1, self.group))
 
-    def segment(self, recipe: str, backend: str) -> Segment:
-        return load_recipe(recipe).encode_layer(self.k, self.v, 0, 1, backend)[0]
+    def segments(self, recipe: str, backend: str) -> list[Segment]:
+        context = of_layer(*self.k.shape[1:])
+        return load_recipe(recipe).encode_layer(self.k, self.v, 0, 1, backend, context)
 
-    def unshared(self, segment: Segment) -> list[tuple[Tensor, Tensor]]:
+    def unshared(self, segments: list[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Every agent's own full cache (1, kv_heads, tokens + suffix, dim)."""
-        keys, values = segment.decode()
+        keys, values = decode_segments(segments)
         return [
             (torch.cat([keys, k[None]], dim=2), torch.cat([values, v[None]], dim=2))
             for k, v in zip(self.own_k, self.own_v, strict=True)
         ]
 
-    def in_place(self, segment: Segment, backend: str) -> Callable[[], Tensor]:
+    def in_place(self, segments: list[Segment], backend: str) -> Callable[[], Tensor]:
         """The attention call of a step, with the new token's key and value already appended."""
-        layer, module = CascadeLayer([segment], backend), nn.Module()
+        layer, module = CascadeLayer(segments, backend), nn.Module()
         keys, values = layer.update(self.own_k, self.own_v)
         mask = torch.ones(len(self.q), 1, 1, keys.shape[2], dtype=torch.bool)
 
@@ -78,14 +80,14 @@ class Step:
 
         return attend
 
-    def prefix_only(self, segment: Segment, backend: str) -> Callable[[], object]:
+    def prefix_only(self, segments: list[Segment], backend: str) -> Callable[[], object]:
         q_HQD = self.grouped.transpose(0, 1).flatten(1, 2).contiguous()
-        return lambda: attend_prefix(q_HQD, [segment], self.scaling, backend)
+        return lambda: attend_prefix(q_HQD, segments, self.scaling, backend)
 
-    def truth(self, segment: Segment) -> Tensor:
+    def truth(self, segments: list[Segment]) -> Tensor:
         """Attention in fp64 over the decoded cache: (agents, kv_heads, group, dim)."""
         out = []
-        for q, (k, v) in zip(self.grouped.double(), self.unshared(segment), strict=True):
+        for q, (k, v) in zip(self.grouped.double(), self.unshared(segments), strict=True):
             out.append((q @ k[0].double().mT * self.scaling).softmax(-1) @ v[0].double())
         return torch.stack(out)
 
@@ -121,7 +123,7 @@ def main() -> None:
         name, dtype = arguments.peak_of
         recipe, backend = name.split(",")
         step = Step(arguments, getattr(torch, dtype))
-        print(peak_bytes(step.in_place(step.segment(recipe, backend), backend)))
+        print(peak_bytes(step.in_place(step.segments(recipe, backend), backend)))
         return
     load = os.getloadavg()[0]
     names = ("threads", "heads", "group", "dim", "suffix")
@@ -155,6 +157,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
+        "--in-place", nargs="+", default=SHARED, metavar="RECIPE,BACKEND", help="read in place"
+    )
+    parser.add_argument(
         "--out", type=Path, help="CSV (default: results/local/benchmarks/decode_step.csv)"
     )
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
@@ -164,21 +169,24 @@ def parse() -> argparse.Namespace:
 @torch.no_grad()
 def compare(arguments: argparse.Namespace, dtype: str, report: Report) -> None:
     step = Step(arguments, getattr(torch, dtype))
-    published = step.segment("polykv", "torch")
+    published = step.segments("polykv", "torch")
     caches, truth = step.unshared(published), step.truth(published)
     cases: dict[str, Callable[[], object]] = dict(unshared_cases(step, caches))
     errors = {name: largest_error(run(), truth) for name, run in cases.items()}
     n_private = len(caches) * 2 * step.k.nbytes  # of the prefix: the suffixes are the same for all
     resident, peaks = dict.fromkeys(cases, n_private), {}
-    for recipe, asked in SHARED:
+    for shared in arguments.in_place:
+        recipe, asked = shared.split(",")
         backend = kernels.pick_backend(asked, torch.device("cpu"))
-        segment = step.segment(recipe, backend)
+        segments = step.segments(recipe, backend)
         name = f"{recipe}, in place, {backend}"
-        cases[name] = step.in_place(segment, backend)
-        errors[name] = largest_error(cases[name](), step.truth(segment))
+        cases[name] = step.in_place(segments, backend)
+        errors[name] = largest_error(cases[name](), step.truth(segments))
         peaks[name] = peak_of(f"{recipe},{backend}", dtype)
-        cases[f"{name}, prefix alone"] = step.prefix_only(segment, backend)
-        resident[name] = resident[f"{name}, prefix alone"] = segment.nbytes
+        cases[f"{name}, prefix alone"] = step.prefix_only(segments, backend)
+        resident[name] = resident[f"{name}, prefix alone"] = sum(
+            segment.nbytes for segment in segments
+        )
     times = interleaved(
         {name: partial(timed, run) for name, run in cases.items()}, arguments.repeats
     )

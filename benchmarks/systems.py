@@ -32,13 +32,16 @@ def memcpy(k_BHTD: Tensor, v_BHTD: Tensor) -> System:
 
 
 def ours(recipe_name: str, backend: str, k_BHTD: Tensor, v_BHTD: Tensor) -> System:
+    from context import of_layer
+
     from polykv import kernels
     from polykv.recipe import load_recipe
 
     backend = kernels.pick_backend(backend, k_BHTD.device)
-    recipe = load_recipe(recipe_name)
+    recipe, context = load_recipe(recipe_name), of_layer(*k_BHTD.shape[1:])
     return (
-        lambda k, v: recipe.encode_layer(k, v, 0, 1, backend)[0],
+        # The last segment: exact sinks come before it.
+        lambda k, v: recipe.encode_layer(k, v, 0, 1, backend, context)[-1],
         lambda segment: kernels.decode_rotated(segment.value_codec, segment.value, backend),
         "Recipe.encode_layer, bits packed; kernels.decode_rotated: values in fp32, rotated domain",
     )
@@ -93,6 +96,8 @@ SYSTEMS: dict[str, Callable[[Tensor, Tensor], System]] = {
     "polykv, torch": partial(ours, "polykv", "torch"),
     "polykv_q8_0, cpu kernels": partial(ours, "polykv_q8_0", "cpu"),
     "polykv_q8_0, torch": partial(ours, "polykv_q8_0", "torch"),
+    "waterfill_4, cpu kernels": partial(ours, "waterfill_4", "cpu"),
+    "waterfill_4, torch": partial(ours, "waterfill_4", "torch"),
     "polykv-llm 0.1.0": polykv_llm,
     "transformers quanto 4-bit": partial(transformers_layer, "quanto", {"nbits": 4}),
     "transformers quanto 2-bit": partial(transformers_layer, "quanto", {"nbits": 2}),

@@ -33,16 +33,17 @@ class Identity(Codec):
             )
 
     def payload_bits(self, dtype: torch.dtype) -> float:
-        return 8.0 * self._kept(dtype).itemsize
+        return 8.0 * self.kept(dtype).itemsize
 
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return prod(shape) * self._kept(dtype).itemsize
+        return prod(shape) * self.kept(dtype).itemsize
 
-    def _kept(self, dtype: torch.dtype) -> torch.dtype:
+    def kept(self, dtype: torch.dtype) -> torch.dtype:
+        """What values of this dtype are stored as."""
         return dtype if self.dtype is None else DTYPES[self.dtype]
 
     def _quantize(self, x_BHTD: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"values": x_BHTD.to(self._kept(x_BHTD.dtype))}
+        return {"values": x_BHTD.to(self.kept(x_BHTD.dtype))}
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
         return tensors["values"]

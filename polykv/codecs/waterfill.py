@@ -79,6 +79,11 @@ class WaterfillKey(Codec):
         head = (4 + _order_dtype(dim).itemsize) * dim + 2 * n_blocks + ceil(n_blocks / 2) + 2
         return batch * (n_tokens * token + heads * head)
 
+    @property
+    def widest(self) -> int:
+        """Bits of the widest block that there may be."""
+        return 7 if self.bits >= 4.5 else 6
+
     def code_bytes(self, heads: int, dim: int) -> int:
         """Bytes of codes of a token, all heads together."""
         return BLOCK // 8 * self._total(heads * ceil(dim / BLOCK))
@@ -97,13 +102,13 @@ class WaterfillKey(Codec):
         ]
         n_tokens = sum(chunk.shape[2] for chunk in chunks)
         sigma = (torch.stack(sums).sum(0) / n_tokens).sqrt().float()
-        shared = {"mean": mean} | self.plan(sigma, LayerContext(rope, query_rms))
+        shared = {"mean": mean} | self._plan(sigma, LayerContext(rope, query_rms))
         largest = [
             _rms(self._whitened(x_BHTD, shared, part)).amax(2, True) for x_BHTD, part in pairs
         ]
         return shared | {"largest": torch.stack(largest).amax(0).half()}
 
-    def plan(self, sigma: Tensor, context: LayerContext) -> dict[str, Tensor]:
+    def _plan(self, sigma: Tensor, context: LayerContext) -> dict[str, Tensor]:
         """Scale, order, RMS and packed widths of blocks, from the RMS (B, H, 1, D) of centred keys."""
         w = _query_rms(context)
         w = torch.ones_like(sigma) if w is None else w
@@ -134,7 +139,6 @@ class WaterfillKey(Codec):
         if self.equal_widths:
             least, more = divmod(self._total(len(importance)), len(importance))
             return [least + (index < more) for index in range(len(importance))]
-        widest = 7 if self.bits >= 4.5 else 6
         widths = [1] * len(importance)
         heap = [(-2 * e, index) for index, e in enumerate(importance)]
         heapify(heap)
@@ -142,7 +146,7 @@ class WaterfillKey(Codec):
             gain, index = heap[0]
             widths[index] += 1
             # A bit divides the squared error of a block by 4.
-            heapreplace(heap, (gain + 2 if widths[index] < widest else torch.inf, index))
+            heapreplace(heap, (gain + 2 if widths[index] < self.widest else torch.inf, index))
         return widths
 
     def _whitened(self, x_BHTD: Tensor, shared: Mapping[str, Tensor], rope: Rope | None) -> Tensor:

@@ -51,9 +51,7 @@ def _library() -> Any:
     loaded.polykv_encode.argtypes = [pointer, pointer, number]
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
     loaded.polykv_attend.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
-    loaded.polykv_waterfill_sums.argtypes = [pointer, pointer, pointer, pointer, number]
-    loaded.polykv_encode_log.argtypes = [pointer, pointer, ctypes.c_int32, pointer, number]
-    loaded.polykv_waterfill_sums.restype = loaded.polykv_encode_log.restype = None
+    loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, number]
     loaded.polykv_decode.restype = loaded.polykv_attend.restype = None
     return loaded
 
@@ -73,6 +71,8 @@ def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Pac
         return None
     batch, heads, n_tokens, dim = x_BHTD.shape
     shape = (batch, heads, n_tokens, dim)
+    if isinstance(codec, Identity):
+        return _cast(codec, x_BHTD, shape) if _readable(x_BHTD) else None
     threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
     if type(codec) is TurboQuantLog or type(codec) is WaterfillKey:
         if dim not in DIMS or not _readable(x_BHTD):
@@ -84,6 +84,14 @@ def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Pac
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
     good = _library().polykv_encode(ctypes.byref(x), struct_of(codec, packed), threads)
     return packed if good else None
+
+
+@torch.no_grad()
+def _cast(codec: Identity, x_BHTD: Tensor, shape: Shape) -> Packed | None:
+    """Exact tokens; with few of them, the general path takes longer than the kernels take for the others."""
+    values = x_BHTD.to(codec.kept(x_BHTD.dtype), copy=True).contiguous()
+    finite = values.abs().amax() < torch.inf  # also False for NaN
+    return Packed({"values": values}, shape, x_BHTD.dtype) if finite else None
 
 
 def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:

@@ -81,6 +81,18 @@ class Queries(ctypes.Structure):
     ]
 
 
+class Allocation(ctypes.Structure):
+    """`Allocation` of waterfill_plan.h: how WaterfillKey plans the blocks of a layer."""
+
+    _fields_ = [
+        ("query_rms", ctypes.c_void_p),
+        ("total", ctypes.c_int64),
+        ("widest", ctypes.c_int32),
+        ("centred", ctypes.c_int32),
+        ("equal_widths", ctypes.c_int32),
+    ]
+
+
 def strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides in bytes along (batch, heads, tokens); 0 along dimensions of size 1, which broadcast."""
     item = tensor.element_size()
@@ -172,12 +184,17 @@ def _codebook(bits: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _log_tables() -> tuple[Tensor, Tensor, Tensor]:
-    """Levels and boundaries of 0 to 7 bits (8, 128) in fp32, zero-padded, and the values (256,) of the norms' codes."""
+    """Levels and boundaries of 0 to 7 bits (8, 128) in fp32, zero-padded, and the values (256,) of the norms' codes.
+
+    Boundaries are in the order of rows.h: 1 that the first bit of a code depends on, then 2 for the second, 4, ...
+    """
     levels, boundaries = torch.zeros(2, 8, 128, dtype=torch.float32, device="cpu")
     for bits in range(1, 8):
         book = lloyd_max(bits)
         levels[bits, : 1 << bits] = torch.tensor(book.levels)
-        boundaries[bits, : len(book.boundaries)] = torch.tensor(book.boundaries)
+        for i in range(bits):
+            step = 1 << (bits - i)
+            boundaries[bits, 1 << i : 2 << i] = torch.tensor(book.boundaries[step // 2 - 1 :: step])
     one = torch.ones(1, dtype=torch.float16, device="cpu")
     return levels, boundaries, log_values(torch.arange(256, device="cpu"), one)
 

@@ -1,4 +1,4 @@
-"""Encoding on the CPU for codecs whose norms are 8-bit logarithms: passes in C++, the allocation of bits in torch."""
+"""Encoding on the CPU for codecs whose norms are 8-bit logarithms: one call of C++ on the tensors that are kept."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polykv.codecs.base import Packed
-from polykv.codecs.context import LayerContext, Rope
+from polykv.codecs.base import Packed, Shape
+from polykv.codecs.context import LayerContext
 from polykv.codecs.turboquant_log import TurboQuantLog
-from polykv.codecs.waterfill import WaterfillKey
-from polykv.kernels.cpu_layout import DTYPES, Input, PackedStruct, strides, struct_of
+from polykv.codecs.waterfill import BLOCK, WaterfillKey
+from polykv.kernels.cpu_layout import DTYPES, Allocation, Input, strides, struct_of
 
 PART = 256  # tokens, as in csrc/kernels.cpp
+HALVES = ("mean", "scale", "block_rms", "largest")  # the tensors in fp16
 
 
 def encode(
@@ -25,55 +26,45 @@ def encode(
     threads: int,
 ) -> Packed | None:
     """`codec.encode`; None if a value or statistic is not finite."""
-    batch, heads, n_tokens, dim = shape = x_BHTD.shape
-    context = codec.told(context)
-    if context.rope is not None and context.rope.n_tokens != n_tokens:
+    batch, heads, n_tokens, dim = x_BHTD.shape
+    shape = (batch, heads, n_tokens, dim)
+    told = codec.told(context)
+    if told.rope is not None and told.rope.n_tokens != n_tokens:
         return None
+    packed = Packed(_empty_tensors(codec, shape), shape, x_BHTD.dtype, context=told)
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
-    shared = {}
+    plan, query_rms = Allocation(), told.query_rms
     if isinstance(codec, WaterfillKey):
-        shared = _statistics(library, codec, x, shape, context, threads)
-    codes = codec.code_bytes(heads, dim)
-    rows = 1 if isinstance(codec, WaterfillKey) else heads
-    kept = {
-        "codes": torch.empty((batch, rows, n_tokens, codes), dtype=torch.uint8),
-        "norm": torch.empty((batch, heads, n_tokens, 1), dtype=torch.uint8),
-        **shared,
-        "largest": torch.ones((batch, heads, 1, 1), dtype=torch.float16),
-    }
-    packed = Packed(kept, (batch, heads, n_tokens, dim), x_BHTD.dtype, context=context)
-    most_BHp = torch.empty(batch, heads, -(-n_tokens // PART), dtype=torch.float32)
-    for write in (0, 1):
-        struct = struct_of(codec, packed)
-        library.polykv_encode_log(ctypes.byref(x), struct, write, most_BHp.data_ptr(), threads)
-        if not write:
-            kept["largest"].copy_(most_BHp.amax(-1).view(batch, heads, 1, 1))
-            if not all(t.isfinite().all() for t in kept.values() if t.is_floating_point()):
-                return None
-    return packed
+        plan.total = codec.code_bytes(heads, dim) * 8 // BLOCK
+        plan.widest, plan.centred = codec.widest, codec.centred
+        plan.equal_widths = codec.equal_widths
+    if query_rms is not None:
+        query_rms = query_rms.float().contiguous()
+        plan.query_rms = query_rms.data_ptr()
+    sums = torch.empty(batch * heads * -(-n_tokens // PART) * dim, dtype=torch.float64)
+    good = library.polykv_encode_log(
+        ctypes.byref(x),
+        struct_of(codec, packed),
+        ctypes.byref(plan),
+        sums.data_ptr(),
+        threads,
+    )
+    return packed if good else None
 
 
-def _statistics(
-    library: Any, codec: WaterfillKey, x: Input, shape: Any, context: LayerContext, threads: int
-) -> dict[str, Tensor]:
-    """`codec`'s statistics but for the largest RMS, from two passes over the keys."""
+def _empty_tensors(codec: TurboQuantLog | WaterfillKey, shape: Shape) -> dict[str, Tensor]:
+    """Uninitialized tensors for what `codec.encode` stores of a tensor of this shape."""
     batch, heads, n_tokens, dim = shape
-    rope = context.rope
-
-    def average(of: Rope | None, mean: Tensor | None) -> Tensor:
-        """Over the tokens: of the keys rotated by `of`, or of the squares of the keys without the mean."""
-        sums = torch.empty(batch, heads, -(-n_tokens // PART), dim, dtype=torch.float64)
-        told = PackedStruct(shape=tuple(shape))
-        told.set_rope(of)
-        library.polykv_waterfill_sums(
-            ctypes.byref(x),
-            ctypes.byref(told),
-            None if mean is None else mean.data_ptr(),
-            sums.data_ptr(),
-            threads,
-        )
-        return sums.sum(2, keepdim=True) / n_tokens
-
-    mean = average(None if rope is None else rope.inverse(), None).half() * codec.centred
-    sigma = average(rope, mean.float()).sqrt().float()
-    return {"mean": mean, **codec.plan(sigma, context)}
+    keys, n_blocks = isinstance(codec, WaterfillKey), dim // BLOCK
+    sizes = {
+        "codes": (1 if keys else heads, n_tokens, codec.code_bytes(heads, dim)),
+        "norm": (heads, n_tokens, 1),
+    }
+    if keys:
+        sizes |= {"mean": (heads, 1, dim), "scale": (heads, 1, dim), "order": (heads, 1, dim)}
+        sizes |= {"block_rms": (heads, 1, n_blocks), "widths": (heads, 1, -(-n_blocks // 2))}
+    sizes |= {"largest": (heads, 1, 1)}
+    return {
+        name: torch.empty((batch, *size), dtype=torch.float16 if name in HALVES else torch.uint8)
+        for name, size in sizes.items()
+    }

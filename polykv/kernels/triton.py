@@ -1,7 +1,8 @@
 """Triton kernels for NVIDIA GPUs: which codecs and shapes they support, and whether they are available.
 
 The kernels are in triton_*.py, which import triton and are therefore imported on first use. Where a function returns
-None, the caller takes the torch path, which also raises the errors.
+None, the caller takes the torch path, which also raises the errors. There are no kernels for WaterfillKey and
+TurboQuantLog: on a GPU, the waterfill recipes are encoded and read in place by torch.
 """
 
 import importlib

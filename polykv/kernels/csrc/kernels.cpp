@@ -73,6 +73,42 @@ static bool encode_int8_tensor(const Input& x, const Packed& to, int64_t threads
     });
 }
 
+// Mean, plan and widths of WATERFILL, from two passes over the keys; arguments and result as polykv_encode_log.
+static bool waterfill_statistics(const Input& x, const Packed& to, const Turns& turns, const Allocation& plan,
+                                 double* sums, int64_t threads) {
+    const int64_t dim = x.dim, heads = x.batch * x.heads, parts = (x.tokens + PART - 1) / PART;
+    std::vector<float> mean(heads * dim), importance(heads * dim / CODES);
+    float sigma[MAX_DIM];
+    bool good = true;
+    for (const bool squares : {false, true}) {
+        each_part(heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+            double* out = sums + (head * parts + start / PART) * dim;
+            const float* of = mean.data() + head * dim;
+            turns.with_dim(dim, [&](auto fixed) {
+                auto* add = squares ? sums_of<decltype(fixed)::value, true> : sums_of<decltype(fixed)::value, false>;
+                add(x, to, turns, head, of, start, stop, out);
+            });
+            return true;
+        });
+        for (int64_t head = 0; head < heads; head++) {
+            for (int64_t c = 0; c < dim; c++) {
+                double sum = 0.0;
+                for (int64_t part = 0; part < parts; part++) sum += sums[(head * parts + part) * dim + c];
+                sum /= double(x.tokens);
+                if (squares) sigma[c] = float(std::sqrt(sum));
+                else good &= store_half(plan.centred ? float(sum) : 0.0f, &to.mean[head * dim + c], &mean[head * dim + c]);
+            }
+            if (squares)
+                good &= plan_head(to, head, sigma, plan.query_rms ? plan.query_rms + head * dim : nullptr,
+                                  &importance[head * dim / CODES]);
+        }
+        if (!good) return false;
+    }
+    for (int64_t head = 0; head < heads; head += x.heads)
+        allocate_bits(to, head, &importance[head * dim / CODES], plan);
+    return true;
+}
+
 extern "C" {
 
 // Encode `input` into the contiguous tensors of `packed`. Returns 0 if a value, scale or norm is not
@@ -96,34 +132,31 @@ int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
     });
 }
 
-// Sums over the tokens of each head in parts of PART: `sums` (batch, heads, parts, dim). Without `mean` (batch, heads,
-// dim): of the keys turned by `packed`'s cos and sin; with it: of the squares of the keys without R_t mean.
-void polykv_waterfill_sums(const Input* input, const Packed* packed, const float* mean, double* sums,
-                           int64_t threads) {
-    const Input x = *input;
-    const Packed p = *packed;
-    const Turns turns(p);
-    const int64_t parts = (x.tokens + PART - 1) / PART;
-    each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
-        double* out = sums + (head * parts + start / PART) * x.dim;
-        sums_of(x, p, turns, head, mean ? mean + head * x.dim : nullptr, start, stop, out);
-        return true;
-    });
-}
-
-// The largest RMS of the tokens of each head in parts of PART, `largest` (batch, heads, parts), of what TURBOQUANT_LOG
-// or WATERFILL codes; with `write` the codes, too, into the tensors of `packed`.
-void polykv_encode_log(const Input* input, const Packed* packed, int32_t write, float* largest, int64_t threads) {
+// Encode `input` into the contiguous tensors of `packed`, of kind TURBOQUANT_LOG or WATERFILL, whose plan is `plan`.
+// `sums` is memory for (batch, heads, parts of PART tokens, dim). Returns as polykv_encode.
+int polykv_encode_log(const Input* input, const Packed* packed, const Allocation* plan, double* sums,
+                      int64_t threads) {
     const Input x = *input;
     const Packed to = *packed;
     const Turns turns(to);
-    const int64_t parts = (x.tokens + PART - 1) / PART;
-    each_part(x.batch * x.heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
-        const Coding coding{x, to, head, write != 0};
-        largest[head * parts + start / PART] =
-            to.kind == WATERFILL ? coding.keys(turns, start, stop) : coding.values(start, stop);
-        return true;
-    });
+    if (to.kind == WATERFILL && !waterfill_statistics(x, to, turns, *plan, sums, threads)) return 0;
+    const int64_t heads = x.batch * x.heads, parts = (x.tokens + PART - 1) / PART;
+    for (const bool write : {false, true}) {
+        each_part(heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
+            const Coding coding{x, to, head, write};
+            sums[head * parts + start / PART] =
+                to.kind == TURBOQUANT_LOG ? coding.values(start, stop) : turns.with_dim(x.dim, [&](auto dim) {
+                    return coding.keys<decltype(dim)::value>(turns, start, stop);
+                });
+            return true;
+        });
+        for (int64_t head = 0; head < heads && !write; head++) {
+            const double* of_parts = sums + head * parts;
+            to.largest[head] = half_of_float(float(*std::max_element(of_parts, of_parts + parts)));
+            if (to.largest[head] >= INFINITE_HALF) return 0;
+        }
+    }
+    return 1;
 }
 
 // Decode into fp32 `out` (batch, heads, tokens, dim), without rotating back.

@@ -13,7 +13,7 @@ constexpr int LEVELS = 128;  // entries of each codebook of TURBOQUANT_LOG and W
 // Strides are in bytes, along (batch, head, token); a row itself is contiguous.
 struct Packed {
     Kind kind;
-    int32_t bits;   // of a code (TURBOQUANT, UNIFORM)
+    int32_t bits;   // of a code (TURBOQUANT, TURBOQUANT_LOG, UNIFORM)
     int32_t block;  // values that share a scale (UNIFORM)
     Dtype dtype;    // of the values (EXACT)
     int64_t batch, heads, tokens, dim;
@@ -23,13 +23,13 @@ struct Packed {
     int64_t scale_strides[3];
     const float *levels, *boundaries;  // the codebook, 16 entries each
     const float* signs;                // of the rotation, or null
-    // TURBOQUANT_LOG and WATERFILL: `levels` and `boundaries` hold the codebooks of 0 to 7 bits, `scale` a byte
-    // per norm.
+    // TURBOQUANT_LOG and WATERFILL: `levels` holds the codebooks of 0 to 7 bits, `boundaries` theirs in the order of
+    // a search by halves: 2^i from entry 2^i on for the bit number i of a code; `scale` a byte per norm.
     const float* log_values;  // of those bytes, over the largest norm of the head
-    const uint16_t* largest;  // fp16, of each head
+    uint16_t* largest;        // fp16, of each head
     // WATERFILL, of each head:
-    const uint16_t *mean, *channel_scale, *block_rms;  // fp16, of channels and blocks
-    const uint8_t *order, *widths;                     // of channels, and of two blocks a byte
+    uint16_t *mean, *channel_scale, *block_rms;  // fp16, of channels and blocks
+    uint8_t *order, *widths;                     // of channels, and of two blocks a byte
     // and of the tokens' RoPE, if any: (tokens, pairs), and the channels of each pair.
     const float *cos, *sin;
     const int64_t *first, *second;

@@ -102,9 +102,13 @@ static inline Floats lookup(const float* table, Ints index, int size) {
     for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
     return found;
 #else
-    Floats found = __builtin_shuffle(load<Floats>(table), index);
-    for (int from = LANES; from < size; from += LANES)
-        found = index >= from ? __builtin_shuffle(load<Floats>(table + from), index) : found;
+    if (size <= LANES) return __builtin_shuffle(load<Floats>(table), index);
+    Floats found{};
+    for (int from = 0; from < size; from += 2 * LANES) {
+        const Floats low = load<Floats>(table + from), high = load<Floats>(table + from + LANES);
+        const Floats pair = __builtin_shuffle(low, high, index);
+        found = from == 0 ? pair : index >= from ? pair : found;
+    }
     return found;
 #endif
 }
@@ -122,6 +126,18 @@ static inline Floats exp_negative(Floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     return p * bits_as<Floats>((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// log2(x) of a positive normal x, 2 ulp or 1e-7: x = 2^n m with m around 1, and log(m) = 2 artanh((m - 1) / (m + 1)).
+static inline Floats log2_positive(Floats x) {
+    const Ints n = (bits_as<Ints>(x) - 0x3f3504f3) >> 23;  // m from sqrt(1/2) to sqrt(2)
+    const Floats m = bits_as<Floats>(bits_as<Ints>(x) - (n << 23));
+    const Floats r = (m - 1.0f) / (m + 1.0f), square = r * r;
+    Floats p = square * (1.0f / 9) + 1.0f / 7;
+    p = p * square + 1.0f / 5;
+    p = p * square + 1.0f / 3;
+    p = p * square + 1.0f;
+    return r * p * 2.88539008177792681f + __builtin_convertvector(n, Floats);
 }
 
 // --- number formats ---------------------------------------------------------------------------

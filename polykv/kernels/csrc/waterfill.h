@@ -6,17 +6,19 @@
 constexpr int CODES = 16;  // in a block
 constexpr int MAX_BLOCKS = MAX_DIM / CODES;
 
-// N bytes as one word. In registers: a memcpy of 3 bytes would go through the stack.
-template <int N>
-static inline uint64_t word_of(const uint8_t* from) {
-    if constexpr (N == 1) return from[0];
-    if constexpr (N == 2) return load<uint16_t>(from);
-    if constexpr (N == 3) return load<uint16_t>(from) | uint64_t(from[2]) << 16;
-    if constexpr (N == 4) return load<uint32_t>(from);
-    if constexpr (N > 4) return load<uint32_t>(from) | word_of<N - 4>(from + 4) << 32;
+// The two halves of a block, eight codes each, in the low bits; above them is anything. Reads no further than the block.
+template <int BITS>
+static inline void halves_of(const uint8_t* block, uint64_t* words) {
+    if constexpr (BITS == 1) words[0] = block[0], words[1] = block[1];
+    if constexpr (BITS == 2) words[0] = load<uint16_t>(block), words[1] = load<uint16_t>(block + 2);
+    if constexpr (BITS == 3) words[0] = load<uint32_t>(block), words[1] = load<uint32_t>(block + 2) >> 8;
+    if constexpr (BITS > 3) {
+        words[0] = load<uint64_t>(block);
+        words[1] = load<uint64_t>(block + 2 * BITS - 8) >> (64 - 8 * BITS);
+    }
 }
 
-// LANES codes of BITS bits, from code `first` of a block on; a block's two words hold eight codes each.
+// LANES codes of BITS bits, from code `first` of a block on, whose halves are `words`.
 template <int BITS>
 static inline Ints block_codes(const uint64_t* words, int first) {
     constexpr int EACH = BITS <= 4 ? 8 : 4;  // codes in 32 bits
@@ -30,22 +32,25 @@ static inline Ints block_codes(const uint64_t* words, int first) {
     return (found >> place * BITS) & ((1 << BITS) - 1);
 }
 
-// out[t] += level * factor[t] * scale for one block of `n` tokens; `stride` in bytes, rows of `out` `dim` apart.
-template <int BITS>
-static void add_block(const uint8_t* from, int64_t stride, const float* levels, const float* factor,
-                      float scale, int n, int dim, float* out) {
+// The levels of one block of `n` tokens; with ADD, times factor[t] and `scale`, added to what `out` holds. `stride` in
+// bytes; rows of `out` are `dim` apart.
+template <int BITS, bool ADD>
+static void block_rows(const uint8_t* from, int64_t stride, const float* levels, const float* factor,
+                       float scale, int n, int dim, float* out) {
     for (int t = 0; t < n; t++, from += stride, out += dim) {
-        const uint64_t words[2] = {word_of<BITS>(from), word_of<BITS>(from + BITS)};
+        uint64_t words[2];
+        halves_of<BITS>(from, words);
         for (int i = 0; i < CODES; i += LANES) {
             const Floats level = lookup(levels, block_codes<BITS>(words, i), 1 << BITS);
-            store(out + i, load<Floats>(out + i) + level * (factor[t] * scale));
+            store(out + i, ADD ? load<Floats>(out + i) + level * (factor[t] * scale) : level);
         }
     }
 }
 
-using AddBlock = void (*)(const uint8_t*, int64_t, const float*, const float*, float, int, int, float*);
-constexpr AddBlock ADD_BLOCK[] = {nullptr,      add_block<1>, add_block<2>, add_block<3>,
-                                  add_block<4>, add_block<5>, add_block<6>, add_block<7>};
+using BlockRows = void (*)(const uint8_t*, int64_t, const float*, const float*, float, int, int, float*);
+template <bool ADD>
+constexpr BlockRows BLOCK_ROWS[] = {nullptr,            block_rows<1, ADD>, block_rows<2, ADD>, block_rows<3, ADD>,
+                                    block_rows<4, ADD>, block_rows<5, ADD>, block_rows<6, ADD>, block_rows<7, ADD>};
 
 // The norms of `n` tokens of (batch, head) number `head`.
 static inline void log_norms(const Packed& p, int64_t head, int64_t first, int n, float* norm) {
@@ -59,11 +64,8 @@ static void turboquant_log_rows(const Packed& p, int64_t head, int64_t first, in
                                 float* factor) {
     const uint8_t* codes = head_of(p.codes, p.code_strides, p, head) + first * p.code_strides[2];
     const int dim = int(p.dim);
-    float ones[64];
-    for (float& one : ones) one = 1.0f;
-    memset(out, 0, sizeof(float) * n * dim);
     for (int i = 0; i < dim; i += CODES, codes += 2 * p.bits)
-        ADD_BLOCK[p.bits](codes, p.code_strides[2], p.levels + p.bits * LEVELS, ones, 1.0f, n, dim, out + i);
+        BLOCK_ROWS<false>[p.bits](codes, p.code_strides[2], p.levels + p.bits * LEVELS, nullptr, 1.0f, n, dim, out + i);
     log_norms(p, head, first, n, factor);
 }
 
@@ -124,16 +126,29 @@ static inline void to_blocks(const Plan& plan, int dim, float* q) {
     memcpy(q, sorted, sizeof(float) * dim);
 }
 
-// row += by_cos * cos[pair] + by_sin * sin[pair]; PAIRS, where it is not 0, is the number of pairs and fills vectors.
+// R_t mean of `n` tokens, in the order of the blocks and through their Hadamard, into `out` (n, dim); PAIRS, where not 0,
+// is the number of pairs and fills vectors.
 template <int PAIRS>
-static inline void add_turned(const Plan& plan, const float* cos, const float* sin, int dim, float* row) {
-    for (int i = 0; i < dim; i += LANES) {
-        const Ints pair = load<Ints>(plan.pair + i);
-        Floats c, s;
-        if constexpr (PAIRS) c = lookup(cos, pair, PAIRS), s = lookup(sin, pair, PAIRS);
-        else for (int l = 0; l < LANES; l++) c[l] = cos[pair[l]], s[l] = sin[pair[l]];
-        const Floats turned = load<Floats>(plan.by_cos + i) * c + load<Floats>(plan.by_sin + i) * s;
-        store(row + i, load<Floats>(row + i) + turned);
+static void mean_rows(const Plan& plan, const float* cos, const float* sin, int pairs, int n, int dim, float* out) {
+    constexpr int N = CODES / LANES;
+    for (int start = 0; start < dim; start += CODES) {
+        Floats fixed[N], by_cos[N], by_sin[N];
+        Ints pair[N];
+        for (int i = 0; i < N; i++) {
+            const int at = start + i * LANES;
+            fixed[i] = load<Floats>(plan.fixed + at), pair[i] = load<Ints>(plan.pair + at);
+            by_cos[i] = load<Floats>(plan.by_cos + at), by_sin[i] = load<Floats>(plan.by_sin + at);
+        }
+        for (int t = 0; t < n; t++) {
+            const float *cos_t = cos + t * pairs, *sin_t = sin + t * pairs;
+            for (int i = 0; i < N; i++) {
+                Floats c, s;
+                if constexpr (PAIRS) c = lookup(cos_t, pair[i], PAIRS), s = lookup(sin_t, pair[i], PAIRS);
+                else for (int l = 0; l < LANES; l++) c[l] = cos_t[pair[i][l]], s[l] = sin_t[pair[i][l]];
+                store(out + t * dim + start + i * LANES, fixed[i] + by_cos[i] * c + by_sin[i] * s);
+            }
+            hadamard<CODES>(out + t * dim + start);
+        }
     }
 }
 
@@ -141,19 +156,13 @@ static inline void add_turned(const Plan& plan, const float* cos, const float* s
 static void waterfill_rows(const Packed& p, const Plan& plan, int64_t head, int64_t first, int n, float* out,
                            float* factor) {
     const uint8_t* codes = head_of(p.codes, p.code_strides, p, head) + first * p.code_strides[2];
-    const int dim = int(p.dim);
-    for (int t = 0; t < n; t++) {
-        float* row = out + t * dim;
-        memcpy(row, plan.fixed, sizeof(float) * dim);
-        if (!p.pairs) continue;
-        const float *cos = p.cos + (first + t) * p.pairs, *sin = p.sin + (first + t) * p.pairs;
-        auto* add = p.pairs == 32 ? add_turned<32> : p.pairs == 64 ? add_turned<64> : add_turned<0>;
-        add(plan, cos, sin, dim, row);
-        hadamard_each(row, dim);
-    }
+    const int dim = int(p.dim), pairs = int(p.pairs);
+    auto* means = pairs == 32 ? mean_rows<32> : pairs == 64 ? mean_rows<64> : mean_rows<0>;
+    if (pairs) means(plan, p.cos + first * pairs, p.sin + first * pairs, pairs, n, dim, out);
+    else for (int t = 0; t < n; t++) memcpy(out + t * dim, plan.fixed, sizeof(float) * dim);
     log_norms(p, head, first, n, factor);
     for (int j = 0; j < dim / CODES; j++)
-        ADD_BLOCK[plan.width[j]](codes + plan.offset[j], p.code_strides[2],
+        BLOCK_ROWS<true>[plan.width[j]](codes + plan.offset[j], p.code_strides[2],
                                  p.levels + plan.width[j] * LEVELS, factor, plan.rms[j], n, dim,
                                  out + j * CODES);
     for (int t = 0; t < n; t++) factor[t] = 1.0f;

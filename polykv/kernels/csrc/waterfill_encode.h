@@ -1,25 +1,29 @@
 // The encoders of WaterfillKey and TurboQuantLog in passes over the rows; formats and rounding as in polykv/codecs.
 #pragma once
 
-#include "encode.h"
-#include "waterfill.h"
+#include <type_traits>
 
-constexpr float SMALLEST = 0x1p-24f;  // in fp16
+#include "waterfill_plan.h"
+
 constexpr float STEPS = 24.0f, TOP = 207.0f;  // of normal.py
 constexpr int TOKENS = 32;  // at a time
 
 // How RoPE turns the channels of a head: x[c] cos[pair[c]] + sign[c] x[partner[c]] sin[pair[c]]; pair -1: not at all.
+// DIM, where not 0, is head_dim, and channel c < DIM / 2 is turned with c + DIM / 2, as in most models.
 struct Turns {
     int32_t pair[MAX_DIM], partner[MAX_DIM];
     float sign[MAX_DIM];
-    bool straight = true;  // each vector of channels has consecutive partners and pairs, and one sign (halves)
+    bool straight = true;  // each vector of channels has consecutive partners and pairs, and one sign
+    bool halves = true;    // as DIM has it
 
     explicit Turns(const Packed& p) {
         for (int c = 0; c < MAX_DIM; c++) pair[c] = -1, partner[c] = c, sign[c] = 0.0f;
         for (int i = 0; i < p.pairs; i++) {
             const int a = int(p.first[i]), b = int(p.second[i]);
             pair[a] = pair[b] = i, partner[a] = b, partner[b] = a, sign[a] = -1.0f, sign[b] = 1.0f;
+            halves &= a == i && b == i + p.dim / 2;
         }
+        halves &= 2 * p.pairs == p.dim;
         for (int c = 0; c < p.dim; c++) {
             const int start = c / LANES * LANES, l = c - start;
             straight &= pair[c] == (pair[start] < 0 ? -1 : pair[start] + l) &&
@@ -28,8 +32,14 @@ struct Turns {
     }
 
     // LANES channels of `x` from `c` on, turned by the angles of a token.
+    template <int DIM>
     Floats turned(const float* x, const float* cos, const float* sin, int c) const {
         const Floats own = load<Floats>(x + c);
+        if constexpr (DIM != 0) {
+            const int i = c % (DIM / 2);
+            const Floats across = load<Floats>(x + (c ^ DIM / 2)) * load<Floats>(sin + i);
+            return own * load<Floats>(cos + i) + (c < DIM / 2 ? -across : across);
+        }
         if (straight)
             return pair[c] < 0 ? own : own * load<Floats>(cos + pair[c]) +
                                        load<Floats>(x + partner[c]) * load<Floats>(sin + pair[c]) * sign[c];
@@ -39,37 +49,47 @@ struct Turns {
                 out[l] = own[l] * cos[i] + sign[c + l] * x[partner[c + l]] * sin[i];
         return out;
     }
+
+    // call(DIM) with DIM as above, a constant.
+    template <typename Call>
+    auto with_dim(int64_t dim, const Call& call) const {
+        if (halves && dim == 64) return call(std::integral_constant<int, 64>());
+        if (halves && dim == 128) return call(std::integral_constant<int, 128>());
+        return call(std::integral_constant<int, 0>());
+    }
 };
 
-static inline void load_row(const uint8_t* from, Dtype dtype, int dim, float* row) {
-    for (int c = 0; c < dim; c += LANES) store(row + c, load_floats(from + c * bytes_of(dtype), dtype));
-}
-
-// row -= R_t mean
-static inline void centre(const Packed& p, const Turns& turns, const float* mean, int64_t t, float* row) {
-    const float *cos = p.cos + t * p.pairs, *sin = p.sin + t * p.pairs;
-    for (int c = 0; c < p.dim; c += LANES)
-        store(row + c, load<Floats>(row + c) - turns.turned(mean, cos, sin, c));
-}
-
-// sums[c] over tokens [start, stop) of a head: of the keys rotated by `p.cos` and `p.sin`; with a mean, of the squares
-// of the keys without R_t mean. Summed in fp32 over TOKENS tokens, then in fp64.
+// The sums over tokens [start, stop) of each channel of a head: of the keys with RoPE undone or, with a mean, of the
+// squares of the keys without R_t mean. In fp32 over TOKENS tokens, then in fp64.
+template <int DIM, bool SQUARES>
 static void sums_of(const Input& x, const Packed& p, const Turns& turns, int64_t head, const float* mean,
                     int64_t start, int64_t stop, double* sums) {
-    const int dim = int(x.dim);
-    alignas(64) float row[MAX_DIM], some[MAX_DIM] = {};
-    for (int c = 0; c < dim; c++) sums[c] = 0.0;
+    const int dim = DIM ? DIM : int(x.dim), n = dim / LANES, pairs = int(p.pairs);
+    alignas(64) float row[MAX_DIM], undo_cos[MAX_DIM], undo_sin[MAX_DIM];
     const uint8_t* from = head_of(x.data, x.strides, x, head) + start * x.strides[2];
-    for (int64_t t = start; t < stop; t++, from += x.strides[2]) {
-        load_row(from, x.dtype, dim, row);
-        if (mean) centre(p, turns, mean, t, row);
-        for (int c = 0; c < dim; c += LANES) {
-            Floats v = load<Floats>(row + c);
-            v = mean ? v * v : turns.turned(row, p.cos + t * p.pairs, p.sin + t * p.pairs, c);
-            store(some + c, load<Floats>(some + c) + v);
+    for (int c = 0; c < dim; c++) sums[c] = 0.0;
+    for (int64_t first = start; first < stop; first += TOKENS) {
+        Floats some[(DIM ? DIM : MAX_DIM) / LANES] = {};
+        const int64_t last = first + TOKENS < stop ? first + TOKENS : stop;
+        for (int64_t t = first; t < last; t++, from += x.strides[2]) {
+            const float *cos = p.cos + t * p.pairs, *sin = p.sin + t * p.pairs;
+            if constexpr (SQUARES) {
+                for (int i = 0; i < n; i++) {
+                    const Floats key = load_floats(from + i * LANES * bytes_of(x.dtype), x.dtype);
+                    const Floats rest = key - turns.turned<DIM>(mean, cos, sin, i * LANES);
+                    some[i] += rest * rest;
+                }
+                continue;
+            }
+            for (int i = 0; i < (DIM ? DIM / 2 : pairs); i++) {
+                const float back = 1.0f / (cos[i] * cos[i] + sin[i] * sin[i]);
+                undo_cos[i] = cos[i] * back, undo_sin[i] = -sin[i] * back;
+            }
+            for (int i = 0; i < n; i++)
+                store(row + i * LANES, load_floats(from + i * LANES * bytes_of(x.dtype), x.dtype));
+            for (int i = 0; i < n; i++) some[i] += turns.turned<DIM>(row, undo_cos, undo_sin, i * LANES);
         }
-        if ((t - start) % TOKENS == TOKENS - 1 || t == stop - 1)
-            for (int c = 0; c < dim; c++) sums[c] += some[c], some[c] = 0.0f;
+        for (int c = 0; c < dim; c++) sums[c] += some[c / LANES][c % LANES];
     }
 }
 
@@ -95,10 +115,10 @@ static void encode_block(const float* y, int dim, const float* factor, float sca
         alignas(16) uint8_t codes[CODES];
         for (int i = 0; i < CODES; i += LANES) {
             const Floats v = load<Floats>(y + i) * (factor[t] * scale);
-            Ints code{};  // by halves
-            for (int half = 1 << BITS >> 1; half; half /= 2) {
-                const Floats boundary = lookup(boundaries, code + (half - 1), 1 << BITS);
-                code = v > boundary ? code + half : code;
+            Ints code{};  // by halves: a bit at a time, the highest first
+            for (int count = 1; count < 1 << BITS; count *= 2) {
+                const Ints above = v > lookup(boundaries + count, code, count);
+                code = code + code - above;
             }
             store(codes + i, low_bytes(code));
         }
@@ -110,10 +130,17 @@ using EncodeBlock = void (*)(const float*, int, const float*, float, int, const 
 constexpr EncodeBlock ENCODE_BLOCK[] = {nullptr,         encode_block<1>, encode_block<2>, encode_block<3>,
                                         encode_block<4>, encode_block<5>, encode_block<6>, encode_block<7>};
 
-static inline uint8_t log_code(float rms, float largest) {
-    if (!(rms > 0)) return 0;
-    const float ratio = std::fmax(rms / std::fmax(largest, SMALLEST), 1e-30f);
-    return uint8_t(std::fmin(std::fmax(std::nearbyint(std::log2(ratio) * STEPS) + TOP, 1.0f), 255.0f));
+// The codes of TOKENS norms; as log_codes of normal.py.
+static inline void log_codes(const float* rms, float largest, uint8_t* codes) {
+    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    for (int t = 0; t < TOKENS; t += LANES) {
+        const Floats value = load<Floats>(rms + t), ratio = value / std::fmax(largest, SMALLEST);
+        Floats code = log2_positive(ratio > 1e-30f ? ratio : Floats{} + 1e-30f) * STEPS;
+        code = (code + to_integer) - to_integer + TOP;
+        code = code < 1.0f ? Floats{} + 1.0f : code;
+        code = code > 255.0f ? Floats{} + 255.0f : code;
+        store(codes + t, low_bytes(__builtin_convertvector(value > 0.0f ? code : Floats{}, Ints)));
+    }
 }
 
 // The last two passes over a head's tokens: their largest RMS, and then (`write`) their codes.
@@ -130,10 +157,10 @@ struct Coding {
         uint8_t* norm = head_of(to.scale, to.scale_strides, to, head) + first * to.scale_strides[2];
         uint8_t* out = head_of(to.codes, to.code_strides, to, head) + first * to.code_strides[2];
         float factor[TOKENS];
-        for (int t = 0; t < n; t++, norm += to.scale_strides[2]) {
-            *norm = log_code(rms[t], largest);
-            factor[t] = unit / std::fmax(to.log_values[*norm] * largest, SMALLEST);
-        }
+        uint8_t norms[TOKENS];
+        log_codes(rms, largest, norms);
+        memcpy(norm, norms, n);
+        for (int t = 0; t < n; t++) factor[t] = unit / std::fmax(to.log_values[norms[t]] * largest, SMALLEST);
         for (int j = 0; j < to.dim / CODES; j++) {
             const int width = plan ? plan->width[j] : to.bits, offset = plan ? plan->offset[j] : 2 * width * j;
             const float scale = plan ? 1.0f / std::fmax(plan->rms[j], SMALLEST) : 1.0f;
@@ -147,7 +174,7 @@ struct Coding {
     template <typename Prepare>
     float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
         alignas(64) float y[TOKENS * MAX_DIM];
-        float rms[TOKENS], most = 0.0f;
+        float rms[TOKENS] = {}, most = 0.0f;
         bool finite = true;
         for (int64_t first = start; first < stop; first += TOKENS) {
             const int n = stop - first < TOKENS ? int(stop - first) : TOKENS;
@@ -162,12 +189,13 @@ struct Coding {
         return finite ? most : __builtin_inff();
     }
 
+    template <int DIM>
     float keys(const Turns& turns, int64_t start, int64_t stop) const {
         Plan plan;
         plan_blocks(to, head, plan);
         alignas(64) int32_t order[MAX_DIM];
         alignas(64) float gain[MAX_DIM], mean[MAX_DIM], row[MAX_DIM], weight[MAX_DIM];
-        const int dim = int(to.dim);
+        const int dim = DIM ? DIM : int(to.dim);
         for (int i = 0; i < dim; i++) {
             order[i] = to.order[head * dim + i], mean[i] = float_of_half(to.mean[head * dim + i]);
             const float by = float_of_half(to.channel_scale[head * dim + order[i]]);
@@ -177,12 +205,14 @@ struct Coding {
         }
         auto* blocks = dim == 64 ? sorted_blocks<64> : dim == 128 ? sorted_blocks<128> : sorted_blocks<0>;
         return tokens(start, stop, 1.0f, &plan, [&](const uint8_t* from, int64_t t, float* y) {
-            load_row(from, x.dtype, dim, row);
-            centre(to, turns, mean, t, row);
+            const float *cos = to.cos + t * to.pairs, *sin = to.sin + t * to.pairs;
             Floats sum{};
             for (int c = 0; c < dim; c += LANES) {
-                const Floats v = load<Floats>(row + c) * load<Floats>(weight + c);
+                const Floats key = load_floats(from + c * bytes_of(x.dtype), x.dtype);
+                const Floats rest = key - turns.turned<DIM>(mean, cos, sin, c);
+                const Floats v = rest * load<Floats>(weight + c);
                 sum += v * v;
+                if (write) store(row + c, rest);
             }
             if (write) blocks(row, order, gain, dim, y);
             return std::sqrt(sum_lanes(sum) / dim);
