@@ -27,7 +27,8 @@ MODEL = $(or $(model),$(shell $(BIN)/python -m polykv.packaged smollm2-135m))
 place = $(if $(path),'model.path=$(path)')
 # The reference model reads only generated documents. The two stories have PolyKV's lengths under SmolLM2's tokenizer.
 text = document=$(if $(filter reference,$(MODEL)),generated context=512,$(1) context=$(if $(filter smollm2%,$(MODEL)),$(2),null))
-RUN = $(BIN)/python run.py model=$(MODEL) $(place)
+# The files are written once, of all that was measured, after the last sweep.
+RUN = $(BIN)/python run.py render=false model=$(MODEL) $(place)
 
 run: $(INSTALLED)  ## the main experiments of both papers on SmolLM2-135M-Instruct and real text, offline
 	$(eval MODEL := $(MODEL))
@@ -37,7 +38,7 @@ run: $(INSTALLED)  ## the main experiments of both papers on SmolLM2-135M-Instru
 	  n_documents=8 n_agents=3,5 answers=1 max_new_tokens=24
 	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=5 repeats=2
 	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[in_place]'
-	$(BIN)/python -m analysis --only findings
+	$(BIN)/python -m analysis --print findings
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
 frontier: $(INSTALLED)  ## every known recipe at equal stored bits, with statistics, offline (or model=NAME, model=local path=/a/folder)

@@ -19,7 +19,7 @@ def task(cell: sweep.Cell) -> sweep.Outcome:
 
 
 def main() -> int:
-    """Run the sweep, then render its results folder; the exit code."""
+    """Run the sweep, then show what it found; the exit code."""
     # Hydra would print errors over several lines and exit; with this it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     processes.second_interrupt_quits()
@@ -40,11 +40,11 @@ def main() -> int:
 
 
 def report(ended: sweep.Ended) -> int:
-    """Render the folder, if a cell is done, then print what failed; the exit code."""
+    """Show the cells, if any is done, then print what failed; the exit code."""
     from analysis.__main__ import show
     from polykv.wandb_run import unsynced
 
-    shown = (ended.results_dir, ended.study, ended.cells, ended.preset)
+    shown = (ended.results_dir, ended.study, ended.cells, ended.preset, ended.render)
     code = 0 if ended.empty else show(*shown)
     if line := unsynced(ended.results_dir):
         print(line)

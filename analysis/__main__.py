@@ -16,19 +16,14 @@ import pandas as pd
 
 from analysis import published, render, report
 from analysis.catalog import FIRST, PAPERS, modules, names_of, pieces
-from analysis.load import Results, drawing, load
-from analysis.statistics import BASELINE
-from analysis.style import Picture, save
+from analysis.load import drawing, load
+from analysis.write import PICTURES, WRITERS, Made, write
 from polykv import archive
 from polykv.config import load_group
 from polykv.errors import PolyKVError
-from polykv.progress import track
 from polykv.wandb_run import open_run, unsynced
 
-WRITERS = {"md": render.markdown, "tex": render.latex, "csv": render.to_csv}
-PICTURES = ("png", "pdf")
 LOCAL = Path("results/local")
-OF_ANSWERS = ["model", "document", "context_tokens", "n_agents", "reader"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     return _exit_code(partial(command, argv[1:]) if command else partial(_render, argv))
 
 
-def show(root: str, study: str, cells: Sequence[str], preset: str = "") -> int:
+def show(root: str, study: str, cells: Sequence[str], preset: str = "", files: bool = True) -> int:
     """Run `after_sweep` for run.py: print errors and warnings as lines, return the exit code."""
-    return _exit_code(partial(after_sweep, Path(root), study, cells, preset))
+    return _exit_code(partial(after_sweep, Path(root), study, cells, preset, files))
 
 
 def _exit_code(render: Callable[[], tuple[str, ...]]) -> int:
@@ -93,54 +88,63 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
     parser.add_argument("--only", metavar="NAME", help=", ".join(names_of(())))
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
+    parser.add_argument("--print", metavar="A,B", help=f"default: {FIRST}, or what --only names")
     arguments = parser.parse_args(argv)
     names = names_of(())
     only = _chosen("--only", arguments.only, names) if arguments.only else names
     kinds = _chosen("--format", arguments.format, formats)
+    default = only[0] if len(only) == 1 else FIRST
+    printed = _chosen("--print", arguments.print or default, names)
     root = arguments.results
     with drawing(root):
         results = load(root)
-        undrawn = _write(results, root, only, kinds)
+        made = Made(results.rows)
+        undrawn = write(results, made, root, only, kinds)
     for name, reason in undrawn.items():
         print(f"figure {name} is not drawn: {reason}")
-    _print(results.rows, only[:1] if len(only) == 1 else [FIRST])
+    for name in printed:
+        _print(made, name)
     _say_where(root)
     return results.damaged
 
 
-def after_sweep(root: Path, study: str, cells: Sequence[str], preset: str = "") -> tuple[str, ...]:
-    """Write the study's tables and figures and print the table of these cells; return the damaged cells."""
-    names = names_of((study,))
+def after_sweep(
+    root: Path, study: str, cells: Sequence[str], preset: str = "", files: bool = True
+) -> tuple[str, ...]:
+    """Print the table of these cells; return the damaged cells. With `files`, write the study's tables and figures."""
     with drawing(root):
         found = load(root)
-        _write(found, root, names, [*WRITERS, *PICTURES])
-    asked = found.rows[(found.rows["study"] == study) & found.rows["cell"].isin(cells)]
-    if len(asked):
-        _print(asked, [_first_table(study, preset, asked)])
-        _say_published(asked, root)
-    _say_where(root)
+        made = Made(found.rows)
+        if files:
+            write(found, made, root, names_of((study,)), [*WRITERS, *PICTURES])
+    asked = (found.rows["study"] == study) & found.rows["cell"].isin(cells)
+    if asked.any():
+        shown = made if asked.all() else Made(found.rows[asked])
+        _print(shown, _first_table(study, preset, shown))
+    if files:
+        _say_published(found.rows[asked], root)
+        _say_where(root)
+    else:
+        print(f"tables and figures are written by: python -m analysis --results {root}")
     return found.damaged
 
 
-def _print(rows: pd.DataFrame, names: Sequence[str]) -> None:
-    """Print the tables, texts and lines of these names."""
+def _print(made: Made, name: str) -> None:
+    """Print the text, table and lines of this name."""
     width = shutil.get_terminal_size((100, 24)).columns
-    for name in names:
-        if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
-            print(text)
-        if name in pieces("TABLES") and (table := pieces("TABLES")[name](rows)):
-            print(render.plain(render.measured(table), width))
-        if name in pieces("BELOW"):
-            for line in pieces("BELOW")[name](rows) or ():
-                print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
+    if text := made("TEXTS", name):
+        print(text)
+    if table := made("TABLES", name):
+        print(render.plain(render.measured(table), width))
+    for line in made("BELOW", name) or ():
+        print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
 
 
-def _first_table(study: str, preset: str, rows: pd.DataFrame) -> str:
+def _first_table(study: str, preset: str, made: Made) -> str:
     """The first table that rows fill: the one named as the preset, the study's own, the others of its module."""
     tables, own = pieces("TABLES"), getattr(modules().get(study), "TABLES", ())
     presets = [preset] if preset in tables and study in tables[preset].studies else []
-    names = [name for name in (*presets, study, *own) if name in tables]
-    return next((name for name in names if tables[name](rows)), study)
+    return next((name for name in (*presets, study, *own) if made("TABLES", name)), study)
 
 
 def _say_published(rows: pd.DataFrame, root: Path) -> None:
@@ -164,75 +168,6 @@ def _chosen(option: str, text: str, known: tuple[str, ...] | list[str]) -> list[
     if unknown := [name for name in chosen if name not in known]:
         raise PolyKVError(f"{option}: no {', '.join(unknown)}; choose from {', '.join(known)}")
     return chosen
-
-
-def _write(
-    results: Results, root: Path, only: Sequence[str], kinds: Sequence[str]
-) -> dict[str, str]:
-    """Write the tables, figures and texts of these names; return, by name, why a figure could not be drawn."""
-    undrawn = {}
-    rows, tables, pictures = results.rows, root / "tables", root / "figures"
-    try:
-        tables.mkdir(parents=True, exist_ok=True)
-        pictures.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(root / "rows.csv", index=False)
-        _write_answers(results, root / "answers")
-        for name in track(only, "tables and figures"):
-            if name in pieces("TEXTS") and (text := pieces("TEXTS")[name](rows)):
-                (tables / f"{name}.md").write_text(text, encoding="utf-8")
-            if name in pieces("TABLES") and (table := pieces("TABLES")[name](rows)):
-                for kind in filter(WRITERS.get, kinds):
-                    text = WRITERS[kind](table)
-                    (tables / f"{name}.{kind}").write_text(text, encoding="utf-8")
-            if name in pieces("FIGURES") and (asked := [k for k in kinds if k in PICTURES]):
-                drawn = pieces("FIGURES")[name](rows)
-                if isinstance(drawn, Picture):
-                    save(drawn.canvas, pictures / name, asked)
-                    caption = f"{render.tex(drawn.caption)}\n"
-                    (pictures / f"{name}.tex").write_text(caption, encoding="utf-8")
-                elif drawn:
-                    undrawn[name] = drawn
-    except OSError as error:
-        raise PolyKVError(
-            f"cannot write {error.filename or root} ({error.strerror or error}); free space or give "
-            "a folder that can be written"
-        ) from error
-    return undrawn
-
-
-def _write_answers(results: Results, folder: Path) -> None:
-    """What agents said, for reading: a Markdown file in `folder` for each setting, every question with all answers."""
-    rows = results.rows[results.rows["recipe"] != BASELINE]
-    firsts = rows[rows["metric"] == "bertscore_f1"].drop_duplicates(["study", "cell"])
-    for key, part in firsts.sort_values("created_at").groupby(OF_ANSWERS, sort=False):
-        by_recipe = {
-            recipe: results.cells[study, cell].answers
-            for recipe, study, cell in zip(part["recipe"], part["study"], part["cell"], strict=True)
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        named = dict(zip(OF_ANSWERS, key, strict=True))
-        name = "-".join(f"{_plain(value)}" for value in named.values())
-        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-        (folder / f"{name}.md").write_text(_answers_page(named, by_recipe), encoding="utf-8")
-
-
-def _answers_page(named: dict, by_recipe: dict[str, list[dict]]) -> str:
-    about = ", ".join(f"{name} {_plain(value)}" for name, value in named.items())
-    pages = [f"# Answers: {about}"]
-    for place, asked in enumerate(next(iter(by_recipe.values()))):
-        who = f"Document {asked['document']}, agent {asked['agent']}"
-        lines = [("right answer", asked["gold"]), ("uncompressed", asked["reference"])]
-        lines += [(name, of[place]["answer"]) for name, of in by_recipe.items() if place < len(of)]
-        shown = [
-            (name, " ".join(text.split()) or "(empty)") for name, text in lines if text is not None
-        ]
-        pages.append(f"## {who}: {asked['question']}")
-        pages.append("\n".join(f"- **{name}**: {text}" for name, text in shown))
-    return "\n\n".join(pages) + "\n"
-
-
-def _plain(value: object) -> object:
-    return f"{value:.0f}" if isinstance(value, float) else value
 
 
 def upload(folder: str | Path) -> str:

@@ -19,7 +19,7 @@ from analysis.statistics import (
     pairs_of,
     samples_of,
 )
-from analysis.style import Marks, Picture, colours, grid, legend, picture, styled
+from analysis.style import Marks, Picture, grid, legend, looks, picture, styled
 from polykv.evaluation.statistics import PairedRatio
 
 # What a line is about; what never varies is said once, in the caption.
@@ -60,9 +60,9 @@ COLUMNS = (
 )
 LEGEND = (
     "bits: stored per cached value, all metadata counted; ratio: to fp16; Δppl, KL (nats per token) and top-1: against "
-    "the uncompressed cache, read alike; stored: all bytes kept for all agents; resident: peak above the loaded model "
-    "while all agents decode."
+    "the uncompressed cache, read alike; stored: all bytes kept for all agents"
 )
+RESIDENT = "; resident: peak above the loaded model while all agents decode"
 # A column of nothing else is left out; one of values that could not be had says why.
 BASE = Value(None, note="the baseline that the others are compared with")
 ABSENT = (BASE, UNMEASURED)
@@ -89,7 +89,8 @@ def table(rows: pd.DataFrame) -> Table | None:
     ]
     columns = [*named, *keys("recipe"), *present]
     shown = [{c.name: line[c.name] for c in columns} for line in lines]
-    legend = " ".join(filter(None, [LEGEND, _reader_floors(found)]))
+    explained = LEGEND + RESIDENT * any(c.name == "resident" for c in present) + "."
+    legend = " ".join(filter(None, [explained, _reader_floors(found)]))
     return Table("compare", _caption(found, vary), columns, shown, legend)
 
 
@@ -218,12 +219,13 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
         return "no recipe with both stored bits and a KL divergence above 0"
     apart = [n for n in ("reader", "backend") if len({setting[n] for setting, _ in panels}) > 1]
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
-    tints = colours(names)
+    look = looks(names)
     canvas, axes = grid(len(panels), ACROSS, HEIGHT)
     for ax, (setting, spots) in zip(axes, panels, strict=True):
         for name, (bits, kl) in spots.items():
             reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
-            ax.errorbar(bits, kl.value, yerr=reach, fmt="o", color=tints[name], label=name)
+            tint, marker = look[name]
+            ax.errorbar(bits, kl.value, yerr=reach, fmt=marker, color=tint, label=name)
         on = "".join(f", {setting[name]}" for name in apart)
         ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens{on}")
         ax.set_yscale("log")

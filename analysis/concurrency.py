@@ -77,7 +77,9 @@ def figure(rows: pd.DataFrame) -> style.Picture:
             who: {int(n): measures(of) for n, of in part.groupby("n_agents")}
             for who, part in _by_reader(mine)
         }
-        _panel(resident, lines, "stored", linestyle="--")
+        lined = any(len(by_agents) > 1 for by_agents in lines.values())
+        if lined:
+            _panel(resident, lines, "stored", linestyle="--")
         _panel(resident, lines, "resident", named=True)
         _panel(speed, lines, "throughput", named=True)
         for ax, label in ((resident, "KV memory, MB"), (speed, "tokens/s, all agents")):
@@ -87,7 +89,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
             style.number_ticks(ax, set().union(*lines.values()))
             ax.set_xlabel("agents")
             ax.set_ylabel(label)
-        resident.set_title("resident; dashed: stored of the prefix")
+        resident.set_title("resident" + "; dashed: stored of the prefix" * lined)
     return style.picture(
         style.legend(canvas),
         "Memory and throughput of N agents that decode together after one prefix, by reader; resident is the measured "

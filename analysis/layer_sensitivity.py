@@ -120,7 +120,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
         _by_layer(output, mine, lambda part: measured(part, "error_output"), error)
         output.set_title("attention output; dots: single heads")
         heads = mine[(mine["metric"] == "error") & (mine["part"] == "output")]
-        for recipe, (shift, tint) in _looks(mine).items():
+        for recipe, (shift, tint, _) in _looks(mine).items():
             own = heads[heads["recipe"] == recipe].groupby(["layer", "head"])["value"].mean()
             layer = own.index.get_level_values("layer").to_numpy(float)
             output.plot(layer + shift, own, ".", markersize=2.5, color=tint)
@@ -152,22 +152,22 @@ def _by_layer(
     ax: Axes, rows: pd.DataFrame, of: Callable[[pd.DataFrame], Value], label: str
 ) -> None:
     """One line per recipe over the layers, with intervals where there are any."""
-    for recipe, (shift, tint) in _looks(rows).items():
+    for recipe, (shift, tint, marker) in _looks(rows).items():
         each = rows[rows["recipe"] == recipe].groupby("layer")
         spots = [(int(layer) + shift, of(part)) for layer, part in each]
         look = {"color": tint, "elinewidth": 0.8, "markersize": 3, "linewidth": 1}
-        style.series(ax, spots, fmt="o-", label=recipe, **look)
+        style.series(ax, spots, fmt=f"{marker}-", label=recipe, **look)
     n_layers = int(rows["layer"].max()) + 1
     style.number_ticks(ax, range(0, n_layers, max(1, n_layers // 8)))
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
 
 
-def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str]]:
-    """Horizontal offset and colour of each recipe's marks."""
+def _looks(rows: pd.DataFrame) -> Mapping[str, tuple[float, str, str]]:
+    """Horizontal offset, colour and marker of each recipe."""
     recipes = sorted(set(rows["recipe"]))
-    tints, middle = style.colours(recipes), (len(recipes) - 1) / 2
-    return {name: (0.05 * (place - middle), tints[name]) for place, name in enumerate(recipes)}
+    look, middle = style.looks(recipes), (len(recipes) - 1) / 2
+    return {name: (0.05 * (place - middle), *look[name]) for place, name in enumerate(recipes)}
 
 
 TABLES = {"layer_sensitivity": table}

@@ -133,7 +133,10 @@ def having(found: Iterable[Point], *measures: str) -> list[Point]:
 
 def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> Value:
     """The mean over seeds of `reduce` of each seed's rows; the interval is the hull of the seeds' intervals."""
-    found = [reduce(part) for _, part in rows.groupby("seed", dropna=False)]
+    parts = [rows]
+    if rows["seed"].nunique(dropna=False) > 1:
+        parts = [part for _, part in rows.groupby("seed", dropna=False)]
+    found = [reduce(part) for part in parts]
     present = [value for value in found if value.value is not None]
     if len(present) < 2:
         return (present or found or [UNMEASURED])[-1]

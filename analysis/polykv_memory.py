@@ -286,10 +286,10 @@ def looks_of(found: Sequence[Point]) -> dict[str, dict[str, object]]:
     """
     names = (*lines_of(found, by_reader=False), *lines_of(found))
     recipes = list(dict.fromkeys(name.removesuffix(SUFFIX) for name in names))
-    tints, looks = style.colours(recipes), {}
+    of_recipes, looks = style.looks(recipes), {}
     for place, recipe in enumerate(recipes):
         thin = max(0.35, 0.78**place)
-        look = {"color": tints[recipe], "marker": style.family(recipe)[2]}
+        look = dict(zip(("color", "marker"), of_recipes[recipe], strict=True))
         look |= {"markersize": 6 * thin, "linewidth": 2.2 * thin}
         looks |= {recipe: look, recipe + SUFFIX: look | style.READ_IN_PLACE}
     return looks

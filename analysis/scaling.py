@@ -193,16 +193,16 @@ def _scaling(found: Sequence[Line], axis: str, label: str, shows: str) -> style.
         return None
     canvas, panels = style.sheet([*map(_short, settings)], 1, 2.3, style.COLUMN)
     for (ax,), recipes in zip(panels, settings.values(), strict=True):
-        tints = style.colours(recipes)
+        looks = style.looks(recipes)
         for place, (recipe, mine) in enumerate(recipes.items()):
-            shift, look = 1.07 ** (place - (len(recipes) - 1) / 2), {"color": tints[recipe]}
+            shift, (tint, marker) = 1.07 ** (place - (len(recipes) - 1) / 2), looks[recipe]
             if axis == "context_tokens":
                 deltas = deltas_of(mine)
                 at = deltas.index.to_numpy(float) * shift
-                ax.plot(at, deltas, ".", alpha=0.3, markersize=3, markeredgewidth=0, **look)
+                ax.plot(at, deltas, ".", alpha=0.3, color=tint, markersize=3, markeredgewidth=0)
             parts = mine.groupby(axis)
             spots = [(at * shift, measured(part, "perplexity_delta")) for at, part in parts]
-            style.series(ax, spots, fmt="o-", markersize=3.5, label=recipe, **look)
+            style.series(ax, spots, fmt=f"{marker}-", color=tint, markersize=3.5, label=recipe)
         style.delta_axis(ax, "perplexity delta, %")
         ax.set_xscale("log", base=2)
         style.number_ticks(ax, [at for mine in recipes.values() for at in mine[axis]])

@@ -86,14 +86,17 @@ def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
 
 def whole_samples(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of whole documents, answers or repeats: no blocks of tokens, no statistics over several documents."""
+    whole = np.ones(len(rows), bool)
     for column in ("block", "statistic"):
         if column in rows:
-            rows = rows[rows[column].isna() | (rows[column] == "")]
-    return rows
+            whole &= (rows[column].isna() | (rows[column] == "")).to_numpy(bool)
+    return rows if whole.all() else rows[whole]
 
 
 def documents(rows: pd.DataFrame) -> pd.Series:
     """The document of each row: its text; where that is unknown, its place among those of its seed."""
+    if "text" in rows and (rows["text"] != "").all():
+        return rows["text"]
     place = rows["seed"].astype(str) + "/" + rows["sample"].astype(str)
     return rows["text"].where(rows["text"] != "", place) if "text" in rows else place
 
@@ -105,7 +108,7 @@ def by_document(rows: pd.DataFrame, *within: str) -> pd.DataFrame:
     under them are averaged (they weigh the same, as the text has the same tokens under each).
     """
     groups = rows.assign(text=documents(rows)).groupby(["text", *within], sort=False)
-    return groups.agg(value=("value", "mean"), n=("n", "max"))
+    return pd.DataFrame({"value": groups["value"].mean(), "n": groups["n"].max()})
 
 
 def mean(rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Value:
@@ -186,7 +189,7 @@ def largest(rows: pd.DataFrame) -> Value:
 
 def single(rows: pd.DataFrame) -> Value:
     """The last value of each cell, averaged over cells: for metrics without samples (arithmetic, bytes, statistics)."""
-    last = rows.groupby("cell", sort=False).tail(1)
+    last = rows.drop_duplicates("cell", keep="last")
     found = plain_mean(last)
     return found if found.value is None else Value(found.value, note=last["note"].iloc[-1])
 
@@ -213,11 +216,11 @@ class Measure:
         documents of all seeds.
         """
         read = [name for name in rows if name in READ or name in self.where or name in over]
-        mine = rows.loc[rows["metric"] == self.metric, read]
+        mine = rows["metric"] == self.metric
         for column, wanted in ({"statistic": ""} | dict(self.where)).items():
-            if column in mine:
-                mine = mine[mine[column] == wanted]
-        found = self.reduce(newest(mine, over))
+            if column in rows:
+                mine &= rows[column] == wanted
+        found = self.reduce(newest(rows.loc[mine, read], over))
         if self.form is None or found.value is None:
             return found
         shown = found.map(self.form)

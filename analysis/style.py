@@ -3,11 +3,13 @@
 import functools
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from zlib import crc32
 
 import matplotlib
 
@@ -30,6 +32,7 @@ from matplotlib.ticker import (  # noqa: E402
 )
 
 from analysis.statistics import BASELINE, Value  # noqa: E402
+from polykv.config import available  # noqa: E402
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, and both
@@ -47,8 +50,8 @@ UNDATED = {
 }
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
 GREEN, PINK, SKY, GREY = "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"
-WINE = "#882255"
-# A family of recipes has one colour and one marker: the first prefix that fits.
+WINE, PURPLE = "#882255", "#7B4FB5"
+# (name, colour, first marker) of a family of recipes: the first prefix that fits.
 FAMILIES = {
     BASELINE: ("uncompressed", BLACK, "o"),
     "polykv": ("PolyKV", VERMILION, "D"),
@@ -60,7 +63,7 @@ FAMILIES = {
     "uniform": ("absmax", ORANGE, "s"),
     "per_layer": ("absmax", ORANGE, "s"),
     "transformers": ("transformers' own", SKY, "*"),
-    "q": ("ggml", BLACK, "v"),
+    "q": ("ggml", PURPLE, "v"),
     "": ("8-bit formats", GREY, "X"),
 }
 POLICIES = {
@@ -80,12 +83,13 @@ READERS = {
     "dequantize": ("dequantize, as published", ORANGE),
     "in_place": ("in place", BLUE),
 }
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>hpd"
 # Of what was published; of what is read in place.
 OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}
 READ_IN_PLACE = {"linestyle": "--", "markerfacecolor": "white"}
 CONTRAST = 4.5  # to white, WCAG's least for text
-SPARE = (ORANGE, SKY, GREEN, PINK, BLUE, VERMILION, GREY, BLACK)
+SHADES = (0, -0.3, 0.25)  # of a family's colour, by a recipe's place in it
+LOOKS = len(MARKERS) * len(SHADES)  # different ones in a family, as the two have no common factor
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -266,36 +270,58 @@ def save(canvas: Canvas, stem: Path, formats: Sequence[str]) -> list[Path]:
 
 
 def family(recipe: str) -> tuple[str, str, str]:
-    """(name, colour, marker) of a recipe's family."""
+    """(name, colour, first marker) of a recipe's family."""
     return next(f for prefix, f in FAMILIES.items() if recipe.startswith(prefix))
 
 
 def colours(recipes: Iterable[str]) -> dict[str, str]:
-    """A distinct colour per recipe: its family's, or a free one where that is taken."""
-    found: dict[str, str] = {}
+    """The colour of each recipe, as in `looks`."""
+    return {recipe: tint for recipe, (tint, _) in looks(recipes).items()}
+
+
+def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each recipe, by family: those of a recipe in conf/recipe are the same in every figure.
+
+    A family has shades of one colour. Other recipes, such as those with overrides, get what is free in their family.
+    """
     names = list(dict.fromkeys(recipes))
-    for name in names:
-        own = family(name)[1]
-        reserved = {family(other)[1] for other in names}
-        free = [own, *(c for c in SPARE if c not in reserved), *SPARE]
-        found[name] = next((c for c in free if c not in found.values()), own)
-    return found
+    places: dict[str, int] = {}
+    for recipe in sorted(names, key=lambda name: (name not in _places(), name)):
+        first = _places().get(recipe, crc32(recipe.encode()))
+        taken = {_look(name, other) for name, other in places.items()}
+        tries = range(first, first + LOOKS)
+        places[recipe] = next((at for at in tries if _look(recipe, at) not in taken), first)
+    families = [family(name) for name in names]
+    ordered = sorted(names, key=lambda name: families.index(family(name)))
+    return {name: _look(name, places[name]) for name in ordered}
+
+
+def _look(recipe: str, place: int) -> tuple[str, str]:
+    _, tint, marker = family(recipe)
+    at = MARKERS.index(marker) + place
+    return shaded(tint, SHADES[place % len(SHADES)]), MARKERS[at % len(MARKERS)]
+
+
+@functools.cache
+def _places() -> dict[str, int]:
+    """The place of each recipe of conf/recipe in its family."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for recipe in available("recipe"):
+        name = family(recipe)[0]
+        places[recipe] = seen[name]
+        seen[name] += 1
+    return places
+
+
+def shaded(tint: str, by: float) -> str:
+    """The colour mixed with white (`by` above 0) or with black (below 0)."""
+    end = 1.0 if by > 0 else 0.0
+    return to_hex([part + abs(by) * (end - part) for part in to_rgb(tint)])
 
 
 def policy_colour(policy: str) -> str:
     return POLICIES.get(policy, BLACK)
-
-
-def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """(colour, marker) of each recipe among many: its family's colour, and a marker of its own in the family."""
-    members: dict[str, list[str]] = {}
-    for recipe in recipes:
-        members.setdefault(family(recipe)[0], []).append(recipe)
-    return {
-        recipe: (family(recipe)[1], MARKERS[place % len(MARKERS)])
-        for mine in members.values()
-        for place, recipe in enumerate(mine)
-    }
 
 
 def ink(tint: str) -> str:

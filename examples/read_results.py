@@ -19,7 +19,9 @@ LEVEL = 0.05 / len(PAIRS)  # Bonferroni
 
 
 def main(folder: Path) -> None:
-    rows, _ = load_rows(folder, "compare")
+    rows, damaged = load_rows(folder, "compare")
+    for cell in damaged:
+        print(f"warning: cell {cell} cannot be read and is left out", file=sys.stderr)
     # Means of whole documents: neither of blocks of tokens nor of all documents.
     own = (rows["metric"] == "kl") & rows["sample"].notna() & rows["block"].isna()
     document = ["model", "context_tokens", "seed", "sample"]

@@ -50,6 +50,7 @@ class Ended:
     Attributes:
         cells: all that were asked for, whether they were done before or now.
         preset: the YAML of conf/experiment that was chosen.
+        render: whether the tables and figures are written.
         queued: whether the jobs are a cluster's and go on without this process.
         died: why the launcher gave up, if it did.
     """
@@ -58,6 +59,7 @@ class Ended:
     study: str
     cells: tuple[str, ...]
     preset: str = ""
+    render: bool = True
     queued: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     died: str = ""

@@ -90,6 +90,8 @@ class CellSweeper(Sweeper):
             raise PolyKVError(
                 f"hydra.sweeper.max_jobs={self.max_jobs}; it takes 1 or more, or null"
             )
+        if not isinstance(self.config.render, bool):
+            raise PolyKVError(f"render={self.config.render!r}; it takes true or false")
         Store(self.config.results_dir).check_writable()
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
@@ -99,7 +101,8 @@ class CellSweeper(Sweeper):
         asked, cells = self._plan(jobs)
         place = (self.config.results_dir, self.config.study)
         preset = self.config.hydra.runtime.choices.experiment
-        sweep.ended = sweep.Ended(*place, tuple(asked), preset, queued=self.elsewhere)
+        how = {"render": self.config.render, "queued": self.elsewhere}
+        sweep.ended = sweep.Ended(*place, tuple(asked), preset, **how)
         if cells:
             self._launch(cells)
 

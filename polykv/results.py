@@ -28,7 +28,7 @@ from polykv.cellfile import COLUMNS, Cell, DamagedCell
 from polykv.errors import PolyKVError
 
 # Settings that do not change a cell's numbers: where it runs, where its result is stored, how progress is shown.
-NOT_IDENTITY = ("results_dir", "logger", "launcher", "card")
+NOT_IDENTITY = ("results_dir", "render", "logger", "launcher", "card")
 
 PROBE_BYTES = 65536
 

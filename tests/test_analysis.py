@@ -69,6 +69,26 @@ def test_a_sweep_ends_in_its_own_table_and_counts_published_figures(tmp_path, ca
     assert "published_qkvshare" not in said
 
 
+def test_a_sweep_without_files_prints_the_table_of_its_cells_alone(tmp_path, capsys):
+    root = write(tmp_path, quickstart((256, 512), (3,), **SMALL))
+    rows = load(root).rows
+    asked = set(rows.loc[rows["context_tokens"] == 256, "cell"])
+    before = {path for path in root.rglob("*") if path.is_file()}
+    assert show(str(root), "compare", sorted(asked), files=False) == 0
+    said = capsys.readouterr().out
+    assert "256 tokens" in said and "512" not in said and "polykv_q8_0" in said
+    assert {path for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_printed_can_be_chosen_beside_what_is_written(tmp_path, capsys):
+    root = write(tmp_path, quickstart((256,), (3,), **SMALL))
+    chosen = ("--only", "polykv_ratio,compare", "--format", "csv", "--print", "polykv_ratio")
+    assert run(root, *chosen) == 0
+    said = capsys.readouterr().out
+    assert "nominal" in said and "BERT F1" not in said
+    assert (root / "tables" / "compare.csv").is_file()
+
+
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
 def test_missing_or_empty_results_are_one_line_and_exit_2(tmp_path, capsys, make):
     assert run(make(tmp_path)) == 2
@@ -76,7 +96,7 @@ def test_missing_or_empty_results_are_one_line_and_exit_2(tmp_path, capsys, make
     assert error.count("\n") == 1 and str(tmp_path) in error
 
 
-@pytest.mark.parametrize("option", ["--only", "--format"])
+@pytest.mark.parametrize("option", ["--only", "--format", "--print"])
 def test_unknown_name_is_one_line_and_exit_2(tmp_path, capsys, option):
     write(tmp_path, cells())
     assert run(tmp_path, option, "sumary") == 2

@@ -285,7 +285,11 @@ def test_table_and_figure(rows):
         unshared["step"].value / dequantize["step"].value
     )
     assert "Published" not in table(rows).caption
-    assert all(ax.lines for ax in figure(rows).canvas.axes)
+    drawn = figure(rows)
+    assert all(ax.lines for ax in drawn.canvas.axes)
+    assert "Dashed:" in drawn.caption and "dashed" in drawn.canvas.axes[0].get_title("left")
+    alone = figure(rows[rows["n_agents"] == 4])  # a line needs two numbers of agents
+    assert "dashed" not in alone.caption.lower() + alone.canvas.axes[0].get_title("left")
     other = rows[rows["reader"] == "in_place"].assign(backend="cpu")
     both = figure(pd.concat([rows, other], ignore_index=True)).canvas.legends[0].get_texts()
     expected = {*names[:2], f"{names[2]}, cpu", f"{names[2]}, torch"}

@@ -4,14 +4,19 @@ import matplotlib.pyplot as plt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from analysis.style import FEWEST, colours, family, plain_log
+from analysis.style import FEWEST, family, looks, plain_log
+from polykv.config import available
 
 
-def test_each_recipe_has_a_colour_of_its_own_and_keeps_it():
-    names = ["full", "fp16", "polykv", "polykv_q8_0", "turboquant_3bit", "turboquant_4bit", "q4_0"]
-    found = colours(names)
-    assert len(set(found.values())) == len(names)
-    assert found["polykv"] == colours(["polykv"])["polykv"] == family("polykv")[1]
+def test_each_recipe_has_a_colour_and_a_marker_of_its_own_and_keeps_them():
+    known = available("recipe")
+    own = [*known, "q8_0+value.bits=4", "mine", "k8v4", "k4v8"]
+    found = looks(own)
+    assert len(set(found.values())) == len(own)
+    for name in known:
+        assert looks([name]) == {name: found[name]}
+    _, tint, marker = family("polykv")
+    assert found["polykv"] == (tint.lower(), marker)
 
 
 @given(st.floats(1e-5, 1e3), st.floats(1.1, 1e5))

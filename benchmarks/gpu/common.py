@@ -157,7 +157,9 @@ class Bench:
 
     def rows(self, *experiments: str, device: str | None = None) -> pd.DataFrame:
         """Everything measured so far by these experiments on this device, or on what they call it."""
-        rows, _ = load_rows(self.store.root)
+        rows, damaged = load_rows(self.store.root)
+        for cell in damaged:
+            self.say(f"warning: cell {cell} cannot be read and is left out; run this again")
         return rows[rows["study"].isin(experiments) & (rows["device"] == (device or self._name))]
 
 

@@ -77,6 +77,7 @@ MISTAKES = (
     (f"{OWN_TEXT} model=gguf model.path={{}}/text.txt", "not a GGUF file", {TEXT: WORDS}),
     (f"{OWN_TEXT} model=gguf model.path={{}}", "no .gguf files"),
     (f"{QUALITY} document=wikitext2_raw", "hub"),
+    (f"{QUALITY} render=maybe", "true or false"),
     (f"{QUALITY} scorer=roberta-large", "hub"),
     (f"{QUALITY} model=qwen2.5-0.5b weights=random document=moon_landing", "random weights"),
     (f"{QUALITY} model=smollm2-135m", "document=generated"),
