@@ -53,6 +53,7 @@ MEASURES = {
 SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
 Looks = Mapping[str, tuple[str, str]]  # colour and marker of each recipe
+ROOM = 1.2  # bits left of the first recipe, for its name
 RECIPE = "polykv"
 EQUAL_BITS = 0.05
 PAIRS = {
@@ -293,10 +294,12 @@ def frontier_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     found = compared(rows)
     if not found:
         return None
-    canvas, panels = style.sheet([comparison.heading for comparison in found], 1, 3.4)
-    look = _looks([s for comparison in found for s in comparison.standings])
+    canvas, panels = style.sheet([comparison.heading for comparison in found], 1, 2.8)
+    every = [s for comparison in found for s in comparison.standings]
+    look, bits = _looks(every), [s.spot[0] for s in every]
     for (ax,), comparison in zip(panels, found, strict=True):
         _frontier(ax, [s for s in comparison.standings if s.spot[1] > 0], look)
+        ax.set_xlim(min(bits) - ROOM, max(bits) + ROOM / 2)
     shows = "Mean KL divergence to the uncompressed cache against stored bits per value"
     more = (
         "One colour a family of recipes; filled, and joined by the grey line: the Pareto front. Recipes whose markers "
@@ -314,14 +317,16 @@ def _frontier(ax: Axes, standings: Sequence[Standing], looks: Looks) -> None:
         look["markerfacecolor"] = tint if s.on_front else "none"
         style.series(ax, [(s.spot[0], s["kl_mean"])], fmt=marker, label=s.recipe, **look)
         if s.on_front or s.recipe == RECIPE:
+            below = ((-5, -5), "right", "top")
+            offset, ha, va = below if s.on_front else ((5, 3), "left", "bottom")
             ax.annotate(
-                s.recipe, s.spot, (-5, -5), textcoords="offset points", ha="right", va="top",
+                s.recipe, s.spot, offset, textcoords="offset points", ha=ha, va=va,
                 fontsize=style.SIZE, color=style.ink(tint),
             )  # fmt: skip
     bits, kl = zip(*sorted(s.spot for s in standings if s.on_front), strict=True)
     ax.step(bits, kl, where="post", color="0.55", linewidth=1, zorder=0)
     ax.set_yscale("log")
-    ax.margins(x=0.14, y=0.12)
+    ax.margins(y=0.14)
     ax.set_xlabel("stored bits per value (every byte kept)")
     ax.set_ylabel("mean KL divergence, nats")
 
