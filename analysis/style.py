@@ -50,7 +50,7 @@ UNDATED = {
 }
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
 GREEN, PINK, SKY, GREY = "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"
-WINE, PURPLE = "#882255", "#7B4FB5"
+WINE, PURPLE, OLIVE, TEAL, INDIGO = "#882255", "#7B4FB5", "#999933", "#44AA99", "#332288"
 # (name, colour, first marker) of a family of recipes: the first prefix that fits.
 FAMILIES = {
     BASELINE: ("uncompressed", BLACK, "o"),
@@ -60,6 +60,9 @@ FAMILIES = {
     "mean_": ("this project", WINE, "h"),
     "vllm": ("vLLM presets", PINK, "P"),
     "kivi": ("KIVI", GREEN, "^"),
+    "kvarn": ("KVarN", OLIVE, ">"),
+    "fibquant": ("FibQuant", TEAL, "<"),
+    "nvfp4": ("NVFP4", INDIGO, "p"),
     "uniform": ("absmax", ORANGE, "s"),
     "per_layer": ("absmax", ORANGE, "s"),
     "transformers": ("transformers' own", SKY, "*"),

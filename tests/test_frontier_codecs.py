@@ -216,6 +216,10 @@ STATED = {  # bits per value at head_dim 128, as the comment of each YAML says; 
     "vllm_k3v4_nc_no_exemptions": (3.125, 4.25), "vllm_3bit_nc_no_exemptions": (3.125, 3.25),
     "polykv_q8_0": (8.5, 3.125), "int8_token": (8.125, 8.125), "turboquant_2bit": (2.125, 2.125),
     "turboquant_3bit": (3.125, 3.125), "turboquant_4bit": (4.125, 4.125), "fp16": (16, 16),
+    "nvfp4": (4.5, 4.5), "nvfp4_fp8_keys": (8, 4.5), "kvarn_k4v2": (4.375, 2.375),
+    "kvarn_k4v2_no_exemptions": (4.375, 2.375), "kvarn_k4v4": (4.375, 4.375),
+    "kvarn_k4v4_no_exemptions": (4.375, 4.375), "fibquant_3bit": (3.125, 3.125),
+    "fibquant_4bit": (4.125, 4.125),
 }  # fmt: skip
 
 

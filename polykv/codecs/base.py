@@ -16,7 +16,7 @@ levels the other way):
   to zeros. This adds at most the number of levels times 2**-25, below 1e-5, to the method's own error. fp32 scales
   below 2**-126 are stored as zero.
 - Zeros (and -0) decode to zeros; in codecs whose tokens share a minimum or mean only if all of these are zero.
-- Scaling a tensor by a power of two changes no code while its scales stay normal in fp16.
+- Scaling a tensor by a power of two changes no code while its scales stay normal in fp16 (but in KVarN).
 - Single tokens, equal tokens, constant vectors and any head_dim are valid.
 - Decoding into fp16 saturates at 65,504.
 """
