@@ -50,8 +50,6 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(child)
 
 
-# Cached: an imported module keeps running as it is, even if its file is edited.
-@cache
 def _of_target(target: str) -> dict[str, int | str]:
     """Versions of our classes, with those that they inherit, or of a function's module; digest of a user's source."""
     try:
@@ -71,6 +69,8 @@ def _of_target(target: str) -> dict[str, int | str]:
     return found
 
 
+# Cached: an imported module keeps running as it is, even if its file is edited.
+@cache
 def _source(name: str) -> str:
     """Digest of a user's module, of the user's modules that it imports, and of the versions of ours among them."""
     path = Path(sys.modules[name].__file__ or "")

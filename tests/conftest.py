@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture, and a tokenizer trained on the spot."""
 
+import gc
 import io
 import os
 import runpy
@@ -15,6 +16,7 @@ os.environ["WANDB_MODE"] = "disabled"
 # Triton reads it when it loads, which torch or transformers may make it do.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,6 +28,9 @@ from experiments import sweep
 from polykv.config import CONF, REPO
 
 torch.set_num_threads(1)
+# A loaded machine is no failure of a test: hypothesis' deadline is in wall time.
+hypothesis.settings.register_profile("polykv", deadline=None)
+hypothesis.settings.load_profile("polykv")
 # Started in the background by a script, they would ignore Ctrl-C, and so would all processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -54,6 +59,16 @@ ARCHITECTURES = {
     | TOKENS,
     "gpt_neox": {**COMMON, **TOKENS, "intermediate_size": 64},
 }
+
+
+def pytest_collection_finish():
+    """Take what is imported out of garbage collection: full collections would look through all of it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind complains of leaks at exit
 
 
 def tiny_model(architecture: str, **changes):

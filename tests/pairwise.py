@@ -24,6 +24,14 @@ def pairwise(*values: Iterable[Any]) -> list[tuple]:
     return [tuple(value for _, value in case) for case in found]
 
 
+def slow(*cases: Any) -> list:
+    """These cases as pytest parameters marked `slow`."""
+    return [
+        pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def sampled(*values: Iterable[Any]) -> list:
     """Every combination as a pytest parameter: those of `pairwise`, and the others marked `slow`."""
     values = [list(of) for of in values]

@@ -19,7 +19,7 @@ SMALL = (
     "n_hops=1", "device=cpu",
 )  # fmt: skip
 PUBLISHED = sides() | {"alpha": 0.5}
-N = 16  # problems of a made-up cell
+N = 8  # problems of a made-up cell
 SPREAD = np.linspace(-1, 1, N)
 HALF = skewed_interval(SPREAD)[1]  # half width of the interval of a symmetric sample of this spread
 
@@ -124,6 +124,7 @@ def test_four_of_a_hundred_that_win_by_their_own_interval_are_no_finding(tmp_pat
     assert "Most often better: surprisal" in text and "2 of 2 under append" in text
 
 
+@pytest.mark.slow
 def test_a_difference_that_survives_correction_is_said(tmp_path):
     none = {(f"signal{n}", 4.0, "append"): 1e-4 for n in range(96)}
     text = said(tmp_path, settings("surprisal", -5e-3, -1e-4, -1e-4, 5e-3) | none)

@@ -12,6 +12,7 @@ from conftest import rows_of as made_by
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pairwise import slow
 
 import polykv
 from analysis.capacity import figure, table
@@ -401,7 +402,7 @@ def lines_of(folder, root, *overrides):
     return [line for line in shown.rows if "resident_error" in line]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
 def test_measured_rows_stand_beside_computed_ones(tmp_path, dtype):
     lines = lines_of(
         write(tmp_path / "a", extra_bytes=3_000_000), tmp_path / "b", f"model.dtype={dtype}"
@@ -418,9 +419,9 @@ def test_measured_rows_stand_beside_computed_ones(tmp_path, dtype):
 @pytest.mark.parametrize(
     "made",
     [
-        {"extra_bytes": 30_000_000},
-        {"extra_bytes": -1000},  # less than the formula says is held
         {"extra_bytes": 0, "stored_off": 1},  # one byte
+        # Too much, and less than the formula says is held.
+        *slow({"extra_bytes": 30_000_000}, {"extra_bytes": -1000}),
     ],
 )
 def test_what_the_formulas_miss_is_said(tmp_path, made):
@@ -437,6 +438,7 @@ def test_what_was_not_measured_is_not_said_to_be_within(tmp_path):
     assert all(line["within"].value is None for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_really_measured_is_within_the_tolerance(tmp_path):
     small = ("context=1024", "n_agents=3", "device=cpu", "max_new_tokens=4", "repeats=1")
     made = made_by("experiment=concurrency", *small)

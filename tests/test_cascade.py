@@ -7,18 +7,19 @@ import torch
 from accelerate import dispatch_model
 from conftest import ARCHITECTURES, TEXT, tiny_model
 from hydra import compose, initialize_config_dir
+from pairwise import slow
 from torch import nn
 from transformers import Cache, DynamicCache
 
 import polykv
 from experiments import settings
 from experiments.session import Session
-from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.attention.cascade import NAME, attend_in_place, cascade_attention
 from polykv.config import CONF
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import score_rest
+from polykv.kernels import cpu
 from polykv.pool import SharedKVPool
 from polykv.recipe import load_recipe
 
@@ -62,13 +63,12 @@ def unshared_copies(pool, n_agents):
     return DynamicCache([tuple(t.repeat(n_agents, 1, 1, 1) for t in layer) for layer in layers])
 
 
-# One of each way to place positions and heads: rotary, learned, rotary on a part of head_dim.
-FEW = ("llama", "gpt2", "gpt_neox")
-
-
 @pytest.mark.parametrize(
     "architecture",
-    [*FEW, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in FEW)],
+    [
+        "gpt_neox",
+        *slow(*(a for a in ARCHITECTURES if a != "gpt_neox")),
+    ],  # rotary on part of head_dim
 )
 def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
     model = tiny_model(architecture)
@@ -153,7 +153,7 @@ def test_padding_changes_nothing(pool, llama, tokenizer):
             torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", FEW)
+@pytest.mark.parametrize("architecture", ["gpt_neox", *slow("llama", "gpt2")])
 def test_several_turns_with_agents_that_stop_early(architecture, tokenizer):
     """Two turns of three agents, one batch, against each agent alone with its own full cache."""
     model = tiny_model(architecture)
@@ -391,7 +391,7 @@ def settled(*overrides):
 
 def test_the_backend_is_part_of_a_cell(monkeypatch):
     """What `auto` stands for is said; cells that dequantize keep to torch, so that machines agree on them."""
-    monkeypatch.setattr(kernels, "_why_not", lambda backend, device: None)
+    monkeypatch.setattr(cpu, "available", lambda: None)
     assert settled("reader=dequantize").backend == "torch"
     assert settled("reader=in_place").backend == "cpu"
     assert settled("reader=in_place", "backend=torch").backend == "torch"
@@ -405,7 +405,7 @@ def test_the_backend_is_part_of_a_cell(monkeypatch):
     }.items():
         with pytest.raises(PolyKVError, match=message):
             settings.check_common(settled(override))
-    monkeypatch.setattr(kernels, "_why_not", lambda backend, device: "no compiler here")
+    monkeypatch.setattr(cpu, "available", lambda: "no compiler here")
     with pytest.raises(PolyKVError, match="backend=cpu is not available: no compiler here"):
         settings.check_common(settled("reader=in_place", "backend=cpu"))
 

@@ -123,8 +123,14 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHERS])
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [
+        pytest.param(architecture, tied, marks=() if place % 2 == tied else pytest.mark.slow)
+        for place, architecture in enumerate((*ARCHITECTURES, *OTHERS))
+        for tied in (False, True)
+    ],
+)
 def test_tied_heads_and_buffers_that_are_not_stored_are_no_fault(
     architecture, tied, tokenizer, tmp_path
 ):

@@ -222,7 +222,10 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
     return bool(far and (interval is None or not interval[0] <= 0 <= interval[1]))
 
 
-SLOW = {"handoff_accuracy", "handoff_accuracy, cards after the first", "controller_ablation"}
+SLOW = {
+    "handoff_accuracy", "handoff_accuracy, cards after the first", "controller_ablation", "recipe_search",
+    "compare in place", "compare, the baseline in place", "layer_sensitivity of keys",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

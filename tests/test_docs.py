@@ -130,6 +130,7 @@ def test_every_study_has_a_page_with_its_question_and_all_its_presets(site, name
         assert said in plain, said
 
 
+@pytest.mark.slow
 def test_every_experiment_is_of_a_study():
     assert {study_of(path) for path in EXPERIMENTS} == set(studies())
 

@@ -79,6 +79,7 @@ def test_a_pool_in_a_pipeline_keeps_every_token():
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", [6, 0])
 def test_a_claim_is_tested_on_rows(tmp_path, shown):
     cells = []

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from pairwise import slow
 
 from analysis import catalog, frontier, scaling
 from analysis.__main__ import main
@@ -151,7 +152,9 @@ def test_documents_of_all_seeds_are_one_sample(tmp_path):
     assert (kl.low, kl.high) == pytest.approx(document_interval(each, (0, np.inf)))
 
 
-@pytest.mark.parametrize("n_documents", [4, 8])  # below 8 the intervals are over blocks of tokens
+@pytest.mark.parametrize(
+    "n_documents", [4, *slow(8)]
+)  # below 8 the intervals are over blocks of tokens
 def test_one_text_under_several_seeds_is_one_document(tmp_path, n_documents):
     """Seeds that draw rotations only: intervals, pairs and counts are those of the texts' means over the seeds."""
     rng = np.random.default_rng(0)
@@ -274,7 +277,7 @@ def test_trend_is_the_least_squares_slope_of_documents_however_many_a_context_ha
     assert lone.value is not None and lone.low is None
 
 
-@pytest.mark.parametrize("n_documents", [8, 16])
+@pytest.mark.parametrize("n_documents", [8, *slow(16)])
 def test_trends_interval_is_wrong_one_time_in_twenty_though_short_contexts_spread_more(n_documents):
     """The measured spreads, which fall 13-fold: one variance for all gave 6 % a side instead of 2.5."""
     contexts = np.repeat([128, 256, 512, 1024, 2048], n_documents)

@@ -97,7 +97,7 @@ def test_a_receiver_in_place_computes_what_the_injected_one_does(policy, archite
     card = CacheCard.seal(prefill(model, ids[None]), ids, model, tokenizer, policy, 6.0)
     injected, in_place = card.dequantize(), card.reader()
     feed = torch.tensor([[5, 9, 7]])
-    for _ in range(20):
+    for _ in range(8):
         there = model(feed, past_key_values=injected).logits[:, -1]
         with attend_in_place(model):
             here = model(feed, past_key_values=in_place).logits[:, -1]

@@ -142,7 +142,7 @@ def spent_and_error(tiers, weights):
 weights_of = st.lists(st.floats(0.001, 1000), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weights_of, st.floats(3, 17))
 def test_no_allocation_that_costs_no_more_is_better_before_the_remainder_is_spent(weights, bits):
     """Greedy by marginal gain is optimal for what it spends; only a remainder is left to chance."""
@@ -159,7 +159,7 @@ def test_no_allocation_that_costs_no_more_is_better_before_the_remainder_is_spen
             assert own <= best * (1 + 1e-9) + 1e-15
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weights_of, st.floats(3, 17))
 def test_the_gap_to_brute_force_is_at_most_one_step(weights, bits):
     n, weights = len(weights), np.array(weights)

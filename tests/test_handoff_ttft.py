@@ -334,9 +334,14 @@ def claims(tmp_path, cells):
     return handoff_ttft.CLAIMS(load(write(tmp_path, cells)).rows)
 
 
+def only(found, text):
+    """The claim that says `text`."""
+    (claim,) = [claim for claim in found if text in claim.claim]
+    return claim
+
+
 def judged(tmp_path, cells, text):
-    (found,) = [claim for claim in claims(tmp_path, cells) if text in claim.claim]
-    return found
+    return only(claims(tmp_path, cells), text)
 
 
 def test_times_are_judged_by_quartiles(tmp_path):
@@ -346,14 +351,16 @@ def test_times_are_judged_by_quartiles(tmp_path):
         for row in one[3]:
             if row["transport"] == "text" and one[1] == "8192":
                 row["value"] *= 2
-    assert [judged(tmp_path, cells, text).verdict for text in told] == [REPRODUCED] * 3
+    found = claims(tmp_path, cells)
+    assert [only(found, text).verdict for text in told] == [REPRODUCED] * 3
     for one in cells:
         for row in one[3]:
             row["value"] *= 0.1 if row["transport"] == "text" else 1
             row["value"] *= 10 if row["stage"] == "create" else 1
-    slower = [judged(tmp_path / "slower", cells, text).verdict for text in told]
+    found = claims(tmp_path / "slower", cells)
+    slower = [only(found, text).verdict for text in told]
     assert slower == [NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED]
-    where = judged(tmp_path / "slower", cells, told[0]).claim
+    where = only(found, told[0]).claim
     assert "reference weights of reference" in where and "cpu, float32" in where
     alike = judged(tmp_path / "alike", timing_cells(), told[1])
     assert alike.verdict == INCONCLUSIVE

@@ -1,17 +1,21 @@
 """What a cell is: the content of local files and of policies counts, and a label says what is not its YAML."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from pairwise import slow
 
 from experiments import settings, sweep
-from polykv import config, digests, models, naming, shipped, versions
+from polykv import config, digests, models, naming, shipped
 from polykv.codecs.base import Codec
 from polykv.codecs.int8 import Int8
 from polykv.codecs.uniform import Uniform
@@ -131,22 +135,21 @@ def test_a_quantizer_of_ones_own_is_measured_again_when_its_source_changes(own_c
     ("cell", "thing", "name"),
     [
         (["recipe=uniform_rotated"], Uniform, "version"),  # within another
-        (["recipe=polykv"], Int8, "version"),
         (["recipe=uniform_rotated"], Codec, "version"),  # what all share
         (["document=wikitext2"], continuation, "VERSION"),
-        (["experiment=handoff_accuracy"], allocate, "VERSION"),
-        (["experiment=capacity", "model=reference"], capacity, "VERSION"),
+        *slow(
+            (["recipe=polykv"], Int8, "version"),
+            (["experiment=handoff_accuracy"], allocate, "VERSION"),
+            (["experiment=capacity", "model=reference"], capacity, "VERSION"),
+        ),
     ],
 )
 def test_a_raised_version_is_another_cell_where_it_is_used(cell, thing, name, monkeypatch):
     cell = ["model=reference", *cell]
-    versions._of_target.cache_clear()
     first, other = identity(*cell), identity("experiment=polykv_ratio", "recipe=fp16")
     monkeypatch.setattr(thing, name, 99)
-    versions._of_target.cache_clear()
     assert identity(*cell) != first
     assert (identity("experiment=polykv_ratio", "recipe=fp16") != other) == (thing is Codec)
-    versions._of_target.cache_clear()
 
 
 def test_problems_that_changed_are_another_cell(tmp_path):
@@ -174,7 +177,9 @@ def test_what_cannot_be_read_is_one_clear_line(overrides, message):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("experiment", ["handoff_ttft", "handoff_stages", "controller_ablation"])
+@pytest.mark.parametrize(
+    "experiment", ["handoff_stages", *slow("handoff_ttft", "controller_ablation")]
+)
 def test_a_policy_that_became_another_is_another_cell(experiment, tmp_path, monkeypatch):
     first = identity(f"experiment={experiment}")
     shutil.copytree(CONF, tmp_path / "conf")
@@ -253,23 +258,32 @@ def test_an_edit_that_sets_the_time_back_is_seen(tmp_path, cache):
     assert digests.of_file(path, "model.path") != first
 
 
+DIGESTS = """
+import sys
+from pathlib import Path
+from polykv import digests
+digests.LARGE, digests.SETTLED_NS = 1 << 10, 0
+print(*(digests.sha256(Path(path), "model.path") for path in sys.argv[1:]))
+"""
+
+
 def test_the_digest_of_a_large_file_is_read_once_by_all_processes(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(digests, "LARGE", 1 << 10)
-    path, small, reads = tmp_path / "weights", tmp_path / "small", []
+    path, small = tmp_path / "weights", tmp_path / "small"
     path.write_bytes(bytes(1 << 11))
     small.write_bytes(b"small")
-    read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda *a: reads.append(a) or read(*a))
 
     def in_a_new_process():
-        digests._known.clear()
-        return digests.sha256(path, "model.path"), digests.sha256(small, "model.path")
+        command = [sys.executable, "-c", DIGESTS, path, small]
+        return subprocess.check_output(command, text=True, cwd=config.REPO).split()
 
     first = in_a_new_process()
-    assert in_a_new_process() == first and len(reads) == 3  # the small one twice
-    [kept] = cache.rglob("*/*")
+    assert first == [hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, small)]
+    [kept] = cache.rglob("*/*")  # of the large one alone
+    assert kept.read_text() == first[0]
+    kept.write_text("a" * 64)
+    assert in_a_new_process() == ["a" * 64, first[1]]  # not read again
     kept.write_text("damaged")
-    assert in_a_new_process() == first and len(reads) == 5
+    assert in_a_new_process() == first
     monkeypatch.setenv("POLYKV_CACHE", str(small / "no folder"))
     assert in_a_new_process() == first  # nowhere to keep it
 
@@ -277,9 +291,11 @@ def test_the_digest_of_a_large_file_is_read_once_by_all_processes(tmp_path, monk
 def test_what_changed_this_very_moment_is_read_again(tmp_path, monkeypatch, cache):
     """A second change in the same tick of the clock leaves no trace in the times."""
     monkeypatch.setattr(digests, "SETTLED_NS", 10**15)
-    monkeypatch.setattr(digests, "_version", lambda path: (1 << 27, 1, 2**62, 2**62))
     path = tmp_path / "weights"
     path.write_bytes(b"one")
+    times = dict.fromkeys(("st_mtime_ns", "st_ctime_ns"), 2**62)
+    same = SimpleNamespace(st_mode=path.stat().st_mode, st_size=1 << 27, st_ino=1, **times)
+    monkeypatch.setattr(Path, "stat", lambda self, **options: same)
     first = digests.sha256(path, "model.path")
     path.write_bytes(b"two")
     assert digests.sha256(path, "model.path") != first

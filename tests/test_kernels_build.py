@@ -35,9 +35,8 @@ def rebuilt(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
-@pytest.mark.parametrize(
-    "narrower", [pytest.param("-mno-avx512f", marks=pytest.mark.slow), "-mno-avx"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
 def test_other_vector_widths_give_the_same(rebuilt, narrower):
     assert rebuilt(f"c++ {narrower}") is None
     for codec in CODECS:
@@ -90,6 +89,7 @@ def run_python(code, **environment):
     )
 
 
+@pytest.mark.slow
 def test_auto_falls_back_to_torch_with_one_warning(tmp_path):
     code = """if True:
         import torch
@@ -113,6 +113,7 @@ def test_two_processes_that_compile_at_once_share_the_build(tmp_path):
     assert paths == {str(file) for file in files} and len(files) == 1
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_results_does_not_grow_with_the_context():
     code = """if True:
         import resource, torch

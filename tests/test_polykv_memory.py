@@ -8,6 +8,7 @@ import pytest
 from analysis_rows import BYTES, RATIO, cell, compare_cell, paper_memory, quickstart, run, write
 from conftest import checked_cell
 from figure_checks import assert_readable, names_in
+from pairwise import slow
 
 from analysis import catalog, published
 from analysis.load import load
@@ -165,10 +166,21 @@ def test_cells_that_differ_in_a_setting_are_lines_of_their_own(tmp_path):
         "polykv (max_new_tokens=1)", "polykv (max_new_tokens=2)"}  # fmt: skip
 
 
-@pytest.mark.parametrize("contexts, agents", [((512,), (3,)), ((256, 512), (3,))])
-@pytest.mark.parametrize("recipes", [("polykv",), ("full",), ("full", "polykv")])
-def test_figures_have_no_empty_panel_and_no_label_cut_off(tmp_path, contexts, agents, recipes):
-    cells = quickstart(contexts, agents, recipes, **SMALL)
+@pytest.mark.parametrize(
+    ("contexts", "recipes"),
+    [
+        ((512,), ("full",)),
+        ((256, 512), ("full", "polykv")),
+        *slow(
+            ((512,), ("polykv",)),
+            ((512,), ("full", "polykv")),
+            ((256, 512), ("full",)),
+            ((256, 512), ("polykv",)),
+        ),
+    ],
+)
+def test_figures_have_no_empty_panel_and_no_label_cut_off(tmp_path, contexts, recipes):
+    cells = quickstart(contexts, (3,), recipes, **SMALL)
     rows = load(write(tmp_path, cells)).rows
     for name in FIGURES:
         found = catalog.pieces("FIGURES")[name](rows)

@@ -21,7 +21,7 @@ QUERIES = ["What does each agent ask ?", "Is a cache small ?", "A"]
 def test_full_recipe_is_token_identical_to_plain_generate(architecture, tokenizer):
     model = tiny_model(architecture)
     pool = SharedKVPool.from_text(model, tokenizer, TEXT[:300], polykv.load_recipe("full"))
-    answers = pool.ask(model, tokenizer, QUERIES, max_new_tokens=24)
+    answers = pool.ask(model, tokenizer, QUERIES, max_new_tokens=12)
     document = tokenizer(TEXT[:300], return_tensors="pt").input_ids
     for query, answer in zip(QUERIES, answers, strict=True):
         asked = tokenizer(query, return_tensors="pt", add_special_tokens=False).input_ids
@@ -29,7 +29,7 @@ def test_full_recipe_is_token_identical_to_plain_generate(architecture, tokenize
         plain = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
+            max_new_tokens=12,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )

@@ -7,8 +7,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stdout
-from io import StringIO
 
 import pytest
 from analysis_rows import handoff_cells, paper_memory, write
@@ -37,11 +35,10 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder with its report, and what was said about it."""
+    """A folder with its report."""
     root = write(tmp_path_factory.mktemp("plain"), small())
-    with redirect_stdout(StringIO()) as said:
-        assert main(["report", "--results", str(root)]) == 0
-    return root, said.getvalue()
+    assert report(root, out=root / "report.html")[0] == 0
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +78,18 @@ def test_policy_allows_the_one_style_and_the_one_script_only(page):
     assert not {name for name in names if name == "style" or name.startswith("on")}
 
 
-def test_hostile_text_adds_no_markup(plain, tmp_path):
-    safe = Page((plain[0] / "report.html").read_text(encoding="utf-8"))
+def test_hostile_text_adds_no_markup(page, tmp_path):
     root = write(tmp_path, unsafe())
     (root / "cells" / "compare" / "<img src=x>.json").write_text(HOSTILE)
     code, text = report(root, out=tmp_path / "hostile.html")
     assert code == 1
-    found, usual = Page(text), Counter(tag for tag, _ in safe.elements)
+    found, usual = Page(text), Counter(tag for tag, _ in page.elements)
     tags = Counter(tag for tag, _ in found.elements)
     assert set(tags) <= {*usual, "ul", "li", "code", "h4", "details", "summary", "dl", "dt", "dd"}
     for tag in ("script", "style", "link", "meta", "form"):
         assert tags[tag] == usual[tag], tag
     names = {name for _, attrs in found.elements for name in attrs}
-    assert names <= {name for _, attrs in safe.elements for name in attrs}
+    assert names <= {name for _, attrs in page.elements for name in attrs}
     assert all(link.startswith(("#", "data:,")) for link in found.all("href"))
     assert all(svg.tag.endswith("svg") for svg in drawings(found))
     for start in ("m", "d", "reason"):
@@ -104,15 +100,15 @@ def test_hostile_text_adds_no_markup(plain, tmp_path):
 @pytest.mark.slow
 def test_same_input_gives_the_same_bytes_in_another_process(plain, tmp_path):
     """Whose sets, for one, are in another order."""
-    root, _ = plain
     out = tmp_path / "again.html"
-    command = [sys.executable, "-m", "analysis", "report", "--results", root, "--out", out]
+    command = [sys.executable, "-m", "analysis", "report", "--results", plain, "--out", out]
     other = str(1 + int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")))
     environment = os.environ | {"PYTHONHASHSEED": other}
     subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True)
-    assert out.read_bytes() == (root / "report.html").read_bytes()
+    assert out.read_bytes() == (plain / "report.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_all_that_was_measured_is_on_the_page_and_nothing_else(page, folders):
     rows = load(*folders).rows
     ids = set(page.all("id"))
@@ -135,7 +131,7 @@ def made_up(rows):
     ]
 
 
-def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, monkeypatch):
+def test_claims_and_findings_of_every_module_are_collected(tmp_path, monkeypatch):
     for module in catalog.modules().values():
         for name in ("CLAIMS", "FINDINGS"):
             monkeypatch.delattr(module, name, raising=False)
@@ -144,10 +140,11 @@ def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, mo
     monkeypatch.setattr(
         compare, "FINDINGS", lambda rows: {"Ours": ["one <b> **two** a_b_c"]}, raising=False
     )
-    rows = load(*folders).rows
+    root = write(tmp_path, small()[:1] + paper_memory(("full",))[:1])
+    rows = load(root).rows
     n_rows = (rows["study"] == "compare").sum()
     assert {claim.said for claim in catalog.claims(rows)} == {f"{n_rows} rows", "run it"}
-    _, text = report(*folders, out=tmp_path / "report.html")
+    _, text = report(root, out=tmp_path / "report.html")
     shown = Page(text).text[""]
     places = [
         shown.index(said) for said in ("memory <shrinks>", "bits are bits", "a card is sooner")
@@ -159,7 +156,7 @@ def test_claims_and_findings_of_every_module_are_collected(folders, tmp_path, mo
     written = catalog.findings_page(rows)
     assert "**reproduced**: memory <shrinks>" in written and "nobody looked" not in written
     assert "## Ours" in written
-    other = rows[rows["study"] == "handoff_ttft"]
+    other = rows[rows["study"] == "polykv_memory"]
     monkeypatch.delattr(compare, "CLAIMS")
     assert catalog.findings_page(other) is None
 
@@ -196,26 +193,26 @@ def test_a_cell_in_two_folders_counts_once_and_the_newest_counts(tmp_path):
 
 @pytest.mark.slow
 def test_packed_folders_give_the_same_page(plain, tmp_path):
-    root, _ = plain
-    pack(root)
+    pack(plain)
     (packed := tmp_path / "packed").mkdir()
-    for path in root.glob("*.gz"):
+    for path in plain.glob("*.gz"):
         (packed / path.name).write_bytes(path.read_bytes())
     _, text = report(packed, out=tmp_path / "report.html")
-    assert text == (root / "report.html").read_text(encoding="utf-8")
+    assert text == (plain / "report.html").read_text(encoding="utf-8")
 
 
 def test_damaged_cell_is_named_on_the_page_and_by_the_exit_code(tmp_path, capsys):
-    root = write(tmp_path, small())
+    root = write(tmp_path, small()[:1])
     (root / "cells" / "compare" / "broken.json").write_text("{")
     code, text = report(root, out=tmp_path / "report.html")
     assert code == 1 and "broken.json" in capsys.readouterr().err
     assert 'id="damaged"' in text and "broken.json" in text
 
 
-def test_default_place_is_said_and_errors_are_one_line(plain, tmp_path, capsys):
-    root, said = plain
-    assert said.startswith(f"report: {root / 'report.html'} (")
+def test_default_place_is_said_and_errors_are_one_line(tmp_path, capsys):
+    root = write(tmp_path / "results", small()[:1])
+    assert main(["report", "--results", str(root)]) == 0
+    assert capsys.readouterr().out.startswith(f"report: {root / 'report.html'} (")
     for arguments in ([str(tmp_path / "nowhere")], ["--out", str(root / "cells")]):
         assert main(["report", "--results", str(root), *arguments]) == 2
         error = capsys.readouterr().err

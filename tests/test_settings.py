@@ -2,6 +2,7 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
+from pairwise import slow
 from test_docs import typed_commands
 
 from experiments import declared
@@ -57,11 +58,16 @@ def test_a_recipe_has_no_other_settings():
     "overrides",
     [
         *([f"experiment={name}"] for name in config.available("experiment")),
-        *([f"model={name}"] for name in config.available("model")),
-        *([f"document={name}"] for name in config.available("document")),
-        *([f"scorer={name}"] for name in config.available("scorer")),
-        *(["experiment=handoff_accuracy", f"relay={name}"] for name in config.available("relay")),
-        *(["experiment=capacity", f"hardware={name}"] for name in config.available("hardware")),
+        *slow(
+            *([f"model={name}"] for name in config.available("model")),
+            *([f"document={name}"] for name in config.available("document")),
+            *([f"scorer={name}"] for name in config.available("scorer")),
+            *(
+                ["experiment=handoff_accuracy", f"relay={name}"]
+                for name in config.available("relay")
+            ),
+            *(["experiment=capacity", f"hardware={name}"] for name in config.available("hardware")),
+        ),
         ["logger=wandb"],
         ["+recipe.layer_bits=[[8,4]]", "+recipe.key.seed=3"],
         ["experiment=outside_references", "+references.mine={backend: quanto, nbits: 8}"],
@@ -76,6 +82,7 @@ def test_what_is_declared_is_taken(overrides):
 
 
 @pytest.mark.parametrize("typed", typed_commands(), ids=" ".join)
+@pytest.mark.slow
 def test_every_command_of_the_readme_and_of_the_experiments_is_taken(typed):
     own = ("launcher=", "hydra.", "--", "recipe=polykv,mine")
     if "--help" not in typed:

@@ -27,6 +27,7 @@ def test_a_disk_that_fills_up(size_kib, tmp_path):
         stage.resume(root)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_read_only(tmp_path):
     with mounted(tmp_path, f"size={ROOMY}") as root:
         stage.run(stage.in_folder(root))

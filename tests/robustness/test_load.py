@@ -22,8 +22,8 @@ TEXT = (
     "The key of the red house lies in the blue box. Mary gave the blue box to John on Monday. " * 5
 )
 QUESTIONS = ("Where is the key?", "Who has the box?", "On what day", "The red house")
-NEW_TOKENS = 4
-N_THREADS = 64
+NEW_TOKENS = 3
+N_THREADS = 32
 GROWTH_BYTES = 8 << 20  # of 1,000 pools or cards; one pool's page-aligned tensors are about as much
 PREFIX_TOKENS = 1 << 17
 N_AGENTS = 4
