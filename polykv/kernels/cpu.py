@@ -51,7 +51,7 @@ def _library() -> Any:
     loaded.polykv_encode.argtypes = [pointer, pointer, number]
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
     loaded.polykv_attend.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
-    loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, number]
+    loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
     loaded.polykv_decode.restype = loaded.polykv_attend.restype = None
     return loaded
 

@@ -14,7 +14,7 @@ from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
 from polykv.kernels.cpu_layout import DTYPES, Allocation, Input, strides, struct_of
 
-PART = 256  # tokens, as in csrc/kernels.cpp
+PART, MORE = 256, 32  # tokens, as PART in csrc/kernels.cpp and TOKENS in csrc/waterfill_encode.h
 HALVES = ("mean", "scale", "block_rms", "largest")  # the tensors in fp16
 
 
@@ -42,11 +42,13 @@ def encode(
         query_rms = query_rms.float().contiguous()
         plan.query_rms = query_rms.data_ptr()
     sums = torch.empty(batch * heads * -(-n_tokens // PART) * dim, dtype=torch.float64)
+    norms = torch.empty(batch * heads * n_tokens + MORE, dtype=torch.float32)
     good = library.polykv_encode_log(
         ctypes.byref(x),
         struct_of(codec, packed),
         ctypes.byref(plan),
         sums.data_ptr(),
+        norms.data_ptr(),
         threads,
     )
     return packed if good else None

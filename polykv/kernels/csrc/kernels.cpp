@@ -133,8 +133,9 @@ int polykv_encode(const Input* input, const Packed* packed, int64_t threads) {
 }
 
 // Encode `input` into the contiguous tensors of `packed`, of kind TURBOQUANT_LOG or WATERFILL, whose plan is `plan`.
-// `sums` is memory for (batch, heads, parts of PART tokens, dim). Returns as polykv_encode.
-int polykv_encode_log(const Input* input, const Packed* packed, const Allocation* plan, double* sums,
+// `sums` is memory for (batch, heads, parts of PART tokens, dim), `norms` for (batch, heads, tokens) and TOKENS more.
+// Returns as polykv_encode.
+int polykv_encode_log(const Input* input, const Packed* packed, const Allocation* plan, double* sums, float* norms,
                       int64_t threads) {
     const Input x = *input;
     const Packed to = *packed;
@@ -143,7 +144,7 @@ int polykv_encode_log(const Input* input, const Packed* packed, const Allocation
     const int64_t heads = x.batch * x.heads, parts = (x.tokens + PART - 1) / PART;
     for (const bool write : {false, true}) {
         each_part(heads, x.tokens, threads, [&](int64_t head, int64_t start, int64_t stop) {
-            const Coding coding{x, to, head, write};
+            const Coding coding{x, to, head, write, norms + head * x.tokens};
             sums[head * parts + start / PART] =
                 to.kind == TURBOQUANT_LOG ? coding.values(start, stop) : turns.with_dim(x.dim, [&](auto dim) {
                     return coding.keys<decltype(dim)::value>(turns, start, stop);

@@ -143,12 +143,13 @@ static inline void log_codes(const float* rms, float largest, uint8_t* codes) {
     }
 }
 
-// The last two passes over a head's tokens: their largest RMS, and then (`write`) their codes.
+// The last two passes over a head's tokens: their RMS and the largest of them, and then (`write`) their codes.
 struct Coding {
     const Input& x;
     const Packed& to;
     int64_t head;
     bool write;
+    float* kept;  // the RMS of all tokens of the head, and TOKENS more
 
     // The codes of `n` tokens from `first` on, whose blocks are `y` (n, dim) and RMS `rms`. Without a plan all blocks
     // have `bits` bits, and no RMS of their own; `unit` is a factor of all values.
@@ -169,22 +170,24 @@ struct Coding {
         }
     }
 
-    // The largest RMS of tokens [start, stop), infinity if one is not finite. `prepare(from, t, y)` writes the
-    // blocks of a row and returns its RMS.
+    // The largest RMS of tokens [start, stop), infinity if one is not finite. `prepare(from, t, y)` returns the RMS of
+    // a row or, to write, stores its blocks.
     template <typename Prepare>
     float tokens(int64_t start, int64_t stop, float unit, const Plan* plan, const Prepare& prepare) const {
         alignas(64) float y[TOKENS * MAX_DIM];
-        float rms[TOKENS] = {}, most = 0.0f;
+        float most = 0.0f;
         bool finite = true;
         for (int64_t first = start; first < stop; first += TOKENS) {
             const int n = stop - first < TOKENS ? int(stop - first) : TOKENS;
             const uint8_t* from = head_of(x.data, x.strides, x, head) + first * x.strides[2];
             for (int t = 0; t < n; t++, from += x.strides[2]) {
-                rms[t] = prepare(from, first + t, y + t * to.dim);
-                most = std::fmax(most, rms[t]);  // passes over NaN
-                finite &= rms[t] < __builtin_inff();
+                const float rms = prepare(from, first + t, y + t * to.dim);
+                if (write) continue;
+                kept[first + t] = rms;
+                most = std::fmax(most, rms);  // passes over NaN
+                finite &= rms < __builtin_inff();
             }
-            if (write) codes(first, n, y, rms, unit, plan);
+            if (write) codes(first, n, y, kept + first, unit, plan);
         }
         return finite ? most : __builtin_inff();
     }
@@ -211,11 +214,12 @@ struct Coding {
                 const Floats key = load_floats(from + c * bytes_of(x.dtype), x.dtype);
                 const Floats rest = key - turns.turned<DIM>(mean, cos, sin, c);
                 const Floats v = rest * load<Floats>(weight + c);
-                sum += v * v;
                 if (write) store(row + c, rest);
+                else sum += v * v;
             }
-            if (write) blocks(row, order, gain, dim, y);
-            return std::sqrt(sum_lanes(sum) / dim);
+            if (!write) return std::sqrt(sum_lanes(sum) / dim);
+            blocks(row, order, gain, dim, y);
+            return 0.0f;
         });
     }
 
@@ -225,11 +229,12 @@ struct Coding {
             Floats square{};
             for (int i = 0; i < dim; i += LANES) {
                 const Floats v = load_floats(from + i * bytes_of(x.dtype), x.dtype);
-                square += v * v;
                 if (write) store(y + i, v * load<Floats>(to.signs + i));
+                else square += v * v;
             }
-            if (write) hadamard_blocks(y, dim);
-            return std::sqrt(sum_lanes(square)) / std::sqrt(float(dim));
+            if (!write) return std::sqrt(sum_lanes(square)) / std::sqrt(float(dim));
+            hadamard_blocks(y, dim);
+            return 0.0f;
         });
     }
 };
