@@ -114,6 +114,15 @@ class Chat:
         return "the chat template is tokenised differently in two parts and as a whole"
 
 
+def turn(tokenizer: Any, text: str) -> str:
+    """One turn of a user in the tokenizer's chat template, up to the assistant's header.
+
+    Raises:
+        PolyKVError: the template cannot be used.
+    """
+    return _render(tokenizer, [("user", text)], add_generation_prompt=True)
+
+
 def text_of(tokenizer: Any, ids_T: Tensor) -> str:
     """The text of a window of tokens (tokens,), without characters cut by its ends."""
     text = tokenizer.decode(ids_T.tolist(), clean_up_tokenization_spaces=False)

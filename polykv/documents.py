@@ -82,8 +82,8 @@ class Document:
 
     @cached_property
     def digest(self) -> str:
-        """8 hex digits of the SHA-256 of its token ids: two documents of one text share it, whatever the seed."""
-        return hashlib.sha256(self.ids_BT.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:8]
+        """`digest_of` its ids: two documents of one text share it, whatever the seed."""
+        return digest_of(self.ids_BT)
 
     @cached_property
     def prefix_BT(self) -> Tensor:
@@ -92,6 +92,11 @@ class Document:
     @property
     def rest_BT(self) -> Tensor:
         return self.ids_BT[:, self.n_prefix :]
+
+
+def digest_of(ids_BT: Tensor) -> str:
+    """8 hex digits of the SHA-256 of token ids."""
+    return hashlib.sha256(ids_BT.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:8]
 
 
 def prefix_tokens(context: int, prefix_fraction: float) -> int:

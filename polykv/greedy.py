@@ -24,6 +24,7 @@ def greedy(
     prompts: Sequence[Tensor],
     limit: int,
     tokenizer: Any = None,
+    stops: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Generate greedily after each row's prompt; ids (tokens,) per row, up to an end token or `limit` tokens.
 
@@ -31,6 +32,7 @@ def greedy(
         cache: a row per prompt, all of whose tokens the prompt attends to; grows by all tokens but the last.
         prompts: ids (tokens,) per row.
         tokenizer: if given, its end tokens count too (`end_tokens`).
+        stops: the end tokens; None: those of the model and the tokenizer. Without any, answers have `limit` tokens.
 
     Raises:
         PolyKVError: prompts of different lengths for a model whose outputs depend on padding, or rotary frequencies
@@ -47,7 +49,8 @@ def greedy(
     padded = not mask_BT.all()
     if padded:
         check_padding(model.config)
-    stops = torch.tensor(end_tokens(model, tokenizer), device=model.device)
+    stops = end_tokens(model, tokenizer) if stops is None else stops
+    stops_S = torch.tensor(stops, dtype=torch.long, device=model.device)
     written: list[Tensor] = []
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():
@@ -61,11 +64,11 @@ def greedy(
         ).logits
         ids_BT = logits_B1V[:, -1:].argmax(-1).to(model.device)
         written.append(ids_BT)
-        ended_B |= torch.isin(ids_BT[:, 0], stops)
+        ended_B |= torch.isin(ids_BT[:, 0], stops_S)
         mask_BT = F.pad(mask_BT, (0, 1), value=1)
     # Finished rows keep decoding until all rows have finished; their further tokens are discarded.
     rows_BT = torch.cat(written, dim=1)
-    is_end_BT = torch.isin(rows_BT, stops).long()
+    is_end_BT = torch.isin(rows_BT, stops_S).long()
     n_ended_BT = is_end_BT.cumsum(-1) - is_end_BT
     answers = zip(rows_BT, n_ended_BT == 0, strict=True)
     return [ids_T[kept_T].cpu() for ids_T, kept_T in answers]

@@ -136,7 +136,7 @@ class Recipe:
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
         segments = []
-        for start, stop, exact in self._runs(n_tokens, layer, n_layers):
+        for start, stop, exact in self.runs(n_tokens, layer, n_layers):
             pair = (EXACT, EXACT) if exact else codecs
             packed = []
             for side, codec, x_BHTD in zip(SIDES, pair, (k_BHTD, v_BHTD), strict=True):
@@ -151,8 +151,8 @@ class Recipe:
             segments.append(Segment(*pair, keys, values))
         return segments
 
-    def _runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:
-        """(start, stop, exact) of the runs that cover the tokens of a layer."""
+    def runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:
+        """(start, stop, exact) of the runs that cover the tokens of a layer; exact ones are exempt."""
         if layer < self.exempt.first_layers or layer >= n_layers - self.exempt.last_layers:
             return [(0, n_tokens, True)]
         sinks = min(self.exempt.sinks, n_tokens)

@@ -7,13 +7,14 @@ from pathlib import Path
 from polykv import digests
 
 TEXTS = Path(__file__).parent / "texts"
-# Name of the document (conf/document) or relay (conf/relay) -> file.
+# Name of the document (conf/document), relay (conf/relay) or set of prompts (experiment=decode_drift) -> file.
 FILES = {
     "moon_landing": "moon_landing.yaml",
     "packet_networks": "packet_networks.yaml",
     "wikitext2": "wikitext2_test.txt.gz",
     "wikitext2_evaluation": "wikitext2_test.txt.gz",
     "gsm8k": "gsm8k_test_300.jsonl",
+    "writing": "writing_prompts.txt",
 }
 
 
