@@ -17,7 +17,7 @@ from polykv.evaluation.continuation import UNITS, Comparison
 from polykv.evaluation.decode_drift import Reply, drift, log_probs, write_replies
 from polykv.evaluation.per_token import same_top1
 from polykv.greedy import end_tokens
-from polykv.progress import track
+from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 from polykv.supported import check_length, check_padding, check_rope
@@ -119,6 +119,7 @@ def _replies(cfg: DictConfig, session: Session) -> list[tuple[Reply, Tensor]]:
     def make() -> list[tuple[Reply, Tensor]]:
         model, tokenizer = session.model(cfg)
         stops = () if cfg.ignore_end else end_tokens(model, tokenizer)
+        phase("writing replies")
         found = write_replies(model, _prompts(cfg, tokenizer), cfg.max_new_tokens, stops)
         full = load_recipe("full")
         return [(reply, log_probs(model, reply, full)) for reply in track(found, "scoring")]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from experiments.study import Study
 
 # Cells are sorted by these settings, so that neighbours share a model, its documents' caches and a recipe's pools.
-SHARED_FIRST = ("weights", "model", "document", "context", "seed", "recipe")
+SHARED_FIRST = ("weights", "model", "document", "context", "prompts", "seed", "recipe")
 
 LONGEST = 400  # characters of a reason on the terminal; the file in failed/ has all of it
 
@@ -177,7 +177,7 @@ def outcome_on_disk(results_dir: str, study: str, cell: str) -> Outcome:
 
 def sharing_key(cfg: DictConfig) -> list[Any]:
     """The key that cells are sorted by (SHARED_FIRST)."""
-    return [str(cfg[axis]) for axis in SHARED_FIRST]
+    return [str(cfg.get(axis)) for axis in SHARED_FIRST]
 
 
 def _keep(error: Exception, log: Path, settled: DictConfig) -> str:

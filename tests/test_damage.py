@@ -162,6 +162,11 @@ CASES = {
     "layer_sensitivity of keys": Case(
         ("experiment=layer_sensitivity", *SCORED), partial(recipes, keys=True), HELD | {"error value"}
     ),
+    "decode_drift": Case(
+        ("experiment=decode_drift", "model=reference", "prompts=writing", "n_prompts=3", "max_new_tokens=32",
+         "page_tokens=16", "recipe=fp16"),
+        recipes,
+    ),
     "handoff_accuracy": Case(RELAY, partial(cards, policy="uniform")),
     "handoff_accuracy, cards after the first": Case(
         RELAY, partial(cards, policy="uniform", resealed=True), HELD | {"kl_once"}
@@ -196,7 +201,7 @@ def named(row: dict) -> str:
 
 def by_place(rows: Rows) -> dict[tuple, dict[tuple, float | None]]:
     """What rows are about -> sample -> value, in blocks of tokens where the rows have them."""
-    about = ("baseline", "statistic", "recipe", "policy", "reader", "extraction", "layer")
+    about = ("baseline", "statistic", "mode", "recipe", "policy", "reader", "extraction", "layer")
     whole, blocks = defaultdict(dict), defaultdict(dict)
     for row in rows:
         place = (named(row), *(row.get(name) for name in about))

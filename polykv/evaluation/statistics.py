@@ -73,6 +73,43 @@ def spread_warning(low: float | None, high: float | None) -> str:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """The mean of a quantity that would be 0 if there were no effect.
+
+    Attributes:
+        mean, low, high: with its 95 % interval by Student's t.
+        p: two-sided p value of the t test against 0.
+        detectable: the smallest mean (absolute) that this many values detect with 80 % power.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+
+
+POWER = 0.8
+
+
+def shift(values: Sequence[float], level: float = 0.05) -> Shift:
+    """Student's t of independent values against 0; `detectable` is for a test at `level`.
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+    """
+    found = np.array(values, dtype=float)
+    n = len(found)
+    if n < 2 or not np.isfinite(found).all():
+        raise ValueError("a test against 0 needs at least two finite values")
+    mean, error = float(found.mean()), float(found.std(ddof=1)) / math.sqrt(n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error > 0 else float(mean == 0)
+    needs = stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+    return Shift(mean, mean - reach, mean + reach, float(p), float(needs * error))
+
+
+@dataclass(frozen=True)
 class PairedRatio:
     """The ratio of two positive quantities measured on the same documents.
 
@@ -91,7 +128,6 @@ class PairedRatio:
     documents_needed: int | None
 
 
-POWER = 0.8
 MANY = 100_000  # documents
 
 
@@ -111,22 +147,17 @@ def paired_ratio(
     if n < 2 or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError("a paired ratio needs at least two pairs of positive, finite values")
     logs = np.log(values[0]) - np.log(values[1])
-    mean, spread = float(logs.mean()), float(logs.std(ddof=1))
-    error = spread / math.sqrt(n)
-    reach = stats.t.ppf(0.975, n - 1) * error
-    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error > 0 else float(mean == 0)
-    needs = stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+    found, spread = shift(logs.tolist(), level), float(logs.std(ddof=1))
     needed = None
-    if mean and spread:
+    if found.mean and spread:
         normal = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)
-        needed = math.ceil((normal * spread / mean) ** 2) + 1
-    low, high = (math.exp(mean + sign * reach) for sign in (-1, 1))
+        needed = math.ceil((normal * spread / found.mean) ** 2) + 1
     return PairedRatio(
-        math.exp(mean),
-        low,
-        high,
-        float(p),
-        math.exp(needs * error),
+        math.exp(found.mean),
+        math.exp(found.low),
+        math.exp(found.high),
+        found.p,
+        math.exp(found.detectable),
         needed if needed and needed < MANY else None,
     )
 
