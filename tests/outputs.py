@@ -26,7 +26,7 @@ import polykv.codecs
 from polykv.attention import cascade
 from polykv.codecs.base import Codec
 from polykv.config import available, load_group
-from polykv.evaluation import answers, continuation, gsm8k, layers, statistics
+from polykv.evaluation import answers, continuation, decode_drift, gsm8k, layers, statistics
 from polykv.evaluation.per_token import METRICS
 from polykv.handoff import allocate, mixed, signals
 from polykv.reference import documents as generated
@@ -137,6 +137,13 @@ def of_layers() -> Output:
     return output(layers.head_errors(queries, (k, v), (k_other, v_other)).values())
 
 
+def of_decode_drift() -> Output:
+    model, _, prefix_BT, rest_BT, _ = reading()
+    reply = decode_drift.reply_of(model, prefix_BT[0], rest_BT[0, :24])
+    found = decode_drift.log_probs(model, reply, polykv.load_recipe("waterfill_4"), page=8)
+    return output([found[:, ::50]])
+
+
 def of_allocate() -> Output:
     weights = np.arange(1, 41)[::-1] / 7
     return output([allocate.allocate(weights, (3.0, 4.0, 8.0, 16.0), (1, 0.2, 0.01, 0), 200.0)])
@@ -171,6 +178,7 @@ PARTS: dict[Any, Callable[[], Output]] = {
     answers: of_answers,
     gsm8k: of_gsm8k,
     layers: of_layers,
+    decode_drift: of_decode_drift,
     allocate: of_allocate,
     mixed: of_cards,
     signals: of_signals,
