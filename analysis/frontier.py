@@ -63,6 +63,9 @@ PAIRS = {
     ("turboquant_4bit", "turboquant_prod_4bit"): "4-bit TurboQuant keys without and with QJL residual",
     ("q4_0", "q4_0_rotated"): "ggml's q4_0 without and with a rotation before it",
     ("uniform", "uniform_rotated"): "4-bit absmax without and with a rotation before it",
+    ("waterfill_4", "polykv"): "4-bit keys before RoPE with water-filled widths, and PolyKV",
+    ("waterfill_4", "q8_0"): "4-bit keys before RoPE with water-filled widths, and ggml's q8_0",
+    ("polykv_sinks4_token", "polykv"): "PolyKV with four exact tokens and a key scale per token, and as published",
     ("polykv", "polykv_q8_0"): "PolyKV as published and with q8_0 keys and random signs",
 }  # fmt: skip
 QUALITY_COLUMNS = (
