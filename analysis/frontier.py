@@ -53,6 +53,7 @@ MEASURES = {
 SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
 Looks = Mapping[str, tuple[str, str]]  # colour and marker of each recipe
+WIDE = 50  # percent; perplexity deltas beyond it need an axis that shows small ones too
 ROOM = 1.2  # bits left of the first recipe, for its name
 RECIPE = "polykv"
 EQUAL_BITS = 0.05
@@ -340,8 +341,8 @@ def ranking_figure(rows: pd.DataFrame) -> style.Picture | str | None:
     found = compared(rows)
     if not found:
         return None
-    n = max(len(comparison.standings) for comparison in found)
-    canvas, panels = style.sheet([c.heading for c in found], 2, 0.17 * n + 0.5)
+    heights = [0.17 * len(comparison.standings) + 0.5 for comparison in found]
+    canvas, panels = style.sheet([c.heading for c in found], 2, heights)
     for (left, right), comparison in zip(panels, found, strict=True):
         standings = comparison.standings
         _ranking(left, standings, "kl_mean", "mean KL divergence, nats")
@@ -355,6 +356,8 @@ def ranking_figure(rows: pd.DataFrame) -> style.Picture | str | None:
             tick.set_fontweight("bold" if s.on_front else "normal")
         _ranking(right, standings, "perplexity_delta", "perplexity delta, %")
         right.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        if right.get_xlim()[1] > WIDE:
+            right.set_xscale("symlog", linthresh=1)
         right.set_yticklabels([])
     shows = "Recipes by mean KL divergence, and their perplexity against the uncompressed cache"
     more = (

@@ -111,15 +111,17 @@ def styled(build: Callable[P, R]) -> Callable[P, R]:
 def sheet(
     headings: Sequence[str],
     across: int,
-    height: float,
+    height: float | Sequence[float],
     width: float = PAGE,
     share_y: bool = False,
 ) -> tuple[Canvas, list[list[Axes]]]:
-    """One row of `across` panels, each `height` inches tall, under each heading ("": none).
+    """One row of `across` panels under each heading ("": none), `height` inches tall: all rows, or row by row.
 
     `share_y`: the panels of a row have one y axis, with its numbers at the first.
     """
-    heights = [height + HEADING * (1 + heading.count("\n")) * bool(heading) for heading in headings]
+    panel = [height] * len(headings) if isinstance(height, float | int) else height
+    above = [HEADING * (1 + heading.count("\n")) * bool(heading) for heading in headings]
+    heights = [sum(pair) for pair in zip(panel, above, strict=True)]
     canvas = plt.figure(figsize=(width, sum(heights)))
     parts = canvas.subfigures(len(headings), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, heading in zip(parts, headings, strict=True):
