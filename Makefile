@@ -33,10 +33,10 @@ RUN = $(BIN)/python run.py render=false model=$(MODEL) $(place)
 run: $(INSTALLED)  ## the main experiments of both papers on SmolLM2-135M-Instruct and real text, offline
 	$(eval MODEL := $(MODEL))
 	$(RUN) $(call text,moon_landing,600) n_agents=3,5,15 answers=1 max_new_tokens=24
-	$(RUN) $(call text,packet_networks,1851) n_agents=3,5 answers=1 max_new_tokens=24
+	$(RUN) $(call text,packet_networks,1851) n_agents=3,5 answers=1 max_new_tokens=24 resident=false
 	$(RUN) document=$(if $(filter reference,$(MODEL)),generated,wikitext2) context=$(if $(filter reference,$(MODEL)),512,1953) \
 	  n_documents=8 n_agents=3,5 answers=1 max_new_tokens=24
-	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=5 repeats=2
+	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=4 repeats=2
 	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[in_place]'
 	$(BIN)/python -m analysis --print findings
 
