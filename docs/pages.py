@@ -82,16 +82,21 @@ def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str
 
 
 def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str, Any]:
-    """A study in a committed folder: how it was run, its figures with captions, its tables."""
+    """A study in a committed folder: how it was run, and the figures and tables that are committed there."""
+    kept = {
+        path.stem for kind in ("figures", "tables") for path in (RESULTS / folder / kind).glob("*")
+    }
     rows = results.rows[results.rows["study"] == name]
     found: dict[str, Any] = {"folder": folder, "runs": runs(rows), "figures": {}, "tables": []}
     for piece in pieces("FIGURES").values():
-        if name in piece.studies and isinstance(drawn := piece(rows), Picture):
+        shown = piece.name in kept and name in piece.studies
+        if shown and isinstance(drawn := piece(rows), Picture):
             figures.mkdir(parents=True, exist_ok=True)
             save(drawn.canvas, figures / piece.name, ["png"])
             found["figures"][piece.name] = drawn.caption
     for piece in pieces("TABLES").values():
-        if name in piece.studies and (table := piece(rows)) and render.measured(table).rows:
+        shown = piece.name in kept and name in piece.studies
+        if shown and (table := piece(rows)) and render.measured(table).rows:
             found["tables"].append(render.markdown(render.measured(table)))
     return found
 
