@@ -144,6 +144,9 @@ def test_packed_results_are_drawn_on_their_studys_page(tmp_path, monkeypatch):
     for one in ("mine", "local"):
         pack(tmp_path / "results" / one)
     shutil.rmtree(folder / "cells")
+    for kept in (folder / "figures" / "compare.png", folder / "tables" / "compare.md"):
+        kept.parent.mkdir(exist_ok=True)
+        kept.touch()
     monkeypatch.setattr(pages, "RESULTS", tmp_path / "results")
     folders = pages.committed()
     assert list(folders) == ["mine"]
