@@ -6,11 +6,13 @@ of the committed rows.
 
 import ast
 import re
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from omegaconf import OmegaConf
@@ -18,7 +20,7 @@ from omegaconf import OmegaConf
 from analysis import render
 from analysis.catalog import pieces
 from analysis.load import Results, load
-from analysis.style import Picture, save
+from analysis.style import Picture
 from experiments.study import Study
 from polykv.archive import ROWS
 
@@ -84,18 +86,20 @@ def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str
 def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str, Any]:
     """A study in a committed folder: how it was run, and the figures and tables that are committed there."""
     kept = {
-        path.stem for kind in ("figures", "tables") for path in (RESULTS / folder / kind).glob("*")
+        kind: {path.stem for path in (RESULTS / folder / kind).glob("*")}
+        for kind in ("figures", "tables")
     }
     rows = results.rows[results.rows["study"] == name]
     found: dict[str, Any] = {"folder": folder, "runs": runs(rows), "figures": {}, "tables": []}
     for piece in pieces("FIGURES").values():
-        shown = piece.name in kept and name in piece.studies
+        shown = piece.name in kept["figures"] and name in piece.studies
         if shown and isinstance(drawn := piece(rows), Picture):
             figures.mkdir(parents=True, exist_ok=True)
-            save(drawn.canvas, figures / piece.name, ["png"])
+            shutil.copy(RESULTS / folder / "figures" / f"{piece.name}.png", figures)
+            plt.close(drawn.canvas)
             found["figures"][piece.name] = drawn.caption
     for piece in pieces("TABLES").values():
-        shown = piece.name in kept and name in piece.studies
+        shown = piece.name in kept["tables"] and name in piece.studies
         if shown and (table := piece(rows)) and render.measured(table).rows:
             found["tables"].append(render.markdown(render.measured(table)))
     return found
