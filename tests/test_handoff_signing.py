@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import io
 import os
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from robustness.promises import KEY, SEEDS, any_model, bounded, check_card, tiny
 
 from polykv.errors import PolyKVError
 from polykv.handoff import stores, verify
+from polykv.handoff.about import CardMetadata
 from polykv.handoff.card import CacheCard
 from polykv.handoff.cardfile import CardError
 from polykv.handoff.signing import SigningKey
@@ -94,6 +96,94 @@ def test_the_signature_is_checked_before_the_fields_and_tensors_are_looked_at(mo
     content = forge.CARDS["a NaN among scales or values"](SEEDS["signed"])
     with pytest.raises(CardError, match="not by this key"):
         CacheCard.from_bytes(bytearray(content), model, None, KEY)
+
+
+# Another valid value for every field that a signature has to cover.
+BOUND = {
+    "session": "run-8",
+    "receiver": "solver",
+    "sender": "agent-2",
+    "parent": "b" * 64,
+    "hop": 3,
+}
+BOUND |= {"policy": "local", "budget_bits": 8.0, "position_offset": 1, "dtype": "float16"}
+BOUND |= {"model": "2" * 64, "tokenizer": "2" * 64, "n_tokens": 19, "mean_bits": 4.0}
+BOUND |= {"n_layers": 4, "n_kv_heads": 1, "head_dim": 16, "group_size": 32, "exact": None}
+
+
+@pytest.fixture(scope="module")
+def bound(model):
+    """A signed card with all labels."""
+    ids_T = torch.arange(20)
+    return CacheCard.seal(
+        prefill(model, ids_T[None]), ids_T, model, None, "uniform", 6.0,
+        sender="agent-1", receiver="checker", session="run-7",
+    ).to_bytes(KEY)  # fmt: skip
+
+
+def test_every_field_of_a_card_is_tried(bound):
+    names = {field.name for field in fields(CardMetadata)} | {"mean_bits"}
+    assert (
+        set(BOUND)
+        == names
+        == set(forge.take_apart(bytes(bound)).fields)
+        - {
+            "digest",
+            "signature",
+            "version",
+        }
+    )
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_a_field_cannot_be_changed_after_signing(name, bound, model):
+    changed = forge.card_field(name, BOUND[name])(bytes(bound))
+    assert forge.take_apart(changed).fields[name] != forge.take_apart(bytes(bound)).fields[name]
+    with pytest.raises(CardError, match="signature is not by this key, or the card was altered"):
+        CacheCard.from_bytes(bytearray(changed), model, None, KEY)
+
+
+def test_no_tensor_can_be_changed_after_signing(bound, model):
+    parts = forge.take_apart(bytes(bound))
+    for name in set(parts.header) - {"__metadata__"}:
+        changed = forge.take_apart(bytes(bound))
+        changed.payload[changed.header[name]["data_offsets"][0]] ^= 1
+        with pytest.raises(CardError, match="altered"):
+            CacheCard.from_bytes(bytearray(forge.put_together(changed)), model, None, KEY)
+
+
+@pytest.mark.parametrize("name", sorted(set(BOUND) - {"model", "tokenizer", "mean_bits"}))
+def test_a_rightly_signed_card_with_another_value_than_expected_is_refused_by_name(
+    name, bound, model
+):
+    card = CacheCard.from_bytes(bytearray(bound), model, None, KEY)
+    own = getattr(card.metadata, name)
+    again = CacheCard.from_bytes(bytearray(bound), model, None, KEY, **{name: own})
+    assert again.verified and again.metadata == card.metadata
+    with pytest.raises(
+        CardError, match=f"the card's {name} is {own!r}, .* expects {BOUND[name]!r}"
+    ):
+        CacheCard.from_bytes(bytearray(bound), model, None, KEY, **{name: BOUND[name]})
+
+
+def test_a_card_is_replayed_neither_in_another_session_nor_in_its_own(bound, model, tmp_path):
+    card = CacheCard.from_bytes(bytearray(bound), model, None, KEY, session="run-7")
+    ids_T, names = torch.arange(24), {"session": "run-7", "receiver": "solver"}
+    cache = prefill(model, ids_T[None])
+    child = card.append(cache, ids_T, model, None, "uniform", 6.0, **names)
+    child.save(tmp_path / "child.card", KEY)
+    expected = {**names, "parent": card.digest, "hop": 2}
+    assert CacheCard.open(tmp_path / "child.card", model, None, KEY, **expected).verified
+    for other in ({"session": "run-8"}, {"receiver": "checker"}, {"parent": child.digest}):
+        with pytest.raises(CardError, match=next(iter(other))):
+            CacheCard.open(tmp_path / "child.card", model, None, KEY, **expected | other)
+    with pytest.raises(CardError, match="the card's parent is None"):  # the first card once more
+        CacheCard.from_bytes(bytearray(bound), model, None, KEY, parent=card.digest)
+    # What names no session fits none.
+    with pytest.raises(CardError, match="session is ''"):
+        CacheCard.from_bytes(bytearray(SEEDS["signed"]), model, None, KEY, session="run-7")
+    with pytest.raises(PolyKVError, match="no field 'sesion'; did you mean 'session'"):
+        CacheCard.from_bytes(bytearray(bound), model, None, KEY, sesion="run-7")
 
 
 def test_keys_are_read_from_files_that_are_kept_secret(tmp_path, model):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from types import NoneType
 from typing import Any
 
+from polykv import config
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
@@ -20,6 +22,8 @@ from polykv.handoff.signals import Sender
 
 MOST = 1 << 31  # bound of all counts; limits of the model are checked in verify.py
 LABEL = 128  # characters of a label at most
+LABELS = ("policy", "sender", "receiver", "session")
+OPTIONAL = ("receiver", "session")  # not in the file if empty
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -27,9 +31,9 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 class CardMetadata:
     """The metadata of a card: model, tokenizer, geometry, policy and origin.
 
-    `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `sender`
-    and `policy` are labels: printable, and safe as file names. Only a signature proves that the metadata are genuine
-    (`polykv.handoff.signing`).
+    `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `policy`,
+    `sender`, `receiver` and `session` are labels: printable, and safe as file names. Only a signature proves that the
+    metadata are genuine (`polykv.handoff.signing`).
 
     Raises:
         PolyKVError: an invalid label, number or digest.
@@ -50,6 +54,8 @@ class CardMetadata:
     sender: str
     hop: int
     parent: str | None
+    receiver: str = ""
+    session: str = ""
 
     _TYPES = {"int": (int,), "str": (str,), "str | None": (str, NoneType)} | {
         "float | None": (float, NoneType)
@@ -66,7 +72,7 @@ class CardMetadata:
             raise PolyKVError("budget_bits of a card has to be a number of bits such as 4.0")
         if self.parent is not None and not _DIGEST.fullmatch(self.parent):
             raise PolyKVError("the parent of a card has to be a card's digest; seal it again")
-        for name in ("sender", "policy"):
+        for name in LABELS:
             label = getattr(self, name)
             odd = not label.isprintable() or label.startswith(".") or {*label} & {*"/\\"}
             if odd or len(label) > LABEL:
@@ -82,12 +88,14 @@ class CardMetadata:
         Raises:
             CardError: a field is missing, unknown, or of the wrong type or range.
         """
-        expected = {field.name: str(field.type) for field in fields(cls)}
-        if set(given) != set(expected):
+        types = {field.name: str(field.type) for field in fields(cls)}
+        if set(given) | set(OPTIONAL) != set(types) or not all(given.get(n, 1) for n in OPTIONAL):
             raise CardError("the card's fields do not match its version; seal it again")
-        for name, kind in expected.items():
-            if type(given[name]) not in cls._TYPES[kind]:
-                raise CardError(f"the card's field {name} is not of type {kind}; seal it again")
+        for name, value in given.items():
+            if type(value) not in cls._TYPES[types[name]]:
+                raise CardError(
+                    f"the card's field {name} is not of type {types[name]}; seal it again"
+                )
         try:
             return cls(**given)
         except PolyKVError as error:
@@ -101,10 +109,10 @@ class CardMetadata:
         policy: Policy,
         codec: MixedCodec,
         budget_bits: float,
-        name: str,
         position_offset: int,
+        **labels: str,
     ) -> CardMetadata:
-        """The metadata of a first card (hop 1); `name` is the sender's."""
+        """The metadata of a first card (hop 1); `labels` are sender, receiver and session."""
         g = Geometry.of(sending.model.config)
         n_kv_heads, head_dim = g.shape
         return cls(
@@ -120,10 +128,33 @@ class CardMetadata:
             policy=policy.name,
             budget_bits=float(budget_bits) if policy.has_budget else None,
             position_offset=position_offset,
-            sender=name,
             hop=1,
             parent=None,
+            **labels,
         )
+
+    def to_fields(self) -> dict[str, Any]:
+        """The fields of a card's file."""
+        return {k: v for k, v in asdict(self).items() if v or k not in OPTIONAL}
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Compare metadata with what a receiver expects, by name of the field.
+
+        Raises:
+            CardError: names a field with another value.
+            PolyKVError: the metadata have no such field.
+        """
+        known = [field.name for field in fields(self)]
+        for name, value in expected.items():
+            if name not in known:
+                hint = config.did_you_mean(name, known)
+                raise PolyKVError(f"a card's metadata have no field {name!r}{hint}")
+            found = getattr(self, name)
+            if found != value:
+                raise CardError(
+                    f"the card's {name} is {found!r}, and this receiver expects {value!r}; "
+                    "have it sealed for this receiver"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class CacheCard:
         position_offset: int = 0,
         seed: int = 0,
         backend: str = "auto",
+        receiver: str = "",
+        session: str = "",
     ) -> CacheCard:
         """Quantize a whole cache.
 
@@ -74,6 +76,7 @@ class CacheCard:
                 (`full`, `fp16`) ignore it. Stored bits, including metadata and sinks, are `mean_bits`.
             parent: the card that the sender received; only its digest and hop are recorded.
             backend: (polykv/kernels) affects speed only: all backends write the same bits.
+            sender, receiver, session: labels in the metadata, which a receiver can require (`open`).
 
         Raises:
             PolyKVError: ids that do not match the cache, another model's cache, a budget below the lowest tier, or a
@@ -85,8 +88,9 @@ class CacheCard:
         codec = MixedCodec(exact_dtype(policy, cache), backend=backend)
         sending = Sender(model, cache, ids_T, topology, seed)
         key, value = pack(sending, policy, codec, budget_bits)
+        labels = {"sender": sender, "receiver": receiver, "session": session}
         metadata = CardMetadata.of(
-            sending, tokenizer, policy, codec, budget_bits, sender, position_offset
+            sending, tokenizer, policy, codec, budget_bits, position_offset, **labels
         )
         return cls(_after(parent, metadata), ids_T, key, value, backend)
 
@@ -101,6 +105,8 @@ class CacheCard:
         topology: Topology = ALONE,
         sender: str = "",
         seed: int = 0,
+        receiver: str = "",
+        session: str = "",
     ) -> CacheCard:
         """A card of a longer cache that begins with this card's tokens, whose packed bits are reused.
 
@@ -128,8 +134,10 @@ class CacheCard:
         if len(ids_T) > old.n_tokens:
             new_key, new_value = pack(sending, policy, codec, budget_bits, (key, value))
             key, value = codec.extend(key, new_key), codec.extend(value, new_value)
-        offset = old.position_offset
-        metadata = CardMetadata.of(sending, tokenizer, policy, codec, budget_bits, sender, offset)
+        labels = {"sender": sender, "receiver": receiver, "session": session}
+        metadata = CardMetadata.of(
+            sending, tokenizer, policy, codec, budget_bits, old.position_offset, **labels
+        )
         return CacheCard(_after(self, metadata), ids_T, key, value, self.backend)
 
     @classmethod
@@ -140,18 +148,23 @@ class CacheCard:
         tokenizer: Any,
         key: SigningKey | None = None,
         backend: str = "auto",
+        **expected: Any,
     ) -> CacheCard:
         """Read and verify a card from any location that fsspec supports.
 
         With a `key`, cards that were not signed with it are refused. Without a key, signed and unsigned cards are both
         opened, and `verified` is False.
 
+        `expected` are values of metadata fields by name, such as session="a", receiver="checker" or parent=digest.
+        Cards with other values are refused. Without a key this protects from mistakes only: anyone can write metadata.
+
         Raises:
-            CardError: missing, truncated, altered, of a newer format, of another model or tokenizer, or not signed with
-                the key.
+            CardError: missing, truncated, altered, of a newer format, of another model or tokenizer, not signed with
+                the key, or another card than expected.
+            PolyKVError: `expected` names a field that cards do not have.
         """
         content = stores.read(path, verify.largest(model))
-        return cls.from_bytes(content, model, tokenizer, key, backend)
+        return cls.from_bytes(content, model, tokenizer, key, backend, **expected)
 
     @classmethod
     def from_bytes(
@@ -161,11 +174,12 @@ class CacheCard:
         tokenizer: Any,
         key: SigningKey | None = None,
         backend: str = "auto",
+        **expected: Any,
     ) -> CacheCard:
         """Verify a card's bytes; its tensors are views of `content` (copied only to another device).
 
         Raises:
-            CardError: as `open`.
+            CardError, PolyKVError: as `open`.
         """
         backend = kernels.pick_backend(backend, model.device)
         given, tensors, stamp = cardfile.loads(content, key)
@@ -178,6 +192,7 @@ class CacheCard:
             )
         if metadata.tokenizer != fingerprint.of_tokenizer(tokenizer):
             raise CardError("the card is from another tokenizer; load the one that sealed it")
+        metadata.check(expected)
         codec, dtype = (
             MixedCodec(metadata.exact, metadata.group_size, backend),
             DTYPES[metadata.dtype],
@@ -209,7 +224,7 @@ class CacheCard:
         tensors = {"token_ids": self.ids_T}
         for side, mixed in (("key", self.key), ("value", self.value)):
             tensors |= {f"{side}.{name}": tensor for name, tensor in mixed.tensors().items()}
-        fields = {**asdict(self.metadata), "mean_bits": self.mean_bits}
+        fields = {**self.metadata.to_fields(), "mean_bits": self.mean_bits}
         signature = self._stamp.signature if self._stamp else None
         return cardfile.dumps(fields, tensors, key, signature)
 

@@ -215,7 +215,10 @@ def _verified(content: bytearray, start: int, key: SigningKey | None) -> Stamp:
     if key and signature is None:
         raise CardError("the card is not signed and a key is required; have its sender sign it")
     if key and not key.signed(sha.digest(), signature):
-        raise CardError("the card's signature is not by this key; use the key of its sender")
+        raise CardError(
+            "the card's signature is not by this key, or the card was altered since; use the key of its sender, "
+            "or fetch it again"
+        )
     return Stamp(digest, signature, verified=key is not None)
 
 

@@ -1,13 +1,18 @@
 """Signatures of cards that cross trust boundaries: HMAC-SHA256 with a key shared by sender and receiver.
 
 A digest detects damage but not forgery, since anyone can compute it. A receiver that requires a key refuses all cards
-that were not signed with it, before it looks at any tensor. The signature covers the whole file: token ids, tensors,
-sender, hop and parent cannot be changed or moved to another card.
+that were not signed with it, before it looks at any tensor. The signature is of the whole file (polykv/handoff/
+cardfile.py), so it covers every field of `CardMetadata` (fingerprints of model and tokenizer, geometry, dtypes, policy,
+budget, position, hop, digest of the parent, sender, receiver, session), token ids and packed tensors.
+
+A signed card stays valid, so it can be replayed. A receiver refuses the cards of other sessions or for other receivers
+by naming its own (`CacheCard.open(.., key=key, session="a", receiver="checker")`; give each session a name that is
+never used again). Within a session `parent=digest` accepts the next card of one card only. To accept each card once,
+also store the digests of accepted cards.
 
 It does not protect against
 - reading: cards are not encrypted, and contain the text that the agents saw;
-- replay: a signed card stays valid. To accept each card once, store the digests of accepted cards, and compare
-  `metadata.parent` with the expected digest;
+- replay to a receiver that names neither session nor parent;
 - holders of the key, who can sign as any `sender` and can sign malicious content;
 - removal: a receiver without a key opens signed and unsigned cards alike, and `CacheCard.verified` is False.
 """
