@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 import analysis
+from analysis.load import of_paper
 from analysis.statistics import Value
 
 KINDS = ("TABLES", "FIGURES", "TEXTS", "BELOW")
@@ -127,8 +128,8 @@ def studies_of(module: str) -> tuple[str, ...]:
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """The claims of both papers with their verdicts, including those that were not measured."""
-    found = []
+    """The claims of both papers with their verdicts (protocol `paper`), including those that were not measured."""
+    found, rows = [], of_paper(rows)
     for name, module in modules().items():
         if hasattr(module, "CLAIMS"):
             studies = studies_of(name)

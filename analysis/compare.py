@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from analysis.load import PAPER, swept
 from analysis.load import SETTING as SET
-from analysis.load import swept
 from analysis.points import MEASURES, RECIPES, tidied
 from analysis.render import Column, Table, compact, describe, fixed, keys, significant, span
 from analysis.statistics import (
@@ -31,6 +31,7 @@ SWEPT = (
     "document",
     "context_tokens",
     "n_agents",
+    "protocol",
     "reader",
     "backend",
     "seed",
@@ -149,6 +150,7 @@ def _caption(found: pd.DataFrame, vary: Sequence[str]) -> str:
     parts += [said[name] for name in ("document",) if name in said]
     parts += [f"{said['context_tokens']} tokens"] if "context_tokens" in said else []
     parts += [f"{said['n_agents']} agents"] if "n_agents" in said else []
+    parts += [f"protocol {said['protocol']}"] if said.get("protocol", PAPER) != PAPER else []
     parts += [f"reader {said['reader']}"] if "reader" in said else []
     parts += [f"{said.get('device', 'several devices')} {said.get('dtype', 'several dtypes')}"]
     documents = found[found["metric"] == "kl"].groupby("cell")["sample"].nunique()
@@ -217,7 +219,11 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
             panels.append((dict(zip(about, key, strict=True)), spots))
     if not panels:
         return "no recipe with both stored bits and a KL divergence above 0"
-    apart = [n for n in ("reader", "backend") if len({setting[n] for setting, _ in panels}) > 1]
+    apart = [
+        n
+        for n in ("protocol", "reader", "backend")
+        if len({setting[n] for setting, _ in panels}) > 1
+    ]
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     look = looks(names)
     canvas, axes = grid(len(panels), ACROSS, HEIGHT)

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from analysis import style
+from analysis.load import ONLINE, swept, with_protocol
 from analysis.load import SETTING as SET
-from analysis.load import swept
 from analysis.points import ANSWERS, parts
 from analysis.render import Column, Table, describe, fixed, keys, significant
 from analysis.statistics import (
@@ -36,7 +36,7 @@ from analysis.statistics import (
 
 STUDY = "compare"
 SETTING = ("model", "weights", "document", "context_tokens")
-APART = ("dtype", "device", "reader")  # said where they differ
+APART = ("dtype", "device", "protocol", "reader")  # said where they differ
 # Settings that change no score.
 UNSCORED = tuple(SET + name for name in ("answers", "resident", "max_new_tokens"))
 KL = ("median", "p90", "p95", "p99", "p999", "max")
@@ -155,7 +155,7 @@ def scores(rows: pd.DataFrame, together: bool = False) -> pd.DataFrame:
     """Rows of scores and bits of compressed caches, either of agents that scored `together` or of single readers."""
     crowds = rows.loc[rows["metric"] == "agent_spread", "cell"].unique()
     aside = rows["metric"].isin([*ANSWERS, "kv_memory"]) | (rows["recipe"] == BASELINE)
-    return rows[~aside & (rows["cell"].isin(crowds) == together)]
+    return with_protocol(rows[~aside & (rows["cell"].isin(crowds) == together)])
 
 
 def by_setting(
@@ -163,7 +163,7 @@ def by_setting(
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     """(heading, rows) of each setting; within one, rows differ in recipe, seed and number of agents only."""
     apart = [name for name in (*APART, *swept(rows)) if name not in UNSCORED]
-    apart = [name for name in apart if rows[name].nunique() > 1]
+    apart = [n for n in apart if rows[n].nunique() > 1 or (rows[n] == ONLINE).any()]
     for said, part in parts(rows, [*setting, *apart], sort=True):
         named = [f"{said['model']} ({said['weights']} weights)", said["document"]]
         named += [f"{said['context_tokens']:,} tokens"] if "context_tokens" in said else []

@@ -34,6 +34,7 @@ UNTOLD = {
     "model": ("attn_implementation", "device_map", "threads"),
     "document": ("n_documents",),
 }
+PAPER, ONLINE = "paper", "online"  # protocols; cells that name none are of the paper's
 Place = tuple[str, str]  # study and cell
 
 
@@ -108,11 +109,22 @@ def load(*roots: Path) -> Results:
             if place not in named or _made(named[place]) <= _made(cell):
                 named[place] = cell
     cells = [cell for _, cell in sorted(named.items())]
-    return Results(with_settings(frame(cells), named), tuple(damaged), named)
+    return Results(with_settings(with_protocol(frame(cells)), named), tuple(damaged), named)
 
 
 def _made(cell: Cell) -> str:
     return cell.provenance["created_at"]
+
+
+def with_protocol(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, with protocol `paper` where none is named."""
+    known = rows["protocol"] if "protocol" in rows else pd.Series("", rows.index)
+    return rows.assign(protocol=known.replace("", PAPER))
+
+
+def of_paper(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of protocol `paper`, which published figures are held against."""
+    return rows[with_protocol(rows)["protocol"] == PAPER]
 
 
 def with_settings(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFrame:

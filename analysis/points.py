@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.load import SETTING, swept
+from analysis.load import SETTING, of_paper, swept, with_protocol
 from analysis.statistics import BASELINE, BYTES, QUALITY, UNMEASURED, Measure, Value, rescaled
 
 IN_PLACE = "in_place"
@@ -102,7 +102,8 @@ class Point:
 
 
 def points(rows: pd.DataFrame) -> list[Point]:
-    """The points of rows (analysis.load), models by name and recipes from exact to small."""
+    """The points of rows (analysis.load) of protocol `paper`, models by name and recipes from exact to small."""
+    rows = of_paper(rows)
     if rows.empty:
         return []
     found, apart = tidied(rows), swept(rows)
@@ -152,11 +153,11 @@ def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> V
 
 
 def tidied(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows by time of creation, with one dtype and one reader per cell.
+    """The rows by time of creation, with one dtype, one reader and one protocol per cell.
 
     The reader whose floor a baseline's cell measured is kept in column `floor_of`; no backend reads unshared caches.
     """
-    found = cell_dtype(rows)
+    found = with_protocol(cell_dtype(rows))
     read = _of_cell(found, "reader")
     shared = found["recipe"] != BASELINE
     found = found.assign(floor_of=read, reader=read.where(shared, UNSHARED))

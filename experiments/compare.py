@@ -1,8 +1,9 @@
 """Recipes side by side on one model and one text: stored bits, perplexity delta, KL divergence, memory, answers.
 
-Memory while all agents decode is measured with `resident`, answers are asked with `answers`. Two settings are used by
-presets in conf/experiment: `together` scores all agents in one batch, and `outside` reads a cache that transformers
-itself quantizes instead of a recipe's.
+Memory while all agents decode is measured with `resident`, answers are asked with `answers`. `protocol` says how a
+document is read: `paper` (an exact prefill, compressed once), or `online` (every token quantized as it is written, in
+chunks of `chunk` tokens: polykv/evaluation/online.py). Two settings are used by presets in conf/experiment: `together`
+scores all agents in one batch, and `outside` reads a cache that transformers itself quantizes instead of a recipe's.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from polykv.evaluation import (
     concurrency,
     continuation,
     memory,
+    online,
     outside,
     process,
 )
@@ -34,12 +36,25 @@ from polykv.recipe import Recipe
 from polykv.results import Rows
 
 # key_bits, value_bits: of recipes composed by the preset kv_asymmetry.
-COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS, "key_bits": int, "value_bits": int}
+COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS,
+           "protocol": str, "key_bits": int, "value_bits": int}  # fmt: skip
+PROTOCOLS = ("paper", "online")
+ONLINE = ("protocol", "chunk")  # settings of protocol `online`
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The settled config: `scorer=auto` is an available scorer, `outside` the options of that reference."""
+    """The settled config: `scorer=auto` is an available scorer, `outside` the options of that reference.
+
+    Cells of protocol `paper` have no `protocol` and `chunk`, which came later: their identity is what it was.
+    """
     settled = seeded(cfg)
+    protocol = cfg.get("protocol", PROTOCOLS[0])
+    if protocol not in PROTOCOLS:
+        guess = did_you_mean(protocol, PROTOCOLS)
+        raise PolyKVError(f"no protocol named {protocol!r}{guess}")
+    if protocol == PROTOCOLS[0]:
+        for name in ONLINE:
+            settled.pop(name, None)
     settled.scorer.name = bertscore.resolve(cfg.scorer.name)
     settled.together = bool(cfg.get("together"))
     if cfg.get("outside"):
@@ -75,23 +90,43 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_whole(cfg, "answers", least=0, instead=": the documents whose agents are asked")
     settings.check_quality(cfg, session)
     if cfg.get("outside"):
-        settings.check_dequantizes(cfg)
-        for name in ("answers", "resident", "together"):
-            if cfg.get(name):
-                raise PolyKVError(
-                    f"{name}={cfg[name]} is not available for outside references; leave it out"
-                )
+        _check_scores_alone(cfg, "outside references")
         outside.new_cache(load_config(cfg.model), settings.plain(cfg.outside))
+    if "protocol" in cfg:
+        if cfg.get("outside"):
+            raise PolyKVError(
+                f"protocol={cfg.protocol} is not available for outside references; use protocol=paper"
+            )
+        settings.check_whole(cfg, "chunk")
+        _check_scores_alone(cfg, f"protocol={cfg.protocol}")
+        if cfg.backend != "torch":
+            raise PolyKVError(
+                f"protocol={cfg.protocol} encodes with torch, not backend={cfg.backend}; leave backend out"
+            )
+
+
+def _check_scores_alone(cfg: DictConfig, of: str) -> None:
+    """Check that a cache that is not a pool is only scored, by a single reader of its own; raises PolyKVError."""
+    settings.check_dequantizes(cfg)
+    for name in ("answers", "resident", "together"):
+        if cfg.get(name):
+            instead = 0 if name == "answers" else "false"
+            raise PolyKVError(f"{name}={cfg[name]} is not available for {of}; use {name}={instead}")
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
     """Ratios, memory, scores and answers of the cell's recipe."""
     about = {name: cfg[name] for name in ("key_bits", "value_bits") if name in cfg}
     about |= {"quantization": loading.quantized(cfg.model)}
+    about |= {"protocol": cfg.get("protocol", PROTOCOLS[0])}
     rows = write.new_rows(cfg, session, COLUMNS, **about)
     if cfg.get("outside"):
         texts = [full.document.digest for full in session.full_readings(cfg)]
         write.add_scores(rows, _outside(rows, cfg, session), texts)
+        return rows
+    if "protocol" in cfg:
+        texts = [document.digest for document, _ in session.full_online(cfg)]
+        write.add_scores(rows, _online(rows, cfg, session), texts)
         return rows
     readings = session.readings(cfg)
     write.add_ratio(rows, readings[0].pool)
@@ -137,6 +172,17 @@ def _outside(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparis
     return comparisons
 
 
+def _online(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
+    """Comparisons of documents written and read online; adds the ratio that is stored of the first, all its tokens."""
+    (model, _), recipe, comparisons = session.model(cfg), Recipe.from_config(cfg.recipe), []
+    for document, full_TV in track(session.full_online(cfg), f"scoring {recipe.name}"):
+        log_probs_TV, pool = online.score(model, document, recipe, cfg.chunk)
+        if not comparisons:
+            write.add_ratio(rows, pool)
+        comparisons.append(continuation.compare(full_TV, log_probs_TV, document.rest_BT))
+    return comparisons
+
+
 STUDY = Study(
     name="compare",
     title="Recipes side by side",
@@ -147,6 +193,7 @@ STUDY = Study(
     made_by=(*settings.SCORES, answers, bertscore, memory, concurrency),
     settings=(*settings.POOL, "n_agents", "max_new_tokens", "answers", "scorer", "resident", "together",
               "outside"),
+    options=dict.fromkeys(ONLINE, online),
     columns=COLUMNS,
     answers=("ratio", "memory", "quality"),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from experiments.settings import answering, plain, scoring
 from polykv import models
 from polykv.documents import N_QUESTIONS, Document, load_documents
+from polykv.evaluation import online
 from polykv.evaluation.process import keep_freed_memory
 from polykv.evaluation.readings import Reading
 from polykv.pool import SharedKVPool, prefill
@@ -27,6 +28,7 @@ from polykv.recipe import Recipe, load_recipe
 ASKED_TOGETHER = 5
 MODEL, DOCUMENTS, PREFILLED = "the model", "the documents", "prefilled caches"
 FULL, READ = "the baseline's readings", "a recipe's readings"
+ONLINE = "the baseline's scores in chunks"
 ASKED, SAID = "caches of what is asked", "answers"
 
 Thing = TypeVar("Thing")
@@ -114,6 +116,19 @@ class Session:
 
         needs = [_full_need(cfg), plain(cfg.recipe), cfg.reader, cfg.backend]
         return self.kept(READ, needs, make, of=(FULL,))
+
+    def full_online(self, cfg: DictConfig) -> tuple[tuple[Document, Tensor], ...]:
+        """The cell's documents and their scores (online.score) under the uncompressed cache, in the same chunks."""
+
+        def make() -> tuple[tuple[Document, Tensor], ...]:
+            model, _ = self.model(cfg)
+            full = load_recipe("full")
+            return tuple(
+                (document, online.score(model, document, full, cfg.chunk)[0])
+                for document in track(self.documents(cfg), "scoring uncompressed")
+            )
+
+        return self.kept(ONLINE, [_full_need(cfg), cfg.chunk], make, of=(MODEL,))
 
     def answers(
         self, cfg: DictConfig, n_documents: int, recipe: Recipe | None = None

@@ -34,6 +34,8 @@ class Study:
         settle: returns the config with everything explicit that depends on the machine.
         settings: config keys that the numbers depend on; a cell's identity is a hash of them.
         made_by: modules that compute the numbers; their `VERSION` is part of the identity.
+        options: settings that only some cells have, and the module that reads each. They and its `VERSION` are part of
+            the identity of cells that have them: a new one leaves that of the others as it is.
         columns: columns beside cellfile.COLUMNS, each with its type (str, int, float, bool).
         answers: published tables that the rows answer (published.csv, column `figure_or_table`).
         depends_on: studies whose rows it reads.
@@ -46,6 +48,7 @@ class Study:
     check: Callable[[DictConfig, Session], None]
     settings: tuple[str, ...]
     made_by: tuple[ModuleType, ...]
+    options: Mapping[str, ModuleType] = field(default_factory=dict)
     settle: Callable[[DictConfig], DictConfig] = settings.settle
     columns: Mapping[str, type] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
@@ -58,12 +61,15 @@ class Study:
     def versions(self, settled: DictConfig) -> dict[str, int | str]:
         """Versions of the code that computes a cell's numbers (polykv/versions.py)."""
         config = OmegaConf.to_container(settled)
-        return versions.of({key: config.get(key) for key in self.settings}, self.made_by)
+        given = [module for key, module in self.options.items() if key in settled]
+        known = {key: config.get(key) for key in self.settings}
+        return versions.of(known, [*self.made_by, *given])
 
     def identity(self, settled: DictConfig) -> str:
         """A cell's identity: a hash of the settings that its numbers depend on and of the code's versions."""
         config = OmegaConf.to_container(settled)
-        return cell_id({key: config.get(key) for key in ("study", "versions", *self.settings)})
+        kept = {key: config.get(key) for key in ("study", "versions", *self.settings)}
+        return cell_id(kept | {key: config[key] for key in self.options if key in config})
 
     def declaration(self) -> dict[str, Any]:
         """The study as a cell's file describes it, for the analysis, which does not import this package."""
@@ -72,7 +78,7 @@ class Study:
             "title": self.title,
             "question": self.question,
             "answers": list(self.answers),
-            "settings": list(self.settings),
+            "settings": [*self.settings, *self.options],
             "columns": {name: kind.__name__ for name, kind in self.columns.items()},
         }
 

@@ -26,7 +26,8 @@ import polykv.codecs
 from polykv.attention import cascade
 from polykv.codecs.base import Codec
 from polykv.config import available, load_group
-from polykv.evaluation import answers, continuation, decode_drift, gsm8k, layers, statistics
+from polykv.documents import Document
+from polykv.evaluation import answers, continuation, decode_drift, gsm8k, layers, online, statistics
 from polykv.evaluation.per_token import METRICS
 from polykv.handoff import allocate, mixed, signals
 from polykv.reference import documents as generated
@@ -106,6 +107,13 @@ def of_continuation() -> Output:
     return output([found.nll_full, found.nll, found.kl, found.delta_p])
 
 
+def of_online() -> Output:
+    model, _, prefix_BT, rest_BT, _ = reading()
+    document = Document("generated", torch.cat([prefix_BT, rest_BT], 1), prefix_BT.shape[1], ())
+    scored_TV, _ = online.score(model, document, polykv.load_recipe("polykv"), 64)
+    return output([scored_TV[:, ::50]])
+
+
 def of_metric(metric: ModuleType) -> Output:
     draw = torch.Generator().manual_seed(0)
     full, other = torch.randn(2, 9, 12, generator=draw).log_softmax(-1)
@@ -174,6 +182,7 @@ def of_generated() -> Output:
 PARTS: dict[Any, Callable[[], Output]] = {
     cascade: of_cascade,
     continuation: of_continuation,
+    online: of_online,
     statistics: of_statistics,
     answers: of_answers,
     gsm8k: of_gsm8k,

@@ -23,6 +23,7 @@ from experiments.study import studies
 from polykv import config
 from polykv.config import CONF
 from polykv.evaluation import bertscore, continuation, gsm8k, outside, readings
+from polykv.evaluation.online import OnlineLayer
 from polykv.evaluation.statistics import MIN_DOCUMENTS, skewed_interval
 from polykv.handoff.card import CacheCard
 from polykv.models import load_weights
@@ -107,6 +108,17 @@ def outsiders(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outside, "quantized", lambda m, full, o: quantized(m, damaged_pool(full), o))
 
 
+def written_online(patch: pytest.MonkeyPatch) -> None:
+    """What a recipe writes online is another document's."""
+    update = OnlineLayer.update
+
+    def wrong(self: OnlineLayer, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Any:
+        pair = (k, v) if self.recipe.is_full else damaged(k, v, self.place[0])
+        return update(self, *pair, *rest, **more)
+
+    patch.setattr(OnlineLayer, "update", wrong)
+
+
 def batches(patch: pytest.MonkeyPatch) -> None:
     """Agents in a batch read another document's values, a single reader its own."""
     caches_of = readings.caches_of
@@ -148,6 +160,9 @@ CASES = {
     "compare, the baseline in place": Case(IN_PLACE, reading_in_place, OWN),
     "compare, agents together": Case(
         ("experiment=agent_scaling", *SCORED, "n_agents=3"), batches, HELD
+    ),
+    "compare online": Case(
+        ("experiment=recipe_frontier", *SCORED, "protocol=online", "chunk=64"), written_online
     ),
     "compare, an outside reference": Case(
         ("experiment=outside_references", *SCORED[:-1], "outside=fp8"), outsiders
@@ -229,7 +244,7 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
 
 SLOW = {
     "handoff_accuracy", "handoff_accuracy, cards after the first", "controller_ablation", "recipe_search",
-    "compare in place", "compare, the baseline in place", "layer_sensitivity of keys",
+    "compare online", "compare in place", "compare, the baseline in place", "layer_sensitivity of keys",
 }  # fmt: skip
 
 

@@ -1,0 +1,137 @@
+"""llama.cpp's side of beside_llama_cpp.py: KL of each cache type to llama.cpp's own f16 cache, for one document.
+
+python benchmarks/llama_cpp_side.py FOLDER ...     (beside_llama_cpp.py starts it, in an environment of its own)
+
+FOLDER holds `ids.npy` (tokens,) and gets `kl.json`, and for each model `MODEL.npy`: the log-probabilities (scored
+tokens, vocabulary) in fp32 with an f16 cache.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+import numpy as np
+from llama_cpp._ggml import libggml
+
+EXACT = "f16/f16"
+TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
+NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # read by llama.cpp where it makes a cache
+ALL_F32 = 0  # enum llama_ftype
+
+
+class LlamaCpp:
+    """One model file; `log_probs` runs documents through it."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.threads = threads
+        self.model = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            sys.exit(f"llama.cpp cannot load {path}")
+        self.n_vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+
+    def log_probs(
+        self, ids_T: np.ndarray, n_prefix: int, cache: str, batch: int, flash: bool = True
+    ) -> np.ndarray:
+        """Log-probabilities (tokens after the prefix - 1, vocabulary) of each token after the prefix but the first.
+
+        `flash`: with flash attention, without which llama.cpp reads no quantized values.
+        """
+        keys, values = cache.split("/")
+        params = lib.llama_context_default_params()
+        # Bindings and library may be of two versions, in which the fields are at other places.
+        if (params.type_k, params.type_v, params.n_ubatch) != (TYPES["f16"], TYPES["f16"], 512):
+            sys.exit("llama-cpp-python and its libllama are of different versions; install it anew")
+        params.n_ctx = -(-len(ids_T) // 256) * 256
+        params.n_batch = params.n_ubatch = batch
+        params.n_threads = params.n_threads_batch = self.threads
+        params.flash_attn_type = int(flash)
+        params.type_k, params.type_v = TYPES[keys], TYPES[values]
+        context = lib.llama_init_from_model(self.model, params)
+        if not context:
+            sys.exit(f"llama.cpp has no cache of {keys} keys and {values} values for this model")
+        found = [
+            self._decode(context, ids_T, start, min(start + batch, len(ids_T)), n_prefix)
+            for start in range(0, len(ids_T), batch)
+        ]
+        lib.llama_free(context)
+        logits_TV = np.concatenate(found)[:-1].astype(np.float64)
+        logits_TV -= logits_TV.max(-1, keepdims=True)
+        return (logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))).astype(np.float32)
+
+    def _decode(
+        self, context: Any, ids_T: np.ndarray, start: int, stop: int, n_prefix: int
+    ) -> np.ndarray:
+        """Logits (tokens, vocabulary) of the tokens [start, stop) that lie after the prefix."""
+        batch = lib.llama_batch_init(stop - start, 0, 1)
+        batch.n_tokens = stop - start
+        for place, position in enumerate(range(start, stop)):
+            batch.token[place], batch.pos[place] = int(ids_T[position]), position
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+            batch.logits[place] = position >= n_prefix
+        if lib.llama_decode(context, batch):
+            sys.exit(f"llama_decode failed at token {start}")
+        rows = [
+            np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), (self.n_vocabulary,))
+            for place in range(max(n_prefix - start, 0), stop - start)
+        ]
+        found = np.stack(rows) if rows else np.empty((0, self.n_vocabulary), np.float32)
+        lib.llama_batch_free(batch)
+        return found
+
+
+def save_as_f32(source: Path, target: Path, threads: int) -> None:
+    """The model with all weights in fp32, so that products with them do not round activations."""
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = ALL_F32, True, threads
+    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        sys.exit(f"llama.cpp cannot convert {source} to fp32")
+
+
+def divergence(full_TV: np.ndarray, other_TV: np.ndarray) -> float:
+    """Mean KL(full || other) in nats per token."""
+    return float((np.exp(full_TV.astype(np.float64)) * (full_TV - other_TV)).sum(-1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--caches", nargs="+", required=True, help="KEYS/VALUES")
+    for name in ("prefix", "batch", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    arguments = parser.parse_args()
+    # A library whose CPU code comes in several builds loads the one for this machine.
+    libggml.ggml_backend_load_all_from_path(os.path.dirname(libggml._name).encode())
+    lib.llama_backend_init()
+    as_f32 = arguments.folder / "f32.gguf"
+    save_as_f32(arguments.model, as_f32, arguments.threads)
+    found = []
+
+    def add(variant: str, cache: str, other_TV: np.ndarray) -> None:
+        kl = divergence(full_TV, other_TV)
+        found.append({"system": "llama.cpp", "variant": variant, "cache": cache, "kl": kl})
+        print(json.dumps(found[-1]), flush=True)
+
+    document = np.load(arguments.folder / "ids.npy"), arguments.prefix
+    for weights, path in (("file", arguments.model), ("f32", as_f32)):
+        model = LlamaCpp(path, arguments.threads)
+        full_TV = model.log_probs(*document, EXACT, arguments.batch)
+        np.save(arguments.folder / f"{weights}.npy", full_TV)
+        add(weights, EXACT, model.log_probs(*document, EXACT, arguments.batch, flash=False))
+        for cache in arguments.caches:
+            add(weights, cache, model.log_probs(*document, cache, arguments.batch))
+    os.environ[NO_ROTATION] = "1"
+    for cache in arguments.caches:
+        add("f32 unrotated", cache, model.log_probs(*document, cache, arguments.batch))
+    (arguments.folder / "kl.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
