@@ -53,7 +53,6 @@ MEASURES = {
 SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
 Looks = Mapping[str, tuple[str, str]]  # colour and marker of each recipe
-WIDE = 50  # percent; perplexity deltas beyond it need an axis that shows small ones too
 ROOM = 1.2  # bits left of the first recipe, for its name
 RECIPE = "polykv"
 EQUAL_BITS = 0.05
@@ -356,7 +355,7 @@ def ranking_figure(rows: pd.DataFrame) -> style.Picture | str | None:
             tick.set_fontweight("bold" if s.on_front else "normal")
         _ranking(right, standings, "perplexity_delta", "perplexity delta, %")
         right.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-        if right.get_xlim()[1] > WIDE:
+        if right.get_xlim()[1] > style.WIDE:
             right.set_xscale("symlog", linthresh=1)
         right.set_yticklabels([])
     shows = "Recipes by mean KL divergence, and their perplexity against the uncompressed cache"

@@ -37,7 +37,6 @@ QUALITY_METRICS = ("nll", "nll_delta", "bertscore_f1")
 DIGITS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
 ACROSS = 2
 TITLE = 48  # characters of a title above one of two panels
-WIDE = 50.0  # percent; deltas beyond it need an axis that shows small ones too
 LEAST_F1 = -1.0
 ROOM = 1.3  # beyond the first and last context, for lines that stand side by side
 APART = 1.3  # a factor between two ticks
@@ -176,9 +175,9 @@ def _perplexity_delta(
         tint = published_colour("polykv", looks)
         ax.plot(*zip(*spots, strict=True), marker="o", color=tint, **style.OPEN)
     ax.set_xscale("log", base=2)
-    if top > WIDE:
+    if top > style.WIDE:
         ax.set_yscale("symlog", linthresh=1)
-    style.delta_axis(ax, "perplexity delta, %" + " (log beyond 1)" * (top > WIDE))
+    style.delta_axis(ax, "perplexity delta, %" + " (log beyond 1)" * (top > style.WIDE))
     ax.margins(y=0.12)
     contexts = sorted({p.context_tokens for p in found} | {f.document_tokens for f in figures})
     ax.set_xlim(contexts[0] / ROOM, contexts[-1] * ROOM)

@@ -90,6 +90,7 @@ MARKERS = "osD^vPX*<>hpd"
 # Of what was published; of what is read in place.
 OPEN = {"fillstyle": "none", "linestyle": "none", "markersize": 8, "markeredgewidth": 0.9}
 READ_IN_PLACE = {"linestyle": "--", "markerfacecolor": "white"}
+WIDE = 50  # percent; perplexity deltas beyond it need an axis that shows small ones too
 CONTRAST = 4.5  # to white, WCAG's least for text
 SHADES = (0, -0.3, 0.25)  # of a family's colour, by a recipe's place in it
 LOOKS = len(MARKERS) * len(SHADES)  # different ones in a family, as the two have no common factor
