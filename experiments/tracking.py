@@ -15,7 +15,7 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from polykv.cellfile import Cell, write_atomically
+from polykv.cellfile import STAMPED, Cell, write_atomically
 from polykv.errors import PolyKVError
 from polykv.results import frame
 from polykv.wandb_run import open_run
@@ -96,7 +96,11 @@ class WandbLogger:
 def summary(rows: pd.DataFrame) -> dict[str, float | None]:
     """Mean of each metric's samples; `metric/column=value/...` of one whose rows differ in other columns."""
     values = {}
-    told = [name for name in rows.columns if name not in (*OBSERVED, "sample", "block", "note")]
+    told = [
+        name
+        for name in rows.columns
+        if name not in (*OBSERVED, *STAMPED, "sample", "block", "note")
+    ]
     for metric, group in rows.groupby("metric", sort=False):
         apart = [name for name in told if group[name].nunique(dropna=False) > 1]
         for key, part in group.groupby(apart, dropna=False, sort=False) if apart else [((), group)]:

@@ -200,6 +200,7 @@ def meter_after_keeping():
     return meter.peak() / kept.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc has the settings")
 def test_what_is_timed_reuses_memory_and_what_is_metered_gives_it_back():
     cfg = polykv.config.load_group("model", "reference")

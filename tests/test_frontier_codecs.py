@@ -225,7 +225,7 @@ STATED = {  # bits per value at head_dim 128, as the comment of each YAML says; 
 
 @pytest.mark.parametrize("name", sorted(STATED))
 def test_stored_bits_are_the_documented_ones(name):
-    x, recipe = gaussian(1, 8, 2048, 128), load_recipe(name)
+    x, recipe = gaussian(1, 2, 2048, 128), load_recipe(name)
     found = [8 * codec.encode(x).nbytes / x.numel() for codec in (recipe.key, recipe.value)]
     # Of metadata per tensor or head nothing is left to see at 2,048 tokens.
     assert found == pytest.approx(STATED[name], abs=0.01)

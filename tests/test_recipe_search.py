@@ -19,6 +19,7 @@ def cell(checkpoint, tmp_path, *overrides):
                         f"results_dir={tmp_path}", *overrides)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_search_keeps_the_budget_beats_no_table_it_tried_and_resumes(checkpoint, tmp_path):
     pytest.importorskip("optuna")
     study, settled = cell(checkpoint, tmp_path, "widths=[2,4]", "budget_bits=5.0", "n_trials=6")

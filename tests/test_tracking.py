@@ -182,6 +182,7 @@ def parsed(content):
     return records
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_keeps_the_run_offline(wandb_home, capsys):
     record(config(wandb_home, "logger=wandb", "logger.tags=[trial]"), "abc123")
     (run,) = wandb_home.glob("wandb/offline-run-*")

@@ -338,7 +338,9 @@ def assert_same_format(codec, x, context=NOTHING):
     torch.testing.assert_close(codec.decode(ours), codec.decode(truth), rtol=0.3, atol=0.3)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "dim", [16, 64, 80, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 256))]
+)
 def test_the_cpu_kernel_encodes_as_torch_does(dim):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x, context = biased_keys(3, 300, dim, bias=3)

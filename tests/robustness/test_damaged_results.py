@@ -51,6 +51,7 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", first(1, range(0, len(NAMES), AT_ONCE)))
 def test_a_damaged_cell_is_set_aside_and_measured_again(at, root):
     struck = dict(zip(NAMES[at : at + AT_ONCE], stage.finished(root), strict=False))

@@ -15,6 +15,7 @@ SIZES_KIB = (128, 48, 96, 112, 160, 192, 224, 256, 320, 384, 448, 512)
 ROOMY = "64m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size_kib", first(1, SIZES_KIB))
 def test_a_disk_that_fills_up(size_kib, tmp_path):
     with mounted(tmp_path, f"size={size_kib}k") as root:

@@ -40,11 +40,11 @@ def moments() -> list[Moment]:
 
 # Under joblib the workers live on for a while, or die with the process, as when a node restarts.
 WAYS = [("sequential", False), ("joblib", False), ("joblib", True)]
-IN_TEST = {("sequential", False, "rename", 2), ("joblib", True, "measuring", 2)}
+MARKS = {("sequential", False, "rename", 2): (), ("joblib", True, "measuring", 2): pytest.mark.slow}
 CASES = [
     pytest.param(
         *(launcher, group, moment),
-        marks=[] if (launcher, group, moment.phase, moment.nth) in IN_TEST else pytest.mark.faults,
+        marks=MARKS.get((launcher, group, moment.phase, moment.nth), pytest.mark.faults),
         id=f"{launcher}-{'group' if group else 'alone'}-{moment}",
     )
     for launcher, group in WAYS

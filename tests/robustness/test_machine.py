@@ -38,6 +38,7 @@ def test_a_clock_that_jumps(tmp_path):
     stage.resume(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_processes", first(1, [2, 2, 2, 4, 4]))
 def test_processes_that_run_the_same_sweep_at_once(n_processes, tmp_path):
     sweeps = [stage.Run(stage.in_folder(tmp_path)) for _ in range(n_processes)]
