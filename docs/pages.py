@@ -26,6 +26,7 @@ from polykv.archive import ROWS
 
 REPO = Path(__file__).resolve().parents[1]
 CONF, RESULTS = REPO / "conf" / "experiment", REPO / "results"
+LONGEST = 200  # lines of a table that a page shows; a longer one is named
 
 templates = Environment(
     loader=FileSystemLoader(REPO / "docs" / "templates"), trim_blocks=True, lstrip_blocks=True
@@ -90,7 +91,13 @@ def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str,
         for kind in ("figures", "tables")
     }
     rows = results.rows[results.rows["study"] == name]
-    found: dict[str, Any] = {"folder": folder, "runs": runs(rows), "figures": {}, "tables": []}
+    found: dict[str, Any] = {
+        "folder": folder,
+        "runs": runs(rows),
+        "figures": {},
+        "tables": [],
+        "longer": [],
+    }
     for piece in pieces("FIGURES").values():
         shown = piece.name in kept["figures"] and name in piece.studies
         if shown and isinstance(drawn := piece(rows), Picture):
@@ -99,8 +106,12 @@ def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str,
             plt.close(drawn.canvas)
             found["figures"][piece.name] = drawn.caption
     for piece in pieces("TABLES").values():
-        shown = piece.name in kept["tables"] and name in piece.studies
-        if shown and (table := piece(rows)) and render.measured(table).rows:
+        if piece.name not in kept["tables"] or name not in piece.studies:
+            continue
+        text = (RESULTS / folder / "tables" / f"{piece.name}.md").read_text(encoding="utf-8")
+        if text.count("\n") > LONGEST:
+            found["longer"].append(f"results/{folder}/tables/{piece.name}.md")
+        elif (table := piece(rows)) and render.measured(table).rows:
             found["tables"].append(render.markdown(render.measured(table)))
     return found
 

@@ -30,7 +30,7 @@ from polykv.reference.documents import generate_document
 
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 README = (REPO / "README.md").read_text(encoding="utf-8")
-SECONDS = 90  # of CPU, for the whole site
+SECONDS = 60  # of CPU, for the whole site
 
 
 def typed_commands():
