@@ -90,8 +90,10 @@ class Piece:
         """None where none of the studies was run."""
         if self.studies == EVERY:
             return self.of(rows)
-        mine = rows[rows["study"].isin(self.studies)]
-        return None if mine.empty else self.of(mine)
+        ours = rows["study"].isin(self.studies)
+        if not ours.any():
+            return None
+        return self.of(rows if ours.all() else rows[ours])
 
 
 @cache

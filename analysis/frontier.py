@@ -30,6 +30,7 @@ from analysis.statistics import (
     exponential,
     largest,
     mean,
+    once_per_frame,
     pairs_of,
     samples_of,
 )
@@ -175,6 +176,7 @@ def composed(rows: pd.DataFrame) -> pd.Series:
     return rows["key_bits"].notna() if "key_bits" in rows else pd.Series(False, rows.index)
 
 
+@once_per_frame
 def compared(rows: pd.DataFrame) -> list[Comparison]:
     """The comparisons of all settings in which several recipes were measured."""
     found, comparisons = scores(rows), []

@@ -84,6 +84,25 @@ def of_present(reduce: Callable[..., Value]) -> Callable[..., Value]:
     return checked
 
 
+def once_per_frame(function: Callable[[pd.DataFrame], Any]) -> Callable[[pd.DataFrame], Any]:
+    """Wrap `function`, which answers from memory if it is asked about the same frame again.
+
+    The tables and figures of one folder share their comparisons, which take seconds. Rows are never changed in place.
+    """
+    last: list[Any] = [
+        None,
+        None,
+    ]  # the frame itself, so that no other can take its place in memory
+
+    @functools.wraps(function)
+    def remembered(rows: pd.DataFrame) -> Any:
+        if last[0] is not rows:
+            last[:] = rows, function(rows)
+        return last[1]
+
+    return remembered
+
+
 def whole_samples(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of whole documents, answers or repeats: no blocks of tokens, no statistics over several documents."""
     whole = np.ones(len(rows), bool)

@@ -47,9 +47,10 @@ class Job:
     def __call__(self, cfg: DictConfig) -> list[Outcome]:
         """Outcomes of the share's cells. `cfg`, the first cell's config, is not needed."""
         processes.settle_into_worker()
-        return [self._run(plan) for plan in self.shares[HydraConfig.get().job.num]]
+        return [self.run(plan) for plan in self.shares[HydraConfig.get().job.num]]
 
-    def _run(self, plan: Plan) -> Outcome:
+    def run(self, plan: Plan) -> Outcome:
+        """The outcome of one cell, which fails where it settles otherwise than where it was planned."""
         try:
             cell = sweep.prepare(plan.config)
         except Exception as error:  # such as a file that this machine lacks

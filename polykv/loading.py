@@ -93,7 +93,7 @@ def attention(cfg: DictConfig, device: torch.device) -> str:
         return named
     if device.type == "cuda" and cfg.dtype != "float32":
         for name, package in FLASH.items():
-            if installed(package) and (name != "flash_attention_3" or _is_hopper(device)):
+            if installed(package) and (name != "flash_attention_3" or is_hopper(device)):
                 return name
     return DEFAULTS["attn_implementation"]
 
@@ -107,7 +107,8 @@ def installed(package: str) -> bool:
     return True
 
 
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether the GPU is of the Hopper generation or newer, which FlashAttention 3 needs."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= HOPPER
 
 

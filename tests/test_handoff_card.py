@@ -145,7 +145,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least(model, tokenizer
 
 
 def test_a_mix_with_a_low_tier_is_told_at_sealing(model, tokenizer, ids):
-    packing._warn_of_low_tiers.cache_clear()
+    packing.warn_of_low_tiers.cache_clear()
     with pytest.warns(UserWarning, match=r"50 % at 3 bits .*21 %.*50 % at 4 bits .*9.8 %"):
         sealed(model, tokenizer, ids[:256], "uniform", 3.5)
     with warnings.catch_warnings():

@@ -27,11 +27,11 @@ def rebuilt(monkeypatch, tmp_path_factory):
         folder = folder or tmp_path_factory.getbasetemp() / "kernels"
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         monkeypatch.setenv("CXX", compiler)
-        cpu._library.cache_clear()
+        cpu.loaded_library.cache_clear()
         return cpu.available()
 
     yield build
-    cpu._library.cache_clear()
+    cpu.loaded_library.cache_clear()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")

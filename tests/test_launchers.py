@@ -232,7 +232,7 @@ def test_a_cell_that_settles_otherwise_where_it_runs_is_refused():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random"])
     job = Job([], task, planned_on="login")
-    outcome = job._run(Plan([], cfg, "0" * 12))
+    outcome = job.run(Plan([], cfg, "0" * 12))
     assert outcome.status == "failed" and outcome.cell == "0" * 12
     assert "planned on login" in outcome.reason and "device" in outcome.reason
 

@@ -93,9 +93,9 @@ def test_auto_attention_is_the_best_that_can_run(monkeypatch, all_installed):
     def auto(device, **changes):
         return loading.attention(settings(**changes), device)
 
-    monkeypatch.setattr(loading, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(loading, "is_hopper", lambda device: True)
     assert auto(CUDA) == "flash_attention_3"
-    monkeypatch.setattr(loading, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(loading, "is_hopper", lambda device: False)
     assert auto(CUDA) == "flash_attention_2"
     assert auto(CUDA, dtype="float32") == auto(CPU) == "sdpa"
     assert auto(CUDA, attn_implementation="eager") == "eager"

@@ -72,7 +72,7 @@ def test_every_codec_attends_exactly_over_several_chunks(codec, monkeypatch):
     monkeypatch.setattr(prefix, "SCORE_BYTES", 2 * 4 * 50 * 7)
     k_BHTD, v_BHTD = keys_and_values(2, 173, 64)
     segment = Segment(codec, codec, codec.encode(k_BHTD), codec.encode(v_BHTD))
-    chunks = list(prefix._chunks(segment, prefix.DECODE_BYTES))
+    chunks = list(prefix.chunks(segment, prefix.DECODE_BYTES))
     assert len(chunks) >= min(4, ceil(173 / codec.group))
     assert sum(key.shape[2] for key, _ in chunks) == 173
     assert all(key.shape[2] <= lcm(50, codec.group) for key, _ in chunks)

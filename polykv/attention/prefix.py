@@ -72,7 +72,7 @@ def attend_torch(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tenso
     n_queries = q_HQD.shape[1]
     q_BHQD = key_codec.rotate(q_HQD.unsqueeze(0).float() * scaling, segment.key.tensors)
     softmax: OnlineSoftmax | None = None
-    for key, value in _chunks(segment, scratch(DECODE_BYTES, q_HQD.device)):
+    for key, value in chunks(segment, scratch(DECODE_BYTES, q_HQD.device)):
         v_BHTD = value_codec.decode_rotated(value)
         if softmax is None:
             softmax = OnlineSoftmax(q_BHQD.shape[:3], v_BHTD.shape[3], q_HQD.device)
@@ -82,7 +82,8 @@ def attend_torch(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tenso
     return value_codec.unrotate(out_BHQD, segment.value.tensors).squeeze(0), lse_BHQ.squeeze(0)
 
 
-def _chunks(segment: Segment, n_bytes: int) -> Iterator[tuple[Packed, Packed]]:
+def chunks(segment: Segment, n_bytes: int) -> Iterator[tuple[Packed, Packed]]:
+    """Keys and values of consecutive tokens, in whole groups, that decode to about `n_bytes` each."""
     _, heads, n_tokens, dim = segment.key.shape
     group = lcm(segment.key.group, segment.value.group)
     tokens = n_bytes // (heads * dim * BYTES_PER_VALUE)

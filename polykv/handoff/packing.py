@@ -62,7 +62,7 @@ def pack(
         after = max(SINKS - start, 0)
         budgeted = torch.cat([key_tiers[after:], value_tiers[after:]])
         mix = _mix(budgeted, codec, keys[0].shape[3])
-        _warn_of_low_tiers(policy.name, budget_bits, mix)
+        warn_of_low_tiers(policy.name, budget_bits, mix)
     else:
         key_tiers = value_tiers = torch.full(
             (sender.n_tokens - start,), EXACT_TIER, dtype=torch.uint8
@@ -144,7 +144,7 @@ def _mix(tiers: torch.Tensor, codec: MixedCodec, dim: int) -> str:
 
 
 @lru_cache
-def _warn_of_low_tiers(policy: str, budget_bits: float, mix: str) -> None:
+def warn_of_low_tiers(policy: str, budget_bits: float, mix: str) -> None:
     """Warn once for each mix, since a relay seals many cards."""
     if mix:
         warnings.warn(

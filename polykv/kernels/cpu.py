@@ -41,7 +41,7 @@ MIN_TOKENS = 512  # per split: attention is split along tokens if there are fewe
 
 
 @lru_cache
-def _library() -> Any:
+def loaded_library() -> Any:
     """The compiled library, or the reason why it is not available."""
     try:
         loaded = ctypes.CDLL(str(library()))
@@ -58,7 +58,7 @@ def _library() -> Any:
 
 def available() -> str | None:
     """None if the kernels can run, else the reason; compiles them on first use."""
-    found = _library()
+    found = loaded_library()
     return found if isinstance(found, str) else None
 
 
@@ -77,12 +77,12 @@ def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Pac
     if type(codec) is TurboQuantLog or type(codec) is WaterfillKey:
         if dim not in DIMS or not _readable(x_BHTD):
             return None
-        return cpu_log.encode(_library(), codec, x_BHTD, context, threads)
+        return cpu_log.encode(loaded_library(), codec, x_BHTD, context, threads)
     if not (_takes(codec, shape) and _readable(x_BHTD)):
         return None
     packed = Packed(empty_tensors(codec, shape), shape, x_BHTD.dtype, codec.group)
     x = Input(x_BHTD.data_ptr(), DTYPES[x_BHTD.dtype], shape, strides(x_BHTD))
-    good = _library().polykv_encode(ctypes.byref(x), struct_of(codec, packed), threads)
+    good = loaded_library().polykv_encode(ctypes.byref(x), struct_of(codec, packed), threads)
     return packed if good else None
 
 
@@ -100,7 +100,7 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
         return None
     out_BHTD = torch.empty(packed.shape, dtype=torch.float32)
     threads = _threads(out_BHTD.numel() // VALUES_PER_THREAD)
-    _library().polykv_decode(struct_of(codec, packed), out_BHTD.data_ptr(), threads)
+    loaded_library().polykv_decode(struct_of(codec, packed), out_BHTD.data_ptr(), threads)
     return out_BHTD
 
 
@@ -128,7 +128,7 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     out_SHQD = torch.empty((splits, heads, queries, dim), dtype=torch.float32)
     lse_SHQ = torch.empty((splits, heads, queries), dtype=torch.float32)
     q = Queries(q_HQD.data_ptr(), DTYPES[q_HQD.dtype], queries, scaling)
-    _library().polykv_attend(
+    loaded_library().polykv_attend(
         ctypes.byref(q),
         struct_of(segment.key_codec, key),
         struct_of(segment.value_codec, value),
