@@ -284,9 +284,10 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     chosen = _rows_of_one_run(figure, found, figure.document)
     if chosen.empty:
         return _not_measured(figure, f"{NOT_HERE}no relay was run")
-    wanted_hops = int(figure.at) if figure.at else int(chosen["n_hops"].min())
-    n_hops = int(min(set(chosen["n_hops"]), key=lambda n: (abs(n - wanted_hops), n)))
-    chosen = chosen[chosen["n_hops"] == n_hops]
+    wanted_hops = int(figure.at) if figure.at else int(chosen["hop"].min())
+    n_hops = int(min(set(chosen["hop"]), key=lambda n: (abs(n - wanted_hops), n)))
+    chosen = chosen[chosen["hop"] == n_hops]
+    chosen = chosen[chosen["n_hops"] == chosen["n_hops"].max()]
     reseal = max(chosen["reseal"])  # by name: "requantize", as published, comes before "append"
     chosen = chosen[chosen["reseal"] == reseal]
     document = chosen["document"].iloc[0]

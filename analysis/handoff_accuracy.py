@@ -14,6 +14,7 @@ from analysis.load import swept
 from analysis.points import (
     RUN,
     bits_text,
+    cell_dtype,
     counted,
     groups,
     hops_text,
@@ -28,7 +29,11 @@ from analysis.render import Column, Row, Table, describe, fixed, keys, settings_
 from analysis.statistics import Measure, Value, mean_of_samples, percentage, rate, within
 from polykv.evaluation.statistics import holm, mcnemar
 
-RELAY = ("document", "n_hops", "budget_bits", "policy", "reseal")
+RELAY = ("document", "n_hops", "hop", "budget_bits", "policy", "reseal")
+# Metrics of the relays as they were played, in the dtype of answers; the others are of replays.
+PLAYED = (
+    "answer_right", "several_marks", "empty_answer", "unfinished_answer", "mean_bits", "file_bits",
+)  # fmt: skip
 EXACT = "fp16"  # the policy that the others are compared with
 CARD = "topology"  # the policy of a QKVShare card
 # Points of accuracy: to hold is to rule out a greater loss. Our choice, none is published.
@@ -62,14 +67,16 @@ COLUMNS = (
 
 def with_depth(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows in order, with `depth_working`, `depth_passing`: KL after all handoffs less KL after the last alone."""
-    once = rows[rows["metric"] == "kl_once"]
+    rows = cell_dtype(rows, PLAYED)
+    last = rows[rows["hop"] == rows["n_hops"]]
+    once = last[last["metric"] == "kl_once"]
     deep = {"depth_working": "kl", "depth_passing": "kl_passing"}
-    added = [less(rows[rows["metric"] == own], once, metric) for metric, own in deep.items()]
+    added = [less(last[last["metric"] == own], once, metric) for metric, own in deep.items()]
     return ordered(pd.concat([rows, *(part for part in added if len(part))]))
 
 
 def table(rows: pd.DataFrame) -> Table:
-    """Accuracy after a relay, published and measured, with KL to the fp16 relay and the bits stored."""
+    """Accuracy after each handoff, published and measured, with KL to the fp16 relay and the bits stored."""
     found = with_depth(rows)
     lines = [_published(found, said) for said in _accuracies()]
     none = Value(None, note="not published for this model and problems")
@@ -77,17 +84,18 @@ def table(rows: pd.DataFrame) -> Table:
         line |= {"section": f"measured on {run_text(line)}", "published": none}
         lines.append(_keys(line) | _figures(mine))
     columns = [
-        *keys("problems", "hops", "policy", "budget", "reseal"),
+        *keys("problems", "hop", "hops", "policy", "budget", "reseal"),
         *settings_columns(found),
         *COLUMNS,
     ]
     explained = (
-        "strict: the number after ####; flexible: the last number; both with Wilson interval. KL: to the fp16 relay, "
-        "on the last agent's answer, teacher-forced. Depth: that KL less the one where only the last of the handoffs "
-        "takes place; working: the agents between wrote their turns on caches that were handed to them; passing: they "
-        "only passed the card on. Bits: mean stored bits per value of the last card: of its tensors with scales, maps "
-        "and token ids, and of its file with the header of fixed size. The paper's hops are taken as handoffs. A "
-        "budget is nominal, as its Q4 and Q8 are: payload bits, without metadata"
+        "hop: handoffs before the answer, of n_hops. strict: the number after ####; flexible: the last number; both "
+        "with Wilson interval. KL: to the fp16 relay, on that answer, teacher-forced. Depth, of the relay's last "
+        "answer: that KL less the one where only the last of the handoffs takes place; working: the agents between "
+        "wrote their turns on caches that were handed to them; passing: they only passed the card on. Bits: mean "
+        "stored bits per value of the card handed on: of its tensors with scales, maps and token ids, and of its file "
+        "with the header of fixed size. The paper's hops are taken as handoffs. A budget is nominal, as its Q4 and Q8 "
+        "are: payload bits, without metadata"
     )
     caption = f"Answers after a relay. {describe(counted(found))}"
     return Table("handoff_accuracy", caption, columns, lines, explained)
@@ -101,10 +109,12 @@ def _published(found: pd.DataFrame, said: published.Figure) -> Row:
     policy, bits = said.controller
     mine = found[(found["document"] == "gsm8k") & (found["policy"] == policy)]
     mine = mine[published.of_model(mine, said.model) & with_budget(mine, bits)]
-    mine = mine[mine["n_hops"] == int(said.at)]
+    mine = mine[mine["hop"] == int(said.at)]
+    mine = mine[mine["n_hops"] == mine["n_hops"].max()]
     reseal = mine["reseal"].iloc[0] if len(mine) else "not stated"
-    line = {"document": "gsm8k", "policy": policy, "n_hops": int(said.at), "budget_bits": bits}
+    line = {"document": "gsm8k", "policy": policy, "hop": said.at, "budget_bits": bits}
     line |= {"section": f"published on {said.model}", "published": said.value, "reseal": reseal}
+    line["n_hops"] = mine["n_hops"].iloc[0] if len(mine) else None
     absent = f"{published.NOT_HERE}{said.model} on gsm8k"
     return _keys(line) | _figures(mine[mine["reseal"] == reseal], absent)
 
@@ -112,7 +122,8 @@ def _published(found: pd.DataFrame, said: published.Figure) -> Row:
 def _keys(line: Row) -> Row:
     return line | {
         "problems": line["document"],
-        "hops": int(line["n_hops"]),
+        "hop": int(line["hop"]),
+        "hops": "not stated" if line["n_hops"] is None else int(line["n_hops"]),
         "budget": bits_text(line["budget_bits"]),
     }
 
@@ -125,7 +136,8 @@ def _figures(mine: pd.DataFrame, absent: str = "") -> Row:
 
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per relay, policy, seed and extraction, from the newest cell: `right` by problem; `n`: how many."""
-    found = rows[rows["metric"] == "answer_right"].sort_values("sample", kind="stable")
+    found = cell_dtype(rows, PLAYED)
+    found = found[found["metric"] == "answer_right"].sort_values("sample", kind="stable")
     about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
     cells = found.groupby([*about, "created_at", "cell"], dropna=False)["value"]
     lists = cells.agg(lambda values: [*(values == 1)]).rename("right").reset_index()
@@ -136,8 +148,8 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
 def pairs(rows: pd.DataFrame) -> Table | None:
     """McNemar's exact test for every pair of policies at equal budget, handoffs and resealing."""
     found = verdicts(rows)
-    found = found[found["extraction"].isin(("strict", "flexible"))]
-    same = (*RUN, "document", "n_hops", "budget_bits", "reseal", "extraction", "seed", "n")
+    found = found[found["extraction"].isin(("strict", "flexible")) & (found["hop"] > 0)]
+    same = (*RUN, "document", "n_hops", "hop", "budget_bits", "reseal", "extraction", "seed", "n")
     lines = []
     for line, group in groups(found, *same):
         line = _keys(line) | {"how": line["extraction"]}
@@ -147,7 +159,7 @@ def pairs(rows: pd.DataFrame) -> Table | None:
             tested = {"only_one": only_one, "only_other": only_other, "p": Value(p)}
             lines.append(line | {"one": one["policy"], "other": other["policy"]} | tested)
     columns = [
-        *keys("hops", "budget", "reseal", "how", "one", "other"),
+        *keys("hop", "hops", "budget", "reseal", "how", "one", "other"),
         *settings_columns(found),
         Column("n", "problems"),
         Column("only_one", "right by one only"),
@@ -164,21 +176,21 @@ def pairs(rows: pd.DataFrame) -> Table | None:
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
     """KL to the fp16 relay, and strict accuracy beside its own, by handoffs; panels for each budget and resealing."""
-    place = [*RUN, "document"]
-    found = ordered(rows)
+    place = [*RUN, "document", "n_hops"]
+    found = ordered(cell_dtype(rows, PLAYED))
     exact = found[found["policy"] == EXACT]
     found = found[found["budget_bits"].notna()]
     if found.empty:
         return "no policy with a budget was run"
     runs = list(groups(found, *place, "budget_bits", "reseal"))
     headings = [
-        f"{run['model']} ({run['weights']} weights), {run['document']}; {run['budget_bits']:g} bits, {run['reseal']}"
-        + settings_text(run)
+        f"{run['model']} ({run['weights']} weights), {run['document']}; {run['budget_bits']:g} bits, {run['reseal']}, "
+        f"{hops_text(run['n_hops'])}{settings_text(run)}"
         for run, _ in runs
     ]
     canvas, panels = style.sheet(headings, 2, 1.75)
     for (left, right), (_, mine) in zip(panels, runs, strict=True):
-        if all(value.value > 0 for value in _by_hop(left, mine, KL)):
+        if all(value.value > 0 for value in _by_hop(left, mine[mine["hop"] > 0], KL)):
             left.set_yscale("log")
         left.set_ylabel("KL to fp16 relay, nats")
         same = (exact[place] == mine[place].iloc[0]).all(axis=1)
@@ -200,7 +212,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
 def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> list[Value]:
     """Draw one line with intervals per policy, dashed for fp16; return all values."""
     lines = {
-        policy: [(int(n), over_seeds(of, measure.of)) for n, of in line.groupby("n_hops")]
+        policy: [(int(n), over_seeds(of, measure.of)) for n, of in line.groupby("hop")]
         for policy, line in mine.groupby("policy", sort=False)
     }
     lines = {
@@ -216,8 +228,8 @@ def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> list[Value]:
         look |= {"color": style.policy_colour(policy), "elinewidth": 0.8, "markersize": 3}
         at = [(n + shift, value) for n, value in spots]
         drawn += style.series(ax, at, fmt="o", label=policy, **look)
-    style.number_ticks(ax, set(mine["n_hops"]))
-    ax.set_xlim(int(mine["n_hops"].min()) - 0.5, int(mine["n_hops"].max()) + 0.5)
+    style.number_ticks(ax, set(mine["hop"]))
+    ax.set_xlim(int(mine["hop"].min()) - 0.5, int(mine["hop"].max()) + 0.5)
     ax.set_xlabel("handoffs")
     return drawn
 
@@ -232,7 +244,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     hops, model = sorted({int(f.at) for f in said}), said[0].model.removesuffix("-instruct")
     answers = verdicts(rows) if len(rows) else rows
     if len(answers):
-        in_range = answers["n_hops"].between(hops[0], hops[-1])
+        in_range = answers["hop"].between(hops[0], hops[-1])
         answers = answers[(answers["extraction"] == "strict") & in_range]
     run = f"experiment=handoff_accuracy model={model} relay=gsm8k"
     digest = ", as a secondary digest of the paper has it"
@@ -284,7 +296,7 @@ def _better(mine: pd.DataFrame) -> tuple[str, str]:
 
 def _against(mine: pd.DataFrame, other: str) -> list[Answers]:
     """The card's answers and another policy's to the same problems, for each setting that both were run in."""
-    theirs, alike = mine[mine["policy"] == other], [*swept(mine), "n_hops", "seed", "n"]
+    theirs, alike = mine[mine["policy"] == other], [*swept(mine), "n_hops", "hop", "seed", "n"]
     found = []
     for card in mine[mine["policy"] == CARD].to_dict("records"):
         same = theirs[(theirs[alike] == pd.Series(card)[alike]).all(axis=1)]
@@ -292,7 +304,7 @@ def _against(mine: pd.DataFrame, other: str) -> list[Answers]:
             same = same[with_budget(same, card["budget_bits"]) & (same["reseal"] == card["reseal"])]
         if len(same):
             budget = bits_text(card["budget_bits"])
-            what = f"{hops_text(card['n_hops'])}, {budget}, {card['reseal']}"
+            what = f"{hops_text(card['hop'])}, {budget}, {card['reseal']}"
             found.append((what, card["right"], same["right"].iloc[-1]))
     return found
 

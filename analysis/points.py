@@ -30,7 +30,7 @@ KEYS = (
     "model", "weights", "dtype", "device", "document", "context_tokens", "n_agents", "recipe", "reader", "backend",
 )  # fmt: skip
 RUN = ["model", "weights", "device", "dtype"]
-ORDER = ["model", "weights", "document", "context_tokens", "n_hops", "budget_bits"]
+ORDER = ["model", "weights", "document", "context_tokens", "n_hops", "hop", "budget_bits"]
 OF_CELL = ("scorer", "quantization")  # columns that some rows of a cell state for all of them
 RESCALED = "bertscore_rescaled"
 
@@ -165,9 +165,12 @@ def tidied(rows: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["created_at", "cell"], kind="stable")
 
 
-def cell_dtype(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the dtype in which their cell scores; another dtype of its answers is added in brackets."""
-    answers = rows["metric"].isin(ANSWERS)
+def cell_dtype(rows: pd.DataFrame, metrics: Sequence[str] = ANSWERS) -> pd.DataFrame:
+    """The rows with the dtype in which their cell scores; another dtype of its answers is added in brackets.
+
+    `metrics`: those of answers.
+    """
+    answers = rows["metric"].isin(metrics)
     own, answered = (
         rows["dtype"].where(which).groupby(rows["cell"]).transform("first")
         for which in (~answers, answers)

@@ -8,7 +8,8 @@ relay separates policies at a hundredth of the cost.
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import handoff_accuracy, settings
-from experiments.handoff_accuracy import FP16_RELAYS, add_divergence, forced, new_rows, shared_needs
+from experiments.handoff_accuracy import add_divergence, new_rows
+from experiments.relays import FP16_RELAYS, forced, shared_needs
 from experiments.session import Session
 from experiments.study import Study
 from polykv import config
@@ -55,7 +56,7 @@ def check(cfg: DictConfig, session: Session) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """KL and same-top-1 of each problem, under the cell's policy and under each baseline."""
+    """KL and same-top-1 of each problem's last answer, under the cell's policy and under each baseline."""
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS)
     about = {
@@ -66,7 +67,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         "inverse": policy.inverse,
         "tiers": "/".join(map(str, policy.tiers)),
     }
-    add_divergence(rows, forced(cfg, session, policy), **about)
+    add_divergence(rows, _last(cfg, session, policy), **about)
     for name, baseline in cfg.baselines.items():
         found = _baseline(cfg, session, Policy.from_config(baseline))
         add_divergence(rows, found, policy=name, baseline=name)
@@ -74,12 +75,17 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 
 
 def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
-    """Comparisons of a baseline's relays, cached for all cells that are compared with it."""
+    """Last answers of a baseline's relays, cached for all cells that are compared with it."""
     kept = session.kept("relays of baselines", shared_needs(cfg), dict, of=(FP16_RELAYS,))
     key = (policy, cfg.budget_bits, cfg.reseal)
     if key not in kept:
-        kept[key] = forced(cfg, session, policy)
+        kept[key] = _last(cfg, session, policy)
     return kept[key]
+
+
+def _last(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
+    """The last answers of relays, which come after all handoffs."""
+    return [turns[-1] for turns in forced(cfg, session, policy)]
 
 
 STUDY = Study(

@@ -1,56 +1,46 @@
-"""QKVShare's accuracy table: right answers after a relay of n_hops handoffs, and the divergence of the last answer.
+"""QKVShare's accuracy table: right answers after each handoff of a relay, and the divergence of the answers.
 
-The teacher-forced KL divergence to the fp16 relay separates policies with far fewer problems than accuracy does.
+Every agent is asked for the final number, so that a relay of n_hops handoffs gives the accuracy after 0 to n_hops of
+them. The teacher-forced KL divergence to the fp16 relay separates policies with far fewer problems than accuracy does.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from experiments import settings
-from experiments.session import MODEL, Session
+from experiments import relays, settings
+from experiments.relays import FP16, Played, forced, fp16_relays, key_of, played, style_of, tasks_of
+from experiments.session import Session
 from experiments.study import Study
 from polykv import models
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
 from polykv.evaluation.per_token import same_top1
+from polykv.greedy import end_tokens
 from polykv.handoff import allocate, mixed, relay, signals, tasks
-from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
-from polykv.handoff.relay import (
-    RESEALS,
-    Handoff,
-    Turn,
-    divergence,
-    force,
-    play,
-    prompts_of,
-    text_of,
-)
-from polykv.handoff.signing import SigningKey
-from polykv.handoff.tasks import Task, load_tasks
-from polykv.progress import track
+from polykv.handoff.relay import RESEALS, prompts_of, text_of
+from polykv.handoff.tasks import Task
 from polykv.results import Rows
+from polykv.supported import check_padding
 from polykv.tokens import opening
 
-# extraction: how the number is read from an answer, one of gsm8k.EXTRACTIONS.
 RELAY = {"n_hops": int, "reseal": str}
-COLUMNS = {**RELAY, "extraction": str}
+# hop: handoffs so far, 0 for the first agent, whose answer precedes all cards.
+# extraction: how the number is read from an answer, one of gsm8k.EXTRACTIONS.
+COLUMNS = {**RELAY, "hop": int, "extraction": str}
 CARDS = (mixed, allocate, signals)
 MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, same_top1)
-# Settings that the fp16 relays depend on; cells that agree in them share the relays.
-SHARED = ("model", "device", "relay", "n_problems", "n_hops", "seed", "backend")
-SETTINGS = (*SHARED, "weights", "policy", "budget_bits", "reseal", "signed")
-FP16 = Policy("fp16", store="float16")  # the reference of all policies, independent of conf/policy
-FP16_RELAYS = "fp16 relays"
+SETTINGS = (*relays.SHARED, "weights", "policy", "budget_bits", "reseal", "n_forced")
 
 
 def settle(cfg: DictConfig) -> DictConfig:
     """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped."""
     settled = settle_key(settings.settle(cfg))
+    if settled.n_forced is None:
+        settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
     return settled
@@ -61,7 +51,9 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     Policy.from_config(cfg.policy)
-    settings.check_whole(cfg, "n_hops", "n_problems")
+    settings.check_whole(cfg, "n_hops", "n_problems", "batch")
+    if cfg.n_forced is not None:
+        settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
     check_budget(cfg.budget_bits)
     key_of(cfg)
     if cfg.reseal not in RESEALS:
@@ -76,8 +68,10 @@ def check(cfg: DictConfig, session: Session) -> None:
         )
     settings.check_hub(cfg)
     architecture, tokenizer = models.load_config(cfg.model), models.load_tokenizer(cfg.model)
+    if min(cfg.batch, cfg.n_problems) > 1:
+        check_padding(architecture, "use batch=1")
     for number, task in enumerate(tasks_of(cfg)):
-        prompts_of(task, tokenizer, architecture, f"the relay of problem {number}")
+        prompts_of(task, tokenizer, architecture, f"the relay of problem {number}", style_of(cfg))
 
 
 def settle_key(settled: DictConfig) -> DictConfig:
@@ -87,12 +81,6 @@ def settle_key(settled: DictConfig) -> DictConfig:
     return settled
 
 
-def key_of(cfg: DictConfig) -> SigningKey | None:
-    """The key in `card.key_file`, if set. It is read each time: a config only has the path."""
-    path = OmegaConf.select(cfg, "card.key_file")
-    return SigningKey.read(path) if path else None
-
-
 def check_budget(bits: Any) -> None:
     """Check a number of bits; None is allowed, for policies without a budget."""
     if bits is not None and (not isinstance(bits, int | float) or not 0 < bits <= 32):
@@ -100,24 +88,25 @@ def check_budget(bits: Any) -> None:
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:
-    """Rows of each problem: whether the answer is right, the bits of the last card, the last answer's divergence.
+    """Rows of each problem and hop: whether the answer is right, the bits of the card, the answer's divergence.
 
-    `kl` is measured after all handoffs; `kl_once` on the same tokens with the last handoff alone; `kl_passing` where
-    one agent wrote all turns and the others only passed its card on.
+    `kl` is measured after all handoffs so far. At the last hop, `kl_once` is on the same tokens with the last handoff
+    alone; `kl_passing` where one agent wrote all turns and the others only passed its card on.
     """
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
-    _, tokenizer = session.model(cfg)
-    problems, texts = tasks_of(cfg), []
-    for sample, task in enumerate(track(problems, f"relays under {policy.name}")):
-        handoff = new_handoff(cfg, session, policy)
-        texts.append(text_of(play(task, handoff)[-1], tokenizer))
-        add_bits(rows, sample, handoff.card)
-    add_answers(rows, texts, [task.answer for task in problems])
-    add_divergence(rows, forced(cfg, session, policy))
+    exact = fp16_relays(cfg, session)
+    name = f"relays under {policy.name}"
+    found = exact if policy == FP16 else played(cfg, session, policy, name)
+    add_bits(rows, found, cfg)
+    add_answers(rows, found, exact, cfg, session)
+    comparisons = forced(cfg, session, policy)
+    for hop in range(cfg.n_hops + 1):
+        add_divergence(rows, [turns[hop] for turns in comparisons], hop=hop)
     if cfg.n_hops > 1:
         for metric, n_passes in (("kl_once", 1), ("kl_passing", cfg.n_hops)):
-            add_divergence(rows, forced(cfg, session, policy, 1, n_passes), {metric: "kl"})
+            last = [turns[-1] for turns in forced(cfg, session, policy, 1, n_passes)]
+            add_divergence(rows, last, {metric: "kl"}, hop=cfg.n_hops)
     return rows
 
 
@@ -137,31 +126,60 @@ def new_rows(cfg: DictConfig, session: Session, columns: dict[str, type], **abou
     return settings.new_rows(cfg, columns, **of_relay, **about)
 
 
-def add_bits(rows: Rows, sample: int, card: CacheCard | None) -> None:
-    """Bits per cached value: of the card's tensors, which the budget limits, and of its whole file with the header."""
-    about, why = {"sample": sample}, "the text is handed on, not a card"
-    bits = card.mean_bits if card else None
-    rows.add("mean_bits", bits, "bits", why=why, **about)
-    file_bits = card.mean_bits * len(card.to_bytes()) / card.nbytes if card else None
-    rows.add("file_bits", file_bits, "bits", why=why, **about)
+def add_bits(rows: Rows, found: Sequence[Played], cfg: DictConfig) -> None:
+    """Bits per cached value of each card: of its tensors, which the budget limits, and of its whole file."""
+    why = "the text is handed on, not a card"
+    for sample, one in enumerate(found):
+        for hop in range(1, cfg.n_hops + 1):
+            sizes = one.bits[hop - 1] if one.bits else (None, None)
+            for metric, bits in zip(("mean_bits", "file_bits"), sizes, strict=True):
+                about = {"sample": sample, "hop": hop, "dtype": settings.answer_dtype(cfg)}
+                rows.add(metric, bits, "bits", why=why, **about)
 
 
-def add_answers(rows: Rows, texts: Sequence[str], answers: Sequence[object]) -> None:
-    """Whether each answer is right under each extraction, has several `####` marks, or is empty."""
-    found = {
-        ("answer_right", how): verdicts for how, verdicts in gsm8k.right(texts, answers).items()
-    }
-    found["several_marks", None] = [gsm8k.has_several_marks(text) for text in texts]
-    found["empty_answer", None] = [not text.strip() for text in texts]
-    for (metric, extraction), verdicts in found.items():
-        for sample, verdict in enumerate(verdicts):
-            rows.add(metric, float(verdict), "rate", sample=sample, n=1, extraction=extraction)
+def add_answers(
+    rows: Rows, found: Sequence[Played], exact: Sequence[Played], cfg: DictConfig, session: Session
+) -> None:
+    """Whether each answer is right under each extraction, has several `####` marks, is empty, or reached the limit.
+
+    The texts go into `rows.answers`, beside those of the fp16 relay.
+    """
+    model, tokenizer = session.answering(cfg)
+    problems, ends = tasks_of(cfg), set(end_tokens(model, tokenizer))
+    for hop in range(cfg.n_hops + 1):
+        texts, references = (
+            [text_of(one.turns[hop], tokenizer) for one in side] for side in (found, exact)
+        )
+        gold = [task.answers[hop] for task in problems]
+        judged: dict[tuple[str, str | None], Sequence[bool]] = {
+            ("answer_right", how): verdicts for how, verdicts in gsm8k.right(texts, gold).items()
+        }
+        judged["several_marks", None] = [gsm8k.has_several_marks(text) for text in texts]
+        judged["empty_answer", None] = [not text.strip() for text in texts]
+        judged["unfinished_answer", None] = [
+            int(one.turns[hop].answer_T[-1]) not in ends for one in found
+        ]
+        about: dict[str, Any] = {"hop": hop, "n": 1, "dtype": settings.answer_dtype(cfg)}
+        for (metric, how), verdicts in judged.items():
+            for sample, verdict in enumerate(verdicts):
+                about |= {"sample": sample, "extraction": how}
+                rows.add(metric, float(verdict), "rate", **about)
+        said = zip(problems, gold, references, texts, strict=True)
+        rows.answers += [
+            {"document": sample, "agent": hop, "question": _asked(task, hop), "gold": number}
+            | {"reference": reference, "answer": text}
+            for sample, (task, number, reference, text) in enumerate(said)
+        ]
+
+
+def _asked(task: Task, hop: int) -> str:
+    return (task.messages or task.prompts)[hop]
 
 
 def add_divergence(
     rows: Rows, found: Sequence[Comparison], metrics: dict[str, str] | None = None, **about: Any
 ) -> None:
-    """Each problem's mean over the last answer's tokens against the fp16 relay: KL and same-top-1.
+    """Each problem's mean over an answer's tokens against the fp16 relay: KL and same-top-1.
 
     `metrics`: name in the rows -> key of continuation.UNITS.
     """
@@ -172,52 +190,6 @@ def add_divergence(
             mean = float(tokens[own].mean()) if n else None
             why = why_not_finite([comparison]) or "the answer has no token"
             rows.add(metric, mean, UNITS[own], why=why, sample=sample, n=n, **about)
-
-
-def forced(
-    cfg: DictConfig,
-    session: Session,
-    policy: Policy,
-    n_handoffs: int | None = None,
-    n_passes: int = 1,
-) -> list[Comparison]:
-    """For each problem, the last agent's answer under the policy against the fp16 relay, token by token."""
-    found = []
-    for script, exact in zip(*fp16_relays(cfg, session), strict=True):
-        other = force(script, new_handoff(cfg, session, policy), n_handoffs, n_passes)
-        found.append(divergence(script, exact, other)[-1])
-    return found
-
-
-def new_handoff(cfg: DictConfig, session: Session, policy: Policy) -> Handoff:
-    """How caches are handed on in one relay under this policy."""
-    how = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg), cfg.backend)
-    return Handoff(*session.model(cfg), *how)
-
-
-def tasks_of(cfg: DictConfig) -> list[Task]:
-    """The cell's problems, the same under every policy."""
-    return load_tasks(cfg.relay, cfg.n_problems, cfg.n_hops + 1, cfg.seed)
-
-
-def shared_needs(cfg: DictConfig) -> Any:
-    """The settings that the fp16 relays depend on, as plain values."""
-    return settings.plain(OmegaConf.masked_copy(cfg, SHARED))
-
-
-def fp16_relays(cfg: DictConfig, session: Session) -> tuple[list[list[Turn]], list[list[Tensor]]]:
-    """The relays under fp16 cards: for each problem the turns that agents write, and their log-probabilities."""
-    # Under fp16 both ways of resealing are the same.
-    own = OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": RESEALS[0]})
-
-    def make() -> tuple[list[list[Turn]], list[list[Tensor]]]:
-        scripts, exact = [], []
-        for task in track(tasks_of(own), FP16_RELAYS):
-            scripts.append(play(task, new_handoff(own, session, FP16)))
-            exact.append(force(scripts[-1], new_handoff(own, session, FP16)))
-        return scripts, exact
-
-    return session.kept(FP16_RELAYS, shared_needs(cfg), make, of=(MODEL,))
 
 
 STUDY = Study(

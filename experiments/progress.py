@@ -131,8 +131,11 @@ class Reporter:
         phase = self._phase
         parts.append(
             phase.name
-            + (f" {min(phase.done + 1, phase.total)}/{phase.total}" if phase.total else "")
+            + (f" {min(int(phase.done) + 1, phase.total)}/{phase.total}" if phase.total else "")
         )
+        if phase.items and phase.done:
+            per_minute = 60 * phase.done / (time.monotonic() - self._since)
+            parts.append(f"{per_minute:.1f} {phase.items} a minute")
         return ", ".join(parts) + self._left()
 
     def _left(self) -> str:

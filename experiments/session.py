@@ -80,6 +80,10 @@ class Session:
         """The cell's model in its scoring dtype, and the tokenizer."""
         return self._model(scoring(cfg), cfg.device)
 
+    def answering(self, cfg: DictConfig) -> tuple[PreTrainedModel, Any]:
+        """The cell's model in the dtype of its answers, and the tokenizer."""
+        return self._model(answering(cfg), cfg.device)
+
     def documents(self, cfg: DictConfig) -> list[Document]:
         """The cell's documents, cut to its context."""
         needs = _documents_need(cfg)
@@ -155,7 +159,7 @@ class Session:
         """For each document: model, tokenizer, document, and the uncompressed pool that its agents read."""
 
         def make() -> tuple[AskedPool, ...]:
-            model, tokenizer = self._model(answering(cfg), cfg.device)
+            model, tokenizer = self.answering(cfg)
             documents = self.documents(cfg)[:n_documents]
             return tuple(
                 (model, tokenizer, document, _full_pool(model, document.asked_BT))

@@ -6,6 +6,7 @@ user's turn, and the header of the assistant's. Special tokens, including BOS, a
 tokenizer adds none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ PLAIN = "use question_style=plain"
 # (question, asked on another day): the prefix must be the same for all of these. A tokenizer may merge line breaks
 # differently before a letter and before a digit.
 PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
+REPLY = "Because."  # in place of an assistant's reply
 # Templates write today's date with a function of transformers, which a macro of the same name overrides.
 OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
 
@@ -123,6 +125,30 @@ def turn(tokenizer: Any, text: str) -> str:
     return _render(tokenizer, [("user", text)], add_generation_prompt=True)
 
 
+def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
+    """What the chat template writes before each reply, if these are the user's turns.
+
+    The first text begins the sequence; the others end the assistant's turn and have the user's next one.
+
+    Raises:
+        PolyKVError: a template that rewrites earlier turns, or that depends on the date.
+    """
+    turns: list[tuple[str, str]] = []
+    texts: list[str] = []
+    so_far = ""
+    for message in messages:
+        turns.append(("user", message))
+        whole = _render(tokenizer, turns, True)
+        if not whole.startswith(so_far) or whole != _render(tokenizer, turns, True, True):
+            raise PolyKVError(
+                f"the chat template rewrites earlier turns as a chat goes on, or on another day; {PLAIN}"
+            )
+        texts.append(whole[len(so_far) :])
+        turns.append(("assistant", REPLY))
+        so_far = whole + REPLY
+    return texts
+
+
 def text_of(tokenizer: Any, ids_T: Tensor) -> str:
     """The text of a window of tokens (tokens,), without characters cut by its ends."""
     text = tokenizer.decode(ids_T.tolist(), clean_up_tokenization_spaces=False)
@@ -134,10 +160,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        whole = _render(tokenizer, [("user", "Why?"), ("assistant", "Because.")])
+        whole = _render(tokenizer, [("user", "Why?"), ("assistant", REPLY)])
     except PolyKVError:
         return None
-    ids = _encode(tokenizer, whole.rpartition("Because.")[2].lstrip())
+    ids = _encode(tokenizer, whole.rpartition(REPLY)[2].lstrip())
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.chat import end_of_turn
 from polykv.supported import check_padding, check_rope
 
 
-@torch.no_grad()
 def greedy(
     model: PreTrainedModel,
     cache: Cache,
@@ -40,38 +39,84 @@ def greedy(
     """
     n_past, longest = cache.get_seq_length(), max(len(ids_T) for ids_T in prompts)
     check_rope(model.config, n_past, n_past + longest + limit, "an answer")
-    ids_BT = torch.stack([F.pad(ids_T, (longest - len(ids_T), 0)) for ids_T in prompts])
-    ids_BT = ids_BT.to(model.device)
-    mask_BT = ids_BT.new_ones(len(prompts), n_past + longest)
-    for row, ids_T in enumerate(prompts):
-        mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
-    # By default positions count all tokens of the cache, padding included.
-    padded = not mask_BT.all()
-    if padded:
-        check_padding(model.config)
+    decoding = Decoding(model, cache, prompts)
     stops = end_tokens(model, tokenizer) if stops is None else stops
     stops_S = torch.tensor(stops, dtype=torch.long, device=model.device)
     written: list[Tensor] = []
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
-        logits_B1V = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            past_key_values=cache,
-            logits_to_keep=1,
-            **({"position_ids": positions_BT} if padded else {}),
-        ).logits
-        ids_BT = logits_B1V[:, -1:].argmax(-1).to(model.device)
-        written.append(ids_BT)
-        ended_B |= torch.isin(ids_BT[:, 0], stops_S)
-        mask_BT = F.pad(mask_BT, (0, 1), value=1)
+        written.append(decoding.step())
+        ended_B |= torch.isin(written[-1], stops_S)
     # Finished rows keep decoding until all rows have finished; their further tokens are discarded.
-    rows_BT = torch.cat(written, dim=1)
+    rows_BT = torch.stack(written, dim=1)
     is_end_BT = torch.isin(rows_BT, stops_S).long()
     n_ended_BT = is_end_BT.cumsum(-1) - is_end_BT
     answers = zip(rows_BT, n_ended_BT == 0, strict=True)
     return [ids_T[kept_T].cpu() for ids_T, kept_T in answers]
+
+
+class Decoding:
+    """Greedy decoding of a batch, step by step. Prompts, and caches of different lengths, are padded on the left.
+
+    Args:
+        cache: a row per prompt; grows by the tokens that have been read, which are all but those of the last step.
+        prompts: ids (tokens,) per row.
+        lengths: tokens that each row of the cache has, its last ones; None: all of them.
+
+    Raises:
+        PolyKVError: rows of different lengths for a model whose outputs depend on padding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        prompts: Sequence[Tensor],
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        self._model, self._cache = model, cache
+        n_past, longest = cache.get_seq_length(), max(len(ids_T) for ids_T in prompts)
+        ids_BT = torch.stack([F.pad(ids_T, (longest - len(ids_T), 0)) for ids_T in prompts])
+        self._ids_BT = ids_BT.to(model.device)  # to be read next
+        mask_BT = self._ids_BT.new_ones(len(prompts), n_past + longest)
+        for row, ids_T in enumerate(prompts):
+            mask_BT[row, : n_past - lengths[row] if lengths else 0] = 0
+            mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
+        self._mask_BT = mask_BT  # of the cache and of `_ids_BT`
+        # By default positions count all tokens of the cache, padding included.
+        self._padded = not mask_BT.all()
+        if self._padded:
+            check_padding(model.config)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """The next token of each row, (rows,)."""
+        positions_BT = (self._mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -self._ids_BT.shape[1] :]
+        logits_B1V = self._model(
+            input_ids=self._ids_BT,
+            attention_mask=self._mask_BT,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+            **({"position_ids": positions_BT} if self._padded else {}),
+        ).logits
+        self._ids_BT = logits_B1V[:, -1:].argmax(-1).to(self._model.device)
+        self._mask_BT = F.pad(self._mask_BT, (0, 1), value=1)
+        return self._ids_BT[:, 0]
+
+    def cache_of(self, row: int, n_tokens: int) -> DynamicCache:
+        """The first `n_tokens` tokens of a row without padding, or as many as have been read."""
+        (places_T,) = self._mask_BT[row, : self._cache.get_seq_length()].nonzero(as_tuple=True)
+        places_T = places_T[:n_tokens]
+        layers = self._cache.layers
+        return DynamicCache(
+            [tuple(x[row : row + 1, :, places_T] for x in (one.keys, one.values)) for one in layers]
+        )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        rows_B = torch.tensor(rows, dtype=torch.long, device=self._model.device)
+        self._cache.batch_select_indices(rows_B)
+        self._ids_BT, self._mask_BT = self._ids_BT[rows_B], self._mask_BT[rows_B]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:

@@ -9,11 +9,15 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Phase:
-    """The current kind of work (prefilling the documents, say), with `done` of `total` items if they are counted."""
+    """The current kind of work (prefilling the documents, say), with `done` of `total` items if they are counted.
+
+    `items`: what they are, if their number per minute is shown.
+    """
 
     name: str
-    done: int = 0
+    done: float = 0
     total: int | None = None
+    items: str = ""
 
 
 _listener: Callable[[Phase], None] | None = None
@@ -25,15 +29,15 @@ def listen(listener: Callable[[Phase], None] | None) -> None:
     _listener = listener
 
 
-def phase(name: str, done: int = 0, total: int | None = None) -> None:
+def phase(name: str, done: float = 0, total: int | None = None, items: str = "") -> None:
     """Report what is being done from now on."""
     if _listener:
-        _listener(Phase(name, done, total))
+        _listener(Phase(name, done, total, items))
 
 
-def track(items: Collection[Item], name: str) -> Iterator[Item]:
-    """Iterate over items, reporting each as a step of the phase `name`."""
-    for done, item in enumerate(items):
-        phase(name, done, len(items))
+def track(found: Collection[Item], name: str, items: str = "") -> Iterator[Item]:
+    """Iterate, reporting each item as a step of the phase `name`."""
+    for done, item in enumerate(found):
+        phase(name, done, len(found), items)
         yield item
-    phase(name, len(items), len(items))
+    phase(name, len(found), len(found), items)

@@ -141,7 +141,9 @@ def _rope_limits(config: Any) -> Iterator[tuple[str, int]]:
             yield kind, config.max_position_embeddings
 
 
-def check_padding(model_config: Any) -> None:
+def check_padding(
+    model_config: Any, remedy: str = "ask queries of different lengths one by one"
+) -> None:
     """Check that queries of different lengths can be padded to one batch without changing answers.
 
     Raises:
@@ -149,6 +151,5 @@ def check_padding(model_config: Any) -> None:
     """
     if model_config.model_type in COUNT_PADDING:
         raise PolyKVError(
-            f"{model_config.model_type} counts the padding of a shorter query as distance; ask queries of "
-            "different lengths one by one"
+            f"{model_config.model_type} counts the padding of a shorter query as distance; {remedy}"
         )

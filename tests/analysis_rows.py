@@ -12,7 +12,7 @@ BYTES = {"llama-3-8b": 262144, "reference": 8192}  # fp32 keys and values per to
 # What studies declare of the rows below.
 COLUMNS = {
     "accounting": str, "head_dim": int, "n_tokens": int, "synthetic": bool, "statistic": str, "block": int,
-    "quantization": str, "agent": int, "scorer": str, "n_hops": int, "reseal": str, "extraction": str,
+    "quantization": str, "agent": int, "scorer": str, "n_hops": int, "hop": int, "reseal": str, "extraction": str,
     "stage": str, "transport": str,
 }  # fmt: skip
 SHARED = {"device": "cpu", "dtype": "float32", "seed": 0, "backend": "torch"}
@@ -118,19 +118,21 @@ def paper_memory(recipes=tuple(RATIO)):
 def relay_cells(
     model="reference", weights="reference", document="word_problems", hops=(2, 3, 5), loss=0, n_problems=80
 ):  # fmt: skip
-    """Cells of study handoff_accuracy; `loss`: problems that topology gets wrong beyond the others' eight."""
+    """Cells of study handoff_accuracy, judged after `hops`; `loss`: problems that topology alone gets wrong."""
     made = []
     routes = (("fp16", None, ""), ("uniform", 4.0, "requantize"), ("topology", 4.0, "requantize"))
-    for n_hops, (policy, bits, reseal) in product(hops, routes):
+    for policy, bits, reseal in routes:
         about = {"document": document, "policy": policy, "budget_bits": bits}
-        one = cell("handoff_accuracy", f"{n_hops}-{policy}", model=model, weights=weights, **about)
+        one = cell(
+            "handoff_accuracy", f"{max(hops)}-{policy}", model=model, weights=weights, **about
+        )
         n_wrong = 8 + (loss if policy == "topology" else 0)
-        where = {"n_hops": n_hops, "reseal": reseal}
-        for problem in range(n_problems):
+        for hop, problem in product(hops, range(n_problems)):
+            where = {"n_hops": max(hops), "hop": hop, "reseal": reseal}
             right = float(problem < n_problems - n_wrong)
             one[3].add("answer_right", right, "rate", sample=problem, extraction="strict", **where)
             if bits:
-                kl = 1e-3 * n_hops * (1 + 0.5 * (problem % 3 - 1))
+                kl = 1e-3 * hop * (1 + 0.5 * (problem % 3 - 1))
                 one[3].add("kl", kl, "nats", sample=problem, n=20, **where)
         made.append(one)
     return made

@@ -8,14 +8,17 @@ import torch
 from conftest import TEXT, tiny_model
 from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 import polykv
 from polykv import chat, config
-from polykv.chat import SEPARATOR, Chat
+from polykv.chat import SEPARATOR, Chat, around_replies
 from polykv.documents import load_documents
 from polykv.errors import PolyKVError
 from polykv.greedy import end_tokens, greedy
+from polykv.handoff.policy import load_policy
+from polykv.handoff.relay import Handoff, play, prompts_of
+from polykv.handoff.tasks import Task
 from polykv.pool import prefill
 
 SMOLLM2 = (
@@ -63,6 +66,7 @@ KINDS = {
     "qwen2.5": (QWEN, CHATML, "<|im_end|>", LIKE_TIKTOKEN),
     "llama-3": (LLAMA3, HEADERS, "<|eot_id|>", LIKE_TIKTOKEN),
 }
+POSITIONS = AutoConfig.for_model("llama", max_position_embeddings=4096)
 DOCUMENTS = (
     TEXT[:300].strip(),
     " = A title = \n \n It ends with a letter",
@@ -159,6 +163,76 @@ def test_a_template_whose_prefix_moves_is_refused(reason):
     with pytest.raises(PolyKVError, match=f"{message}.*question_style=plain") as refused:
         Chat(tokenizer, DOCUMENTS[0])
     assert "\n" not in str(refused.value)
+
+
+MESSAGES = ("What is 3 + 4 ?", "Check it.", "7 or 8 ?")
+REPLIES = ("It is 7 .", "So #### 7")
+
+
+def test_the_turns_of_a_relay_are_the_templates(instructed):
+    task = Task(("",) * 3, (4,) * 3, ("7",) * 3, MESSAGES)
+    prompts = prompts_of(task, instructed, POSITIONS, style="chat")
+    ids, turns = [], []
+    for message, prompt_T, reply in zip(MESSAGES, prompts, (*REPLIES, ""), strict=True):
+        ids += prompt_T.tolist()
+        turns.append({"role": "user", "content": message})
+        whole = instructed.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert ids == whole
+        ids += ids_of(instructed, reply)
+        turns.append({"role": "assistant", "content": reply})
+
+
+def test_prompts_are_plain_without_a_template_or_messages(tokenizer):
+    plain, chatting = (Task(("a ?",), (4,), ("7",), messages) for messages in ((), ("b ?",)))
+    for task, own, style in (
+        (chatting, tokenizer, "auto"), (plain, made("qwen2.5"), "chat"), (chatting, made("qwen2.5"), "plain"),
+    ):  # fmt: skip
+        (prompt_T,) = prompts_of(task, own, POSITIONS, style=style)
+        assert prompt_T.tolist() == ids_of(own, "a ?")
+
+
+@pytest.mark.parametrize(
+    "template",
+    (
+        "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}",
+        "{{ messages[-1]['content'] }}",  # forgets earlier turns
+    ),
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(template):
+    tokenizer = made("smollm2")
+    tokenizer.chat_template = template
+    with pytest.raises(PolyKVError, match="earlier turns.*question_style=plain"):
+        around_replies(tokenizer, MESSAGES)
+
+
+def test_agents_of_a_relay_end_each_turn_once():
+    """Whether a reply wrote the end of its turn or was cut at its limit."""
+    tokenizer, model = made("qwen2.5"), tiny_model("llama", max_position_embeddings=1024)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tasks = [
+        Task(("",) * 3, (9,) * 3, ("7",) * 3, (m, *MESSAGES[1:])) for m in (MESSAGES[0], "b ?")
+    ]
+
+    def played():
+        handoffs = [Handoff(model, tokenizer, load_policy("full"), 16.0, "append") for _ in tasks]
+        return play(tasks, handoffs, "chat")
+
+    # Where the model wrote this token it now ends its turn.
+    replaced = int(played()[0][0].answer_T[3])
+    rows = [replaced, end]
+    model.lm_head.weight[rows] = model.lm_head.weight[rows[::-1]].clone()
+    for task, turns in zip(tasks, played(), strict=True):
+        prompts = prompts_of(task, tokenizer, model.config, style="chat")
+        expected, ids = [], []
+        for prompt_T, turn in zip(prompts, turns, strict=True):
+            ids += turn.prompt_T.tolist()
+            expected += prompt_T.tolist()
+            assert ids == expected
+            ids += turn.answer_T.tolist()
+            expected += [token for token in turn.answer_T.tolist() if token != end]
+        ended = [int(turn.answer_T[-1]) == end for turn in turns]
+        assert ended[0] or task is not tasks[0]
+        assert all(e or len(turn.answer_T) == 9 for e, turn in zip(ended, turns, strict=True))
 
 
 def test_a_tokenizer_that_opens_every_text_with_a_space_is_refused():

@@ -36,14 +36,17 @@ from polykv.results import Rows
 SCORES = {bertscore, continuation, gsm8k}
 NO_QUALITY = {name for name, study in studies().items() if not SCORES & {*study.made_by}}
 # What rows say beside quality: bytes, time, theory, what the uncompressed cache is like, what unrelated answers score,
-# which answers are empty or of more than one mark.
+# which answers are empty, unfinished or of more than one mark.
 NOT_QUALITY = {
     "mean_bits", "file_bits", "compression_ratio", "kv_memory", "time", "gaussian_error", "dc_share", "peak_to_rms",
     "bias_norm", "token_norm",
-    "bertscore_floor", "empty_answer", "empty_reference", "several_marks",
+    "bertscore_floor", "empty_answer", "empty_reference", "several_marks", "unfinished_answer",
 }  # fmt: skip
 # The baseline and what is measured without a recipe: damage to a recipe must leave them as they are.
 HELD = frozenset({"nll_full", "reader_floor_kl", "reader_floor_nll_delta"})
+RELAYED_METRICS = ("answer_right", "kl", "same_top1")
+BEFORE_CARDS = frozenset(f"{metric} hop 0" for metric in RELAYED_METRICS)
+AFTER_ONE = BEFORE_CARDS | {f"{metric} hop 1" for metric in RELAYED_METRICS}
 LEAST = 0.1  # by which a metric has to move, of the larger of the two means
 LOGARITHMS = {"nll", "nll_full"}  # of perplexities: here it is the perplexity that has to move
 # A row's place among the others of its metric; what it is one of many of, its samples, is not part of it.
@@ -182,9 +185,9 @@ CASES = {
          "page_tokens=16", "recipe=fp16"),
         recipes,
     ),
-    "handoff_accuracy": Case(RELAY, partial(cards, policy="uniform")),
+    "handoff_accuracy": Case(RELAY, partial(cards, policy="uniform"), HELD | BEFORE_CARDS),
     "handoff_accuracy, cards after the first": Case(
-        RELAY, partial(cards, policy="uniform", resealed=True), HELD | {"kl_once"}
+        RELAY, partial(cards, policy="uniform", resealed=True), HELD | AFTER_ONE | {"kl_once hop 2"}
     ),
     "controller_ablation": Case(
         ("experiment=controller_ablation", *RELAYED, "n_hops=1"), partial(cards, policy="ablated")
@@ -210,8 +213,9 @@ undamaged = cache(run)  # cases share cells
 
 
 def named(row: dict) -> str:
-    """The metric, and the part of attention that it is of."""
-    return " ".join(filter(None, (row["metric"], row.get("part"))))
+    """The metric, and the part of attention or the number of handoffs that it is of."""
+    hop = None if row.get("hop") is None else f"hop {row['hop']}"
+    return " ".join(filter(None, (row["metric"], row.get("part"), hop)))
 
 
 def by_place(rows: Rows) -> dict[tuple, dict[tuple, float | None]]:

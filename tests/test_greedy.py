@@ -89,11 +89,11 @@ def test_a_pool_is_asked_greedily(reader, model, pool, tokenizer, written, stops
 
 
 def test_a_relay_is_played_greedily(model, tokenizer, monkeypatch, capfd, recwarn):
-    task = Task(("Two agents share a", "Is a cache small ?"), (12, 12), "1")
+    task = Task(("Two agents share a", "Is a cache small ?"), (12, 12), ("1", "1"))
 
     def answers():
         handoff = Handoff(model, tokenizer, load_policy("full"), 16.0, "append")
-        return [turn.answer_T.tolist() for turn in play(task, handoff)]
+        return [turn.answer_T.tolist() for turn in play([task], [handoff])[0]]
 
     expected = answers()
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=0, **RECOMMENDED))

@@ -42,16 +42,17 @@ def table(name, rows):
     return catalog.pieces("TABLES")[name](rows)
 
 
-def samples(rows, metric, **where):
-    found = rows[rows["metric"] == metric]
+def samples(rows, metric, hop=2, **where):
+    found = rows[(rows["metric"] == metric) & (rows["hop"] == hop)]
     for column, wanted in where.items():
         found = found[found[column] == wanted]
     return found.sort_values("sample")["value"].to_numpy(float)
 
 
-def test_a_cell_has_a_row_for_each_problem(rows):
+def test_a_cell_has_a_row_for_each_problem_and_hop(rows):
     right = rows[rows["metric"] == "answer_right"]
-    assert len(right) == 3 * 3 * len(POLICIES) and set(right["value"]) <= {0.0, 1.0}
+    assert len(right) == 3 * 3 * 3 * len(POLICIES) and set(right["value"]) <= {0.0, 1.0}
+    assert set(right["hop"]) == {0, 1, 2} and set(rows["n_hops"]) == {2}
     assert set(right["sample"]) == {0, 1, 2} and set(rows["n_agents"]) == {3}
     # A budget of 3 is nominal; scales, maps, channels and the exact sinks of a short text come on top.
     bits = samples(rows, "mean_bits", policy="topology")
@@ -59,6 +60,8 @@ def test_a_cell_has_a_row_for_each_problem(rows):
     assert (samples(rows, "file_bits", policy="topology") > bits).all()
     assert (samples(rows, "kl", policy="fp16") == 0).all()
     assert (samples(rows, "kl", policy="uniform") > 0).all()
+    assert (samples(rows, "kl", hop=1, policy="uniform") > 0).all()
+    assert (samples(rows, "kl", hop=0) == 0).all()  # no card was handed on yet
     passing = samples(rows, "kl_passing", policy="uniform")
     assert (passing == samples(rows, "kl_once", policy="uniform")).all()  # reseal=append
 
@@ -84,10 +87,25 @@ def test_the_table_has_the_means_and_intervals_of_the_problems(rows):
     assert all("set." not in column.name for column in table("handoff_accuracy", rows).columns)
 
 
+def test_answers_in_another_dtype_stand_on_the_line_of_their_cell(tmp_path):
+    cells = relay_cells(hops=(2,))
+    for _, _, _, made in cells:
+        for row in made:
+            row["dtype"] = "bfloat16" if row["metric"] == "answer_right" else "float32"
+    found = load(write(tmp_path, cells)).rows
+    (line,) = [
+        line
+        for line in table("handoff_accuracy", found).rows
+        if line["policy"] == "uniform" and line["section"].startswith("measured")
+    ]
+    assert line["strict"].value == 90 and line["kl"].n == 80
+    assert "float32 (answers bfloat16)" in line["section"]
+
+
 def test_pairs_are_tested_at_equal_budgets_only(tmp_path):
     found = load(write(tmp_path, relay_cells(loss=8))).rows
     lines = table("handoff_pairs", found).rows
-    assert [(line["one"], line["other"], line["hops"]) for line in lines] == [
+    assert [(line["one"], line["other"], line["hop"]) for line in lines] == [
         ("uniform", "topology", hops) for hops in (2, 3, 5)
     ]
     for line in lines:
@@ -129,12 +147,12 @@ def test_published_figures_meet_rows_of_their_own_model_only(rows):
     moved = mine.assign(model="llama-3.1-8b", document="gsm8k", weights="hub", budget_bits=4.0)
     found = published(pd.concat([rows, moved], ignore_index=True))
     answered = [line for line in found if line["strict"].value is not None]
-    assert [(r["policy"], r["hops"], r["budget"]) for r in answered] == [("uniform", 2, "4 bits")]
+    assert [(r["policy"], r["hop"], r["budget"]) for r in answered] == [("uniform", 2, "4 bits")]
     assert answered[0]["published"].value == 82.0 and "digest" in answered[0]["published"].note
 
 
 def test_settings_that_a_column_tells_are_not_told_twice(tmp_path):
-    cells = relay_cells()
+    cells = [one for n_hops in (2, 3, 5) for one in relay_cells(hops=(n_hops,))]
     for number, (_, _, config, _) in enumerate(cells):
         config |= {"n_hops": (2, 3, 5)[number // 3], "reseal": "requantize", "n_problems": 80}
     found = load(write(tmp_path, cells)).rows
@@ -217,6 +235,8 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
     ("experiment", "override", "message"),
     [
         ("handoff_accuracy", "n_hops=0", "n_hops=0"),
+        ("handoff_accuracy", "batch=0", "batch=0"),
+        ("handoff_accuracy", "n_forced=none", "n_forced='none'.*null"),
         ("handoff_accuracy", "reseal=again", "'again'"),
         ("handoff_accuracy", "weights=random", "random weights"),
         ("handoff_accuracy", "budget_bits=-1", "budget_bits=-1"),

@@ -27,7 +27,7 @@ from reference_model.tokenizer import build_tokenizer
 TASK = Task(
     ("The pool is written once ." * 6, " Each agent asks .", " A cache .", " And then ?"),
     (12,) * 4,
-    "1",
+    ("1",) * 4,
 )
 
 
@@ -48,7 +48,7 @@ def kl(model, tokenizer, script, policy, budget=4.0, reseal="append"):
 
 @pytest.mark.parametrize("reseal", ("append", "requantize"))
 def test_a_relay_under_full_writes_what_one_agent_alone_would(reseal, model, tokenizer):
-    turns = play(TASK, handoff(model, tokenizer, "full", reseal=reseal))
+    (turns,) = play([TASK], [handoff(model, tokenizer, "full", reseal=reseal)])
     ids = torch.empty(0, dtype=torch.long)
     for turn in turns:
         ids = torch.cat([ids, turn.prompt_T])
@@ -65,14 +65,14 @@ def test_a_relay_under_full_writes_what_one_agent_alone_would(reseal, model, tok
 
 
 def test_text_gives_the_same_answers_as_full_cards(model, tokenizer):
-    script = play(TASK, handoff(model, tokenizer, "full"))
-    again = play(TASK, handoff(model, tokenizer, "reprefill"))
+    (script,) = play([TASK], [handoff(model, tokenizer, "full")])
+    (again,) = play([TASK], [handoff(model, tokenizer, "reprefill")])
     assert [t.answer_T.tolist() for t in again] == [t.answer_T.tolist() for t in script]
     assert max(kl(model, tokenizer, script, "reprefill")) < 1e-4
 
 
 def test_divergence_is_zero_before_the_first_hop_and_falls_with_bits(model, tokenizer):
-    script = play(TASK, handoff(model, tokenizer, "full"))
+    (script,) = play([TASK], [handoff(model, tokenizer, "full")])
     by_bits = [kl(model, tokenizer, script, "uniform", bits) for bits in (3, 4, 8)]
     assert all(first == 0 for first, *_ in by_bits)
     for coarse, fine in zip(by_bits, by_bits[1:], strict=False):
@@ -102,7 +102,7 @@ def test_an_unknown_reseal_is_refused(model, tokenizer):
 def test_a_relay_beyond_the_models_positions_is_refused(tokenizer):
     small = tiny_model("llama", max_position_embeddings=64)
     with pytest.raises(PolyKVError, match="the relay needs"):
-        play(TASK, handoff(small, tokenizer, "full"))
+        play([TASK], [handoff(small, tokenizer, "full")])
 
 
 def test_reference_tasks_are_right_held_out_and_grow_by_turns():
@@ -110,6 +110,7 @@ def test_reference_tasks_are_right_held_out_and_grow_by_turns():
     short, long = (load_tasks(cfg, 6, turns, seed=3) for turns in (2, 4))
     for a, b in zip(short, long, strict=True):
         assert b.prompts[:2] == a.prompts and len(b.prompts) == 4
+        assert b.answers[:2] == a.answers and len(b.answers) == 4
     encoded = build_tokenizer()(long[0].prompts[0]).input_ids
     assert build_tokenizer().unk_token_id not in encoded
     assert load_tasks(cfg, 6, 4, seed=3) == long != load_tasks(cfg, 6, 4, seed=4)
@@ -131,7 +132,11 @@ def test_gsm8k_from_a_local_file(tmp_path):
     cfg = OmegaConf.merge(config.load_group("relay", "gsm8k"), {"path": path})
     task = load_tasks(cfg, 10, 4, seed=0)[3]
     assert len(task.prompts) == 4 and problems[3].question in task.prompts[0]
-    assert task.answer == problems[3].answer == problems[3].question.split()[2] + "000"
+    assert set(task.messages[1:]) == {task.messages[1]} and problems[3].question in task.messages[0]
+    assert (
+        set(task.answers) == {problems[3].answer}
+        and problems[3].answer == problems[3].question.split()[2] + "000"
+    )
     with pytest.raises(PolyKVError, match="20 problems and n_problems=21"):
         gsm8k.load(path, 21, seed=0)
 
@@ -141,7 +146,7 @@ def test_gsm8k_ships_with_the_package():
     tasks = load_tasks(cfg, 150, 3, seed=0)
     assert tasks == load_tasks(cfg, 300, 3, seed=7)[:150]
     problems = [json.loads(line) for line in shipped.read("gsm8k").split("\n")[:150]]
-    assert [Decimal(task.answer) for task in tasks] == [
+    assert [Decimal(task.answers[-1]) for task in tasks] == [
         gsm8k.extract(p["answer"], "strict") for p in problems
     ]
     assert all(p["question"] in task.prompts[0] for p, task in zip(problems, tasks, strict=True))
@@ -339,7 +344,7 @@ def test_stages_add_up_to_the_total(model, tokenizer):
 
 @pytest.mark.parametrize("reseal", ("append", "requantize"))
 def test_depth_alone_costs_nothing_under_append(reseal, model, tokenizer):
-    script = play(TASK, handoff(model, tokenizer, "full"))
+    (script,) = play([TASK], [handoff(model, tokenizer, "full")])
     options = (model, tokenizer, "topology", 3.0, reseal)
     exact = force(script, handoff(model, tokenizer, "full"))
     last = [force(script, handoff(*options), 1, passes)[-1] for passes in (1, 5)]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -291,11 +292,13 @@ def test_a_pipe_is_not_silent_for_five_seconds(monkeypatch):
     monkeypatch.setattr(progress, "HEARTBEAT", 0.05)
     monkeypatch.setattr(progress, "LOOK", 0.01)
     with progress.Reporter(out):
-        for _ in track(range(2), "scoring"):
+        for _ in track(range(2), "scoring", "texts"):
             time.sleep(0.2)
     lines = out.getvalue().splitlines()
     assert len(lines) >= 4 and any("scoring 1/2" in line for line in lines)
     assert any("scoring 2/2" in line and "left" in line for line in lines)
+    (rate,) = {*re.findall(r"scoring 2/2, ([\d.]+) texts a minute", lines[-1])}
+    assert 0 < float(rate) < 300  # one in the first 0.2 seconds
 
 
 NATIVE = """

@@ -72,7 +72,7 @@ def test_every_way_to_grow_a_cache_is_refused(longrope, tokenizer):
         encode_queries(longrope, tokenizer, ["The pool is written once"], 20, 32)
     with pytest.raises(PolyKVError, **known):
         measure(longrope, tokenizer, ids_T[:40], 20, [Route(load_policy("uniform"))], 4.0, 2)
-    task = Task(("The pool is written once", "by many agents"), (16, 16), "")
+    task = Task(("The pool is written once", "by many agents"), (16, 16), ("", ""))
     with pytest.raises(PolyKVError, match=rf"\b{SWITCH}\b.*longrope"):
         prompts_of(task, tokenizer, longrope.config)
     card = CacheCard.seal(cache, ids_T[:20], longrope, tokenizer, policy="full")

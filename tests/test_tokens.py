@@ -158,8 +158,11 @@ def test_a_pool_of_nothing_but_bos_is_refused(llama):
 
 
 def test_a_relay_begins_once_and_ends_before_no_answer(llama):
-    tokenizer, task = TOKENIZERS["flags"], Task(("The pool", " a cache", " and"), (4, 4, 4), "1")
-    turns = play(task, Handoff(llama, tokenizer, load_policy("full"), 16.0, "append"))
+    tokenizer, task = (
+        TOKENIZERS["flags"],
+        Task(("The pool", " a cache", " and"), (4, 4, 4), ("1",) * 3),
+    )
+    (turns,) = play([task], [Handoff(llama, tokenizer, load_policy("full"), 16.0, "append")])
     prompts = [turn.prompt_T.tolist() for turn in turns]
     bare = [plain_ids(tokenizer, prompt) for prompt in task.prompts]
     assert prompts == [[BOS, *bare[0]], *bare[1:]]
@@ -268,7 +271,7 @@ def test_a_relay_beyond_the_positions_is_refused_before_a_run(folder, tmp_path):
     problems.write_text("\n".join(map(json.dumps, [problem, long])), encoding="utf-8")
     given = ["experiment=handoff_accuracy", "model=local", f"model.path={folder}", "device=cpu",
              "relay=gsm8k", f"relay.path={problems}", "n_problems=2", "n_hops=1", "context=128",
-             "relay.first.max_new_tokens=4", "relay.last.max_new_tokens=4"]  # fmt: skip
+             "relay.max_new_tokens=4"]  # fmt: skip
     with pytest.raises(PolyKVError, match="problem 1.* 256"):
         checked_cell(*given)
 

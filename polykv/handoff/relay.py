@@ -1,9 +1,10 @@
 """A relay: agents work on a task in turn, each continuing from the card of the previous one.
 
-Each card is serialized and parsed, so that every handoff is verified as it would be between processes.
+Each card is serialized and parsed, so that every handoff is verified as it would be between processes. Relays of
+several problems are played together, in batches; each still has cards of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from polykv.chat import around_replies, end_of_turn, is_wanted
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import Comparison, compare
-from polykv.greedy import greedy
 from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
+from polykv.handoff.replies import replies
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task
 from polykv.supported import check_length, check_rope
 from polykv.tokens import encode
 
-VERSION = 1  # of the relay protocol
+VERSION = 2  # of the relay protocol
 RESEALS = ("append", "requantize")
 
 
@@ -36,7 +38,10 @@ class Turn:
 
 @dataclass
 class Handoff:
-    """The handoff of a cache to the next agent. Stateful, one per relay: `card` is the last card.
+    """The handoff of a cache to the next agent. Stateful, one per relay.
+
+    `card` is the last card; `bits` has the stored bits per cached value of each card, of its tensors, which the budget
+    limits, and of its whole file with the header.
 
     `reseal`: "requantize" seals the whole cache at each hop; "append" quantizes each token once, at its first hop. With
     a `key` every card is signed and its signature verified.
@@ -51,6 +56,7 @@ class Handoff:
     key: SigningKey | None = None
     backend: str = "auto"
     card: CacheCard | None = field(default=None, init=False)
+    bits: list[tuple[float, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.reseal not in RESEALS:
@@ -74,38 +80,77 @@ class Handoff:
         else:
             card = CacheCard.seal(*options, parent=self.card, seed=self.seed, backend=self.backend)
         content = card.to_bytes(self.key)
+        self.bits.append((card.mean_bits, card.mean_bits * len(content) / card.nbytes))
         self.card = CacheCard.from_bytes(
             content, self.model, self.tokenizer, self.key, self.backend
         )
         return self.card.dequantize()
 
 
-def play(task: Task, handoff: Handoff) -> list[Turn]:
-    """Play a relay in which every agent answers greedily; one Turn per agent."""
-    prompts = prompts_of(task, handoff.tokenizer, handoff.model.config)
-    nothing = torch.empty(0, dtype=torch.long)
-    script = [Turn(prompt_T, nothing) for prompt_T in prompts]
-    return [turn for turn, _ in _turns(script, task.max_new_tokens, handoff)]
+@torch.no_grad()
+def play(
+    tasks: Sequence[Task],
+    handoffs: Sequence[Handoff],
+    style: str = "plain",
+    heard: Callable[[], None] = lambda: None,
+) -> list[list[Turn]]:
+    """Play relays of one length together, in which every agent answers greedily; for each task, one Turn per agent.
+
+    Args:
+        handoffs: one per task, of the same model.
+        style: of the prompts (`prompts_of`).
+        heard: called after each agent's reply.
+    """
+    model, tokenizer = handoffs[0].model, handoffs[0].tokenizer
+    prompts = [prompts_of(task, tokenizer, model.config, style=style) for task in tasks]
+    end = end_of_turn(tokenizer) if _is_chat(tasks[0], tokenizer, style) else None
+    caches: list[Cache] = [DynamicCache(config=model.config) for _ in tasks]
+    played: list[list[Turn]] = [[] for _ in tasks]
+    n_turns = len(tasks[0].prompts)
+    for number in range(n_turns):
+        if number:
+            ways = zip(handoffs, caches, played, strict=True)
+            caches = [
+                handoff(cache, _ids(turns), Topology(len(turns[0].prompt_T), n_turns - number))
+                for handoff, cache, turns in ways
+            ]
+        asked = [
+            _after(turns, own[number], end) for turns, own in zip(played, prompts, strict=True)
+        ]
+        limits = [task.max_new_tokens[number] for task in tasks]
+        found = replies(model, tokenizer, caches, asked, limits, heard)
+        caches = [cache for _, cache in found]
+        for turns, prompt_T, (answer_T, _) in zip(played, asked, found, strict=True):
+            turns.append(Turn(prompt_T, answer_T))
+    return played
 
 
 def prompts_of(
-    task: Task, tokenizer: Any, model_config: Any, name: str = "the relay"
+    task: Task, tokenizer: Any, model_config: Any, name: str = "the relay", style: str = "plain"
 ) -> list[Tensor]:
     """Token ids (tokens,) of each agent's prompt; the first begins the sequence.
+
+    Args:
+        style: `plain`, or `chat` or `auto` (polykv/chat.py) for the chat template's turns, if the task has messages. A
+            turn then begins with the end of the previous reply.
 
     Raises:
         PolyKVError: prompts and answers may exceed the model's positions, or its rotary frequencies change along them.
     """
-    prompts = [
-        encode(tokenizer, prompt, begins=number == 0)[0]
-        for number, prompt in enumerate(task.prompts)
-    ]
+    if _is_chat(task, tokenizer, style):
+        prompts = [encode(tokenizer, text)[0] for text in around_replies(tokenizer, task.messages)]
+    else:
+        prompts = [
+            encode(tokenizer, prompt, begins=number == 0)[0]
+            for number, prompt in enumerate(task.prompts)
+        ]
     n_most = sum(map(len, prompts)) + sum(task.max_new_tokens)
     check_length(model_config, n_most, name)
     check_rope(model_config, len(prompts[0]), n_most, name)
     return prompts
 
 
+@torch.no_grad()
 def force(
     script: Sequence[Turn], handoff: Handoff, n_handoffs: int | None = None, n_passes: int = 1
 ) -> list[Tensor]:
@@ -114,8 +159,16 @@ def force(
     To measure the cost of depth on the same tokens: `n_handoffs` performs only the last so many handoffs, as if one
     agent had taken all turns before; `n_passes` hands each card on so many times, without adding tokens in between.
     """
-    forced = _turns(script, None, handoff, n_handoffs, n_passes)
-    return [log_probs for _, log_probs in forced]
+    cache: Cache = DynamicCache(config=handoff.model.config)
+    first = 1 if n_handoffs is None else len(script) - n_handoffs
+    found = []
+    for number, turn in enumerate(script):
+        for _ in range(n_passes if number >= first else 0):
+            topology = Topology(len(script[0].prompt_T), len(script) - number)
+            cache = handoff(cache, _ids(script[:number]), topology)
+        cache, logits_TV = _read(handoff.model, cache, _ids([turn]))
+        found.append(logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1))
+    return found
 
 
 def divergence(
@@ -133,40 +186,22 @@ def text_of(turn: Turn, tokenizer: Any) -> str:
     return tokenizer.decode(turn.answer_T, skip_special_tokens=True)
 
 
-@torch.no_grad()
-def _turns(
-    script: Sequence[Turn],
-    limits: Sequence[int] | None,
-    handoff: Handoff,
-    n_handoffs: int | None = None,
-    n_passes: int = 1,
-) -> Iterator[tuple[Turn, Tensor]]:
-    """Play a script (`limits`: maximum new tokens per turn) or force it (None), with a handoff between turns."""
-    model = handoff.model
-    cache: Cache = DynamicCache(config=model.config)
-    ids_T = torch.empty(0, dtype=torch.long)
-    n_shared = len(script[0].prompt_T)
-    first = 1 if n_handoffs is None else len(script) - n_handoffs
-    for number, turn in enumerate(script):
-        for _ in range(n_passes if number >= first else 0):
-            cache = handoff(cache, ids_T, Topology(n_shared, len(script) - number))
-        if limits is None:
-            cache, logits_TV = _read(model, cache, torch.cat([turn.prompt_T, turn.answer_T]))
-            log_probs = logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1)
-        else:
-            turn = Turn(turn.prompt_T, _answer(handoff, cache, turn.prompt_T, limits[number]))
-            log_probs = torch.empty(0)
-        ids_T = torch.cat([ids_T, turn.prompt_T, turn.answer_T])
-        yield turn, log_probs
+def _is_chat(task: Task, tokenizer: Any, style: str) -> bool:
+    return bool(task.messages) and is_wanted(style, tokenizer)
+
+
+def _after(turns: Sequence[Turn], prompt_T: Tensor, end: int | None) -> Tensor:
+    """The prompt, without the `end` (token) of the previous turn if the reply wrote it."""
+    if end is None or not turns or turns[-1].answer_T[-1] != end:
+        return prompt_T
+    return prompt_T[int((prompt_T == end).nonzero()[0]) + 1 :]
+
+
+def _ids(turns: Sequence[Turn]) -> Tensor:
+    """All tokens of these turns, (tokens,)."""
+    return torch.cat([part for turn in turns for part in (turn.prompt_T, turn.answer_T)])
 
 
 def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor) -> tuple[Cache, Tensor]:
     """Read tokens; returns (the grown cache, logits (tokens, vocabulary))."""
     return cache, model(input_ids=ids_T[None].to(model.device), past_key_values=cache).logits[0]
-
-
-def _answer(handoff: Handoff, cache: Cache, prompt_T: Tensor, limit: int) -> Tensor:
-    """The agent's greedy answer; afterwards the cache includes its last token too."""
-    (written_T,) = greedy(handoff.model, cache, [prompt_T], limit, handoff.tokenizer)
-    _read(handoff.model, cache, written_T[-1:])
-    return written_T

@@ -1,4 +1,4 @@
-"""Tasks of a relay: problems split into turns, each with a number as its final answer."""
+"""Tasks of a relay: problems in turns, each of which ends in a number."""
 
 import random
 from collections.abc import Mapping
@@ -11,16 +11,20 @@ from polykv.reference.problems import Operands, draw_relay
 from polykv.reference.text import join_words
 from polykv.reference.world import sample_world
 
-VERSION = 1  # of the tasks
+VERSION = 2  # of the tasks
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: one prompt per turn, the first of which states the problem; `answer` is the correct number."""
+    """A task: one prompt per turn, the first of which states the problem, and the correct number after each.
+
+    `messages`, if any, are the prompts as the user's turns of a chat.
+    """
 
     prompts: tuple[str, ...]
     max_new_tokens: tuple[int, ...]
-    answer: str
+    answers: tuple[str, ...]
+    messages: tuple[str, ...] = ()
 
 
 def load_tasks(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int) -> list[Task]:
@@ -48,19 +52,30 @@ def reference(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: 
             continue
         told = join_words([word for fact in facts for word in fact.statement()])
         prompts = [turn.prompt for turn in relay.turns]
-        steps = (*relay.problem.steps, *relay.steps)
+        numbers = (relay.problem.answer, *(step.result for step in relay.steps))
         limits = (settings["max_new_tokens"],) * n_turns
-        tasks.append(Task((told + prompts[0], *prompts[1:]), limits, str(steps[-1].result)))
+        answers = tuple(map(str, numbers))
+        tasks.append(Task((told + prompts[0], *prompts[1:]), limits, answers))
     return tasks
 
 
 def grade_school(
     settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int
 ) -> list[Task]:
-    """GSM8K in turns: the first agent plans, the middle ones carry on, the last one answers."""
-    tasks = []
-    for problem in gsm8k.load(settings["path"], n_problems, seed):
-        parts = [settings["first"], *[settings["middle"]] * (n_turns - 2), settings["last"]]
-        prompts = tuple(part["prompt"].replace("{question}", problem.question) for part in parts)
-        tasks.append(Task(prompts, tuple(part["max_new_tokens"] for part in parts), problem.answer))
-    return tasks
+    """GSM8K in turns: the first agent solves the problem, each later one checks and corrects what it was handed.
+
+    Every agent is asked for the number, so that a longer relay begins with the turns of a shorter one.
+    """
+
+    def said(style: Mapping[str, str], question: str) -> tuple[str, ...]:
+        return (style["first"].replace("{question}", question), *[style["next"]] * (n_turns - 1))
+
+    return [
+        Task(
+            said(settings["plain"], problem.question),
+            (settings["max_new_tokens"],) * n_turns,
+            (problem.answer,) * n_turns,
+            said(settings["chat"], problem.question),
+        )
+        for problem in gsm8k.load(settings["path"], n_problems, seed)
+    ]
