@@ -83,6 +83,7 @@ class Decoding:
             mask_BT[row, : n_past - lengths[row] if lengths else 0] = 0
             mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
         self._mask_BT = mask_BT  # of the cache and of `_ids_BT`
+        self._last = torch.tensor([-1], device=model.device)
         # By default positions count all tokens of the cache, padding included.
         self._padded = not mask_BT.all()
         if self._padded:
@@ -96,7 +97,9 @@ class Decoding:
             input_ids=self._ids_BT,
             attention_mask=self._mask_BT,
             past_key_values=self._cache,
-            logits_to_keep=1,
+            # As an index, since the slice that a number gives is not contiguous: torch would copy the output layer's
+            # weights once per row.
+            logits_to_keep=self._last,
             **({"position_ids": positions_BT} if self._padded else {}),
         ).logits
         self._ids_BT = logits_B1V[:, -1:].argmax(-1).to(self._model.device)
