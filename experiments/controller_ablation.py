@@ -85,7 +85,8 @@ def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Compari
 
 def _last(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
     """The last answers of relays, which come after all handoffs."""
-    return [turns[-1] for turns in forced(cfg, session, policy)]
+    (relays,) = forced(cfg, session, policy)
+    return [turns[-1] for turns in relays]
 
 
 STUDY = Study(

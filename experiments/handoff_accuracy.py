@@ -10,7 +10,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import relays, settings
-from experiments.relays import FP16, Played, forced, fp16_relays, key_of, played, style_of, tasks_of
+from experiments.relays import (
+    ALL,
+    FP16,
+    Played,
+    forced,
+    fp16_relays,
+    key_of,
+    played,
+    style_of,
+    tasks_of,
+)
 from experiments.session import Session
 from experiments.study import Study
 from polykv import models
@@ -100,13 +110,14 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     found = exact if policy == FP16 else played(cfg, session, policy, name)
     add_bits(rows, found, cfg)
     add_answers(rows, found, exact, cfg, session)
-    comparisons = forced(cfg, session, policy)
-    for hop in range(cfg.n_hops + 1):
-        add_divergence(rows, [turns[hop] for turns in comparisons], hop=hop)
+    ways = {"kl": ALL}
     if cfg.n_hops > 1:
-        for metric, n_passes in (("kl_once", 1), ("kl_passing", cfg.n_hops)):
-            last = [turns[-1] for turns in forced(cfg, session, policy, 1, n_passes)]
-            add_divergence(rows, last, {metric: "kl"}, hop=cfg.n_hops)
+        ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
+    whole, *last = forced(cfg, session, policy, list(ways.values()))
+    for hop in range(cfg.n_hops + 1):
+        add_divergence(rows, [turns[hop] for turns in whole], hop=hop)
+    for metric, found in zip(list(ways)[1:], last, strict=True):
+        add_divergence(rows, [turns[-1] for turns in found], {metric: "kl"}, hop=cfg.n_hops)
     return rows
 
 

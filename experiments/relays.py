@@ -4,20 +4,30 @@ Relays are played in `model.answer_dtype`, if set, and replayed in `model.dtype`
 much as a card.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from experiments import settings
 from experiments.session import MODEL, Session
 from polykv.evaluation.continuation import Comparison
 from polykv.handoff.policy import Policy
-from polykv.handoff.relay import RESEALS, Handoff, Turn, divergence, force, play
+from polykv.handoff.relay import (
+    RESEALS,
+    Handoff,
+    Heard,
+    Said,
+    Turn,
+    divergence,
+    first_turns,
+    force,
+    play,
+)
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.progress import phase, track
@@ -28,7 +38,9 @@ SHARED = (
 )  # fmt: skip
 FP16 = Policy("fp16", store="float16")  # the reference of all policies, independent of conf/policy
 FP16_RELAYS = "fp16 relays"
-KEPT_BYTES = 1 << 30  # of the fp16 relays' log-probabilities; the others are computed by each cell
+KEPT_BYTES = 2 << 30  # of the first agents' caches; each cell plays the others' first turns again
+Way = tuple[int | None, int]
+ALL: Way = (None, 1)  # every handoff of the relay takes place, once
 PROBLEMS = "problems"
 
 
@@ -71,12 +83,32 @@ def played(cfg: DictConfig, session: Session, policy: Policy, name: str) -> list
 
     found = []
     phase(name, 0, len(tasks), PROBLEMS)
-    for first in range(0, len(tasks), cfg.batch):
-        together = tasks[first : first + cfg.batch]
+    for start in range(0, len(tasks), cfg.batch):
+        together = tasks[start : start + cfg.batch]
         handoffs = [_handoff(cfg, loaded, policy) for _ in together]
-        turns = play(together, handoffs, style_of(cfg), heard)
+        first = _first(cfg, session, start, together, heard)
+        turns = play(together, handoffs, style_of(cfg), heard, first)
         found += [Played(own, way.bits) for own, way in zip(turns, handoffs, strict=True)]
     return found
+
+
+def _first(
+    cfg: DictConfig, session: Session, start: int, together: Sequence[Task], heard: Heard
+) -> list[Said]:
+    """The first agents' turns, which precede all cards, kept for other cells up to KEPT_BYTES."""
+    kept: dict[int, list[Said]] = session.kept("first turns", shared_needs(cfg), dict, of=(MODEL,))
+    if start in kept:
+        for _ in together:
+            heard()
+        return kept[start]
+    found = first_turns(together, *session.answering(cfg), style_of(cfg), heard)
+    if sum(_nbytes(cache) for said in (*kept.values(), found) for _, cache in said) < KEPT_BYTES:
+        kept[start] = found
+    return found
+
+
+def _nbytes(cache: Cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def fp16_relays(cfg: DictConfig, session: Session) -> list[Played]:
@@ -86,36 +118,21 @@ def fp16_relays(cfg: DictConfig, session: Session) -> list[Played]:
 
 
 def forced(
-    cfg: DictConfig,
-    session: Session,
-    policy: Policy,
-    n_handoffs: int | None = None,
-    n_passes: int = 1,
-) -> list[list[Comparison]]:
-    """For each of the first `n_forced` problems and each turn, the answer under the policy against the fp16 relay.
+    cfg: DictConfig, session: Session, policy: Policy, ways: Sequence[Way] = (ALL,)
+) -> list[list[list[Comparison]]]:
+    """For each way and each of the first `n_forced` problems, every turn's answer against the fp16 relay.
 
-    Token by token, on the tokens of the fp16 relay; `n_handoffs` and `n_passes` as in relay.force.
+    Token by token, on the tokens of the fp16 relay. A way is (`n_handoffs`, `n_passes`) of relay.force.
     """
     relays = fp16_relays(cfg, session)[: cfg.n_forced]
-    found = []
-    for sample, relay in enumerate(track(relays, f"replaying under {policy.name}", PROBLEMS)):
-        exact = _exact(cfg, session, sample, relay.turns)
-        handoff = _handoff(cfg, session.model(cfg), policy)
-        other = force(relay.turns, handoff, n_handoffs, n_passes)
-        found.append(divergence(relay.turns, exact, other))
+    loaded = session.model(cfg)
+    found: list[list[list[Comparison]]] = [[] for _ in ways]
+    for relay in track(relays, f"replaying under {policy.name}", PROBLEMS):
+        exact = force(relay.turns, _handoff(_under_fp16(cfg), loaded, FP16))
+        for own, way in zip(found, ways, strict=True):
+            other = force(relay.turns, _handoff(cfg, loaded, policy), *way)
+            own.append(divergence(relay.turns, exact, other))
     return found
-
-
-def _exact(cfg: DictConfig, session: Session, sample: int, script: list[Turn]) -> list[Tensor]:
-    """The fp16 relay's log-probabilities of a problem, kept for other cells up to KEPT_BYTES."""
-    what = "fp16 log-probabilities"
-    kept: dict[int, list[Tensor]] = session.kept(what, shared_needs(cfg), dict, of=(FP16_RELAYS,))
-    if sample in kept:
-        return kept[sample]
-    exact = force(script, _handoff(_under_fp16(cfg), session.model(cfg), FP16))
-    if sum(x.nbytes for turns in (*kept.values(), exact) for x in turns) < KEPT_BYTES:
-        kept[sample] = exact
-    return exact
 
 
 def _under_fp16(cfg: DictConfig) -> DictConfig:

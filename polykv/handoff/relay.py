@@ -36,6 +36,10 @@ class Turn:
     answer_T: Tensor
 
 
+Said = tuple[Turn, Cache]  # an agent's turn, and its cache after it
+Heard = Callable[[], None]
+
+
 @dataclass
 class Handoff:
     """The handoff of a cache to the next agent. Stateful, one per relay.
@@ -87,12 +91,12 @@ class Handoff:
         return self.card.dequantize()
 
 
-@torch.no_grad()
 def play(
     tasks: Sequence[Task],
     handoffs: Sequence[Handoff],
     style: str = "plain",
-    heard: Callable[[], None] = lambda: None,
+    heard: Heard = lambda: None,
+    first: Sequence[Said] | None = None,
 ) -> list[list[Turn]]:
     """Play relays of one length together, in which every agent answers greedily; for each task, one Turn per agent.
 
@@ -100,29 +104,60 @@ def play(
         handoffs: one per task, of the same model.
         style: of the prompts (`prompts_of`).
         heard: called after each agent's reply.
+        first: the first agents' turns, if known (`first_turns`).
     """
     model, tokenizer = handoffs[0].model, handoffs[0].tokenizer
+    if first is None:
+        first = first_turns(tasks, model, tokenizer, style, heard)
     prompts = [prompts_of(task, tokenizer, model.config, style=style) for task in tasks]
     end = end_of_turn(tokenizer) if _is_chat(tasks[0], tokenizer, style) else None
-    caches: list[Cache] = [DynamicCache(config=model.config) for _ in tasks]
-    played: list[list[Turn]] = [[] for _ in tasks]
+    caches = [cache for _, cache in first]
+    played = [[turn] for turn, _ in first]
     n_turns = len(tasks[0].prompts)
-    for number in range(n_turns):
-        if number:
-            ways = zip(handoffs, caches, played, strict=True)
-            caches = [
-                handoff(cache, _ids(turns), Topology(len(turns[0].prompt_T), n_turns - number))
-                for handoff, cache, turns in ways
-            ]
+    for number in range(1, n_turns):
+        ways = zip(handoffs, caches, played, strict=True)
+        caches = [
+            handoff(cache, _ids(turns), Topology(len(turns[0].prompt_T), n_turns - number))
+            for handoff, cache, turns in ways
+        ]
         asked = [
             _after(turns, own[number], end) for turns, own in zip(played, prompts, strict=True)
         ]
         limits = [task.max_new_tokens[number] for task in tasks]
-        found = replies(model, tokenizer, caches, asked, limits, heard)
+        found = _answered(model, tokenizer, caches, asked, limits, heard)
         caches = [cache for _, cache in found]
-        for turns, prompt_T, (answer_T, _) in zip(played, asked, found, strict=True):
-            turns.append(Turn(prompt_T, answer_T))
+        for turns, (turn, _) in zip(played, found, strict=True):
+            turns.append(turn)
     return played
+
+
+def first_turns(
+    tasks: Sequence[Task],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    style: str = "plain",
+    heard: Heard = lambda: None,
+) -> list[Said]:
+    """The first agents' turns, which precede all cards; arguments as of `play`."""
+    caches = [DynamicCache(config=model.config) for _ in tasks]
+    asked = [prompts_of(task, tokenizer, model.config, style=style)[0] for task in tasks]
+    limits = [task.max_new_tokens[0] for task in tasks]
+    return _answered(model, tokenizer, caches, asked, limits, heard)
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    caches: Sequence[Cache],
+    asked: Sequence[Tensor],
+    limits: Sequence[int],
+    heard: Heard,
+) -> list[Said]:
+    found = replies(model, tokenizer, caches, asked, limits, heard)
+    return [
+        (Turn(prompt_T, answer_T), cache)
+        for prompt_T, (answer_T, cache) in zip(asked, found, strict=True)
+    ]
 
 
 def prompts_of(
