@@ -127,3 +127,13 @@ def test_without_an_end_token_it_writes_as_many_as_asked_for(model, pool, tokeni
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     (answer_T,) = greedy(model, pool.dequantize(), ids_of(tokenizer)[:1], 7)
     assert len(answer_T) == 7
+
+
+def test_the_output_layer_reads_contiguous_rows(llama, tokenizer):
+    seen = []
+    hook = llama.lm_head.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous())
+    )
+    greedy(llama, DynamicCache(config=llama.config), ids_of(tokenizer), 2)
+    hook.remove()
+    assert len(seen) == 2 and all(seen)  # torch copies the weights once per row otherwise

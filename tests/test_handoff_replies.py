@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from polykv.errors import PolyKVError
 from polykv.handoff.policy import load_policy
-from polykv.handoff.relay import Handoff, play
+from polykv.handoff.relay import Handoff, first_turns, play
 from polykv.handoff.replies import replies
 from polykv.handoff.tasks import Task
 from polykv.pool import prefill
@@ -119,6 +119,17 @@ def test_a_relay_among_others_is_the_relay_alone(policy, llama, tokenizer):
             assert turn.answer_T.tolist() == own.answer_T.tolist()
         assert way.bits == lonely.bits
         assert len(way.bits) == (0 if policy == "reprefill" else 2)
+
+
+def test_the_first_turns_of_another_relay_are_gone_on_from_and_left_as_they_were(llama, tokenizer):
+    first = first_turns(tasks(), llama, tokenizer)
+    lengths = [cache.get_seq_length() for _, cache in first]
+    whole = play(tasks(), handoffs(llama, tokenizer, "uniform", 3))
+    for _ in range(2):
+        found = play(tasks(), handoffs(llama, tokenizer, "uniform", 3), first=first)
+        for turns, own in zip(found, whole, strict=True):
+            assert [t.answer_T.tolist() for t in turns] == [t.answer_T.tolist() for t in own]
+    assert [cache.get_seq_length() for _, cache in first] == lengths
 
 
 def test_relays_of_fp16_cards_write_what_transformers_writes_of_all_their_tokens(llama, tokenizer):
