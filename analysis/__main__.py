@@ -85,7 +85,11 @@ def _render(argv: list[str]) -> tuple[str, ...]:
         epilog=f"commands: {', '.join(COMMANDS)}; python -m analysis COMMAND --help says what each takes",
     )
     formats = [*WRITERS, *PICTURES]
-    parser.add_argument("--results", type=Path, default=LOCAL, metavar="FOLDER")
+    several = "of a cell in several, the newest copy counts"
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[LOCAL], metavar="FOLDER", help=several
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the first of --results")
     parser.add_argument("--only", metavar="NAME", help=", ".join(names_of(())))
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
     parser.add_argument("--print", metavar="A,B", help=f"default: {FIRST}, or what --only names")
@@ -95,9 +99,9 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     kinds = _chosen("--format", arguments.format, formats)
     default = only[0] if len(only) == 1 else FIRST
     printed = _chosen("--print", arguments.print or default, names)
-    root = arguments.results
+    root = arguments.out or arguments.results[0]
     with drawing(root):
-        results = load(root)
+        results = load(*arguments.results)
         made = Made(results.rows)
         undrawn = write(results, made, root, only, kinds)
     for name, reason in undrawn.items():

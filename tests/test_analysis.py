@@ -47,6 +47,17 @@ def test_every_table_and_figure_is_written_in_every_format(rendered):
     assert max(map(len, said.splitlines()[:-3])) <= 100
 
 
+def test_several_folders_have_the_findings_of_one_with_all_their_cells(tmp_path):
+    ratio, memory = quickstart(**SMALL), paper_memory(("full", "polykv"))
+    parts = [write(tmp_path / name, made) for name, made in (("a", ratio), ("b", memory))]
+    whole, out = write(tmp_path / "whole", ratio + memory), tmp_path / "out"
+    only = ("--only", "findings", "--format", "md")
+    assert run(parts[0], str(parts[1]), "--out", str(out), *only) == 0 == run(whole, *only)
+    found = (out / "tables" / "findings.md").read_text()
+    assert found == (whole / "tables" / "findings.md").read_text()
+    assert not any((part / "tables").exists() for part in parts)
+
+
 @pytest.mark.slow
 def test_the_order_in_which_cells_are_written_changes_no_table(rendered, tmp_path):
     root, _ = rendered
