@@ -301,6 +301,15 @@ def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel
     Raises:
         PolyKVError: neither a known name nor a path, or loading fails.
     """
+    return load_weights(config_of(name_or_path), device)
+
+
+def config_of(name_or_path: str) -> DictConfig:
+    """The settled model config of a name in conf/model, a local folder or a GGUF file.
+
+    Raises:
+        PolyKVError: neither a known name nor a path, or no model there.
+    """
     place = Path(name_or_path)
     if name_or_path in config.available("model") or not (place.suffix == ".gguf" or place.is_dir()):
         cfg = config.load_group("model", name_or_path)
@@ -312,7 +321,7 @@ def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel
         cfg.path = str(place)
     cfg.weights = cfg.trained_weights
     settle(cfg)
-    return load_weights(cfg, device)
+    return cfg
 
 
 def _from_pretrained(auto: Any, cfg: DictConfig, **options: Any) -> Any:

@@ -23,9 +23,9 @@ from torch import Tensor
 from polykv.errors import PolyKVError
 from polykv.handoff.signing import SigningKey
 
-VERSION = 2  # of the format; 2: keys normalized by channel, quantized vectors rotated, sinks exact
+VERSION = 3  # of the format; 3: a tier of 2 bits, and 3 bits per token in the tier maps
 KEY = "polykv_card"  # the only entry of the safetensors metadata
-MAX_HEADER = 1 << 15  # bytes; the header of a card's 19 tensors at most takes 3 kB
+MAX_HEADER = 1 << 15  # bytes; the header of a card's 23 tensors at most takes 3 kB
 MAX_TENSORS, MAX_DIMS = 32, 4
 _ZEROS = "0" * 64
 _DIGEST, _SIGNATURE = (

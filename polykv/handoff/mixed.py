@@ -1,7 +1,7 @@
-"""Token-level mixed precision for cards: every token at 3, 4, 8 or 16 bits, chosen separately for keys and values.
+"""Token-level mixed precision for cards: every token at 2, 3, 4, 8 or 16 bits, chosen separately for keys and values.
 
 A tier is one of these precisions, identified by its index into TIERS. A token has the same tier in all layers and
-heads, so a tier map takes 2 bits per token for the keys and 2 for the values. Layers are stacked along the heads
+heads, so a tier map takes 3 bits per token for the keys and 3 for the values. Layers are stacked along the heads
 dimension, and the tokens of a tier are stored together in order of position: a whole cache takes a few tensors, and
 appended tokens go to the end of their tier.
 
@@ -30,10 +30,10 @@ from polykv.codecs.rotation import rotation
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 
-VERSION = 1  # of a card's content, which packing.py and codecs/channels.py determine as well
-TIERS = (3, 4, 8, 16)  # bits per value
+VERSION = 2  # of a card's content, which packing.py and codecs/channels.py determine as well
+TIERS = (2, 3, 4, 8, 16)  # bits per value
 EXACT_TIER = TIERS.index(16)  # the only tier that is not quantized
-MAP_BITS = 2  # per token: an index into TIERS
+MAP_BITS = 3  # per token: an index into TIERS
 GROUP = 64  # values that share an fp16 scale, which costs 0.25 bits per value
 SEED = 0  # of the rotation's random signs
 DECODE_CHUNK = 1 << 22  # values that `decode` holds in fp32 at a time, to bound its memory

@@ -14,6 +14,7 @@ from polykv.handoff.signals import DEMAND, IMPORTANCE, Sender, combined
 # mixed: bits by token under a budget; float16, model: every token in fp16, or in the model's own dtype; text: no card,
 # the receiver reads the text again.
 STORES = ("mixed", "float16", "model", "text")
+OFFERED = (3, 4, 8, 16)  # bits, by default: two bits ruin answers where tokens weigh the same
 FLOOR = 0.01  # of the mean score, added before taking the inverse
 
 
@@ -33,7 +34,7 @@ class Policy:
     importance: tuple[str, ...] = ()
     demand: tuple[str, ...] = ()
     alpha: float = 1.0
-    tiers: tuple[int, ...] = TIERS
+    tiers: tuple[int, ...] = OFFERED
     inverse: bool = False
 
     def __post_init__(self) -> None:

@@ -2,6 +2,9 @@
 
 QKVShare (arXiv 2605.03884) scores tokens by S(t) = alpha I(t) + (1 - alpha) T(t) without publishing the exact signals;
 those below are our choice. A signal is a non-negative array (tokens,), scaled to mean 1 before it is combined.
+
+A signal sees the sender's tokens, cache and model, and nothing of what the receiver will read or write. Two signals are
+trained controllers (polykv/handoff/controller.py), whose features are signals too.
 """
 
 from collections.abc import Callable
@@ -14,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from polykv.handoff.replay import replay
+from polykv.handoff import controller
+from polykv.handoff.replay import Reading, replay
 
-VERSION = 1  # of the signals, with policy.py
+VERSION = 2  # of the signals, with policy.py and the controllers' weights
 WINDOW = 64  # last tokens whose attention counts
 SINKS, RECENT = 4, 64  # tokens at either end
 ANCHORS = 0.05  # fraction of tokens that are attention anchors
@@ -46,22 +50,22 @@ class Sender:
         return len(self.ids_T)
 
     @cached_property
-    def last_window(self) -> tuple[Tensor, Tensor]:
+    def last_window(self) -> Reading:
         return replay(self.model, self.cache, self.ids_T, max(0, self.n_tokens - WINDOW))
 
     @cached_property
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def whole(self) -> Reading:
         return replay(self.model, self.cache, self.ids_T, 0)
 
 
 def attention_window(sender: Sender) -> np.ndarray:
     """Attention received from the last WINDOW tokens, over all layers and heads (as SnapKV)."""
-    return sender.last_window[0].numpy()
+    return sender.last_window.received_T.numpy()
 
 
 def attention_prefill(sender: Sender) -> np.ndarray:
     """Attention received from every later token, over all layers and heads (as H2O)."""
-    return sender.whole[0].numpy()
+    return sender.whole.received_T.numpy()
 
 
 def value_norm(sender: Sender) -> np.ndarray:
@@ -72,9 +76,35 @@ def value_norm(sender: Sender) -> np.ndarray:
 
 def surprisal(sender: Sender) -> np.ndarray:
     """-log p of the token in nats; the first token, which is not predicted, gets the mean."""
-    nats = sender.whole[1].numpy()
-    mean = np.nanmean(nats) if len(nats) > 1 else 1.0
-    return np.where(np.isnan(nats), mean, nats)
+    return _first_as_mean(sender.whole.surprisal_T.numpy())
+
+
+def quality(sender: Sender) -> np.ndarray:
+    """Probability that the model gave the token; the first token, which is not predicted, gets the mean."""
+    return _first_as_mean(np.exp(-sender.whole.surprisal_T.numpy()))
+
+
+def entropy(sender: Sender) -> np.ndarray:
+    """Entropy, in nats, of what the model predicts after reading the token."""
+    return sender.whole.entropy_T.numpy()
+
+
+def rarity(sender: Sender) -> np.ndarray:
+    """-log of the token's relative frequency, in nats.
+
+    Frequencies are those of the context itself: they need no corpus, and exist for every tokenizer.
+    """
+    ids, counts = np.unique(sender.ids_T.cpu().numpy(), return_counts=True)
+    return -np.log(counts / sender.n_tokens)[np.searchsorted(ids, sender.ids_T.cpu().numpy())]
+
+
+def attention_variance(sender: Sender) -> np.ndarray:
+    """Variance of the attention probability received, over layers, heads and the queries from the token on."""
+    config = sender.model.config.get_text_config()
+    n_heads = config.num_hidden_layers * config.num_attention_heads
+    n_seen = n_heads * np.arange(sender.n_tokens, 0, -1)
+    mean = sender.whole.received_T.numpy() / n_seen
+    return np.maximum(sender.whole.squared_T.numpy() / n_seen - mean**2, 0)
 
 
 def sinks_recent(sender: Sender) -> np.ndarray:
@@ -101,12 +131,42 @@ def anchors(sender: Sender) -> np.ndarray:
     return np.where(is_anchor, 1.0, BACKGROUND)
 
 
+def segment(sender: Sender) -> np.ndarray:
+    """1 for tokens of the shared segment (the problem), BACKGROUND for those of the agents' turns."""
+    inside = np.arange(sender.n_tokens) < sender.topology.n_shared
+    return np.where(inside, 1.0, BACKGROUND)
+
+
+def downstream(sender: Sender) -> np.ndarray:
+    """Expected demand as policy `topology` has it: the mean of `shared` and `anchors`, each scaled to mean 1."""
+    return combined(("shared", "anchors"), DEMAND, sender)
+
+
+def dont_waste_bits(sender: Sender) -> np.ndarray:
+    """What the trained controller with the features of Don't Waste Bits (arXiv 2604.04722) predicts."""
+    return controlled(controller.load("dont_waste_bits"), sender)
+
+
+def qkvshare(sender: Sender) -> np.ndarray:
+    """What the trained controller with the six features of QKVShare predicts."""
+    return controlled(controller.load("qkvshare"), sender)
+
+
+def controlled(trained: controller.Controller, sender: Sender) -> np.ndarray:
+    """A controller's output for the sender's tokens, (tokens,)."""
+    known = IMPORTANCE | DEMAND
+    return trained(np.stack([known[name](sender) for name in trained.features]))
+
+
 IMPORTANCE: dict[str, Callable[[Sender], np.ndarray]] = {
     signal.__name__: signal
-    for signal in (attention_window, attention_prefill, value_norm, surprisal, sinks_recent, random)
-}
+    for signal in (
+        attention_window, attention_prefill, attention_variance, value_norm, surprisal, quality, entropy, rarity,
+        sinks_recent, random, dont_waste_bits, qkvshare,
+    )
+}  # fmt: skip
 DEMAND: dict[str, Callable[[Sender], np.ndarray]] = {
-    signal.__name__: signal for signal in (shared, anchors)
+    signal.__name__: signal for signal in (shared, anchors, segment, downstream)
 }
 
 
@@ -115,6 +175,12 @@ def combined(names: tuple[str, ...], known: dict, sender: Sender) -> np.ndarray:
     if not names:
         return np.ones(sender.n_tokens)
     return np.mean([_mean_one(known[name](sender)) for name in names], axis=0)
+
+
+def _first_as_mean(signal: np.ndarray) -> np.ndarray:
+    """The first token, which nothing predicts (NaN), gets the mean of the others, or 1 if there are none."""
+    mean = signal[1:].mean() if len(signal) > 1 else 1.0
+    return np.append(mean, signal[1:])
 
 
 def _mean_one(signal: np.ndarray) -> np.ndarray:
