@@ -25,12 +25,13 @@ FAMILY = {
     "arpanet": ("packet_networks",),
 }
 RECIPE_OF = {"no_sharing": BASELINE, "baseline": BASELINE, "polykv": "polykv"}
-# Our policy and budget that stand for one of QKVShare. Its cards are read as 4 bits, topology-aware.
+# Our policy and budget that stand for one of QKVShare. `qkvshare` is in its tables of times only, whose cards have
+# uniform 4 bits according to the digest.
 CONTROLLER_OF: dict[str, tuple[str, float | None]] = {
     "fp16_share": ("fp16", None),
     "fp16_copy": ("fp16", None),
     "reprefill": ("reprefill", None),
-    "qkvshare": ("topology", 4),
+    "qkvshare": ("uniform", 4),
     "q4_reload": ("uniform", 4),
 } | {
     f"{name}_q{bits}": (name, bits) for name in ("uniform", "local", "topology") for bits in (4, 8)

@@ -76,6 +76,8 @@ POLICIES = {
     "uniform": ORANGE,
     "local": GREEN,
     "topology": VERMILION,
+    "dont_waste_bits": TEAL,
+    "qkvshare": INDIGO,
     "random": SKY,
     "sinks_recent": BLUE,
     "inverse": PINK,

@@ -144,7 +144,7 @@ def timing_cells(model="reference", weights="reference", contexts=(1024, 8192), 
     routes = (
         ("reprefill", None, "text", 9.0),
         ("fp16", None, "memory", 1.0),
-        ("topology", 4.0, "memory", 3.0),
+        ("uniform", 4.0, "memory", 3.0),
     )
     made = []
     for tokens in contexts:

@@ -106,13 +106,13 @@ def test_nominal_bits_never_exceed_the_budget_and_stored_ones_are_counted_to_the
 ):
     card, _ = sealed(model, tokenizer, ids[:256], policy, budget)
     assert 0.99 * budget < card.nominal_bits <= budget
-    assert (card.key.tiers_T[:4] == 3).all() and (card.value.tiers_T[:4] == 3).all()
+    assert (card.key.tiers_T[:4] == 4).all() and (card.value.tiers_T[:4] == 4).all()
     n_vectors = 8  # 4 layers of 2 heads
     stored = 4 * 256  # ids
     for side in (card.key, card.value):
-        # A vector of 64 has one fp16 scale, and the map 2 bits a token.
-        vector = {0: 24 + 2, 1: 32 + 2, 2: 64 + 2, 3: 128}
-        stored += n_vectors * sum(vector[tier] for tier in side.tiers_T.tolist()) + 256 // 4
+        # A vector of 64 has one fp16 scale, and the map 3 bits a token.
+        vector = {0: 16 + 2, 1: 24 + 2, 2: 32 + 2, 3: 64 + 2, 4: 128}
+        stored += n_vectors * sum(vector[tier] for tier in side.tiers_T.tolist()) + 256 * 3 // 8
     stored += 2 * n_vectors * 64 * 2  # mean and spread of a channel
     assert card.nbytes == stored and card.mean_bits == 8 * stored / (256 * n_vectors * 2 * 64)
     header = len(card.to_bytes()) - stored
@@ -125,7 +125,7 @@ def test_uniform_gives_every_token_what_was_asked_for(budget, model, tokenizer, 
     for side in (card.key, card.value):
         assert set(side.tiers_T[4:].tolist()) == {TIERS.index(budget)}
     between, _ = sealed(model, tokenizer, ids[:256], "uniform", 5.0)
-    assert set(between.key.tiers_T[4:].tolist()) == {1, 2}
+    assert set(between.key.tiers_T[4:].tolist()) == {2, 3}
 
 
 def test_short_cards_keep_the_budget_too(model, tokenizer, ids):
@@ -315,7 +315,7 @@ def test_sinks_and_recent_tokens_are_served_first(model, tokenizer, ids):
     card, _ = sealed(model, tokenizer, ids, "sinks_recent", 3.5)
     tiers = card.key.tiers_T.numpy()
     inside = np.r_[tiers[:4], tiers[-64:]]
-    assert inside.min() >= 1 > tiers[4:-64].mean()
+    assert inside.min() >= 2 > tiers[4:-64].mean()
 
 
 @pytest.mark.parametrize(

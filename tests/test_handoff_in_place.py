@@ -33,7 +33,7 @@ def mixed(codec, tiers, seed):
     return codec.encode(layers, tiers_T, codec.channels_of(layers, tiers_T))
 
 
-pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=24)
+pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=24)
 
 
 BACKENDS = {kernels.TORCH, kernels.pick_backend("auto", torch.device("cpu"))}

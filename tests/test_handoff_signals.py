@@ -31,7 +31,7 @@ def eager_received(model, ids, start):
 def test_attention_received_is_that_of_eager_attention(architecture, start, tokenizer):
     model = tiny_model(architecture)
     ids, cache = reading(tokenizer, model)
-    received, _ = replay(model, cache, ids, start)
+    received = replay(model, cache, ids, start).received_T
     torch.testing.assert_close(received, eager_received(model, ids, start), rtol=1e-4, atol=1e-4)
 
 
@@ -46,7 +46,7 @@ def test_chunks_do_not_matter(llama, tokenizer, monkeypatch):
 
 def test_surprisal_is_minus_log_p(llama, tokenizer):
     ids, cache = reading(tokenizer, llama)
-    _, surprisal = replay(llama, cache, ids, 0)
+    surprisal = replay(llama, cache, ids, 0).surprisal_T
     log_probs = llama(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     expected = -log_probs.gather(1, ids[1:, None])[:, 0].double()
     assert surprisal[0].isnan()

@@ -216,11 +216,11 @@ def test_both_names_are_of_one_cell():
 
 
 def made_up(name, text, card, about=None, config=None, **shared):
-    """A cell of totals: of re-prefill, and of cards with the columns `about` (topology in memory, injected)."""
+    """A cell of totals: of re-prefill, and of cards with the columns `about` (uniform in memory, injected)."""
     shared = {"model": "m", "weights": "random", "context_tokens": 1024} | shared
     one = cell("handoff_ttft", name, config, **shared)
     of_card = {
-        "policy": "topology",
+        "policy": "uniform",
         "budget_bits": 4.0,
         "transport": "memory",
         "reader": "dequantize",
@@ -238,7 +238,7 @@ def made_up(name, text, card, about=None, config=None, **shared):
 def test_a_timing_whose_quartiles_are_far_apart_carries_a_warning(tmp_path, spread, warns):
     times = [1.0, 1.0, spread, spread]
     rows = load(write(tmp_path, [made_up("a", [10.0] * 4, times)])).rows
-    shown = lines(rows)["topology", "memory"]
+    shown = lines(rows)["uniform", "memory"]
     assert ("warning" in shown["ttft"].note) == ("warning" in shown["speedup"].note) == warns
 
 
@@ -249,28 +249,28 @@ def test_a_card_is_held_to_the_re_prefill_of_its_own_cell(tmp_path):
         made_up("b", [40, 50, 60], [10, 12.5, 15], {"transport": "file"}, {"transports": ["file"]}),
     ]
     shown = lines(load(write(tmp_path, apart)).rows)
-    assert set(shown) == {("reprefill", "text"), ("topology", "memory"), ("topology", "file")}
-    assert shown["topology", "memory"]["speedup"].value == pytest.approx(2)
-    assert shown["topology", "file"]["speedup"].value == pytest.approx(4)
+    assert set(shown) == {("reprefill", "text"), ("uniform", "memory"), ("uniform", "file")}
+    assert shown["uniform", "memory"]["speedup"].value == pytest.approx(2)
+    assert shown["uniform", "file"]["speedup"].value == pytest.approx(4)
 
 
 def test_a_policy_that_became_another_is_a_line_of_its_own_and_company_is_none(tmp_path):
     def timed(name, policies):
         return made_up(name, [10] * 3, [5] * 3, config={"policies": policies})
 
-    both = {"topology": {"alpha": 0.5}, "uniform": {"alpha": 1.0}}
-    alone = [timed("a", {"topology": {"alpha": 0.5}}), timed("b", both)]
+    both = {"uniform": {"alpha": 0.5}, "topology": {"alpha": 1.0}}
+    alone = [timed("a", {"uniform": {"alpha": 0.5}}), timed("b", both)]
     assert not [c for c in load(write(tmp_path, alone)).rows if c.startswith("set.")]
-    other = [timed("c", {"topology": {"alpha": 0.7}})]
-    assert "set.policies.topology.alpha" in load(write(tmp_path, other)).rows
+    other = [timed("c", {"uniform": {"alpha": 0.7}})]
+    assert "set.policies.uniform.alpha" in load(write(tmp_path, other)).rows
 
 
 def test_a_second_backend_is_a_route_of_its_own(tmp_path):
     cells = [made_up(name, [10] * 3, [ms] * 3, {"reader": "in_place", "backend": name}, backend=None)
              for name, ms in (("cpu", 5), ("torch", 20))]  # fmt: skip
     shown = lines(load(write(tmp_path, cells)).rows)
-    assert shown["topology", "memory, in place, cpu"]["speedup"].value == 2
-    assert shown["topology", "memory, in place, torch"]["speedup"].value == 0.5
+    assert shown["uniform", "memory, in place, cpu"]["speedup"].value == 2
+    assert shown["uniform", "memory, in place, torch"]["speedup"].value == 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -290,7 +290,7 @@ def test_one_context_has_bars_of_the_routes_and_no_empty_transport(tmp_path):
     (panel,) = drawn.canvas.axes
     assert [bar.get_width() for bar in panel.patches] == pytest.approx([92.16, 10.24, 30.72])
     names = [label.get_text() for label in panel.get_yticklabels()]
-    assert names == ["reprefill", "fp16", "topology"] and panel.get_xlim()[0] == 0
+    assert names == ["reprefill", "fp16", "uniform"] and panel.get_xlim()[0] == 0
     assert "Log" not in drawn.caption and "Error bars: quartiles." in drawn.caption
     assert "file" not in drawn.caption
     assert_readable(drawn.canvas)
@@ -321,7 +321,7 @@ def test_published_times_are_drawn_among_those_of_their_own_model_only(tmp_path)
 
 def test_stages_are_stacked_with_the_quartiles_of_the_total(tmp_path):
     rows = load(write(tmp_path, timing_cells())).rows
-    canvas = figure("handoff_stages", rows[rows["policy"] == "topology"]).canvas
+    canvas = figure("handoff_stages", rows[rows["policy"] == "uniform"]).canvas
     for ax, tokens in zip(canvas.axes, (1024, 8192), strict=True):
         total = 3.0 * tokens / 100
         parts = [bar.get_width() for bar in ax.patches]

@@ -11,6 +11,7 @@ from analysis_rows import (
     handoff_cells,
     paper_memory,
     quickstart,
+    relay_cells,
     timing_cells,
     write,
 )
@@ -46,7 +47,7 @@ def lines(tmp_path_factory):
 
 def test_every_published_row_stands_once_beside_a_value_or_a_reason(lines):
     said = published_rows()
-    assert len(lines) == len(said) == 85
+    assert len(lines) == len(said) == 88
     shown = sorted(
         (line["metric"], line["unit"], line["policy"], line["published"].value) for line in lines
     )
@@ -68,7 +69,7 @@ def test_every_published_row_stands_once_beside_a_value_or_a_reason(lines):
 def test_what_was_not_measured_has_a_reason(tmp_path):
     lines = both(tmp_path, timing_cells(contexts=(1024,)))
     missing = [line for line in lines if line["match"] == NOT_MEASURED]
-    assert len(lines) == 85 and len(missing) > 40
+    assert len(lines) == 88 and len(missing) > 40
     assert all("run experiment=" in line["ours"].note for line in missing)
 
 
@@ -109,9 +110,18 @@ def test_the_published_model_in_its_setting_is_exact_and_elsewhere_near(tmp_path
     assert accuracy["topology_q8", "gsm8k, 3 hops"]["match"] == NOT_MEASURED
     slow = next(line for line in lines if (line["policy"], line["setting"]) == ("reprefill", "8K"))
     assert slow["match"] == NEAR and slow["against"].value == pytest.approx(9 * 81.92 / 1029.7)
-    (count,) = [line for line in lines if line["metric"] == "n_problems"]
-    assert count["ours"].value == 80
+    counts = [line for line in lines if line["metric"] == "n_problems"]
+    assert [line["ours"].value for line in counts] == [80, 80]
     assert not any(math.isnan(line["ours"].value or 0) for line in lines)
+
+
+def test_paired_problems_are_counted_on_the_same_problems(tmp_path):
+    cells = relay_cells(model="llama-3.1-8b", weights="hub", document="gsm8k", loss=3)
+    net = [li for li in table(tmp_path, "qkvshare", cells).rows if li["metric"] == "net_right"]
+    local, uniform = net
+    assert local["match"] == NOT_MEASURED and "topology and local" in local["ours"].note
+    assert (uniform["match"], uniform["ours"].value, uniform["ours"].n) == (NEAR, -3, 80)
+    assert uniform["published"].value == -1 and uniform["against"].value == -2
 
 
 def test_a_published_stage_is_the_sum_of_ours_in_each_repeat(tmp_path):

@@ -29,7 +29,7 @@ HIDDEN = 64
 FLOOR = 1e-3  # of a signal's mean, added before the logarithm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Controller:
     """A two-layer network on signals that are normalized by `mean` and `spread`.
 

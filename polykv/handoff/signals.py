@@ -100,10 +100,10 @@ def rarity(sender: Sender) -> np.ndarray:
 
 def attention_variance(sender: Sender) -> np.ndarray:
     """Variance of the attention probability received, over layers, heads and the queries from the token on."""
-    config = sender.model.config.get_text_config()
-    n_heads = config.num_hidden_layers * config.num_attention_heads
+    received = sender.whole.received_T.numpy()
+    n_heads = round(received.sum() / sender.n_tokens)  # of all layers: each query gives 1 in each
     n_seen = n_heads * np.arange(sender.n_tokens, 0, -1)
-    mean = sender.whole.received_T.numpy() / n_seen
+    mean = received / n_seen
     return np.maximum(sender.whole.squared_T.numpy() / n_seen - mean**2, 0)
 
 

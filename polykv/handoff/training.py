@@ -96,7 +96,10 @@ def fit(features: tuple[str, ...], signals: Sequence[Mapping[str, np.ndarray]],
 
 
 def held_out(of: Iterator[Example], controllers: Mapping[str, Controller]) -> list[dict[str, Any]]:
-    """For each policy and budget: mean over relays of the second-order cost and of the KL itself, in nats per token."""
+    """For each policy and budget: mean over relays of the second-order cost and of the KL itself, in nats per token.
+
+    The 16-bit tier keeps the cache's own dtype.
+    """
     random_too = Policy("random", importance=("random",), tiers=PUBLISHED_TIERS)
     policies = [load_policy(name) for name in ("uniform", "topology")] + [random_too]
     for name, one in controllers.items():
