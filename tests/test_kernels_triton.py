@@ -255,6 +255,7 @@ CARDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pair", "dim"), CARDS, ids=str)
 def test_attend_is_attention_over_a_cards_tokens(pair, dim):
     k, v, q = (

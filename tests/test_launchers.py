@@ -188,6 +188,7 @@ def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatc
     assert report() == ("", 0)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_process_measures_is_left_to_it(launch, report, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random"])
