@@ -89,7 +89,9 @@ def _render(argv: list[str]) -> tuple[str, ...]:
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[LOCAL], metavar="FOLDER", help=several
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the first of --results")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: the first of --results"
+    )
     parser.add_argument("--only", metavar="NAME", help=", ".join(names_of(())))
     parser.add_argument("--format", default=",".join(formats), metavar="A,B", help="default: all")
     parser.add_argument("--print", metavar="A,B", help=f"default: {FIRST}, or what --only names")

@@ -16,7 +16,7 @@ RECIPES = (BASELINE, "fp16", "polykv", "polykv_q8_0")  # first in tables and fig
 # From exact to control, as tables and figures order them.
 POLICIES = (
     "full", "reprefill", "fp16", "uniform", "local", "topology", "dont_waste_bits", "qkvshare", "random",
-    "sinks_recent", "inverse",
+    "sinks_recent", "inverse", "other_card", "random_card", "no_card",
 )  # fmt: skip
 ANSWERS = (
     "bertscore_f1", "bertscore_floor", "exact_match", "contains", "empty_answer", "empty_reference",

@@ -81,6 +81,9 @@ POLICIES = {
     "random": SKY,
     "sinks_recent": BLUE,
     "inverse": PINK,
+    "other_card": WINE,
+    "random_card": TEAL,
+    "no_card": INDIGO,
 }
 # What a figure calls a reader, and its colour.
 READERS = {

@@ -30,7 +30,7 @@ from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
 from polykv.evaluation.per_token import same_top1
 from polykv.greedy import end_tokens
 from polykv.handoff import allocate, mixed, relay, signals, tasks
-from polykv.handoff.policy import Policy
+from polykv.handoff.policy import OTHER_PROBLEM, Policy
 from polykv.handoff.relay import RESEALS, prompts_of, text_of
 from polykv.handoff.tasks import Task
 from polykv.results import Rows
@@ -60,8 +60,10 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings, and that the problems fit the model's positions once tokenised."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
-    Policy.from_config(cfg.policy)
+    policy = Policy.from_config(cfg.policy)
     settings.check_whole(cfg, "n_hops", "n_problems", "batch")
+    if policy.carries == OTHER_PROBLEM and cfg.n_problems == 1:
+        raise PolyKVError(f"policy {policy.name!r} hands on another problem's cache; n_problems=1")
     if cfg.n_forced is not None:
         settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
     check_budget(cfg.budget_bits)
@@ -139,7 +141,7 @@ def new_rows(cfg: DictConfig, session: Session, columns: dict[str, type], **abou
 
 def add_bits(rows: Rows, found: Sequence[Played], cfg: DictConfig) -> None:
     """Bits per cached value of each card: of its tensors, which the budget limits, and of its whole file."""
-    why = "the text is handed on, not a card"
+    why = "no card is handed on"
     for sample, one in enumerate(found):
         for hop in range(1, cfg.n_hops + 1):
             sizes = one.bits[hop - 1] if one.bits else (None, None)

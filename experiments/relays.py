@@ -5,18 +5,20 @@ much as a card.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from experiments import settings
 from experiments.session import MODEL, Session
 from polykv.evaluation.continuation import Comparison
-from polykv.handoff.policy import Policy
+from polykv.handoff.policy import NOTHING, OTHER_PROBLEM, OWN, RANDOM_TOKENS, Policy
 from polykv.handoff.relay import (
     RESEALS,
     Handoff,
@@ -26,6 +28,7 @@ from polykv.handoff.relay import (
     divergence,
     first_turns,
     force,
+    ids_of,
     play,
 )
 from polykv.handoff.signing import SigningKey
@@ -85,7 +88,7 @@ def played(cfg: DictConfig, session: Session, policy: Policy, name: str) -> list
     phase(name, 0, len(tasks), PROBLEMS)
     for start in range(0, len(tasks), cfg.batch):
         together = tasks[start : start + cfg.batch]
-        handoffs = [_handoff(cfg, loaded, policy) for _ in together]
+        handoffs = [_handoff(cfg, session, loaded, policy, start + n) for n in range(len(together))]
         first = _first(cfg, session, start, together, heard)
         turns = play(together, handoffs, style_of(cfg), heard, first)
         found += [Played(own, way.bits) for own, way in zip(turns, handoffs, strict=True)]
@@ -127,10 +130,10 @@ def forced(
     relays = fp16_relays(cfg, session)[: cfg.n_forced]
     loaded = session.model(cfg)
     found: list[list[list[Comparison]]] = [[] for _ in ways]
-    for relay in track(relays, f"replaying under {policy.name}", PROBLEMS):
-        exact = force(relay.turns, _handoff(_under_fp16(cfg), loaded, FP16))
+    for sample, relay in enumerate(track(relays, f"replaying under {policy.name}", PROBLEMS)):
+        exact = force(relay.turns, _handoff(_under_fp16(cfg), session, loaded, FP16, sample))
         for own, way in zip(found, ways, strict=True):
-            other = force(relay.turns, _handoff(cfg, loaded, policy), *way)
+            other = force(relay.turns, _handoff(cfg, session, loaded, policy, sample), *way)
             own.append(divergence(relay.turns, exact, other))
     return found
 
@@ -140,7 +143,33 @@ def _under_fp16(cfg: DictConfig) -> DictConfig:
     return OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": RESEALS[0]})
 
 
-def _handoff(cfg: DictConfig, loaded: tuple[PreTrainedModel, Any], policy: Policy) -> Handoff:
-    """How caches are handed on in one relay under this policy."""
-    how = (policy, cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg), cfg.backend)
-    return Handoff(*loaded, *how)
+def _handoff(
+    cfg: DictConfig,
+    session: Session,
+    loaded: tuple[PreTrainedModel, Any],
+    policy: Policy,
+    sample: int,
+) -> Handoff:
+    """How caches are handed on in the relay of one problem under this policy."""
+    donors = None if policy.carries == OWN else _donors(cfg, session, policy.carries, sample)
+    how = (replace(policy, carries=OWN), cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg))
+    return Handoff(*loaded, *how, cfg.backend, donors)
+
+
+def _donors(cfg: DictConfig, session: Session, carries: str, sample: int) -> list[Tensor]:
+    """For each handoff of a problem the tokens that a control's card carries, from the fp16 relays.
+
+    OTHER_PROBLEM takes those of the next problem, and RANDOM_TOKENS as many as the problem's own.
+    """
+    relays = fp16_relays(cfg, session)
+    other = sample + (carries == OTHER_PROBLEM)
+    turns = relays[other % len(relays)].turns
+    known = [ids_of(turns[:number]) for number in range(1, len(turns))]
+    if carries == NOTHING:
+        return [ids_T[:0] for ids_T in known]
+    if carries == RANDOM_TOKENS:
+        generator = torch.Generator().manual_seed(cfg.seed * len(relays) + sample)
+        _, tokenizer = session.answering(cfg)
+        random_T = torch.randint(len(tokenizer), known[-1].shape, generator=generator)
+        return [random_T[: len(ids_T)] for ids_T in known]
+    return known

@@ -57,20 +57,26 @@ def commit() -> str:
     return f"{head}+dirty" if dirty else head
 
 
-def provenance() -> dict[str, Any]:
-    """The provenance of a cell: commit, date, machine and versions."""
-    versions = {}
+@functools.cache
+def versions() -> Mapping[str, str | None]:
+    """The versions of the packages that numbers depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """The provenance of a cell: commit, date, machine and versions."""
     return {
         "commit": commit(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions,
+        "versions": dict(versions()),
     }
 
 

@@ -115,6 +115,7 @@ def test_p_is_the_normal_one_that_the_width_implies():
     assert Comparison("s", "append", "", Value(1.0, 1.0, 1.0)).p == 0
 
 
+@pytest.mark.slow
 def test_four_of_a_hundred_that_win_by_their_own_interval_are_no_finding(tmp_path):
     wins = settings("surprisal", -1.2e-3, -1.3e-3, -1.4e-3, -1.5e-3)
     none = {(f"signal{n}", 4.0, "append"): 1e-4 for n in range(96)}

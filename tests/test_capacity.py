@@ -448,6 +448,7 @@ def test_what_is_really_measured_is_within_the_tolerance(tmp_path):
     assert {line["within"] for line in lines} == {"yes"}
 
 
+@pytest.mark.slow
 def test_only_rows_of_this_model_and_recipe_are_quoted_and_the_newest_of_a_line(tmp_path):
     where = write(tmp_path, extra_bytes=0)
     for override in ("recipe=full", "model=smollm2-135m"):

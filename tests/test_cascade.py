@@ -305,6 +305,7 @@ def test_the_model_is_left_as_it_was(llama):
     assert llama.config._attn_implementation == before
 
 
+@pytest.mark.slow
 def test_threads_ask_at_the_same_time(pool, llama, tokenizer):
     expected = pool.ask(llama, tokenizer, QUERIES[:4], 6)
     before = llama.config._attn_implementation

@@ -6,6 +6,7 @@ A new file in polykv/codecs or conf/recipe is found by itself.
 import importlib
 import inspect
 import pkgutil
+from collections import Counter
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -51,7 +52,18 @@ CLASSES = sorted(set(codec_classes()), key=lambda cls: cls.__name__)
 CODECS = {repr(cls()): cls() for cls in CLASSES}
 CODECS |= {repr(codec): codec for path in RECIPES for codec in codecs_in(load(path))}
 
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+
+def of_each_class(codecs):
+    """Codecs as pytest parameters: the default of each class and the first with other settings; others are slow."""
+    seen, found = Counter(), []
+    for name, codec in codecs.items():
+        seen[type(codec)] += 1
+        marks = pytest.mark.slow if seen[type(codec)] > 2 else ()
+        found.append(pytest.param(codec, id=name, marks=marks))
+    return found
+
+
+every_codec = pytest.mark.parametrize("codec", of_each_class(CODECS))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 

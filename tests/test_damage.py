@@ -246,14 +246,11 @@ def apart(name: str, one: dict[tuple, float | None], other: dict[tuple, float | 
     return bool(far and (interval is None or not interval[0] <= 0 <= interval[1]))
 
 
-SLOW = {
-    "handoff_accuracy", "handoff_accuracy, cards after the first", "controller_ablation", "recipe_search",
-    "compare online", "compare in place", "compare, the baseline in place", "layer_sensitivity of keys",
-}  # fmt: skip
+FAST = {"compare", "decode_drift"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES]
 )
 def test_every_metric_sees_another_documents_values(name):
     case = CASES[name]

@@ -307,6 +307,7 @@ def test_findings_name_the_recipes_that_drift(tmp_path):
         assert "12 prompts" in line and "256 tokens" in line
 
 
+@pytest.mark.slow
 def test_a_text_that_becomes_certain_is_told_from_drift(tmp_path):
     rows = made_up(tmp_path, certain=-0.4)
     (line,) = [

@@ -277,6 +277,7 @@ def test_trend_is_the_least_squares_slope_of_documents_however_many_a_context_ha
     assert lone.value is not None and lone.low is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_documents", [8, *slow(16)])
 def test_trends_interval_is_wrong_one_time_in_twenty_though_short_contexts_spread_more(n_documents):
     """The measured spreads, which fall 13-fold: one variance for all gave 6 % a side instead of 2.5."""

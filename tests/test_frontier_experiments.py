@@ -66,6 +66,7 @@ def test_every_sample_names_its_text_which_is_the_same_under_every_seed(checkpoi
     assert texts(0) == texts(7) and len(set(texts(0).values())) == 8
 
 
+@pytest.mark.slow
 def test_added_exemptions_are_named_and_the_recipes_own_are_not(checkpoint):
     def name(*overrides):
         return settings.label(cell(checkpoint, "recipe_frontier", *overrides), "recipe")

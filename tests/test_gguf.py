@@ -209,6 +209,7 @@ def test_a_conversion_that_was_killed_is_not_believed(files, monkeypatch, cache)
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_several_at_once_convert_once(files, capfd):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(models.gguf.converted, [files["F32"]] * 4))
@@ -276,6 +277,7 @@ def test_what_is_refused_leaves_nothing(case, tmp_path, llama, tokenizer, cache)
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_is_refused(files, tmp_path, cache):
     whole, path = files["Q4_1"].read_bytes(), tmp_path / "model.gguf"
     reader = gguf.GGUFReader(files["Q4_1"])

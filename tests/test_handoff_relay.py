@@ -137,6 +137,9 @@ def test_gsm8k_from_a_local_file(tmp_path):
         set(task.answers) == {problems[3].answer}
         and problems[3].answer == problems[3].question.split()[2] + "000"
     )
+    again = load_tasks(OmegaConf.merge(cfg, {"restate": True}), 10, 4, seed=0)[3]
+    assert again.messages[0] == task.messages[0]
+    assert all(problems[3].question in text for text in (*again.messages[1:], *again.prompts[1:]))
     with pytest.raises(PolyKVError, match="20 problems and n_problems=21"):
         gsm8k.load(path, 21, seed=0)
 

@@ -269,6 +269,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_key_makes_another_cell_and_its_path_does_not(tmp_path):
     for experiment in ("handoff_accuracy", "handoff_stages"):
         overrides = (f"experiment={experiment}", "device=cpu")

@@ -182,6 +182,7 @@ def test_random_weights_are_timed_and_their_quality_is_left_out_with_a_reason():
     assert all(row["value"] > 0 for row in found if row not in left_out)
 
 
+@pytest.mark.slow
 def test_quality_takes_the_positions_that_a_context_leaves():
     for context, n_scored in ((1024, 256), (4000, 96), (4096, 0)):
         _, cfg = checked_cell("experiment=handoff_ttft", f"context={context}", "n_documents=1")

@@ -217,6 +217,7 @@ def test_raw_and_shipped_wikitext2_are_two_documents(tmp_path):
     assert len(raw[0].document.revision) == 40
 
 
+@pytest.mark.slow
 def test_how_questions_are_asked_is_part_of_a_cells_identity():
     cell = ("experiment=polykv_quality", "model=smollm2-135m", "document=wikitext2")
     assert identity(*cell) == identity(*cell, "model.question_style=chat")

@@ -101,6 +101,7 @@ def test_encode_differs_from_torch_only_at_decision_boundaries(name, dim, dtype)
     assert len(y) <= 0.005 * off.numel()
 
 
+@pytest.mark.slow
 def test_encode_takes_any_layout_and_a_batch():
     x = values(2, 40, 3, 64).transpose(1, 2)
     for codec in CODECS.values():
@@ -163,6 +164,7 @@ def test_what_has_no_kernel_is_left_to_torch():
         assert triton_kernels.attend(x[0], segment, 0.1) is None
 
 
+@pytest.mark.slow
 # Every width once; the others in `make test-all`.
 @pytest.mark.parametrize(
     ("bits", "dim"), [(2, 64), (4, 128), (8, 64), *slow((2, 128), (4, 64), (8, 128))]
@@ -255,6 +257,7 @@ CARDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pair", "dim"), CARDS, ids=str)
 def test_attend_is_attention_over_a_cards_tokens(pair, dim):
     k, v, q = (
@@ -279,6 +282,7 @@ some_pairs = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @some_pairs
 def test_attend_looks_every_code_up_exactly(pair):
     # One token: the output is its value vector, whatever the score. Small norms do not vanish.
@@ -293,6 +297,7 @@ def test_attend_looks_every_code_up_exactly(pair):
             )
 
 
+@pytest.mark.slow
 @some_pairs
 def test_attend_takes_part_of_a_segment_and_keys_of_zeros(pair):
     k, v, q = (

@@ -188,6 +188,7 @@ def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatc
     assert report() == ("", 0)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_process_measures_is_left_to_it(launch, report, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*FEW[:2], "recipe=fp16", "context=100", "weights=random"])
@@ -201,6 +202,7 @@ def test_a_cell_that_another_process_measures_is_left_to_it(launch, report, tmp_
     assert statuses(launch(tmp_path, *FEW)) == ["done"]
 
 
+@pytest.mark.slow
 def test_without_slurm_the_slurm_launcher_says_so_in_one_line(launch, report, tmp_path):
     with pytest.raises(PolyKVError, match="device=auto.*device=cuda"):
         launch(tmp_path, *FEW, "launcher=submitit_slurm")
@@ -310,6 +312,7 @@ hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)  # many minutes without a look at
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_quits_native_code_at_once():
     assert "sha512" in hashlib.algorithms_available
     hung = subprocess.Popen([sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, cwd=REPO)

@@ -10,7 +10,7 @@ from conftest import TEXT, checked_cell, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import sampled, slow
-from test_codecs import CODECS, RECIPES, gaussian
+from test_codecs import CODECS, RECIPES, gaussian, of_each_class
 
 import polykv
 from polykv import kernels
@@ -122,7 +122,7 @@ def overflowing_spike(codec):
 
 CARD_CODECS = [MixedCodec().codec(tier) for tier in range(3)]
 ALL = CODECS | {repr(codec): codec for codec in CARD_CODECS}
-every_quantizer = pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
+every_quantizer = pytest.mark.parametrize("codec", of_each_class(ALL))
 
 
 @every_quantizer

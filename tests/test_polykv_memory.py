@@ -64,6 +64,7 @@ def test_the_study_counts_what_the_geometry_says(tmp_path):
     assert ("kv_memory", "resident") not in by
 
 
+@pytest.mark.slow
 def test_the_preset_of_ratios_counts_no_memory_and_a_swept_codec_gives_a_line_each(tmp_path):
     for bits in (3, 4, 2):
         rows = measured(
@@ -115,6 +116,7 @@ def test_gigabytes_of_other_models_only_have_no_decomposition(tmp_path):
     assert catalog.pieces("TEXTS")["polykv_memory_decomposition"](rows) is None
 
 
+@pytest.mark.slow
 def test_another_model_stands_under_its_own_heading_and_is_not_subtracted(rows):
     found = table("polykv_quality", rows)
     heading = "published on llama-3-8b-instruct; measured on reference (reference weights)"
@@ -166,6 +168,7 @@ def test_cells_that_differ_in_a_setting_are_lines_of_their_own(tmp_path):
         "polykv (max_new_tokens=1)", "polykv (max_new_tokens=2)"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contexts", "recipes"),
     [
@@ -190,6 +193,7 @@ def test_figures_have_no_empty_panel_and_no_label_cut_off(tmp_path, contexts, re
         assert_readable(found.canvas)
 
 
+@pytest.mark.slow
 def test_published_points_are_drawn_open_and_only_beside_their_own_model(tmp_path):
     cases = ((paper_memory(), 10), (quickstart((256,), (3,), **SMALL), 0))
     for cells, expected in cases:

@@ -72,6 +72,7 @@ def test_readers_do_not_change_the_pool(llama, tokenizer):
         assert torch.equal(pool.decode_layer(index)[1], values)
 
 
+@pytest.mark.slow
 def test_threads_read_what_one_reader_reads(llama, tokenizer):
     pool = SharedKVPool.from_text(llama, tokenizer, TEXT[:200], polykv.load_recipe("polykv"))
     expected = pool.ask(llama, tokenizer, QUERIES, max_new_tokens=6)

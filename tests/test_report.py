@@ -53,6 +53,7 @@ def page(text):
     return Page(text)
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched(page):
     for _, attrs in page.elements:
         for name in FETCHING & set(attrs):
@@ -66,6 +67,7 @@ def test_nothing_is_fetched(page):
         assert all(link.startswith("#") for link in links)
 
 
+@pytest.mark.slow
 def test_policy_allows_the_one_style_and_the_one_script_only(page):
     (policy,) = [
         a["content"] for _, a in page.elements if a.get("http-equiv", "").endswith("Policy")
@@ -78,6 +80,7 @@ def test_policy_allows_the_one_style_and_the_one_script_only(page):
     assert not {name for name in names if name == "style" or name.startswith("on")}
 
 
+@pytest.mark.slow
 def test_hostile_text_adds_no_markup(page, tmp_path):
     root = write(tmp_path, unsafe())
     (root / "cells" / "compare" / "<img src=x>.json").write_text(HOSTILE)
@@ -161,6 +164,7 @@ def test_claims_and_findings_of_every_module_are_collected(tmp_path, monkeypatch
     assert catalog.findings_page(other) is None
 
 
+@pytest.mark.slow
 def test_ids_are_unique_links_arrive_and_headings_nest(page):
     ids = page.all("id")
     assert len(ids) == len(set(ids))

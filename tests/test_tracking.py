@@ -76,6 +76,7 @@ def test_csv_holds_every_row_as_it_was_given(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_csv_takes_several_processes_at_once(tmp_path):
     cfg = config(tmp_path, "logger=csv")
 
@@ -272,6 +273,7 @@ def test_what_tells_a_metrics_values_apart_names_them_and_samples_are_averaged()
     assert found["kl/n_agents=3/reader=dequantize"] == pytest.approx(0.4)
 
 
+@pytest.mark.slow
 def test_figures_and_tables_are_uploaded_as_one_run(wandb_home):
     with pytest.raises(PolyKVError, match="python -m analysis"):
         upload(wandb_home)

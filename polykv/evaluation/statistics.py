@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 VERSION = 1  # of intervals and tests
 WIDE = 2.0  # ratio of a timing's quartiles above which it is not trusted
@@ -178,6 +178,31 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] |
         return None
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+POWER = 0.8  # chance to find the smallest detectable difference
+
+
+def detectable(n: int, n_apart: int, level: float = 0.05) -> float | None:
+    """The smallest difference between two rates that McNemar's exact test finds among n problems with POWER.
+
+    `n_apart` of the n problems were solved by one side only; where the difference is larger than their share, so is the
+    share. None where not even a difference of 1 is found.
+    """
+    apart = np.arange(n + 1)
+    # Problems that only one side solves, at most, for the test to be significant.
+    fewest = stats.binom.ppf(level / 2, apart, 0.5)
+    fewest -= stats.binom.cdf(fewest, apart, 0.5) > level / 2
+
+    def power(difference: float) -> float:
+        share = max((n_apart + 1) / (n + 2), difference)
+        loses = (share - difference) / 2 / share
+        found = stats.binom.cdf(fewest, apart, loses) + stats.binom.cdf(fewest, apart, 1 - loses)
+        return float((stats.binom.pmf(apart, n, share) * found).sum())
+
+    if power(1.0) < POWER:
+        return None
+    return float(optimize.brentq(lambda difference: power(difference) - POWER, 0, 1))
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:

@@ -18,7 +18,7 @@ from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
 from polykv.handoff.allocate import allocate
 from polykv.handoff.mixed import EXACT_TIER, TIERS, Mixed, MixedCodec
-from polykv.handoff.policy import Policy
+from polykv.handoff.policy import OWN, Policy
 from polykv.handoff.signals import SINKS, Sender
 
 LOW = 4  # bits, below which the sender is warned
@@ -33,6 +33,11 @@ def exact_dtype(policy: Policy, cache: Cache) -> str | None:
     """
     if policy.store == "text":
         raise PolyKVError(f"policy {policy.name!r} hands on text and makes no card; choose another")
+    if policy.carries != OWN:
+        raise PolyKVError(
+            f"policy {policy.name!r} is a control of relays (carries={policy.carries}), and no way to store a cache; "
+            "choose another"
+        )
     if policy.store == "model":
         return None
     own = DTYPE_NAMES[cache.layers[0].keys.dtype]

@@ -15,6 +15,10 @@ from polykv.handoff.signals import DEMAND, IMPORTANCE, Sender, combined
 # the receiver reads the text again.
 STORES = ("mixed", "float16", "model", "text")
 OFFERED = (3, 4, 8, 16)  # bits, by default: two bits ruin answers where tokens weigh the same
+# What a receiver gets. All but the sender's own cache are controls of relays: the cache of another problem's relay,
+# that of as many random tokens, or no card at all.
+OWN, OTHER_PROBLEM, RANDOM_TOKENS, NOTHING = "own", "other_problem", "random_tokens", "nothing"
+CARRIES = (OWN, OTHER_PROBLEM, RANDOM_TOKENS, NOTHING)
 FLOOR = 0.01  # of the mean score, added before taking the inverse
 
 
@@ -23,10 +27,10 @@ class Policy:
     """How tokens are scored, S(t) = alpha I(t) + (1 - alpha) T(t), and what their bits may be.
 
     `importance` and `demand` name the signals of I and T (polykv/handoff/signals.py). `tiers` are the bits on offer.
-    `inverse`, a control, favours the least important tokens.
+    `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES.
 
     Raises:
-        PolyKVError: an unknown store or signal, or an invalid alpha or tiers.
+        PolyKVError: an unknown store, signal or content, or an invalid alpha or tiers.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Policy:
     alpha: float = 1.0
     tiers: tuple[int, ...] = OFFERED
     inverse: bool = False
+    carries: str = OWN
 
     def __post_init__(self) -> None:
         def refuse(what: str, known: object) -> None:
@@ -43,6 +48,8 @@ class Policy:
 
         if self.store not in STORES:
             refuse(f"no store {self.store!r}", ", ".join(STORES))
+        if self.carries not in CARRIES:
+            refuse(f"nothing called carries={self.carries!r}", ", ".join(CARRIES))
         for given, known in ((self.importance, IMPORTANCE), (self.demand, DEMAND)):
             for name in given:
                 if name not in known:

@@ -49,6 +49,9 @@ class Handoff:
 
     `reseal`: "requantize" seals the whole cache at each hop; "append" quantizes each token once, at its first hop. With
     a `key` every card is signed and its signature verified.
+
+    `donors`, a control: for each handoff of the relay the tokens (tokens,) whose cache the receiver gets instead of the
+    sender's; for no tokens there is no card, and the receiver's cache is empty.
     """
 
     model: PreTrainedModel
@@ -59,6 +62,7 @@ class Handoff:
     seed: int = 0
     key: SigningKey | None = None
     backend: str = "auto"
+    donors: Sequence[Tensor] | None = None
     card: CacheCard | None = field(default=None, init=False)
     bits: list[tuple[float, float]] = field(default_factory=list, init=False)
 
@@ -66,8 +70,15 @@ class Handoff:
         if self.reseal not in RESEALS:
             raise PolyKVError(f"no reseal {self.reseal!r}; there are: {', '.join(RESEALS)}")
 
+    @torch.no_grad()
     def __call__(self, cache: Cache, ids_T: Tensor, topology: Topology) -> DynamicCache:
         """Hand on a cache with its token ids (tokens,); returns the receiver's cache."""
+        if self.donors is not None:
+            ids_T = self.donors[len(self.donors) - topology.hops_left]
+            cache = DynamicCache(config=self.model.config)
+            if not len(ids_T):
+                return cache
+            _read(self.model, cache, ids_T)
         if self.policy.store == "text":
             return _read(self.model, DynamicCache(config=self.model.config), ids_T)[0]
         options = (
@@ -117,7 +128,7 @@ def play(
     for number in range(1, n_turns):
         ways = zip(handoffs, caches, played, strict=True)
         caches = [
-            handoff(cache, _ids(turns), Topology(len(turns[0].prompt_T), n_turns - number))
+            handoff(cache, ids_of(turns), Topology(len(turns[0].prompt_T), n_turns - number))
             for handoff, cache, turns in ways
         ]
         asked = [
@@ -200,8 +211,8 @@ def force(
     for number, turn in enumerate(script):
         for _ in range(n_passes if number >= first else 0):
             topology = Topology(len(script[0].prompt_T), len(script) - number)
-            cache = handoff(cache, _ids(script[:number]), topology)
-        cache, logits_TV = _read(handoff.model, cache, _ids([turn]))
+            cache = handoff(cache, ids_of(script[:number]), topology)
+        cache, logits_TV = _read(handoff.model, cache, ids_of([turn]))
         found.append(logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1))
     return found
 
@@ -232,7 +243,7 @@ def _after(turns: Sequence[Turn], prompt_T: Tensor, end: int | None) -> Tensor:
     return prompt_T[int((prompt_T == end).nonzero()[0]) + 1 :]
 
 
-def _ids(turns: Sequence[Turn]) -> Tensor:
+def ids_of(turns: Sequence[Turn]) -> Tensor:
     """All tokens of these turns, (tokens,)."""
     return torch.cat([part for turn in turns for part in (turn.prompt_T, turn.answer_T)])
 

@@ -64,11 +64,16 @@ def grade_school(
 ) -> list[Task]:
     """GSM8K in turns: the first agent solves the problem, each later one checks and corrects what it was handed.
 
-    Every agent is asked for the number, so that a longer relay begins with the turns of a shorter one.
+    Every agent is asked for the number, so that a longer relay begins with the turns of a shorter one. With `restate`
+    later agents read the problem once more, before they are asked.
     """
 
     def said(style: Mapping[str, str], question: str) -> tuple[str, ...]:
-        return (style["first"].replace("{question}", question), *[style["next"]] * (n_turns - 1))
+        later = style["next"]
+        if settings["restate"]:
+            asked = later.lstrip()
+            later = f"{later.removesuffix(asked)}{question}\n\n{asked}"
+        return (style["first"].replace("{question}", question), *[later] * (n_turns - 1))
 
     return [
         Task(

@@ -52,6 +52,7 @@ def together(ways):
     return list(islice(cycle(alone), N_THREADS)), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round_", first(1, range(10)))
 def test_threads_that_read_pools_and_the_model(round_):
     model, tokenizer = polykv.load_model("reference")
@@ -71,6 +72,7 @@ def test_threads_that_read_pools_and_the_model(round_):
         assert all(map(torch.equal, pool.decode_layer(0), layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round_", first(1, range(10)))
 def test_threads_that_seal_cards(round_):
     model, tokenizer = polykv.load_model("reference")
