@@ -263,7 +263,7 @@ def test_another_model_or_tokenizer_is_refused(model, tokenizer, ids):
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(3, "format version 3 .* reads up to 2"), (1, "format version 1, .* seal it again")],
+    [(4, "format version 4 .* reads up to 3"), (2, "format version 2, .* seal it again")],
 )
 def test_another_version_is_refused(version, message, model, tokenizer, ids, monkeypatch):
     card, _ = sealed(model, tokenizer, ids[:64])
