@@ -11,7 +11,8 @@ in nats per scored token; the exact cache is that of the same program and weight
   cache read without flash attention: sums in another order.
 - ours, an fp32 cache, weights and activations in fp32: protocols `online` (chunks of --batch tokens, as llama.cpp's)
   and `paper`. The floor is an fp16 cache. llama.cpp rounds queries to 8 bits where keys are quantized: `q8_0 queries`
-  does so too, and `rotated` puts a signed Hadamard matrix before the codec of keys, values and queries.
+  does so too. `rotated` puts a signed Hadamard matrix before the codec of keys, values and queries; `interleaved` has
+  the channels of keys and queries in the order of a Llama model's GGUF file, where other ones share a scale.
 
 Documents that the CSV has are not run again.
 """
@@ -20,8 +21,9 @@ import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,23 @@ from polykv.evaluation.readings import Reading
 from polykv.recipe import Recipe, load_recipe
 from polykv.results import provenance
 
+
+@dataclass(frozen=True)
+class Interleaved(Rotated):
+    """Channels with the two of a RoPE pair side by side, as GGUF files of Llama models have them, then `codec`."""
+
+    def turned(self, x_BHTD: torch.Tensor) -> torch.Tensor:
+        return x_BHTD.float().unflatten(-1, (2, -1)).mT.flatten(-2)
+
+    def turned_back(self, y_BHTD: torch.Tensor) -> torch.Tensor:
+        return y_BHTD.float().unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+
+def same(codec: Codec) -> Codec:
+    return codec
+
+
+Wrap = Callable[[Codec], Codec]
 SIDE = Path(__file__).with_name("llama_cpp_side.py")
 CODECS: dict[str, Codec] = {"f16": Identity(dtype="float16"), "q8_0": Q8_0(), "q4_0": Q4_0()}
 CACHES = ("q8_0/q8_0", "q4_0/q4_0", "q8_0/q4_0")  # keys/values
@@ -57,12 +76,19 @@ EXACT = "f16/f16"
 SYSTEMS = {
     ("llama.cpp", "file"): "llama.cpp, file's weights",
     ("llama.cpp", "f32"): "llama.cpp, fp32 weights",
-    ("llama.cpp", "f32 unrotated"): "llama.cpp, fp32 weights, unrotated",
     ("ours", "online q8_0 queries rotated"): "ours, online, q8_0 queries, rotated",
+    ("llama.cpp", "f32 unrotated"): "llama.cpp, fp32 weights, unrotated",
+    ("ours", "online q8_0 queries interleaved"): "ours, online, q8_0 queries, interleaved",
     ("ours", "online q8_0 queries"): "ours, online, q8_0 queries",
     ("ours", "online"): "ours, online",
     ("ours", "paper"): "ours, paper",
 }
+# Variants of ours: what is put before the codec of keys and queries, and before that of values.
+VARIANTS: tuple[tuple[str, Wrap, Wrap], ...] = (
+    ("online q8_0 queries", same, same),
+    ("online q8_0 queries interleaved", Interleaved, same),
+    ("online q8_0 queries rotated", Rotated, Rotated),
+)
 APART = {"file": "the file's weights", "f32": "fp32 weights"}
 
 
@@ -140,11 +166,11 @@ def ours(reading: Reading, full_TV: torch.Tensor, chunk: int) -> Iterator[dict[s
         yield row("ours", "online", cache, full_TV, scored_TV, document)
         if cache == EXACT:
             continue
-        turned = Recipe(cache, *map(Rotated, sides))
-        for variant, used, queries in (("", recipe, Q8_0()), (" rotated", turned, Rotated(Q8_0()))):
-            with rounded_queries(model, queries):
+        for variant, of_keys, of_values in VARIANTS:
+            used = Recipe(cache, of_keys(sides[0]), of_values(sides[1]))
+            with rounded_queries(model, of_keys(Q8_0())):
                 scored_TV, _ = online.score(model, document, used, chunk)
-            yield row("ours", f"online q8_0 queries{variant}", cache, full_TV, scored_TV, document)
+            yield row("ours", variant, cache, full_TV, scored_TV, document)
 
 
 def rounded_queries(model: PreTrainedModel, codec: Codec) -> AbstractContextManager[None]:
