@@ -22,7 +22,7 @@ from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Topology
 from polykv.pool import prefill
 
-CARDS = [name for name in config.available("policy") if load_policy(name).store != "text"]
+CARDS = [name for name in config.available("policy") if load_policy(name).makes_card]
 BUDGETED = [name for name in CARDS if load_policy(name).has_budget]
 
 

@@ -16,7 +16,7 @@ from polykv.handoff.policy import load_policy
 from polykv.pool import prefill
 
 N_TOKENS, N_LAYERS, KV_HEADS, DIM = 180, 2, 3, 16
-CARDS = [name for name in config.available("policy") if load_policy(name).store != "text"]
+CARDS = [name for name in config.available("policy") if load_policy(name).makes_card]
 
 
 def gaussian(*shape, seed=0):

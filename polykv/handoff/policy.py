@@ -79,6 +79,11 @@ class Policy:
         return cls(**given)
 
     @property
+    def makes_card(self) -> bool:
+        """Whether it stores a cache, and is no control of relays."""
+        return self.store != "text" and self.carries == OWN
+
+    @property
     def has_budget(self) -> bool:
         return self.store == "mixed"
 

@@ -77,7 +77,7 @@ def measure(documents: list[list[int]], recipes: list[str], policies: list[str])
     card_BT = ids[0][:, :CARD_TOKENS]
     for name in policies:
         policy = load_policy(name)
-        if policy.store == "text":
+        if not policy.makes_card:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tiers below 4 bits
