@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -378,9 +378,9 @@ def json_edits(draw: st.DrawFn, value: Any) -> None:
 
 
 @st.composite
-def cards(draw: st.DrawFn) -> bytes:
-    """A committed card after one to three edits of its fields, its header or its payload."""
-    parts = take_apart(SEEDS[draw(st.sampled_from(sorted(SEEDS)))])
+def cards(draw: st.DrawFn, seeds: Mapping[str, bytes] = SEEDS) -> bytes:
+    """A card, by default a committed one, after one to three edits of its fields, its header or its payload."""
+    parts = take_apart(seeds[draw(st.sampled_from(sorted(seeds)))])
     for _ in range(draw(st.integers(1, 3))):
         edited = draw(st.sampled_from((parts.fields, parts.header, parts.payload)))
         if edited is not parts.payload:
