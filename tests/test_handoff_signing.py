@@ -124,16 +124,8 @@ def bound(model):
 
 def test_every_field_of_a_card_is_tried(bound):
     names = {field.name for field in fields(CardMetadata)} | {"mean_bits"}
-    assert (
-        set(BOUND)
-        == names
-        == set(forge.take_apart(bytes(bound)).fields)
-        - {
-            "digest",
-            "signature",
-            "version",
-        }
-    )
+    written = set(forge.take_apart(bytes(bound)).fields) - {"digest", "signature", "version"}
+    assert set(BOUND) == names == written | {"payload"}  # which is not written if it is "mixed"
 
 
 @pytest.mark.parametrize("name", BOUND)
