@@ -268,7 +268,7 @@ def test_edited_cards_are_refused_or_work(small):
     lines = []
 
     @settings(
-        max_examples=60, deadline=None, derandomize=True,
+        max_examples=25, deadline=None, derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )  # fmt: skip
     @given(forge.cards({"waterfill": content}))
@@ -276,4 +276,4 @@ def test_edited_cards_are_refused_or_work(small):
         lines.append(check_card(changed, model))
 
     check()
-    assert 2 < lines.count(None) < 60
+    assert 0 < lines.count(None) < 25

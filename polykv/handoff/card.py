@@ -72,7 +72,8 @@ class CacheCard:
                 except the first 4, the attention sinks, which stay exact. Policies that keep every token in one dtype
                 (`full`, `fp16`) ignore it. Stored bits, including metadata and sinks, are `mean_bits`.
             parent: the card that the sender received; only its digest and hop are recorded.
-            backend: (polykv/kernels) affects speed only: all backends write the same bits.
+            backend: (polykv/kernels) affects speed only: all backends write the same bits, but for the rounding of ties
+                under policies with store `codecs`.
             sender, receiver, session: labels in the metadata, which a receiver can require (`open`).
 
         Raises:
