@@ -18,11 +18,12 @@ from polykv.errors import PolyKVError
 from polykv.handoff import cardfile, packing
 from polykv.handoff.card import CacheCard
 from polykv.handoff.mixed import TIERS, MixedCodec
-from polykv.handoff.policy import Policy, load_policy
+from polykv.handoff.policy import OWN, Policy, load_policy
 from polykv.handoff.signals import Topology
 from polykv.pool import prefill
 
-CARDS = [name for name in config.available("policy") if load_policy(name).store != "text"]
+POLICIES = map(load_policy, config.available("policy"))
+CARDS = [policy.name for policy in POLICIES if policy.store != "text" and policy.carries == OWN]
 BUDGETED = [name for name in CARDS if load_policy(name).store == "mixed"]
 
 

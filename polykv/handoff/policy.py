@@ -31,8 +31,8 @@ class Policy:
     """How tokens are scored, S(t) = alpha I(t) + (1 - alpha) T(t), and what their bits may be.
 
     `importance` and `demand` name the signals of I and T (polykv/handoff/signals.py). `tiers` are the bits on offer.
-    `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES. Store `codecs` scores nothing:
-    all tokens are under `codecs`, which have to be CODECS, the only ones that cards know.
+    `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES. Under store `codecs` no token
+    is scored, and `codecs` have to be CODECS, the only ones that cards know.
 
     Raises:
         PolyKVError: an unknown store, signal or content, or an invalid alpha or tiers.

@@ -7,7 +7,7 @@ from their model (polykv/ropes.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import check_tensor
+from polykv.handoff.packing import exact_dtype
 from polykv.handoff.payload import SIDES, Payload
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import SINKS, WINDOW, Sender
@@ -81,12 +82,12 @@ class WaterfillPayload(Payload):
         position_offset: int = 0,
     ) -> WaterfillPayload:
         """Quantize a whole cache. Queries are those of the prefill, or of the last WINDOW tokens, read once more."""
+        exact_dtype(policy, sender.cache)  # refuses controls of relays, as for other cards
         recipe, n_tokens = recipe_of(budget_bits), sender.n_tokens
         turns = _ropes(sender.model, position_offset, 0, n_tokens)
-        known: Sequence[LayerContext] = getattr(sender.cache, "contexts", ())
-        if not known:
-            start = max(0, n_tokens - WINDOW)
-            known = reread(sender.model, sender.cache, sender.ids_T, start)
+        known: Sequence[LayerContext] = getattr(sender.cache, "contexts", ()) or reread(
+            sender.model, sender.cache, sender.ids_T, max(0, n_tokens - WINDOW)
+        )
         layers = []
         for index, layer in enumerate(sender.cache.layers):
             context = LayerContext(turns[index], known[index].query_rms)
@@ -96,7 +97,7 @@ class WaterfillPayload(Payload):
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
         sinks, *coded = (
-            (_stack(s.key for s in run), _stack(s.value for s in run))
+            (_stack([s.key for s in run]), _stack([s.value for s in run]))
             for run in zip(*layers, strict=True)
         )
         kept = _ropes(sender.model, position_offset, min(SINKS, n_tokens), n_tokens)
@@ -166,17 +167,17 @@ class WaterfillPayload(Payload):
         start = self.sinks[0].shape[2] + self.coded[0].shape[2]
         if start == sender.n_tokens:
             return self
-        new = _ropes(sender.model, self.position_offset, start, sender.n_tokens)
+        turns = _ropes(sender.model, self.position_offset, SINKS, sender.n_tokens)
         keys, values = [], []
-        for index, layer in enumerate(sender.cache.layers):
-            (*_, known), context = self._segments(index), LayerContext(new[index])
+        for index, (layer, turn) in enumerate(zip(sender.cache.layers, turns, strict=True)):
+            *_, known = self._segments(index)
+            context = LayerContext(turn and turn.narrow(start - SINKS, turn.n_tokens))
             k_BHTD, v_BHTD = layer.keys[:, :, start:], layer.values[:, :, start:]
             try:
                 keys.append(known.key_codec.extend(known.key, k_BHTD, context))
                 values.append(known.value_codec.extend(known.value, v_BHTD))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
-        turns = _ropes(sender.model, self.position_offset, SINKS, sender.n_tokens)
         return replace(self, coded=(_stack(keys), _stack(values)), ropes=turns)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -209,10 +210,8 @@ def _ropes(
     model: PreTrainedModel, position_offset: int, start: int, stop: int
 ) -> tuple[Rope | None, ...]:
     """By layer, the rotation of the card's tokens [start, stop)."""
-    found = ropes(model, position_offset + stop)
-    return tuple(
-        turn and turn.narrow(position_offset + start, position_offset + stop) for turn in found
-    )
+    start, stop = position_offset + start, position_offset + stop
+    return tuple(turn and turn.narrow(start, stop) for turn in ropes(model, stop))
 
 
 def _layer(packed: Packed, index: int, context: LayerContext = NOTHING) -> Packed:
@@ -221,9 +220,8 @@ def _layer(packed: Packed, index: int, context: LayerContext = NOTHING) -> Packe
     return replace(packed, tensors=tensors, shape=(1, *packed.shape[1:]), context=context)
 
 
-def _stack(layers: Iterable[Packed]) -> Packed:
+def _stack(layers: Sequence[Packed]) -> Packed:
     """Tensors of all layers, stacked along the first dimension."""
-    layers = list(layers)
     tensors = {name: torch.cat([one.tensors[name] for one in layers]) for name in layers[0].tensors}
     shape = (len(layers), *layers[0].shape[1:])
     return replace(layers[0], tensors=tensors, shape=shape, context=NOTHING)
@@ -242,11 +240,10 @@ def _check_plan(codec: Codec, keys: Packed) -> None:
     widths = bitpack.unpack(keys.tensors["widths"], 4, n_blocks).long()
     if (order.sort(-1).values != torch.arange(dim, device=order.device)).any():
         raise PolyKVError("tensor key.order does not hold every channel once")
-    total = codec.code_bytes(heads, dim) * 8 // BLOCK
     low, high = (int(end) for end in widths.aminmax())
     if low < 1 or high > codec.widest:
         raise PolyKVError("tensor key.widths holds widths that no encoder writes")
-    if (widths.sum((1, 2, 3)) != total).any():
+    if (BLOCK // 8 * widths.sum((1, 2, 3)) != codec.code_bytes(heads, dim)).any():
         raise PolyKVError("tensor key.widths does not fill the codes")
     if not (scale > 0).all():
         raise PolyKVError("tensor key.scale holds a zero")
