@@ -74,6 +74,7 @@ POLICIES = {
     "reprefill": BLACK,
     "fp16": GREY,
     "uniform": ORANGE,
+    "waterfill": WINE,
     "local": GREEN,
     "topology": VERMILION,
     "dont_waste_bits": OLIVE,

@@ -1,5 +1,7 @@
 """Prefill: a document's full KV cache, and what codecs may know of each layer (polykv/codecs/context.py).
 
+`reread` finds out the same for a cache that was made otherwise.
+
 Both come from the model while it runs. RoPE: the cosines and sines that the model passes to its attention layers; which
 channels they pair (halves, neighbours, part of the head) shows when the module's `apply_rotary_pos_emb` is applied to
 unit vectors. Queries: the input of scaled_dot_product_attention, after biases, norms and RoPE, which does not change
@@ -19,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.codecs.context import LayerContext, Rope
 from polykv.errors import PolyKVError
-from polykv.supported import check_length, check_model
+from polykv.supported import check_length, check_model, check_rope
 
 APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), the name in all models of transformers
 
@@ -31,7 +33,7 @@ APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), the name in all models of tr
 class PrefilledCache(DynamicCache):
     """The DynamicCache that `prefill` returns, with what it found out about the layers."""
 
-    watch: "_Watch | None" = None  # while the model runs
+    watch: "Watch | None" = None  # while the model runs
     found: tuple[LayerContext, ...] = ()
     n_prefilled = 0
 
@@ -60,14 +62,38 @@ def prefill(model: PreTrainedModel, ids_BT: Tensor) -> PrefilledCache:
         raise PolyKVError("the document is empty; give at least one token of text")
     check_length(model.config, ids_BT.shape[1], "the document")
     cache = PrefilledCache(config=model.config)
-    with _Watch() as cache.watch, cache.watch.hooked(model):
-        model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
-    cache.found, cache.n_prefilled = cache.watch.contexts(), ids_BT.shape[1]
-    cache.watch = None
+    cache.found, cache.n_prefilled = watched(model, ids_BT, cache).contexts(), ids_BT.shape[1]
     return cache
 
 
-class _Watch(TorchFunctionMode):
+@torch.no_grad()
+def reread(
+    model: PreTrainedModel, cache: Cache, ids_T: Tensor, start: int
+) -> tuple[LayerContext, ...]:
+    """What codecs may know of tokens [start, T), read once more after the cached tokens before; `cache` stays as it is.
+
+    Raises:
+        PolyKVError: the rotary frequencies change along the tokens.
+    """
+    check_rope(model.config, start or len(ids_T), len(ids_T), "reading the tokens again")
+    past = PrefilledCache(config=model.config)
+    if start:
+        past = PrefilledCache(
+            [(layer.keys[:, :, :start], layer.values[:, :, :start]) for layer in cache.layers]
+        )
+    return watched(model, ids_T[None, start:].long(), past).contexts()
+
+
+def watched(model: PreTrainedModel, ids_BT: Tensor, cache: PrefilledCache) -> "Watch":
+    """What a forward pass showed of the layers; the cache grows by its tokens."""
+    with Watch() as watch, watch.hooked(model):
+        cache.watch = watch
+        model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
+    cache.watch = None
+    return watch
+
+
+class Watch(TorchFunctionMode):
     """Records angles and queries of each layer in this thread's forward pass."""
 
     def __init__(self) -> None:
@@ -78,6 +104,8 @@ class _Watch(TorchFunctionMode):
         )
         self._used = False  # whether that module used them: SmolLM3 passes them to layers without RoPE as well
         self._ropes: dict[tuple[type, int], tuple[Any, Rope | None]] = {}
+        # By layer: the module that got angles, the angles if it used them, head_dim.
+        self.angles: dict[int, tuple[type | None, Any, int]] = {}
         self._found: dict[int, LayerContext] = {}
         self._waits: tuple[int, int] | None = (
             None  # the layer whose queries come next, and its kv heads
@@ -101,6 +129,8 @@ class _Watch(TorchFunctionMode):
 
     def keys_of(self, layer: int, k_BHTD: Tensor) -> None:
         """Called when a layer writes to the cache: after it got its angles, before attention gets its queries."""
+        owner, given = self._given if self._given and self._used else (None, None)
+        self.angles[layer] = (owner, given, k_BHTD.shape[-1])
         self._found[layer] = LayerContext(self._rope(k_BHTD.shape[-1]) if self._used else None)
         self._waits = (layer, k_BHTD.shape[1])
 
@@ -128,11 +158,11 @@ class _Watch(TorchFunctionMode):
         owner, given = self._given
         key = (owner, id(given))
         if key not in self._ropes:  # a reference to the angles keeps their id from being reused
-            self._ropes[key] = (given, _rope_of(owner, given, head_dim))
+            self._ropes[key] = (given, rope_of(owner, given, head_dim))
         return self._ropes[key][1]
 
 
-def _rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
+def rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
     """The rotation that a module's own function applies with these angles; None if it is not of the known form."""
     apply = getattr(sys.modules[owner.__module__], APPLY, None)
     if apply is None or not isinstance(given, tuple) or len(given) != 2:

@@ -71,8 +71,8 @@ class Recipe:
             given: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             return cls(
                 name=given["name"],
-                key=_codec(given.get("key")),
-                value=_codec(given.get("value")),
+                key=codec_of(given.get("key")),
+                value=codec_of(given.get("value")),
                 exempt=Exempt(**given.get("exempt", {})),
                 layer_bits=tuple(tuple(bits) for bits in given.get("layer_bits") or ()),
             )
@@ -161,7 +161,7 @@ class Recipe:
         return [run for run in runs if run[0] < run[1]]
 
 
-def _codec(given: Any) -> Codec:
+def codec_of(given: Any) -> Codec:
     """The codec of a mapping: the class named by `_target_`, with the other keys as options.
 
     A nested mapping is an inner codec (Rotated has one).
@@ -176,7 +176,7 @@ def _codec(given: Any) -> Codec:
             f"_target_: {given['_target_']} is not a codec (polykv.codecs.base.Codec)"
         )
     options = {name: option for name, option in given.items() if name != "_target_"}
-    return found(**{k: _codec(v) if isinstance(v, dict) else v for k, v in options.items()})
+    return found(**{k: codec_of(v) if isinstance(v, dict) else v for k, v in options.items()})
 
 
 def with_bits(codec: Any, bits: int) -> Codec:

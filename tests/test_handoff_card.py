@@ -18,12 +18,13 @@ from polykv.errors import PolyKVError
 from polykv.handoff import cardfile, packing
 from polykv.handoff.card import CacheCard
 from polykv.handoff.mixed import TIERS, MixedCodec
-from polykv.handoff.policy import Policy, load_policy
+from polykv.handoff.policy import OWN, Policy, load_policy
 from polykv.handoff.signals import Topology
 from polykv.pool import prefill
 
-CARDS = [name for name in config.available("policy") if load_policy(name).makes_card]
-BUDGETED = [name for name in CARDS if load_policy(name).has_budget]
+POLICIES = map(load_policy, config.available("policy"))
+CARDS = [policy.name for policy in POLICIES if policy.store != "text" and policy.carries == OWN]
+BUDGETED = [name for name in CARDS if load_policy(name).store == "mixed"]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,9 @@ def sealed(model, tokenizer, ids, policy="uniform", budget_bits=4.0, **options):
 
 
 def same_tensors(one, other):
-    pairs = [(one.ids_T, other.ids_T)]
-    for side in ("key", "value"):
-        a, b = getattr(one, side).tensors(), getattr(other, side).tensors()
-        assert set(a) == set(b)
-        pairs += [(a[name], b[name]) for name in a]
+    a, b = one.payload.tensors(), other.payload.tensors()
+    assert set(a) == set(b)
+    pairs = [(one.ids_T, other.ids_T), *((a[name], b[name]) for name in a)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
@@ -106,10 +105,10 @@ def test_nominal_bits_never_exceed_the_budget_and_stored_ones_are_counted_to_the
 ):
     card, _ = sealed(model, tokenizer, ids[:256], policy, budget)
     assert 0.99 * budget < card.nominal_bits <= budget
-    assert (card.key.tiers_T[:4] == 4).all() and (card.value.tiers_T[:4] == 4).all()
+    assert (card.payload.key.tiers_T[:4] == 4).all() and (card.payload.value.tiers_T[:4] == 4).all()
     n_vectors = 8  # 4 layers of 2 heads
     stored = 4 * 256  # ids
-    for side in (card.key, card.value):
+    for side in (card.payload.key, card.payload.value):
         # A vector of 64 has one fp16 scale, and the map 3 bits a token.
         vector = {0: 16 + 2, 1: 24 + 2, 2: 32 + 2, 3: 64 + 2, 4: 128}
         stored += n_vectors * sum(vector[tier] for tier in side.tiers_T.tolist()) + 256 * 3 // 8
@@ -122,10 +121,10 @@ def test_nominal_bits_never_exceed_the_budget_and_stored_ones_are_counted_to_the
 @pytest.mark.parametrize("budget", (3, 4, 8, 16))
 def test_uniform_gives_every_token_what_was_asked_for(budget, model, tokenizer, ids):
     card, _ = sealed(model, tokenizer, ids[:256], "uniform", budget)
-    for side in (card.key, card.value):
+    for side in (card.payload.key, card.payload.value):
         assert set(side.tiers_T[4:].tolist()) == {TIERS.index(budget)}
     between, _ = sealed(model, tokenizer, ids[:256], "uniform", 5.0)
-    assert set(between.key.tiers_T[4:].tolist()) == {2, 3}
+    assert set(between.payload.key.tiers_T[4:].tolist()) == {2, 3}
 
 
 def test_short_cards_keep_the_budget_too(model, tokenizer, ids):
@@ -133,7 +132,7 @@ def test_short_cards_keep_the_budget_too(model, tokenizer, ids):
         card, _ = sealed(model, tokenizer, ids[:n_tokens], "uniform", 4.0)
         assert card.nominal_bits == (4.0 if n_tokens > 4 else 16.0)
         again = CacheCard.from_bytes(card.to_bytes(), model, tokenizer)
-        assert same_tensors(card, again) and (again.key.channels is None) == (n_tokens <= 4)
+        assert same_tensors(card, again) and (again.payload.key.channels is None) == (n_tokens <= 4)
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_least(model, tokenizer, ids):
@@ -195,7 +194,7 @@ def test_append_keeps_the_parents_bits(model, tokenizer, ids):
         model(input_ids=ids[None, card.n_tokens : end], past_key_values=cache)
         child = card.append(cache, ids[:end], model, tokenizer, "topology", 4.0)
         for side in ("key", "value"):
-            old, new = getattr(card, side), getattr(child, side)
+            old, new = getattr(card.payload, side), getattr(child.payload, side)
             assert torch.equal(new.tiers_T[: card.n_tokens], old.tiers_T)
             for tier, part in old.parts.items():
                 for name, tensor in part.tensors.items():
@@ -204,7 +203,7 @@ def test_append_keeps_the_parents_bits(model, tokenizer, ids):
         for a, b in zip(child.decode(), card.decode(), strict=True):
             assert all(torch.equal(x[:, :, : card.n_tokens], y) for x, y in zip(a, b, strict=True))
         assert child.nominal_bits <= 4.0 and child.metadata.parent == card.digest
-        assert all(map(torch.equal, child.key.channels, card.key.channels))
+        assert all(map(torch.equal, child.payload.key.channels, card.payload.key.channels))
         assert child.metadata.hop == card.metadata.hop + 1
         card = CacheCard.from_bytes(child.to_bytes(), model, tokenizer)
 
@@ -303,7 +302,7 @@ def test_seal_refuses_what_does_not_belong_together(model, tokenizer, ids):
 def test_inverse_gives_bits_to_the_other_tokens(model, tokenizer, ids):
     tiers = {
         name: sealed(model, tokenizer, ids[:256], name, 6.0)[0]
-        .key.tiers_T[4:]
+        .payload.key.tiers_T[4:]
         .numpy()
         .astype(float)
         for name in ("local", "inverse")
@@ -313,7 +312,7 @@ def test_inverse_gives_bits_to_the_other_tokens(model, tokenizer, ids):
 
 def test_sinks_and_recent_tokens_are_served_first(model, tokenizer, ids):
     card, _ = sealed(model, tokenizer, ids, "sinks_recent", 3.5)
-    tiers = card.key.tiers_T.numpy()
+    tiers = card.payload.key.tiers_T.numpy()
     inside = np.r_[tiers[:4], tiers[-64:]]
     assert inside.min() >= 2 > tiers[4:-64].mean()
 

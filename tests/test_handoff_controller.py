@@ -125,7 +125,10 @@ def test_the_budget_holds_and_two_bits_are_on_offer(name, budget, llama, tokeniz
         sender.cache, sender.ids_T, llama, tokenizer, name, budget, topology=RELAY, backend="torch"
     )
     assert budget - 16 / 170 < card.nominal_bits <= budget
-    used = {TIERS[tier] for tier in torch.cat([card.key.tiers_T, card.value.tiers_T]).tolist()}
+    used = {
+        TIERS[tier]
+        for tier in torch.cat([card.payload.key.tiers_T, card.payload.value.tiers_T]).tolist()
+    }
     assert used <= {2, 4, 8, 16} and (2 in used or budget > 4)
     again = CacheCard.from_bytes(card.to_bytes(), llama, tokenizer, backend="torch")
     for one, other in zip(card.decode(), again.decode(), strict=True):

@@ -12,11 +12,12 @@ from polykv.errors import PolyKVError
 from polykv.handoff.card import CacheCard
 from polykv.handoff.in_place import segments_by_layer
 from polykv.handoff.mixed import MixedCodec
-from polykv.handoff.policy import load_policy
+from polykv.handoff.policy import OWN, load_policy
 from polykv.pool import prefill
 
 N_TOKENS, N_LAYERS, KV_HEADS, DIM = 180, 2, 3, 16
-CARDS = [name for name in config.available("policy") if load_policy(name).makes_card]
+POLICIES = map(load_policy, config.available("policy"))
+CARDS = [policy.name for policy in POLICIES if policy.store != "text" and policy.carries == OWN]
 
 
 def gaussian(*shape, seed=0):

@@ -15,15 +15,16 @@ from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff import fingerprint
 from polykv.handoff.cardfile import CardError
-from polykv.handoff.mixed import MixedCodec
 from polykv.handoff.packing import DTYPE_NAMES
+from polykv.handoff.payload import Payload
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
 
 MOST = 1 << 31  # bound of all counts; limits of the model are checked in verify.py
 LABEL = 128  # characters of a label at most
 LABELS = ("policy", "sender", "receiver", "session")
-OPTIONAL = ("receiver", "session")  # not in the file if empty
+OPTIONAL = {"receiver": "", "session": "", "payload": "mixed"}  # left out of the file if so
+PAYLOADS = ("mixed", "waterfill")  # Payload.kind (polykv/handoff/payload.py)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -32,8 +33,8 @@ class CardMetadata:
     """The metadata of a card: model, tokenizer, geometry, policy and origin.
 
     `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `policy`,
-    `sender`, `receiver` and `session` are labels: printable, and safe as file names. Only a signature proves that the
-    metadata are genuine (`polykv.handoff.signing`).
+    `sender`, `receiver` and `session` are labels: printable, and safe as file names. `payload` says how the tensors are
+    read. Only a signature proves that the metadata are genuine (`polykv.handoff.signing`).
 
     Raises:
         PolyKVError: an invalid label, number or digest.
@@ -56,6 +57,7 @@ class CardMetadata:
     parent: str | None
     receiver: str = ""
     session: str = ""
+    payload: str = "mixed"
 
     _TYPES = {"int": (int,), "str": (str,), "str | None": (str, NoneType)} | {
         "float | None": (float, NoneType)
@@ -64,6 +66,10 @@ class CardMetadata:
     def __post_init__(self) -> None:
         sizes = (self.n_layers, self.n_kv_heads, self.head_dim, self.group_size, self.n_tokens)
         known = self.dtype in DTYPES and (self.exact is None or self.exact in DTYPES)
+        if self.payload not in PAYLOADS:
+            raise PolyKVError(
+                f"the card's payload is not one of {', '.join(PAYLOADS)}; update polykv"
+            )
         if not all(1 <= n < MOST for n in (*sizes, self.hop)) or not known:
             raise PolyKVError("the card's geometry, hop or dtype is invalid; seal it again")
         if not 0 <= self.position_offset < MOST:
@@ -89,7 +95,8 @@ class CardMetadata:
             CardError: a field is missing, unknown, or of the wrong type or range.
         """
         types = {field.name: str(field.type) for field in fields(cls)}
-        if set(given) | set(OPTIONAL) != set(types) or not all(given.get(n, 1) for n in OPTIONAL):
+        named = all(given[name] != value for name, value in OPTIONAL.items() if name in given)
+        if set(given) | set(OPTIONAL) != set(types) or not named:
             raise CardError("the card's fields do not match its version; seal it again")
         for name, value in given.items():
             if type(value) not in cls._TYPES[types[name]]:
@@ -107,7 +114,7 @@ class CardMetadata:
         sending: Sender,
         tokenizer: Any,
         policy: Policy,
-        codec: MixedCodec,
+        payload: Payload,
         budget_bits: float,
         position_offset: int,
         **labels: str,
@@ -122,20 +129,21 @@ class CardMetadata:
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
             dtype=DTYPE_NAMES[sending.cache.layers[0].keys.dtype],
-            exact=codec.exact,
-            group_size=codec.group_size,
+            exact=payload.exact,
+            group_size=payload.group_size,
             n_tokens=sending.n_tokens,
             policy=policy.name,
             budget_bits=float(budget_bits) if policy.has_budget else None,
             position_offset=position_offset,
             hop=1,
             parent=None,
+            payload=payload.kind,
             **labels,
         )
 
     def to_fields(self) -> dict[str, Any]:
         """The fields of a card's file."""
-        return {k: v for k, v in asdict(self).items() if v or k not in OPTIONAL}
+        return {k: v for k, v in asdict(self).items() if k not in OPTIONAL or v != OPTIONAL[k]}
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Compare metadata with what a receiver expects, by name of the field.

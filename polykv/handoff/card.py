@@ -7,7 +7,7 @@ with the same two needs to continue: packed tensors, the map of tiers, and the t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,15 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
-from polykv.geometry import Geometry
 from polykv.handoff import cardfile, fingerprint, stores, verify
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import CardError, Stamp
-from polykv.handoff.in_place import segments_by_layer
-from polykv.handoff.mixed import Mixed, MixedCodec
-from polykv.handoff.packing import exact_dtype, nominal_bits, pack
+from polykv.handoff.mixed import MixedCodec
+from polykv.handoff.payload import MixedPayload, Payload
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
-from polykv.supported import check_cache, check_length
+from polykv.handoff.waterfilled import WaterfillPayload
 
 ALONE = Topology()
 
@@ -43,8 +41,7 @@ class CacheCard:
 
     metadata: CardMetadata
     ids_T: Tensor  # (tokens,) int32, on the CPU
-    key: Mixed
-    value: Mixed
+    payload: Payload
     backend: str  # for decoding, and for attention in place
     _stamp: Stamp | None = None  # of the file it was read from
 
@@ -75,7 +72,8 @@ class CacheCard:
                 except the first 4, the attention sinks, which stay exact. Policies that keep every token in one dtype
                 (`full`, `fp16`) ignore it. Stored bits, including metadata and sinks, are `mean_bits`.
             parent: the card that the sender received; only its digest and hop are recorded.
-            backend: (polykv/kernels) affects speed only: all backends write the same bits.
+            backend: (polykv/kernels) affects speed only: all backends write the same bits, but for the rounding of ties
+                under policies with store `codecs`.
             sender, receiver, session: labels in the metadata, which a receiver can require (`open`).
 
         Raises:
@@ -83,16 +81,20 @@ class CacheCard:
                 backend that is not available.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
-        ids_T = _checked(cache, token_ids, model, position_offset)
+        ids_T = verify.checked_ids(cache, token_ids, model, position_offset)
         backend = kernels.pick_backend(backend, model.device)
-        codec = MixedCodec(exact_dtype(policy, cache), backend=backend)
         sending = Sender(model, cache, ids_T, topology, seed)
-        key, value = pack(sending, policy, codec, budget_bits)
+        options = (sending, policy, budget_bits, backend)
+        payload: Payload = (
+            WaterfillPayload.seal(*options, position_offset)
+            if policy.store == "codecs"
+            else MixedPayload.seal(*options)
+        )
         labels = {"sender": sender, "receiver": receiver, "session": session}
         metadata = CardMetadata.of(
-            sending, tokenizer, policy, codec, budget_bits, position_offset, **labels
+            sending, tokenizer, policy, payload, budget_bits, position_offset, **labels
         )
-        return cls(_after(parent, metadata), ids_T, key, value, backend)
+        return cls(_after(parent, metadata), ids_T, payload, backend)
 
     def append(
         self,
@@ -115,30 +117,16 @@ class CacheCard:
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
         old = self.metadata
-        ids_T = _checked(cache, token_ids, model, old.position_offset)
+        ids_T = verify.checked_ids(cache, token_ids, model, old.position_offset)
         if len(ids_T) < old.n_tokens or not torch.equal(ids_T[: old.n_tokens], self.ids_T):
             raise PolyKVError("the cache does not continue this card's tokens; use CacheCard.seal")
-        if exact_dtype(policy, cache) != old.exact:
-            raise PolyKVError(
-                f"policy {policy.name!r} keeps exact tokens in another dtype than the card's "
-                f"{old.policy!r}; append under the same policy, or use CacheCard.seal"
-            )
-        if policy.has_budget and self.nominal_bits > budget_bits:
-            raise PolyKVError(
-                f"the card to append to takes {self.nominal_bits:.3f} bits and budget_bits={budget_bits}; "
-                "raise it, or use CacheCard.seal"
-            )
-        codec = self._codec
         sending = Sender(model, cache, ids_T, topology, seed)
-        key, value = self.key, self.value
-        if len(ids_T) > old.n_tokens:
-            new_key, new_value = pack(sending, policy, codec, budget_bits, (key, value))
-            key, value = codec.extend(key, new_key), codec.extend(value, new_value)
+        payload = self.payload.append(sending, policy, budget_bits)
         labels = {"sender": sender, "receiver": receiver, "session": session}
         metadata = CardMetadata.of(
-            sending, tokenizer, policy, codec, budget_bits, old.position_offset, **labels
+            sending, tokenizer, policy, payload, budget_bits, old.position_offset, **labels
         )
-        return CacheCard(_after(self, metadata), ids_T, key, value, self.backend)
+        return CacheCard(_after(self, metadata), ids_T, payload, self.backend)
 
     @classmethod
     def open(
@@ -193,37 +181,22 @@ class CacheCard:
         if metadata.tokenizer != fingerprint.of_tokenizer(tokenizer):
             raise CardError("the card is from another tokenizer; load the one that sealed it")
         metadata.check(expected)
-        codec, dtype = (
-            MixedCodec(metadata.exact, metadata.group_size, backend),
-            DTYPES[metadata.dtype],
-        )
         ids_T = tensors.pop("token_ids", None)
-        sides: dict[str, dict[str, Tensor]] = {"key": {}, "value": {}}
         try:
             verify.check_metadata(metadata, model)
             verify.check_ids(ids_T, metadata.n_tokens, model)
             verify.check_finite(tensors)
-            for name, tensor in tensors.items():
-                side, _, rest = name.partition(".")
-                if side not in sides:
-                    raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
-                sides[side][rest] = tensor.to(model.device)
-            shape = metadata.shape
-            keys, values = (
-                codec.rebuild(part, shape, dtype, side == "key") for side, part in sides.items()
-            )
+            payload = _payload_of(metadata, tensors, model, backend)
         except PolyKVError as error:
             raise CardError(f"the card is inconsistent: {error}; seal it again") from error
-        card = cls(metadata, ids_T, keys, values, backend, stamp)
+        card = cls(metadata, ids_T, payload, backend, stamp)
         if mean_bits != card.mean_bits:
             raise CardError("the card's mean bits do not match its tensors; seal it again")
         return card
 
     def to_bytes(self, key: SigningKey | None = None) -> bytearray:
         """The card as a file, signed with `key`; without a key it keeps the signature it was read with, if any."""
-        tensors = {"token_ids": self.ids_T}
-        for side, mixed in (("key", self.key), ("value", self.value)):
-            tensors |= {f"{side}.{name}": tensor for name, tensor in mixed.tensors().items()}
+        tensors = {"token_ids": self.ids_T, **self.payload.tensors()}
         fields = {**self.metadata.to_fields(), "mean_bits": self.mean_bits}
         signature = self._stamp.signature if self._stamp else None
         return cardfile.dumps(fields, tensors, key, signature)
@@ -238,11 +211,7 @@ class CacheCard:
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
-        sides = [
-            self._codec.decode(side).split(self.metadata.n_kv_heads, 1)
-            for side in (self.key, self.value)
-        ]
-        return list(zip(*sides, strict=True))
+        return self.payload.decode()
 
     def dequantize(self) -> DynamicCache:
         """A full-precision transformers cache, ready to be continued."""
@@ -256,12 +225,7 @@ class CacheCard:
         Raises:
             PolyKVError: n_agents < 1.
         """
-        layers = segments_by_layer(self.key, self.value, self._codec, self.metadata.n_kv_heads)
-        return CascadeCache(layers, n_agents, self.backend)
-
-    @property
-    def _codec(self) -> MixedCodec:
-        return MixedCodec(self.metadata.exact, self.metadata.group_size, self.backend)
+        return CascadeCache(self.payload.segments(), n_agents, self.backend)
 
     @property
     def n_tokens(self) -> int:
@@ -271,12 +235,12 @@ class CacheCard:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors: codes, scales, channels, maps, token ids; without the file's JSON header."""
-        return self.ids_T.nbytes + self.key.nbytes + self.value.nbytes
+        return self.ids_T.nbytes + self.payload.nbytes
 
     @property
     def nominal_bits(self) -> float:
         """Mean payload bits per cached value of the tokens after the sinks, which `budget_bits` bounds."""
-        return nominal_bits(self.key, self.value)
+        return self.payload.nominal_bits
 
     @property
     def mean_bits(self) -> float:
@@ -307,20 +271,22 @@ def _after(parent: CacheCard | None, metadata: CardMetadata) -> CardMetadata:
     )
 
 
-def _checked(
-    cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedModel, position_offset: int
-) -> Tensor:
-    """Token ids (tokens,) as int32 on the CPU, checked against cache and model."""
-    check_cache(cache)
-    ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
-    keys, g = cache.layers[0].keys, Geometry.of(model.config)
-    n_kv_heads, head_dim = g.shape
-    if (len(cache.layers), *keys.shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
-        raise PolyKVError(
-            f"a cache of {len(cache.layers)} layers of {tuple(keys.shape)} does not fit "
-            f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
-            f"{n_kv_heads} kv heads, head_dim {head_dim}; give one sequence and all its ids"
-        )
-    verify.check_ids(ids_T, len(ids_T), model)
-    check_length(model.config, position_offset + len(ids_T), "the card")
-    return ids_T
+def _payload_of(
+    metadata: CardMetadata, tensors: Mapping[str, Tensor], model: PreTrainedModel, backend: str
+) -> Payload:
+    """The payload of a file's tensors, on the model's device.
+
+    Raises:
+        PolyKVError: tensors that do not fit the metadata.
+    """
+    kept = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    dtype, shape = DTYPES[metadata.dtype], metadata.shape
+    if metadata.payload == MixedPayload.kind:
+        codec = MixedCodec(metadata.exact, metadata.group_size, backend)
+        return MixedPayload.rebuild(kept, codec, shape, dtype, metadata.n_kv_heads)
+    by_layer = (metadata.n_layers, metadata.n_kv_heads, *shape[2:])
+    place = (model, metadata.position_offset, backend)
+    payload = WaterfillPayload.rebuild(kept, metadata.budget_bits, by_layer, dtype, *place)
+    if (payload.exact, payload.group_size) != (metadata.exact, metadata.group_size):
+        raise PolyKVError("its dtype of exact tokens or group_size is not the payload's")
+    return payload

@@ -35,6 +35,7 @@ _NAME = re.compile(r"[a-z0-9_.]{1,32}")
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _DTYPES = {
     "U8": torch.uint8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

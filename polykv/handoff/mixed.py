@@ -200,20 +200,20 @@ class MixedCodec:
         """
         unread = dict(tensors)
         packed_map = unread.pop("map", None)
-        _check(packed_map, "map", (bitpack.packed_size(shape[2], MAP_BITS),), torch.uint8)
+        check_tensor(packed_map, "map", (bitpack.packed_size(shape[2], MAP_BITS),), torch.uint8)
         tiers_T = bitpack.unpack(packed_map.cpu(), MAP_BITS, shape[2])
         parts, channels = {}, None
         if is_key and (tiers_T != EXACT_TIER).any():
             channels = Channels(*(unread.pop(name, None) for name in Channels._fields))
             for name, tensor in channels._asdict().items():
-                _check(tensor, name, (1, shape[1], 1, shape[3]), torch.float16)
+                check_tensor(tensor, name, (1, shape[1], 1, shape[3]), torch.float16)
         for tier in tiers_T.unique().tolist():
             part_shape = (*shape[:2], int((tiers_T == tier).sum()), shape[3])
             packed = {}
             for name, (wanted_shape, wanted_dtype) in self._layout(tier, part_shape, dtype).items():
                 full_name = f"{TIERS[tier]}.{name}"
                 packed[name] = unread.pop(full_name, None)
-                _check(packed[name], full_name, wanted_shape, wanted_dtype)
+                check_tensor(packed[name], full_name, wanted_shape, wanted_dtype)
             parts[tier] = Packed(packed, part_shape, dtype)
         if unread:
             raise PolyKVError(f"tensors that no token needs: {', '.join(sorted(unread))}")
@@ -248,7 +248,10 @@ def _append_tokens(old: Packed, new: Packed) -> Packed:
     return replace(old, tensors=tensors, shape=(*old.shape[:2], n_tokens, old.shape[3]))
 
 
-def _check(tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_tensor(
+    tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Raises PolyKVError unless it is a tensor of this shape and dtype."""
     if tensor is None:
         raise PolyKVError(f"tensor {name} is missing")
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:

@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from polykv import config
+from polykv.codecs.base import Codec
+from polykv.codecs.turboquant_log import TurboQuantLog
+from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.signals import DEMAND, IMPORTANCE, Sender, combined
+from polykv.recipe import codec_of
 
-# mixed: bits by token under a budget; float16, model: every token in fp16, or in the model's own dtype; text: no card,
-# the receiver reads the text again.
-STORES = ("mixed", "float16", "model", "text")
+# mixed: bits by token under a budget; codecs: all tokens alike under it; float16, model: every token in fp16, or in the
+# model's own dtype; text: no card, the receiver reads the text again.
+STORES = ("mixed", "codecs", "float16", "model", "text")
+CODECS = (WaterfillKey(), TurboQuantLog())  # of keys and values; the budget sets their bits
 OFFERED = (3, 4, 8, 16)  # bits, by default: two bits ruin answers where tokens weigh the same
 # What a receiver gets. All but the sender's own cache are controls of relays: the cache of another problem's relay,
 # that of as many random tokens, or no card at all.
@@ -27,7 +32,8 @@ class Policy:
     """How tokens are scored, S(t) = alpha I(t) + (1 - alpha) T(t), and what their bits may be.
 
     `importance` and `demand` name the signals of I and T (polykv/handoff/signals.py). `tiers` are the bits on offer.
-    `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES.
+    `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES. Under store `codecs` no token
+    is scored, and `codecs` have to be CODECS, the only ones that cards know.
 
     Raises:
         PolyKVError: an unknown store, signal or content, or an invalid alpha or tiers.
@@ -41,6 +47,7 @@ class Policy:
     tiers: tuple[int, ...] = OFFERED
     inverse: bool = False
     carries: str = OWN
+    codecs: tuple[Codec, ...] = ()
 
     def __post_init__(self) -> None:
         def refuse(what: str, known: object) -> None:
@@ -58,6 +65,8 @@ class Policy:
             refuse(f"alpha={self.alpha}", "numbers from 0 to 1")
         if list(self.tiers) != [bits for bits in TIERS if bits in self.tiers] or not self.tiers:
             refuse(f"tiers={list(self.tiers)}", f"{list(TIERS)} or some of them, in this order")
+        if self.codecs != (CODECS if self.store == "codecs" else ()):
+            refuse(f"codecs={list(self.codecs)}", f"{list(CODECS)}, for store 'codecs'")
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> "Policy":
@@ -76,16 +85,13 @@ class Policy:
             return isinstance(value, Sequence) and not isinstance(value, str)
 
         given: dict[str, Any] = {k: tuple(v) if is_list(v) else v for k, v in settings.items()}
+        if "codecs" in given:
+            given["codecs"] = tuple(codec_of(dict(codec)) for codec in given["codecs"])
         return cls(**given)
 
     @property
-    def makes_card(self) -> bool:
-        """Whether it stores a cache, and is no control of relays."""
-        return self.store != "text" and self.carries == OWN
-
-    @property
     def has_budget(self) -> bool:
-        return self.store == "mixed"
+        return self.store in ("mixed", "codecs")
 
     def score(self, sender: Sender) -> np.ndarray:
         """S(t) of every token, (tokens,), non-negative."""

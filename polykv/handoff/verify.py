@@ -1,24 +1,25 @@
-"""Checks of a card against the model that opens it, since anyone can compute a valid digest of forged content.
+"""Checks of a card against the model that seals or opens it: anyone can compute a valid digest of forged content.
 
 Numbers that no encoder writes (NaN, infinities, negative scales) are refused: a single one would spread to all later
 tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
-from polykv.supported import check_length, max_positions
+from polykv.supported import check_cache, check_length, max_positions
 
 # At most: an fp32 value; a token's id and its entries in the two maps.
 VALUE_BYTES, TOKEN_BYTES = 4, 6
+NOT_NEGATIVE = (".scale", ".block_rms", ".largest")
 
 
 def largest(model: PreTrainedModel) -> float:
@@ -59,11 +60,34 @@ def check_ids(ids_T: Tensor | None, n_tokens: int, model: PreTrainedModel) -> No
         )
 
 
+def checked_ids(
+    cache: Cache, token_ids: Tensor | Sequence[int], model: PreTrainedModel, position_offset: int
+) -> Tensor:
+    """Token ids (tokens,) to seal with a cache, as int32 on the CPU, checked against cache and model.
+
+    Raises:
+        PolyKVError: ids that do not match the cache, another model's cache, or more tokens than positions.
+    """
+    check_cache(cache)
+    ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
+    keys, g = cache.layers[0].keys, Geometry.of(model.config)
+    n_kv_heads, head_dim = g.shape
+    if (len(cache.layers), *keys.shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
+        raise PolyKVError(
+            f"a cache of {len(cache.layers)} layers of {tuple(keys.shape)} does not fit "
+            f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
+            f"{n_kv_heads} kv heads, head_dim {head_dim}; give one sequence and all its ids"
+        )
+    check_ids(ids_T, len(ids_T), model)
+    check_length(model.config, position_offset + len(ids_T), "the card")
+    return ids_T
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers that no encoder writes.
 
     Raises:
-        PolyKVError: names the tensor with a NaN, an infinity, or a negative scale.
+        PolyKVError: names the tensor with a NaN, an infinity, or a negative scale or norm.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -71,5 +95,5 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         low, high = (float(end) for end in tensor.aminmax())  # a NaN propagates to both
         if not -math.inf < low <= high < math.inf:
             raise PolyKVError(f"tensor {name} holds NaN or infinite numbers")
-        if name.endswith(".scale") and low < 0:
-            raise PolyKVError(f"tensor {name} holds scales below zero")
+        if name.endswith(NOT_NEGATIVE) and low < 0:
+            raise PolyKVError(f"tensor {name} holds numbers below zero")

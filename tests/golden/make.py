@@ -18,7 +18,7 @@ import torch
 import polykv
 from polykv.config import available
 from polykv.evaluation.continuation import compare, score_rest
-from polykv.handoff.policy import load_policy
+from polykv.handoff.policy import OWN, load_policy
 from polykv.pool import prefill
 
 FILE = Path(__file__).with_name("smollm2-135m.json")
@@ -77,7 +77,7 @@ def measure(documents: list[list[int]], recipes: list[str], policies: list[str])
     card_BT = ids[0][:, :CARD_TOKENS]
     for name in policies:
         policy = load_policy(name)
-        if not policy.makes_card:
+        if policy.store == "text" or policy.carries != OWN:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tiers below 4 bits

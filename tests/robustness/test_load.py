@@ -81,7 +81,7 @@ def test_threads_that_seal_cards(round_):
         ids_BT = encode(tokenizer, question + TEXT, begins=True)
         cache = prefill(model, ids_BT)
         card = polykv.CacheCard.seal(cache, ids_BT[0], model, tokenizer, "local", 4.5)
-        return card.key.tiers_T.tolist(), card.value.tiers_T.tolist()
+        return card.payload.key.tiers_T.tolist(), card.payload.value.tiers_T.tolist()
 
     alone, found = together([seal])
     assert found == alone

@@ -1,0 +1,160 @@
+"""What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (waterfilled.py)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from polykv.codecs.base import Shape
+from polykv.errors import PolyKVError
+from polykv.handoff.in_place import segments_by_layer
+from polykv.handoff.mixed import Mixed, MixedCodec
+from polykv.handoff.packing import exact_dtype, nominal_bits, pack
+from polykv.handoff.policy import Policy
+from polykv.handoff.signals import Sender
+from polykv.segment import Segment
+
+SIDES = ("key", "value")
+
+
+class Payload(ABC):
+    """The packed keys and values of all layers, immutable. `kind` is its name in a card's metadata."""
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def exact(self) -> str | None:
+        """Dtype of the tokens that are not quantized; None: the model's own."""
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int:
+        """Channels that share a scale."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors, and of what else is stored."""
+
+    @property
+    @abstractmethod
+    def nominal_bits(self) -> float:
+        """Mean payload bits per cached value of the tokens after the sinks, which a budget bounds."""
+
+    @abstractmethod
+    def append(self, sender: Sender, policy: Policy, budget_bits: float) -> Payload:
+        """The payload of the sender's longer cache; what is packed already stays as it is.
+
+        Raises:
+            PolyKVError: another policy or budget than this payload can be continued under.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All stored tensors by name: `key.NAME` and `value.NAME`."""
+
+    @abstractmethod
+    def decode(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
+
+    @abstractmethod
+    def segments(self) -> Sequence[Sequence[Segment]]:
+        """By layer, what attention in place reads; views of the payload where possible."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixedPayload(Payload):
+    """Keys and values at mixed precision by token."""
+
+    kind = "mixed"
+
+    key: Mixed
+    value: Mixed
+    codec: MixedCodec
+    n_kv_heads: int
+
+    @classmethod
+    def seal(cls, sender: Sender, policy: Policy, budget_bits: float, backend: str) -> MixedPayload:
+        """Quantize a whole cache."""
+        codec = MixedCodec(exact_dtype(policy, sender.cache), backend=backend)
+        key, value = pack(sender, policy, codec, budget_bits)
+        return cls(key, value, codec, sender.cache.layers[0].keys.shape[1])
+
+    @classmethod
+    def rebuild(
+        cls,
+        tensors: Mapping[str, Tensor],
+        codec: MixedCodec,
+        shape: Shape,
+        dtype: torch.dtype,
+        n_kv_heads: int,
+    ) -> MixedPayload:
+        """The payload whose `tensors()` these are; `shape` is (1, layers * heads, tokens, head_dim).
+
+        Raises:
+            PolyKVError: a tensor is missing, superfluous, or of another shape or dtype than the others require.
+        """
+        sides: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
+        for name, tensor in tensors.items():
+            side, _, rest = name.partition(".")
+            if side not in sides:
+                raise PolyKVError(f"tensor {name} belongs to neither keys nor values")
+            sides[side][rest] = tensor
+        key, value = (
+            codec.rebuild(part, shape, dtype, side == "key") for side, part in sides.items()
+        )
+        return cls(key, value, codec, n_kv_heads)
+
+    @property
+    def exact(self) -> str | None:
+        return self.codec.exact
+
+    @property
+    def group_size(self) -> int:
+        return self.codec.group_size
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
+    @property
+    def nominal_bits(self) -> float:
+        return nominal_bits(self.key, self.value)
+
+    def append(self, sender: Sender, policy: Policy, budget_bits: float) -> MixedPayload:
+        if policy.store == "codecs" or exact_dtype(policy, sender.cache) != self.exact:
+            raise PolyKVError(
+                f"policy {policy.name!r} keeps exact tokens in another dtype than the card, or has other codecs; "
+                "append under the same policy, or use CacheCard.seal"
+            )
+        if policy.has_budget and self.nominal_bits > budget_bits:
+            raise PolyKVError(
+                f"the card to append to takes {self.nominal_bits:.3f} bits and budget_bits={budget_bits}; "
+                "raise it, or use CacheCard.seal"
+            )
+        if sender.n_tokens == self.key.shape[2]:
+            return self
+        new_key, new_value = pack(sender, policy, self.codec, budget_bits, (self.key, self.value))
+        extend = self.codec.extend
+        return replace(self, key=extend(self.key, new_key), value=extend(self.value, new_value))
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for side, mixed in zip(SIDES, (self.key, self.value), strict=True):
+            found |= {f"{side}.{name}": tensor for name, tensor in mixed.tensors().items()}
+        return found
+
+    def decode(self) -> list[tuple[Tensor, Tensor]]:
+        sides = [
+            self.codec.decode(side).split(self.n_kv_heads, 1) for side in (self.key, self.value)
+        ]
+        return list(zip(*sides, strict=True))
+
+    def segments(self) -> Sequence[Sequence[Segment]]:
+        return segments_by_layer(self.key, self.value, self.codec, self.n_kv_heads)
