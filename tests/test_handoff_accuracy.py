@@ -237,6 +237,8 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
         ("handoff_accuracy", "n_hops=0", "n_hops=0"),
         ("handoff_accuracy", "batch=0", "batch=0"),
         ("handoff_accuracy", "n_forced=none", "n_forced='none'.*null"),
+        ("handoff_accuracy", "relay.max_new_tokens=0", "relay.max_new_tokens=0"),
+        ("handoff_accuracy", "relay.max_new_tokens=1.5", "relay.max_new_tokens=1.5"),
         ("handoff_accuracy", "reseal=again", "'again'"),
         ("handoff_accuracy", "weights=random", "random weights"),
         ("handoff_accuracy", "budget_bits=-1", "budget_bits=-1"),
