@@ -67,7 +67,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         )
     settings.check_whole(cfg, "repeats", least=LEAST_REPEATS)
     settings.check_whole(cfg, "scored_tokens")
-    check_budget(cfg.budget_bits)
+    check_budget(cfg.budget_bits, policies_of(cfg))
     key_of(cfg)
     architecture = load_config(cfg.model)
     check_length(architecture, cfg.context, f"context={cfg.context}")
