@@ -1,6 +1,6 @@
 """Causal controls of cards: the same receiver with the right card, the text, another card, and none.
 
-A card that helps no more than another problem's has carried nothing.
+If a card helps no more than another problem's card, its content has not helped.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,8 @@ def table(rows: pd.DataFrame) -> Table | None:
                     line | {"given": given, "hops": int(line["hop"])} | shown
                     | {"section": f"{run_text(line)}, {line['document']}", "kl": over_seeds(of, KL.of)}
                     for shown in (
-                        {"how": how, "right": over_seeds(of, measure.of)} | pairs.get((policy, how), OWN)
+                        {"how": how, "right": over_seeds(of, measure.of)}
+                        | pairs.get((policy, how), ITSELF if policy == EXACT else UNPAIRED)
                         for how, measure in (("strict", STRICT), ("flexible", FLEXIBLE))
                     )
                 ]  # fmt: skip
@@ -72,15 +73,18 @@ def table(rows: pd.DataFrame) -> Table | None:
         "problem's card, and that of as many random tokens as the right one has, hold no word of the problem. minus "
         "right card: points of accuracy, with Agresti and Min's interval for pairs; p: McNemar's exact test, corrected "
         "for the comparisons of one run and extraction (Holm). detectable: the difference in points that so many "
-        "problems show in 4 of 5 samples at p < 0.05. A card that helps no more than another problem's has carried "
-        "nothing"
+        "problems show in 4 of 5 samples at p < 0.05. If a card helps no more than another problem's card, its content "
+        "has not helped"
     )
     caption = f"What the receiver was given. {describe(counted(found))}"
     return Table("handoff_controls", caption, columns, lines, explained)
 
 
-ITSELF = Value(None, note="it is the right card")
-OWN: Row = {"apart": ITSELF, "p": ITSELF, "detectable": ITSELF, "verdict": ITSELF}
+COMPARED = ("apart", "p", "detectable", "verdict")
+ITSELF: Row = dict.fromkeys(COMPARED, Value(None, note="it is the right card"))
+UNPAIRED: Row = dict.fromkeys(
+    COMPARED, Value(None, note="the right card was not run on the same problems")
+)
 
 
 def _of_controls(rows: pd.DataFrame) -> pd.DataFrame:
@@ -93,15 +97,22 @@ def _of_controls(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(mine: pd.DataFrame) -> dict[tuple[str, str], Row]:
-    """(policy, extraction) -> the comparison with the right card on the same problems, where both were run."""
+    """(policy, extraction) -> the comparison with the right card on the same problems, where both were run.
+
+    Of several seeds, which may draw other problems, the right card's last one is compared.
+    """
     found = verdicts(mine)
     made: dict[tuple[str, str], Row] = {}
     for how in ("strict", "flexible"):
-        right = {line["policy"]: line for line in found[found["extraction"] == how].to_dict("records")}  # fmt: skip
-        exact = right.pop(EXACT, None)
+        lines = found[found["extraction"] == how].to_dict("records")
+        exact = next((line for line in reversed(lines) if line["policy"] == EXACT), None)
         if exact is None:
             continue
-        others = {name: line["right"] for name, line in right.items() if line["n"] == exact["n"]}
+        others = {
+            line["policy"]: line["right"]
+            for line in lines
+            if line["policy"] != EXACT and (line["seed"], line["n"]) == (exact["seed"], exact["n"])
+        }
         tested = {name: mcnemar(own, exact["right"]) for name, own in others.items()}
         corrected = holm([p for *_, p in tested.values()])
         for (name, (more, fewer, _)), p in zip(tested.items(), corrected, strict=True):

@@ -173,7 +173,7 @@ def _outside(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparis
 
 
 def _online(rows: Rows, cfg: DictConfig, session: Session) -> Sequence[Comparison]:
-    """Comparisons of documents written and read online; adds the ratio that is stored of the first, all its tokens."""
+    """Comparisons of documents written and read online; adds the stored ratio of the first document's whole cache."""
     (model, _), recipe, comparisons = session.model(cfg), Recipe.from_config(cfg.recipe), []
     for document, full_TV in track(session.full_online(cfg), f"scoring {recipe.name}"):
         log_probs_TV, pool = online.score(model, document, recipe, cfg.chunk)

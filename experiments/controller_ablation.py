@@ -77,7 +77,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
     """Last answers of a baseline's relays, cached for all cells that are compared with it."""
     kept = session.kept("relays of baselines", shared_needs(cfg), dict, of=(FP16_RELAYS,))
-    key = (policy, cfg.budget_bits, cfg.reseal)
+    key = (policy, cfg.budget_bits, cfg.reseal, cfg.n_forced)
     if key not in kept:
         kept[key] = _last(cfg, session, policy)
     return kept[key]

@@ -33,6 +33,7 @@ from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.policy import OTHER_PROBLEM, Policy
 from polykv.handoff.relay import RESEALS, prompts_of, text_of
 from polykv.handoff.tasks import Task
+from polykv.handoff.waterfilled import recipe_of
 from polykv.results import Rows
 from polykv.supported import check_padding
 from polykv.tokens import opening
@@ -66,7 +67,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         raise PolyKVError(f"policy {policy.name!r} hands on another problem's cache; n_problems=1")
     if cfg.n_forced is not None:
         settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
-    check_budget(cfg.budget_bits)
+    check_budget(cfg.budget_bits, [policy])
     key_of(cfg)
     if cfg.reseal not in RESEALS:
         raise PolyKVError(f"no reseal {cfg.reseal!r}; there are: {', '.join(RESEALS)}")
@@ -93,10 +94,12 @@ def settle_key(settled: DictConfig) -> DictConfig:
     return settled
 
 
-def check_budget(bits: Any) -> None:
+def check_budget(bits: Any, policies: Sequence[Policy]) -> None:
     """Check a number of bits; None is allowed, for policies without a budget."""
     if bits is not None and (not isinstance(bits, int | float) or not 0 < bits <= 32):
         raise PolyKVError(f"budget_bits={bits!r}; it takes a number of bits such as 4.0")
+    if any(policy.store == "codecs" for policy in policies):
+        recipe_of(bits)  # refuses bits that no pair of codecs has
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:

@@ -24,6 +24,7 @@ from polykv.errors import PolyKVError
 from polykv.evaluation import card_quality, continuation, ttft
 from polykv.evaluation.process import KEPT
 from polykv.evaluation.ttft import TRANSPORTS, Route, Timing, measure
+from polykv.handoff.packing import check_makes_card
 from polykv.handoff.policy import Policy
 from polykv.models import load_config
 from polykv.pool import check_reader
@@ -57,6 +58,8 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
     routes_of(cfg)
+    for policy in policies_of(cfg):
+        check_makes_card(policy)
     settings.check_context(cfg, 1024)
     if not isinstance(cfg.turn_tokens, int) or not 0 < cfg.turn_tokens < cfg.context:
         raise PolyKVError(
@@ -64,7 +67,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         )
     settings.check_whole(cfg, "repeats", least=LEAST_REPEATS)
     settings.check_whole(cfg, "scored_tokens")
-    check_budget(cfg.budget_bits)
+    check_budget(cfg.budget_bits, policies_of(cfg))
     key_of(cfg)
     architecture = load_config(cfg.model)
     check_length(architecture, cfg.context, f"context={cfg.context}")

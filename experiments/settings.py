@@ -139,8 +139,9 @@ def check_quality(cfg: DictConfig, session: "Session") -> None:
 def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "") -> None:
     """Check that these settings are whole numbers of at least `least`. `instead`: what the message ends in."""
     for name in names:
-        if not isinstance(cfg[name], int) or cfg[name] < least:
-            given = f"{name}={cfg[name]!r}"
+        value = cfg.get(name)
+        if not isinstance(value, int) or value < least:
+            given = f"{name}={value!r}"
             raise PolyKVError(f"{given}; it takes a whole number from {least} up{instead}")
 
 

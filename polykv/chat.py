@@ -131,8 +131,9 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     The first text begins the sequence; the others end the assistant's turn and have the user's next one.
 
     Raises:
-        PolyKVError: a template that rewrites earlier turns, or that depends on the date.
+        PolyKVError: a template that rewrites earlier turns, depends on the date, or ends only the last reply.
     """
+    end = end_of_turn(tokenizer)
     turns: list[tuple[str, str]] = []
     texts: list[str] = []
     so_far = ""
@@ -144,6 +145,10 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
                 f"the chat template rewrites earlier turns as a chat goes on, or on another day; {PLAIN}"
             )
         texts.append(whole[len(so_far) :])
+        if so_far and end is not None and _encode(tokenizer, texts[-1].lstrip())[:1] != [end]:
+            raise PolyKVError(
+                f"the chat template ends a reply otherwise as a chat goes on; {PLAIN}"
+            )
         turns.append(("assistant", REPLY))
         so_far = whole + REPLY
     return texts

@@ -11,6 +11,7 @@ from analysis.controller_ablation import Comparison, sides
 from analysis.load import load
 from analysis.statistics import Value
 from experiments.controller_ablation import COLUMNS, STUDY
+from experiments.session import Session
 from polykv.evaluation.statistics import skewed_interval
 from polykv.results import Rows, Store
 
@@ -66,6 +67,16 @@ def settings(policy, *differences):
     """Four settings of one policy."""
     places = [(bits, reseal) for bits in (3.0, 4.0) for reseal in ("append", "requantize")]
     return {(policy, *place): d for place, d in zip(places, differences, strict=True)}
+
+
+@pytest.mark.slow
+def test_cells_of_a_sweep_over_the_problems_replayed_have_baselines_of_their_own():
+    session, found = Session(), []
+    for n_forced in (1, 2):
+        _, settled = checked_cell(*SMALL, f"n_forced={n_forced}")
+        rows = STUDY.run(settled, session)
+        found.append([row.get("baseline", "") for row in rows if row["metric"] == "kl"])
+    assert found == [["", "uniform", "random"], [""] * 2 + ["uniform"] * 2 + ["random"] * 2]
 
 
 def test_a_cell_has_the_policy_and_both_baselines_on_the_same_problems(measured):

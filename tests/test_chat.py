@@ -205,6 +205,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(template):
         around_replies(tokenizer, MESSAGES)
 
 
+def test_a_template_that_ends_the_last_reply_alone_is_refused():
+    tokenizer = made("qwen2.5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if m['role'] == 'user' or loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(PolyKVError, match="ends a reply otherwise.*question_style=plain"):
+        around_replies(tokenizer, MESSAGES)
+
+
 def test_agents_of_a_relay_end_each_turn_once():
     """Whether a reply wrote the end of its turn or was cut at its limit."""
     tokenizer, model = made("qwen2.5"), tiny_model("llama", max_position_embeddings=1024)

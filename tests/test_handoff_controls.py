@@ -13,6 +13,7 @@ from test_handoff_accuracy import SMALL
 
 from analysis import catalog, render
 from analysis.load import load
+from analysis.statistics import Value
 from experiments.session import Session
 from polykv.errors import PolyKVError
 from polykv.evaluation.statistics import detectable, mcnemar
@@ -91,12 +92,12 @@ def test_controls_leave_the_first_answer_and_worsen_the_next():
     assert min(values("random_card", "mean_bits", 1)) > 16
 
 
-def control_cells(n=150, **right):
+def control_cells(n=150, seed=0, **right):
     """Cells of the study in which a policy answers the first so many problems right."""
     made = []
     for policy, n_right in right.items():
-        about = {"document": "gsm8k", "policy": policy, "budget_bits": None}
-        one = cell("handoff_accuracy", policy, **about)
+        about = {"document": "gsm8k", "policy": policy, "budget_bits": None, "seed": seed}
+        one = cell("handoff_accuracy", f"{policy}-{seed}", **about)
         for how in ("strict", "flexible"):
             for sample in range(n):
                 where = {"n_hops": 1, "hop": 1, "reseal": "append", "extraction": how}
@@ -122,6 +123,17 @@ def test_a_card_is_held_to_the_controls_on_the_same_problems(tmp_path):
     canvas = catalog.pieces("FIGURES")["handoff_controls"](rows).canvas
     assert_readable(canvas)
     plt.close(canvas)
+
+
+def test_a_control_is_compared_on_the_problems_of_one_seed(tmp_path):
+    """Problems of a file are drawn by the seed; a control lacks the last seed, another was not run with it at all."""
+    cells = control_cells(fp16=60, other_card=60) + control_cells(seed=1, fp16=150, no_card=150)
+    shown = catalog.pieces("TABLES")["handoff_controls"](load(write(tmp_path, cells)).rows)
+    lines = {line["given"]: line for line in shown.rows if line["how"] == "strict"}
+    assert lines["no card"]["apart"].value == 0
+    assert lines["another problem's card"]["apart"] == Value(
+        None, note="the right card was not run on the same problems"
+    )
 
 
 def test_relays_without_controls_have_no_table_of_them(tmp_path):

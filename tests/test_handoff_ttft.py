@@ -202,6 +202,8 @@ def test_quality_takes_the_positions_that_a_context_leaves():
         ("document=moon_landing", "lower context"),
         ("transports=[post]", "'post'"),
         ("policies=[none]", "'none'"),
+        ("policies=[reprefill]", "makes no card"),
+        ("policies=[other_card]", "control of relays"),
         ("readers=[none]", "none"),
     ],
 )

@@ -193,3 +193,9 @@ def test_outside_references_are_refused(checkpoint):
     overrides = ["experiment=outside_references", *local(checkpoint, "outside=fp8")[1:]]
     with pytest.raises(PolyKVError, match="use protocol=paper"):
         checked_cell(*overrides, "+protocol=online", "+chunk=16")
+
+
+def test_a_preset_without_a_chunk_asks_for_one(checkpoint):
+    overrides = ["experiment=agent_scaling", *local(checkpoint, "recipe=q4_0")[1:]]
+    with pytest.raises(PolyKVError, match="chunk=None"):
+        checked_cell(*overrides, "+protocol=online")

@@ -89,7 +89,7 @@ class Shift:
     detectable: float
 
 
-POWER = 0.8
+POWER = 0.8  # chance to find the smallest detectable difference
 
 
 def shift(values: Sequence[float], level: float = 0.05) -> Shift:
@@ -178,9 +178,6 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] |
         return None
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-POWER = 0.8  # chance to find the smallest detectable difference
 
 
 def detectable(n: int, n_apart: int, level: float = 0.05) -> float | None:

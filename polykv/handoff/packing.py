@@ -25,12 +25,8 @@ LOW = 4  # bits, below which the sender is warned
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def exact_dtype(policy: Policy, cache: Cache) -> str | None:
-    """The dtype of the 16-bit tier; None is the model's own.
-
-    Raises:
-        PolyKVError: a policy that hands on text.
-    """
+def check_makes_card(policy: Policy) -> None:
+    """Check that a sender can seal its cache under this policy; raises PolyKVError."""
     if policy.store == "text":
         raise PolyKVError(f"policy {policy.name!r} hands on text and makes no card; choose another")
     if policy.carries != OWN:
@@ -38,6 +34,15 @@ def exact_dtype(policy: Policy, cache: Cache) -> str | None:
             f"policy {policy.name!r} is a control of relays (carries={policy.carries}), and no way to store a cache; "
             "choose another"
         )
+
+
+def exact_dtype(policy: Policy, cache: Cache) -> str | None:
+    """The dtype of the 16-bit tier; None is the model's own.
+
+    Raises:
+        PolyKVError: a policy that makes no card.
+    """
+    check_makes_card(policy)
     if policy.store == "model":
         return None
     own = DTYPE_NAMES[cache.layers[0].keys.dtype]

@@ -56,7 +56,7 @@ class Policy:
         if self.store not in STORES:
             refuse(f"no store {self.store!r}", ", ".join(STORES))
         if self.carries not in CARRIES:
-            refuse(f"nothing called carries={self.carries!r}", ", ".join(CARRIES))
+            refuse(f"carries={self.carries!r} is not known", ", ".join(CARRIES))
         for given, known in ((self.importance, IMPORTANCE), (self.demand, DEMAND)):
             for name in given:
                 if name not in known:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polykv import targets
+from polykv.errors import PolyKVError
 from polykv.evaluation import gsm8k
 from polykv.reference.problems import Operands, draw_relay
 from polykv.reference.text import join_words
@@ -19,12 +20,22 @@ class Task:
     """A task: one prompt per turn, the first of which states the problem, and the correct number after each.
 
     `messages`, if any, are the prompts as the user's turns of a chat.
+
+    Raises:
+        PolyKVError: a turn in which no token may be written.
     """
 
     prompts: tuple[str, ...]
     max_new_tokens: tuple[int, ...]
     answers: tuple[str, ...]
     messages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for limit in self.max_new_tokens:
+            if not isinstance(limit, int) or limit < 1:
+                raise PolyKVError(
+                    f"relay.max_new_tokens={limit!r}; it takes a whole number from 1 up"
+                )
 
 
 def load_tasks(settings: Mapping[str, Any], n_problems: int, n_turns: int, seed: int) -> list[Task]:
