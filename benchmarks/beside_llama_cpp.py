@@ -119,7 +119,9 @@ def measured(arguments: argparse.Namespace, cfg: DictConfig) -> pd.DataFrame:
         "context_tokens": cfg.context,
         "batch": cfg.chunk,
     }
-    rows = pd.read_csv(arguments.csv) if arguments.csv.is_file() else pd.DataFrame()
+    rows = pd.DataFrame()
+    if arguments.csv.is_file():  # a digest may have digits only
+        rows = pd.read_csv(arguments.csv, dtype={"model": str, "text": str})
     if len(rows) and not (rows[list(shared)] == pd.Series(shared)).all(axis=None):
         raise SystemExit(f"{arguments.csv} has rows of another run; give another --csv")
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
