@@ -95,11 +95,20 @@ def settle_key(settled: DictConfig) -> DictConfig:
 
 
 def check_budget(bits: Any, policies: Sequence[Policy]) -> None:
-    """Check a number of bits; None is allowed, for policies without a budget."""
-    if bits is not None and (not isinstance(bits, int | float) or not 0 < bits <= 32):
+    """Check that these policies can seal cards at a number of bits; None is for those without a budget."""
+    budgeted = [policy for policy in policies if policy.has_budget]
+    if bits is None and not budgeted:
+        return
+    if not isinstance(bits, int | float) or not 0 < bits <= 32:
         raise PolyKVError(f"budget_bits={bits!r}; it takes a number of bits such as 4.0")
-    if any(policy.store == "codecs" for policy in policies):
-        recipe_of(bits)  # refuses bits that no pair of codecs has
+    for policy in budgeted:
+        if policy.store == "codecs":
+            recipe_of(bits)  # refuses bits that no pair of codecs has
+        elif bits < policy.tiers[0]:
+            raise PolyKVError(
+                f"budget_bits={bits} and the lowest tier of policy {policy.name!r} has {policy.tiers[0]} bits; raise "
+                "budget_bits or give the policy a lower tier"
+            )
 
 
 def run(cfg: DictConfig, session: Session) -> Rows:

@@ -242,6 +242,8 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
         ("handoff_accuracy", "reseal=again", "'again'"),
         ("handoff_accuracy", "weights=random", "random weights"),
         ("handoff_accuracy", "budget_bits=-1", "budget_bits=-1"),
+        ("handoff_accuracy", "budget_bits=2", "lowest tier of policy 'uniform' has 3 bits"),
+        ("handoff_accuracy", "budget_bits=null", "budget_bits=None"),
         ("handoff_accuracy", "policy=waterfill budget_bits=8", "budget_bits=8.*1 to 7"),
         ("handoff_ttft", "policies=[waterfill] budget_bits=5.37", "budget_bits=5.37.*1 to 7"),
         ("handoff_accuracy", "relay=gsm8k n_problems=301", "openai/gsm8k.*n_problems=300"),

@@ -21,7 +21,7 @@ from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import check_tensor
-from polykv.handoff.packing import exact_dtype
+from polykv.handoff.packing import check_makes_card
 from polykv.handoff.payload import SIDES, Payload
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import SINKS, WINDOW, Sender
@@ -82,7 +82,7 @@ class WaterfillPayload(Payload):
         position_offset: int = 0,
     ) -> WaterfillPayload:
         """Quantize a whole cache. Queries are those of the prefill, or of the last WINDOW tokens, read once more."""
-        exact_dtype(policy, sender.cache)  # refuses controls of relays, as for other cards
+        check_makes_card(policy)
         recipe, n_tokens = recipe_of(budget_bits), sender.n_tokens
         turns = _ropes(sender.model, position_offset, 0, n_tokens)
         known: Sequence[LayerContext] = getattr(sender.cache, "contexts", ()) or reread(
