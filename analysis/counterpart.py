@@ -320,9 +320,10 @@ def _net(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     """
     one, other = figure.policy.removesuffix("_q4").split("_vs_")
     found = _rows_of(rows, "handoff_accuracy", "answer_right")
-    if len(found):
-        found = found[(found["extraction"] == "strict") & found["policy"].isin((one, other))]
-        found = found[with_budget(found, 4)]
+    if found.empty:  # there may be no such columns either
+        return _not_measured(figure, f"{NOT_HERE}no relay was run")
+    found = found[(found["extraction"] == "strict") & found["policy"].isin((one, other))]
+    found = found[with_budget(found, 4)]
     chosen = _rows_of_one_run(figure, found, figure.document)
     for column in ("hop", "n_hops", "reseal", "document"):
         chosen = chosen[chosen[column] == chosen[column].max()]
