@@ -42,9 +42,11 @@ ALPHA = 0.05
 DODGE = 0.09  # handoffs between policies at one place of x, so that bars do not hide each other
 KL = Measure("kl", reduce=within(0, math.inf, mean_of_samples))
 STRICT = Measure("answer_right", {"extraction": "strict"}, rate, percentage)
+# Drawn, since some chat models never write the #### that STRICT wants.
+FLEXIBLE = Measure("answer_right", {"extraction": "flexible"}, rate, percentage)
 MEASURES = {
     "strict": STRICT,
-    "flexible": Measure("answer_right", {"extraction": "flexible"}, rate, percentage),
+    "flexible": FLEXIBLE,
     "kl": KL,
     "working": Measure("depth_working", reduce=mean_of_samples),
     "passing": Measure("depth_passing", reduce=mean_of_samples),
@@ -158,6 +160,8 @@ def pairs(rows: pd.DataFrame) -> Table | None:
             only_one, only_other, p = mcnemar(one["right"], other["right"])
             tested = {"only_one": only_one, "only_other": only_other, "p": Value(p)}
             lines.append(line | {"one": one["policy"], "other": other["policy"]} | tested)
+    if not lines:
+        return None
     columns = [
         *keys("hop", "hops", "budget", "reseal", "how", "one", "other"),
         *settings_columns(found),
@@ -175,7 +179,7 @@ def pairs(rows: pd.DataFrame) -> Table | None:
 
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
-    """KL to the fp16 relay, and strict accuracy beside its own, by handoffs; panels for each budget and resealing."""
+    """KL to the fp16 relay, and flexible accuracy beside its own, by handoffs; panels for each budget and resealing."""
     place = [*RUN, "document", "n_hops"]
     found = ordered(cell_dtype(rows, PLAYED))
     exact = found[found["policy"] == EXACT]
@@ -194,12 +198,12 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
             left.set_yscale("log")
         left.set_ylabel("KL to fp16 relay, nats")
         same = (exact[place] == mine[place].iloc[0]).all(axis=1)
-        _by_hop(right, pd.concat([exact[same], mine]), STRICT)
-        right.set_ylabel("accuracy (strict), %")
+        _by_hop(right, pd.concat([exact[same], mine]), FLEXIBLE)
+        right.set_ylabel("accuracy (flexible), %")
         right.set_ylim(top=103)
     return style.picture(
         style.legend(canvas),
-        "KL divergence to the fp16 relay, and accuracy (strict), by handoffs and policy",
+        "KL divergence to the fp16 relay, and accuracy (the last number is right), by handoffs and policy",
         describe(counted(found)),
         style.Marks(
             dashed="the fp16 relay itself",

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis import style
-from analysis.handoff_accuracy import ALPHA, EXACT, KL, PLAYED, STRICT, difference, verdicts
+from analysis.handoff_accuracy import (
+    ALPHA,
+    EXACT,
+    FLEXIBLE,
+    KL,
+    PLAYED,
+    STRICT,
+    difference,
+    verdicts,
+)
 from analysis.points import (
     RUN,
     cell_dtype,
@@ -21,7 +30,7 @@ from analysis.points import (
     settings_text,
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
-from analysis.statistics import Measure, Value, percentage, rate
+from analysis.statistics import Value
 from polykv.evaluation.statistics import detectable, holm, mcnemar
 
 STUDY = "handoff_accuracy"
@@ -35,7 +44,6 @@ GIVEN = {
     "no_card": "no card",
 }
 PLACE = ("document", "n_hops", "hop")
-FLEXIBLE = Measure("answer_right", {"extraction": "flexible"}, rate, percentage)
 
 
 def table(rows: pd.DataFrame) -> Table | None:

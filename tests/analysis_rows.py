@@ -130,7 +130,8 @@ def relay_cells(
         for hop, problem in product(hops, range(n_problems)):
             where = {"n_hops": max(hops), "hop": hop, "reseal": reseal}
             right = float(problem < n_problems - n_wrong)
-            one[3].add("answer_right", right, "rate", sample=problem, extraction="strict", **where)
+            for how in ("strict", "flexible"):
+                one[3].add("answer_right", right, "rate", sample=problem, extraction=how, **where)
             if bits:
                 kl = 1e-3 * hop * (1 + 0.5 * (problem % 3 - 1))
                 one[3].add("kl", kl, "nats", sample=problem, n=20, **where)

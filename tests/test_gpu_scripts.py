@@ -96,7 +96,7 @@ def test_concurrency(tmp_path):
 @pytest.mark.slow
 def test_handoff_ttft(tmp_path):
     # 300 tokens of 2 layers with 2 heads of 64: 4.25 bits with scales, 4 exact tokens, channels of the keys, maps, ids.
-    bits = 4.25 + 4 / 300 * 11.75 + 16 / 300 + 2 / 256 + 32 / 512
+    bits = 4.25 + 4 / 300 * 11.75 + 16 / 300 + 3 / 256 + 32 / 512
     assert f"uniform {bits:.3f} bits" in run(tmp_path, "handoff_ttft")
     rows = rows_of(tmp_path, "handoff_ttft")
     assert set(rows["policy"]) == {"reprefill", "fp16", "uniform", "topology"}

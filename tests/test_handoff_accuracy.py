@@ -105,9 +105,10 @@ def test_answers_in_another_dtype_stand_on_the_line_of_their_cell(tmp_path):
 def test_pairs_are_tested_at_equal_budgets_only(tmp_path):
     found = load(write(tmp_path, relay_cells(loss=8))).rows
     lines = table("handoff_pairs", found).rows
-    assert [(line["one"], line["other"], line["hop"]) for line in lines] == [
-        ("uniform", "topology", hops) for hops in (2, 3, 5)
-    ]
+    assert {(line["one"], line["other"], line["hop"], line["how"]) for line in lines} == {
+        ("uniform", "topology", hops, how) for hops in (2, 3, 5) for how in ("strict", "flexible")
+    }
+    assert len(lines) == 6
     for line in lines:
         assert (line["only_one"], line["only_other"], line["n"]) == (8, 0, 80)
         assert line["p"].value == pytest.approx(2 / 2**8)
