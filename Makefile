@@ -37,7 +37,7 @@ run: $(INSTALLED)  ## the main experiments of both papers on SmolLM2-135M-Instru
 	$(RUN) document=$(if $(filter reference,$(MODEL)),generated,wikitext2) context=$(if $(filter reference,$(MODEL)),512,1953) \
 	  n_documents=8 n_agents=5 answers=0 resident=false
 	$(RUN) experiment=concurrency context=4096 n_agents=15 max_new_tokens=4 repeats=2
-	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 repeats=6 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[in_place]'
+	$(RUN) experiment=handoff_ttft context=2048 n_documents=1 'policies=[fp16,uniform]' 'transports=[file]' 'readers=[in_place]'
 	$(BIN)/python -m analysis --print findings
 
 FRONTIER := recipe_frontier outside_references kv_asymmetry layer_sensitivity context_scaling agent_scaling
