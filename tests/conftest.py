@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -143,6 +144,19 @@ def run_process(*overrides: str) -> subprocess.CompletedProcess:
 def run_either(request):
     """Runs run.py: called in this process, and, where slow tests are run, as a process of its own too."""
     return run_py if request.param == "called" else run_process
+
+
+def first_cell(overrides):
+    """The overrides of a sweep's first cell."""
+    found = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        value = (
+            next(override.sweep_string_iterator())
+            if override.is_sweep_override()
+            else override.get_value_element_as_str()
+        )
+        found.append(f"{override.get_key_element()}={value}")
+    return found
 
 
 def checked_cell(*overrides):

@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 import pandas as pd
 import pytest
 from analysis_rows import quickstart, write
+from conftest import first_cell
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import polykv
@@ -193,19 +193,9 @@ def test_links_in_the_repository_lead_to_files(name):
 def test_every_command_in_the_documents_composes():
     commands = typed_commands()
     assert len(commands) > len(EXPERIMENTS)
-    parser = OverridesParser.create()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
-            overrides = parser.parse_overrides([word for word in command if word != "--help"])
-            # Of a sweep, its first cell.
-            first = [
-                next(override.sweep_string_iterator())
-                if override.is_sweep_override()
-                else override.get_value_element_as_str()
-                for override in overrides
-            ]
-            names = [override.get_key_element() for override in overrides]
-            cfg = compose("config", [f"{n}={v}" for n, v in zip(names, first, strict=True)])
+            cfg = compose("config", first_cell([word for word in command if word != "--help"]))
             assert OmegaConf.to_container(cfg, resolve=True)["study"]
 
 

@@ -6,7 +6,7 @@ import subprocess
 from importlib.util import find_spec
 
 import pytest
-from conftest import run_process
+from conftest import checked_cell, first_cell, run_process
 
 from polykv.config import REPO
 
@@ -22,6 +22,20 @@ def test_the_first_command_is_a_target_of_make():
         text=True,
     )
     assert done.returncode == 0 and "run.py" in done.stdout
+
+
+def test_no_command_of_make_run_is_refused():
+    done = subprocess.run(
+        ["make", "-n", "run", "model=reference"], cwd=REPO, capture_output=True, text=True
+    )
+    commands = [
+        line.partition("run.py")[2]
+        for line in done.stdout.replace("\\\n", " ").splitlines()
+        if "run.py" in line
+    ]
+    assert len(commands) == 5
+    for command in commands:
+        checked_cell(*first_cell(shlex.split(command)), "device=cpu")
 
 
 @pytest.mark.slow
