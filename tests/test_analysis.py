@@ -47,6 +47,7 @@ def test_every_table_and_figure_is_written_in_every_format(rendered):
     assert max(map(len, said.splitlines()[:-3])) <= 100
 
 
+@pytest.mark.slow
 def test_several_folders_have_the_findings_of_one_with_all_their_cells(tmp_path):
     ratio, memory = quickstart(**SMALL), paper_memory(("full", "polykv"))
     parts = [write(tmp_path / name, made) for name, made in (("a", ratio), ("b", memory))]
@@ -144,6 +145,7 @@ def test_every_name_that_can_be_asked_for_is_listed():
     assert "polykv_memory" not in catalog.names_of(("capacity",))
 
 
+@pytest.mark.slow
 def test_analysis_never_imports_torch():
     code = "import sys, analysis.__main__; sys.exit('torch' in sys.modules)"
     place = Path(__file__).resolve().parent.parent

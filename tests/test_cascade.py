@@ -8,6 +8,7 @@ from accelerate import dispatch_model
 from conftest import ARCHITECTURES, TEXT, tiny_model
 from hydra import compose, initialize_config_dir
 from pairwise import slow
+from test_codecs import of_each_pair
 from torch import nn
 from transformers import Cache, DynamicCache
 
@@ -81,7 +82,7 @@ def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
 
 
 @pytest.mark.parametrize("n_tokens", [4, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", polykv.available_recipes())
+@pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_says_what_injected_agents_say(name, n_tokens, llama, tokenizer):
     pool = pooled(llama, tokenizer, name)
     injected = pool.ask(llama, tokenizer, QUERIES[::5], n_tokens)

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import polykv.codecs.base
 from polykv.codecs.base import Codec, Packed
 from polykv.errors import PolyKVError
+from polykv.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "conf" / "recipe").glob("*.yaml"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,6 +61,17 @@ def of_each_class(codecs):
         seen[type(codec)] += 1
         marks = pytest.mark.slow if seen[type(codec)] > 2 else ()
         found.append(pytest.param(codec, id=name, marks=marks))
+    return found
+
+
+def of_each_pair(names):
+    """Recipes as pytest parameters: the first of each pair of codec classes; others are slow."""
+    seen, found = set(), []
+    for name in names:
+        recipe = load_recipe(name)
+        pair = type(recipe.key), type(recipe.value)
+        found.append(pytest.param(name, id=name, marks=pytest.mark.slow if pair in seen else ()))
+        seen.add(pair)
     return found
 
 

@@ -276,6 +276,7 @@ def kind(*overrides: str) -> tuple[str, bool, bool]:
     return cfg.study, bool(cfg.get("together")), "outside" in cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", config.available("experiment"))
 def test_every_study_of_quality_has_a_case(name):
     own = kind(f"experiment={name}")

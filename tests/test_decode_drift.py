@@ -282,6 +282,7 @@ def made_up(root, n_prompts=12, certain=0.0):
     return load(root).rows
 
 
+@pytest.mark.slow
 def test_slopes_are_found_again(tmp_path):
     rows = made_up(tmp_path)
     lines = shown.table(rows).rows

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from test_codecs import of_each_pair
 from transformers.cache_utils import Fp8QuantizedLayer
 
 from polykv.codecs.affine import affine_codes
@@ -231,7 +232,7 @@ def test_stored_bits_are_the_documented_ones(name):
     assert found == pytest.approx(STATED[name], abs=0.01)
 
 
-@pytest.mark.parametrize("name", available("recipe"))
+@pytest.mark.parametrize("name", of_each_pair(available("recipe")))
 def test_a_pool_stores_its_recipes_formula_to_the_byte(name):
     """Exemptions and bits by layer included: fp16 where exempt, else what the codecs' formulas say."""
     recipe, n_layers = load_recipe(name), 6

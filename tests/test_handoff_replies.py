@@ -107,6 +107,7 @@ def handoffs(model, tokenizer, policy, n):
     return [Handoff(model, tokenizer, load_policy(policy), 4.0, "append") for _ in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ("uniform", "topology", "reprefill"))
 def test_a_relay_among_others_is_the_relay_alone(policy, llama, tokenizer):
     ways = handoffs(llama, tokenizer, policy, 3)

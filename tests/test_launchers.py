@@ -160,6 +160,7 @@ def test_a_worker_killed_while_it_sends_its_result_is_noticed(monkeypatch):
         Parallel(n_jobs=2)(delayed(job)() for job in (time.monotonic, half_a_message))
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatch, tmp_path):
     study = polykv_memory.STUDY
 

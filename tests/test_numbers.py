@@ -10,7 +10,7 @@ from conftest import TEXT, checked_cell, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import sampled, slow
-from test_codecs import CODECS, RECIPES, gaussian, of_each_class
+from test_codecs import CODECS, RECIPES, gaussian, of_each_class, of_each_pair
 
 import polykv
 from polykv import kernels
@@ -46,7 +46,7 @@ N_TOKENS = 5
 OVERFLOW = 65520.0  # rounds to infinity in fp16, and what is below does not
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_NORMAL = 2.0**-14  # in fp16
-every_recipe = pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+every_recipe = pytest.mark.parametrize("name", of_each_pair([path.stem for path in RECIPES]))
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, interpreting
 
 

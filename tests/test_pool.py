@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, tiny_model
+from test_codecs import of_each_pair
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 import polykv
@@ -36,7 +37,7 @@ def test_full_recipe_is_token_identical_to_plain_generate(architecture, tokenize
         assert answer == tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", polykv.available_recipes())
+@pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_pools_and_answers(name, llama, tokenizer):
     pool = SharedKVPool.from_text(llama, tokenizer, TEXT[:200], polykv.load_recipe(name))
     keys, values = pool.decode_layer(0)

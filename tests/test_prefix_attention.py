@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pairwise import slow
-from test_codecs import every_codec
+from test_codecs import every_codec, of_each_pair
 from torch.profiler import ProfilerActivity, profile
 
 import polykv
@@ -56,7 +56,7 @@ def errors(q_HQD, segments, scaling, backend="torch"):
 
 
 @pytest.mark.parametrize("shift", [0, *slow(1)])
-@pytest.mark.parametrize("name", polykv.available_recipes())
+@pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_attends_exactly(name, shift):
     recipe = load_recipe(name)
     for place, dim in enumerate(HEAD_DIMS):

@@ -20,6 +20,7 @@ def tables(tmp_path_factory):
     return {name: table for name, table in made.items() if table}
 
 
+@pytest.mark.slow
 def test_no_table_says_nan_none_or_inf(tmp_path):
     cells = quickstart((256,), (3,), ("full", "polykv"), n_documents=2)
     cells[1][3].add("kl", None, "nats", why="one token only", statistic="p99")
@@ -47,6 +48,7 @@ def test_a_missing_value_has_a_footnote_with_its_reason():
     assert "| –¹ |" in text and "¹ no two answers differ" in text
 
 
+@pytest.mark.slow
 def test_latex_is_ascii_and_balanced(tables):
     for table in tables.values():
         text = render.latex(table)

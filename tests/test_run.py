@@ -41,6 +41,7 @@ def undisturbed(checkpoint, tmp_path_factory) -> Path:
     return results
 
 
+@pytest.mark.slow
 def test_help_names_the_axes_and_needs_no_torch():
     code = """if True:
         import runpy, sys

@@ -40,11 +40,15 @@ def moments() -> list[Moment]:
 
 # Under joblib the workers live on for a while, or die with the process, as when a node restarts.
 WAYS = [("sequential", False), ("joblib", False), ("joblib", True)]
-MARKS = {("sequential", False, "rename", 2): (), ("joblib", True, "measuring", 2): pytest.mark.slow}
+IN_TEST_ALL = {("sequential", False, "rename", 2), ("joblib", True, "measuring", 2)}
 CASES = [
     pytest.param(
         *(launcher, group, moment),
-        marks=MARKS.get((launcher, group, moment.phase, moment.nth), pytest.mark.faults),
+        marks=(
+            pytest.mark.slow
+            if (launcher, group, moment.phase, moment.nth) in IN_TEST_ALL
+            else pytest.mark.faults
+        ),
         id=f"{launcher}-{'group' if group else 'alone'}-{moment}",
     )
     for launcher, group in WAYS
