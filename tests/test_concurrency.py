@@ -166,14 +166,14 @@ N_BLOCKS, BLOCK_BYTES = 5, 48 * 2**20  # above what glibc learns to keep
 
 
 def faults_of_blocks():
-    """Page faults of blocks that are allocated, filled and freed in turn, after two for warming up."""
+    """Page faults of blocks that are allocated, filled and freed in turn, after three in which the heap settles."""
 
     def block():
         torch.ones(BLOCK_BYTES, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    found = [block() for _ in range(2 + N_BLOCKS)]
-    return found[-1] - found[1]
+    found = [block() for _ in range(3 + N_BLOCKS)]
+    return found[-1] - found[2]
 
 
 def faults_after_steps(source):
