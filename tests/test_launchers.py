@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,20 +120,27 @@ def test_24_cells_give_the_same_table_under_every_launcher(launcher, launch, seq
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_finished_cell(launch, report, sequential, tmp_path):
+    swept = threading.Event()
+
     def kill() -> None:
-        workers = []
-        while len(workers) < 2 or len(list(tmp_path.glob("cells/*/*.json"))) < 4:
-            time.sleep(0.005)
-            children = psutil.Process().children(recursive=True)
-            workers = [p for p in children if "popen_loky" in " ".join(p.cmdline())]
-        while len(list(tmp_path.glob("cells/*/*.lock"))) < 2:  # both measure
-            time.sleep(0.001)
-        workers[0].kill()
+        """SIGKILL a worker while it measures, once four cells are kept."""
+        while not swept.wait(0.002):
+            for worker in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                    worker.suspend()  # so that it cannot go on to send its results before it is killed
+                    opened = {Path(file.path).parent.parent.parent for file in worker.open_files()}
+                    if tmp_path in opened and len(files(tmp_path)) >= 4:
+                        worker.kill()
+                        return
+                    worker.resume()
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = launch(tmp_path, *CELLS, "launcher=joblib")
-    killer.join()
+    try:
+        ended = launch(tmp_path, *CELLS, "launcher=joblib")
+    finally:
+        swept.set()
+        killer.join()
     kept = files(tmp_path)
     assert 4 <= len(kept) < 24
     assert "TerminatedWorkerError" in ended.died
