@@ -69,7 +69,7 @@ def workers_watched() -> Iterator[None]:
     waits for the rest as long as any process holds the pipe open: the other workers and this process.
     """
     over = Event()
-    watch = Thread(target=_stop_when_stuck, args=(over, set(_zombies())), daemon=True)
+    watch = Thread(target=_stop_when_stuck, args=(over,), daemon=True)
     watch.start()
     try:
         yield
@@ -78,23 +78,24 @@ def workers_watched() -> Iterator[None]:
         watch.join()
 
 
-def _stop_when_stuck(over: Event, others: set[int]) -> None:
-    dead = set(_zombies()) - others
+def _stop_when_stuck(over: Event) -> None:
+    dead = set(_dead_workers())
     while not over.wait(STUCK):
-        still = set(_zombies()) & dead
+        still = set(_dead_workers()) & dead
         if still:  # the manager would have noticed them by now
             stop_workers(patience=0)
             reusable_executor._executor._result_queue._writer.close()
             return
-        dead = set(_zombies()) - others
+        dead = set(_dead_workers())
 
 
-def _zombies() -> Iterator[int]:
-    """Pids of children that ended and were not waited for."""
-    for child in psutil.Process().children():
+def _dead_workers() -> Iterator[int]:
+    """Pids of joblib's workers that ended and were not waited for, as other children of this process may be for long."""
+    executor = reusable_executor._executor
+    for pid in list(executor._processes) if executor else []:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() == psutil.STATUS_ZOMBIE:
-                yield child.pid
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                yield pid
 
 
 def settle_into_worker() -> None:

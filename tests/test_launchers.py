@@ -168,6 +168,14 @@ def test_a_worker_killed_while_it_sends_its_result_is_noticed(monkeypatch):
         Parallel(n_jobs=2)(delayed(job)() for job in (time.monotonic, half_a_message))
 
 
+def test_a_child_that_is_no_worker_may_end_without_being_waited_for(monkeypatch):
+    monkeypatch.setattr(processes, "STUCK", 0.05)
+    with processes.workers_watched():
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        assert Parallel(n_jobs=2)(delayed(time.sleep)(0.5) for _ in range(4)) == [None] * 4
+    assert child.wait() == 0
+
+
 @pytest.mark.slow
 def test_a_failed_cell_is_listed_kept_and_tried_again(launch, report, monkeypatch, tmp_path):
     study = polykv_memory.STUDY
