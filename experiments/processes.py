@@ -90,7 +90,7 @@ def _stop_when_stuck(over: Event) -> None:
 
 
 def _dead_workers() -> Iterator[int]:
-    """Pids of joblib's workers that ended and were not waited for, as other children of this process may be for long."""
+    """Pids of joblib's workers that ended and were not waited for, as other children may be for long."""
     executor = reusable_executor._executor
     for pid in list(executor._processes) if executor else []:
         with contextlib.suppress(psutil.NoSuchProcess):
