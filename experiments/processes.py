@@ -90,12 +90,15 @@ def _stop_when_stuck(over: Event) -> None:
 
 
 def _dead_workers() -> Iterator[int]:
-    """Pids of joblib's workers that ended and were not waited for, as other children may be for long."""
+    """Pids of joblib's workers that ended. Other children of this process may end without anybody waiting for them."""
     executor = reusable_executor._executor
     for pid in list(executor._processes) if executor else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                yield pid
+        try:
+            ended = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            ended = True
+        if ended:
+            yield pid
 
 
 def settle_into_worker() -> None:
