@@ -1,7 +1,7 @@
-"""Relays of a cell: played in batches, and replayed with the tokens of the fp16 relay.
+"""Relays of a cell (polykv/handoff/relay.py): played for their answers, and replayed for their divergence.
 
-Relays are played in `model.answer_dtype`, if set, and replayed in `model.dtype`, since bfloat16 alone moves KL by as
-much as a card.
+They are played in batches, in `model.answer_dtype` if set. They are replayed one by one, on the tokens of the fp16
+relay, in `model.dtype`, since bfloat16 alone moves KL by as much as a card.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from polykv.evaluation.continuation import Comparison
 from polykv.handoff.policy import NOTHING, OTHER_PROBLEM, OWN, RANDOM_TOKENS, Policy
 from polykv.handoff.relay import (
     RESEALS,
+    Answered,
     Handoff,
-    Heard,
-    Said,
+    OnReply,
     Turn,
     divergence,
     first_turns,
@@ -41,15 +41,16 @@ SHARED = (
 )  # fmt: skip
 FP16 = Policy("fp16", store="float16")  # the reference of all policies, independent of conf/policy
 FP16_RELAYS = "fp16 relays"
-KEPT_BYTES = 2 << 30  # of the first agents' caches; each cell plays the others' first turns again
-Way = tuple[int | None, int]
+# Of the first agents' caches that are kept; the first turns beyond it are played again by every cell.
+KEPT_BYTES = 2 << 30
+Way = tuple[int | None, int]  # `n_handoffs` and `n_passes` of relay.force
 ALL: Way = (None, 1)  # every handoff of the relay takes place, once
-PROBLEMS = "problems"
+PROBLEMS = "problems"  # what progress counts
 
 
 @dataclass(frozen=True)
 class Played:
-    """A problem's relay: its turns, and the bits of the card of each handoff (relay.Handoff)."""
+    """The relay of one problem: its turns, and the bits of each of its cards (`Handoff.bits`)."""
 
     turns: list[Turn]
     bits: list[tuple[float, float]]
@@ -66,7 +67,7 @@ def style_of(cfg: DictConfig) -> str:
 
 
 def key_of(cfg: DictConfig) -> SigningKey | None:
-    """The key in `card.key_file`, if set. It is read each time: a config only has the path."""
+    """The key in `card.key_file`, if set."""
     path = OmegaConf.select(cfg, "card.key_file")
     return SigningKey.read(path) if path else None
 
@@ -77,11 +78,11 @@ def shared_needs(cfg: DictConfig) -> Any:
 
 
 def played(cfg: DictConfig, session: Session, policy: Policy, name: str) -> list[Played]:
-    """The relays of all problems under a policy, `batch` of them together; `name` is shown with the progress."""
+    """The relays of all problems under a policy, in batches of `batch`; progress is shown as `name`."""
     tasks, loaded, done = tasks_of(cfg), session.answering(cfg), count(1)
     n_turns = cfg.n_hops + 1
 
-    def heard() -> None:
+    def on_reply() -> None:
         phase(name, next(done) / n_turns, len(tasks), PROBLEMS)
 
     found = []
@@ -89,23 +90,29 @@ def played(cfg: DictConfig, session: Session, policy: Policy, name: str) -> list
     for start in range(0, len(tasks), cfg.batch):
         together = tasks[start : start + cfg.batch]
         handoffs = [_handoff(cfg, session, loaded, policy, start + n) for n in range(len(together))]
-        first = _first(cfg, session, start, together, heard)
-        turns = play(together, handoffs, style_of(cfg), heard, first)
-        found += [Played(own, way.bits) for own, way in zip(turns, handoffs, strict=True)]
+        first = _first(cfg, session, start, together, on_reply)
+        turns = play(together, handoffs, style_of(cfg), on_reply, first)
+        found += [Played(own, handoff.bits) for own, handoff in zip(turns, handoffs, strict=True)]
     return found
 
 
 def _first(
-    cfg: DictConfig, session: Session, start: int, together: Sequence[Task], heard: Heard
-) -> list[Said]:
-    """The first agents' turns, which precede all cards, kept for other cells up to KEPT_BYTES."""
-    kept: dict[int, list[Said]] = session.kept("first turns", shared_needs(cfg), dict, of=(MODEL,))
+    cfg: DictConfig, session: Session, start: int, together: Sequence[Task], on_reply: OnReply
+) -> list[Answered]:
+    """The first turns of the problems from number `start` on, kept for other cells up to KEPT_BYTES.
+
+    They precede all cards, so that they are the same under every policy.
+    """
+    kept: dict[int, list[Answered]] = session.kept(
+        "first turns", shared_needs(cfg), dict, of=(MODEL,)
+    )
     if start in kept:
         for _ in together:
-            heard()
+            on_reply()
         return kept[start]
-    found = first_turns(together, *session.answering(cfg), style_of(cfg), heard)
-    if sum(_nbytes(cache) for said in (*kept.values(), found) for _, cache in said) < KEPT_BYTES:
+    found = first_turns(together, *session.answering(cfg), style_of(cfg), on_reply)
+    held = (cache for batch in (*kept.values(), found) for _, cache in batch)
+    if sum(map(_nbytes, held)) < KEPT_BYTES:
         kept[start] = found
     return found
 
@@ -123,9 +130,9 @@ def fp16_relays(cfg: DictConfig, session: Session) -> list[Played]:
 def forced(
     cfg: DictConfig, session: Session, policy: Policy, ways: Sequence[Way] = (ALL,)
 ) -> list[list[list[Comparison]]]:
-    """For each way and each of the first `n_forced` problems, every turn's answer against the fp16 relay.
+    """Answers on the tokens of the fp16 relays, compared token by token with those under fp16 cards.
 
-    Token by token, on the tokens of the fp16 relay. A way is (`n_handoffs`, `n_passes`) of relay.force.
+    Returns a list by way, by problem (the first `n_forced`) and by turn.
     """
     relays = fp16_relays(cfg, session)[: cfg.n_forced]
     loaded = session.model(cfg)
@@ -139,7 +146,7 @@ def forced(
 
 
 def _under_fp16(cfg: DictConfig) -> DictConfig:
-    # Under fp16 both ways of resealing are the same.
+    # What was rounded to fp16 stays the same when it is rounded again: both ways of resealing give the same card.
     return OmegaConf.merge(cfg, {"budget_bits": 16.0, "reseal": RESEALS[0]})
 
 
@@ -150,26 +157,26 @@ def _handoff(
     policy: Policy,
     sample: int,
 ) -> Handoff:
-    """How caches are handed on in the relay of one problem under this policy."""
+    """The handoff of caches under this policy in the relay of problem number `sample`."""
     donors = None if policy.carries == OWN else _donors(cfg, session, policy.carries, sample)
     how = (replace(policy, carries=OWN), cfg.budget_bits, cfg.reseal, cfg.seed, key_of(cfg))
     return Handoff(*loaded, *how, cfg.backend, donors)
 
 
 def _donors(cfg: DictConfig, session: Session, carries: str, sample: int) -> list[Tensor]:
-    """For each handoff of a problem the tokens that a control's card carries, from the fp16 relays.
+    """For each handoff of problem number `sample`, the ids (tokens,) whose cache a control hands on (`Handoff.donors`).
 
-    OTHER_PROBLEM takes those of the next problem, and RANDOM_TOKENS as many as the problem's own.
+    OTHER_PROBLEM: those of the next problem's fp16 relay; RANDOM_TOKENS: as many as in the problem's own; NOTHING: none
     """
     relays = fp16_relays(cfg, session)
     other = sample + (carries == OTHER_PROBLEM)
     turns = relays[other % len(relays)].turns
-    known = [ids_of(turns[:number]) for number in range(1, len(turns))]
+    read = [ids_of(turns[:number]) for number in range(1, len(turns))]
     if carries == NOTHING:
-        return [ids_T[:0] for ids_T in known]
+        return [ids_T[:0] for ids_T in read]
     if carries == RANDOM_TOKENS:
         generator = torch.Generator().manual_seed(cfg.seed * len(relays) + sample)
         _, tokenizer = session.answering(cfg)
-        random_T = torch.randint(len(tokenizer), known[-1].shape, generator=generator)
-        return [random_T[: len(ids_T)] for ids_T in known]
-    return known
+        random_T = torch.randint(len(tokenizer), read[-1].shape, generator=generator)
+        return [random_T[: len(ids_T)] for ids_T in read]
+    return read

@@ -36,22 +36,22 @@ class Turn:
     answer_T: Tensor
 
 
-Said = tuple[Turn, Cache]  # an agent's turn, and its cache after it
-Heard = Callable[[], None]
+Answered = tuple[Turn, Cache]  # a turn, and the agent's cache after it
+OnReply = Callable[[], None]
 
 
 @dataclass
 class Handoff:
-    """The handoff of a cache to the next agent. Stateful, one per relay.
+    """A function that hands a cache on to the next agent, by card. It has state, so each relay needs its own.
 
-    `card` is the last card; `bits` has the stored bits per cached value of each card, of its tensors, which the budget
-    limits, and of its whole file with the header.
-
-    `reseal`: "requantize" seals the whole cache at each hop; "append" quantizes each token once, at its first hop. With
-    a `key` every card is signed and its signature verified.
-
-    `donors`, a control: for each handoff of the relay the tokens (tokens,) whose cache the receiver gets instead of the
-    sender's; for no tokens there is no card, and the receiver's cache is empty.
+    Attributes:
+        reseal: "requantize" seals the whole cache at each hop; "append" quantizes each token once, at its first hop.
+        key: if given, every card is signed and its signature verified.
+        donors: a control. For each handoff of the relay, the ids (tokens,) whose cache the receiver gets instead of the
+            sender's. Where there are none, there is no card, and the receiver's cache is empty.
+        card: the last card, None before the first handoff.
+        bits: for each card (bits of its tensors, which the budget limits; bits of its file, header included), both per
+            cached value. Empty under a policy of text, and without cards.
     """
 
     model: PreTrainedModel
@@ -72,7 +72,7 @@ class Handoff:
 
     @torch.no_grad()
     def __call__(self, cache: Cache, ids_T: Tensor, topology: Topology) -> DynamicCache:
-        """Hand on a cache with its token ids (tokens,); returns the receiver's cache."""
+        """The receiver's cache, from the sender's cache and its token ids (tokens,)."""
         if self.donors is not None:
             ids_T = self.donors[len(self.donors) - topology.hops_left]
             cache = DynamicCache(config=self.model.config)
@@ -81,19 +81,11 @@ class Handoff:
             _read(self.model, cache, ids_T)
         if self.policy.store == "text":
             return _read(self.model, DynamicCache(config=self.model.config), ids_T)[0]
-        options = (
-            cache,
-            ids_T,
-            self.model,
-            self.tokenizer,
-            self.policy,
-            self.budget_bits,
-            topology,
-        )
+        sealed = (cache, ids_T, self.model, self.tokenizer, self.policy, self.budget_bits, topology)
         if self.card is not None and self.reseal == "append":
-            card = self.card.append(*options, seed=self.seed)
+            card = self.card.append(*sealed, seed=self.seed)
         else:
-            card = CacheCard.seal(*options, parent=self.card, seed=self.seed, backend=self.backend)
+            card = CacheCard.seal(*sealed, parent=self.card, seed=self.seed, backend=self.backend)
         content = card.to_bytes(self.key)
         self.bits.append((card.mean_bits, card.mean_bits * len(content) / card.nbytes))
         self.card = CacheCard.from_bytes(
@@ -106,20 +98,20 @@ def play(
     tasks: Sequence[Task],
     handoffs: Sequence[Handoff],
     style: str = "plain",
-    heard: Heard = lambda: None,
-    first: Sequence[Said] | None = None,
+    on_reply: OnReply = lambda: None,
+    first: Sequence[Answered] | None = None,
 ) -> list[list[Turn]]:
-    """Play relays of one length together, in which every agent answers greedily; for each task, one Turn per agent.
+    """Play relays of one length in a batch, in which every agent answers greedily; for each task, one Turn per agent.
 
     Args:
         handoffs: one per task, of the same model.
         style: of the prompts (`prompts_of`).
-        heard: called after each agent's reply.
+        on_reply: called after each finished reply.
         first: the first agents' turns, if known (`first_turns`).
     """
     model, tokenizer = handoffs[0].model, handoffs[0].tokenizer
     if first is None:
-        first = first_turns(tasks, model, tokenizer, style, heard)
+        first = first_turns(tasks, model, tokenizer, style, on_reply)
     prompts = [prompts_of(task, tokenizer, model.config, style=style) for task in tasks]
     end = end_of_turn(tokenizer) if _is_chat(tasks[0], tokenizer, style) else None
     caches = [cache for _, cache in first]
@@ -135,7 +127,7 @@ def play(
             _after(turns, own[number], end) for turns, own in zip(played, prompts, strict=True)
         ]
         limits = [task.max_new_tokens[number] for task in tasks]
-        found = _answered(model, tokenizer, caches, asked, limits, heard)
+        found = _answered(model, tokenizer, caches, asked, limits, on_reply)
         caches = [cache for _, cache in found]
         for turns, (turn, _) in zip(played, found, strict=True):
             turns.append(turn)
@@ -147,13 +139,13 @@ def first_turns(
     model: PreTrainedModel,
     tokenizer: Any,
     style: str = "plain",
-    heard: Heard = lambda: None,
-) -> list[Said]:
+    on_reply: OnReply = lambda: None,
+) -> list[Answered]:
     """The first agents' turns, which precede all cards; arguments as of `play`."""
     caches = [DynamicCache(config=model.config) for _ in tasks]
     asked = [prompts_of(task, tokenizer, model.config, style=style)[0] for task in tasks]
     limits = [task.max_new_tokens[0] for task in tasks]
-    return _answered(model, tokenizer, caches, asked, limits, heard)
+    return _answered(model, tokenizer, caches, asked, limits, on_reply)
 
 
 def _answered(
@@ -162,9 +154,9 @@ def _answered(
     caches: Sequence[Cache],
     asked: Sequence[Tensor],
     limits: Sequence[int],
-    heard: Heard,
-) -> list[Said]:
-    found = replies(model, tokenizer, caches, asked, limits, heard)
+    on_reply: OnReply,
+) -> list[Answered]:
+    found = replies(model, tokenizer, caches, asked, limits, on_reply)
     return [
         (Turn(prompt_T, answer_T), cache)
         for prompt_T, (answer_T, cache) in zip(asked, found, strict=True)
@@ -177,6 +169,7 @@ def prompts_of(
     """Token ids (tokens,) of each agent's prompt; the first begins the sequence.
 
     Args:
+        name: what error messages call the relay.
         style: `plain`, or `chat` or `auto` (polykv/chat.py) for the chat template's turns, if the task has messages. A
             turn then begins with the end of the previous reply.
 
@@ -200,10 +193,12 @@ def prompts_of(
 def force(
     script: Sequence[Turn], handoff: Handoff, n_handoffs: int | None = None, n_passes: int = 1
 ) -> list[Tensor]:
-    """Replay a relay with given tokens; per turn, the answer's log-probabilities (tokens, vocabulary) in fp32.
+    """Replay a relay on the tokens of `script`; per turn, the answer's log-probabilities (tokens, vocabulary) in fp32.
 
-    To measure the cost of depth on the same tokens: `n_handoffs` performs only the last so many handoffs, as if one
-    agent had taken all turns before; `n_passes` hands each card on so many times, without adding tokens in between.
+    Args:
+        n_handoffs: only this many handoffs, the last ones, take place, as if one agent had taken all turns before
+            them; None: all.
+        n_passes: each handoff takes place this many times in a row, with no tokens added in between.
     """
     cache: Cache = DynamicCache(config=handoff.model.config)
     first = 1 if n_handoffs is None else len(script) - n_handoffs
@@ -220,7 +215,7 @@ def force(
 def divergence(
     script: Sequence[Turn], exact: Sequence[Tensor], other: Sequence[Tensor]
 ) -> list[Comparison]:
-    """Per turn, the comparison of two forced relays over one script; turn h comes after h hops."""
+    """Per turn, the comparison of two outputs of `force` on one script; turn h comes after h handoffs."""
     return [
         compare(p, q, torch.cat([turn.prompt_T[-1:], turn.answer_T])[None])
         for turn, p, q in zip(script, exact, other, strict=True)
@@ -237,8 +232,11 @@ def _is_chat(task: Task, tokenizer: Any, style: str) -> bool:
 
 
 def _after(turns: Sequence[Turn], prompt_T: Tensor, end: int | None) -> Tensor:
-    """The prompt, without the `end` (token) of the previous turn if the reply wrote it."""
-    if end is None or not turns or turns[-1].answer_T[-1] != end:
+    """The prompt, which begins by ending the previous turn with token `end`, without that if the reply wrote it.
+
+    `end`: None where prompts have no chat format.
+    """
+    if end is None or turns[-1].answer_T[-1] != end:
         return prompt_T
     return prompt_T[int((prompt_T == end).nonzero()[0]) + 1 :]
 

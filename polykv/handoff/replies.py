@@ -22,7 +22,7 @@ def replies(
     caches: Sequence[Cache],
     prompts: Sequence[Tensor],
     limits: Sequence[int],
-    heard: Callable[[], None] = lambda: None,
+    on_reply: Callable[[], None] = lambda: None,
 ) -> list[tuple[Tensor, Cache]]:
     """For each row the ids (tokens,) of its reply, and its cache with prompt and reply, the last token included.
 
@@ -30,7 +30,7 @@ def replies(
         caches: of one row each, all of them empty or none.
         prompts: ids (tokens,) that each row reads first.
         limits: tokens that each row may write.
-        heard: called when a reply is finished.
+        on_reply: called after each finished reply.
 
     Raises:
         PolyKVError: rows of different lengths for a model whose outputs depend on padding.
@@ -49,7 +49,7 @@ def replies(
             written[number].append(token)
             if token in stops or len(written[number]) == limits[number]:
                 ended.add(number)
-                heard()
+                on_reply()
         going = [row for row, number in enumerate(rows) if number not in ended]
         if len(going) > (1 - LEAVING) * len(rows):
             continue
