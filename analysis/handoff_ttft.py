@@ -39,17 +39,18 @@ SPEEDUP = Measure("speedup", reduce=median).of
 LOSSES = {"mean_bits": Measure("mean_bits")} | {
     name: QUALITY[name] for name in ("kl_mean", "perplexity_delta")
 }
-CARD = published.CONTROLLER_OF["qkvshare"][
-    0
-]  # the policy of the cards in QKVShare's tables of times
+# Policy and budget of the cards in QKVShare's tables of times.
+CARD, CARD_BITS = published.CONTROLLER_OF["qkvshare"]
+# What a row of panels is of. `cell_budget`, the bits of a cell's cards, is also on its routes that have no budget.
+PANELS = (*RUN, "document", "cell_budget")
 FACTOR = 1.25  # ratios of times within it are the same: our choice, none is published
 MORE = "More repeats (repeats=) would tell."
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The times in order, with `speedup` rows: re-prefill's time over the card's in each repeat.
+    """The times in order with columns `route` and `cell_budget`, and rows `speedup`: re-prefill's time over the card's.
 
-    Re-prefill is that of the same cell and repeat, one after the other, so that a busy machine slows both.
+    Each is of one repeat of a cell, in which the two were timed one after the other, so that a busy machine slows both.
     """
     times = rows[rows["metric"] == "time"]
     total = times[times["stage"] == "total"]
@@ -62,11 +63,12 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
     route = found["transport"] + np.where(found["reader"] == IN_PLACE, SUFFIX, "")
     if found.loc[of_card, "backend"].nunique() > 1:
         route += np.where(of_card, ", " + found["backend"], "")
-    return found.assign(route=route)
+    budget = found.groupby("cell")["budget_bits"].transform("max")
+    return found.assign(route=route, cell_budget=budget)
 
 
 def _routes(found: pd.DataFrame) -> Iterator[tuple[Row, pd.DataFrame]]:
-    """(line that names it, rows) for each run, context and route that was timed."""
+    """(a table's line that names it, rows) for each run, context and route that was timed."""
     for line, mine in groups(found, *RUN, "document", "context_tokens", *ROUTE):
         on = ", ".join(filter(None, [run_text(line), line["document"]]))
         named = {"section": f"measured on {on}", "context": f"{line['context_tokens']:,}"}
@@ -96,7 +98,7 @@ def table(rows: pd.DataFrame) -> Table:
     """Time to first token by route, published and measured, and what each route costs in quality."""
     found, lines = timed(rows), []
     blank = Value(None, note="measured rows stand below, by their own routes and contexts")
-    for said in (said for said in published.load("qkvshare") if said.metric == "ttft"):
+    for said in _published_times():
         tokens = f" ({said.document_tokens} tokens)" if said.document_tokens else ""
         line = {"section": f"published on {said.model}", "policy": said.policy}
         line |= {"context": f"{said.at}{tokens}", "route": "not stated", "published": said.value}
@@ -132,6 +134,10 @@ def table(rows: pd.DataFrame) -> Table:
         "value, all metadata counted"
     )
     return _table("handoff_ttft", caption, explained, found, columns, lines)
+
+
+def _published_times() -> list[published.Figure]:
+    return [f for f in published.load("qkvshare") if f.metric == "ttft"]
 
 
 def stages_table(rows: pd.DataFrame) -> Table:
@@ -175,10 +181,10 @@ def _by_stage(mine: pd.DataFrame) -> dict[str, Value]:
 def figure(rows: pd.DataFrame) -> style.Picture:
     """Milliseconds against context with quartiles, published ones of the same model open; bars of a single context."""
     found = timed(rows)
-    runs = list(groups(found, *RUN, "document"))
+    runs = list(groups(found, *PANELS))
     shown = [name for name in TRANSPORTS if (found["transport"] == name).any()]
     shown = shown or [MEMORY]  # nothing but re-prefill
-    said = [f for f in published.load("qkvshare") if f.metric == "ttft" and not f.digest]
+    said = [f for f in _published_times() if not f.digest]
     beside = [[f for f in said if published.same_model(f.model, run["model"])] for run, _ in runs]
     bars = found["context_tokens"].nunique() == 1 and not any(beside)
     n_bars = found.groupby(["policy", "route"]).ngroups / len(shown)
@@ -221,10 +227,14 @@ def figure(rows: pd.DataFrame) -> style.Picture:
 
 
 def _headings(runs: Sequence[tuple[Row, object]]) -> list[str]:
-    """The run of each row of panels, its document where there are several, and its settings."""
-    several = len({run["document"] for run, _ in runs}) > 1
+    """The run of each row of panels, its document and its cards' budget where there are several, and its settings."""
+    documents, budgets = ({run[name] for run, _ in runs} for name in ("document", "cell_budget"))
     return [
-        run_text(run) + f", {run['document']}" * several + settings_text(run) for run, _ in runs
+        run_text(run)
+        + f", {run['document']}" * (len(documents) > 1)
+        + f", cards of {bits_text(run['cell_budget'])}" * (len(budgets) > 1)
+        + settings_text(run)
+        for run, _ in runs
     ]
 
 
@@ -250,9 +260,7 @@ def stages_figure(rows: pd.DataFrame) -> style.Picture | str:
     found = found[found["transport"] != TEXT]
     if found.empty:
         return "no card was timed"
-    runs = [
-        (run, list(mine.groupby("context_tokens"))) for run, mine in groups(found, *RUN, "document")
-    ]
+    runs = [(run, list(mine.groupby("context_tokens"))) for run, mine in groups(found, *PANELS)]
     height = 0.6 + 0.15 * found.groupby(["policy", "route"]).ngroups
     across = max(len(contexts) for _, contexts in runs)
     canvas, panels = style.sheet(_headings(runs), across, height)
@@ -285,11 +293,14 @@ def _stacked(ax: Axes, mine: pd.DataFrame) -> None:
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """One claim per run (weights, device) that was timed, or the command that would measure it."""
+    """Claims on cards of the published policy and budget, one per run (weights, device) that timed them.
+
+    Without such a run, the command that would time them.
+    """
     found = rows
     if len(rows):
         found = timed(rows)
-        found = found[found["policy"] == CARD]
+        found = found[(found["policy"] == CARD) & with_budget(found, CARD_BITS)]
     run = "experiment=handoff_ttft"
     mostly = "a card's time to first token is mostly the receiver's forward pass"
     mostly += ", as a secondary digest of the paper has it"
@@ -302,11 +313,8 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
 
 
 def _levels(found: pd.DataFrame) -> list[Claim]:
-    """The abstract's times, as the ratio of re-prefilling to a card, on the published model only.
-
-    The card is handed over in memory and decoded into a cache, as published: a route named before any is timed.
-    """
-    figures = [f for f in published.load("qkvshare") if f.metric == "ttft" and not f.digest]
+    """The abstract's times, as the ratio of re-prefilling to a card, on the published model and route only."""
+    figures = [f for f in _published_times() if not f.digest]
     said, judged = {(f.at, f.policy): f for f in figures}, []
     for label in dict.fromkeys(f.at for f in figures):
         slow, fast = said[label, "reprefill"], said[label, "qkvshare"]
@@ -317,8 +325,7 @@ def _levels(found: pd.DataFrame) -> list[Claim]:
         )
         mine = found
         if len(found):
-            own = published.of_model(found, fast.model) & with_budget(found, fast.controller[1])
-            mine = _as_published(found[own])
+            mine = _as_published(found[published.of_model(found, fast.model)])
         model = fast.model.removesuffix("-instruct")
         run = f"experiment=handoff_ttft model={model} context={tokens}, on a GPU"
         judge = partial(_level, ratio, tokens, run)
@@ -327,11 +334,12 @@ def _levels(found: pd.DataFrame) -> list[Claim]:
 
 
 def _as_published(found: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the published route: cards handed over in memory and decoded into a cache."""
     return found[(found["transport"] == MEMORY) & (found["reader"] != IN_PLACE)]
 
 
 def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str, str]:
-    """Judge the ratio of times, on a GPU only: milliseconds of its laptop GPU do not compare."""
+    """Judge the ratio of times, measured on a GPU as the published ones are, at the context nearest to `tokens`."""
     at = min(set(mine["context_tokens"]), key=lambda n: (abs(math.log(n / tokens)), n))
     got = _of_median(over_seeds(mine[mine["context_tokens"] == at], SPEEDUP))
     said = f"At {at:,} tokens, handed over in memory: {got.text('.3g')} times"
@@ -339,16 +347,14 @@ def _level(ratio: float, tokens: int, run: str, mine: pd.DataFrame) -> tuple[str
         return INCONCLUSIVE, f"{said}. It decides nothing: another length; run {run}."
     if mine["device"].iloc[0] == "cpu":
         return INCONCLUSIVE, f"{said}. It decides nothing: their times are a GPU's; run {run}."
-    # What is not sooner at all is not the same, however near.
+    # A card that is no faster than re-prefilling is not the same, even within the factor.
     low, high = max(1.0, ratio / FACTOR), FACTOR * ratio
     verdict = equivalent(got, low, high)
-    return verdict, (
-        f"{said} (median [95 %]; theirs is an RTX 5070 Ti laptop GPU, as a secondary digest has it); it is the same "
-        "where the whole interval lies within "
-        f"{low:.2f} to {high:.2f}, a factor of {FACTOR:g} (our margin)."
-        + f" {MORE}"
-        * (verdict == INCONCLUSIVE)
+    said += (
+        " (median [95 %]; theirs is an RTX 5070 Ti laptop GPU, as a secondary digest has it); it is the same where the "
+        f"whole interval lies within {low:.2f} to {high:.2f}, a factor of {FACTOR:g} (our margin)."
     )
+    return verdict, said + f" {MORE}" * (verdict == INCONCLUSIVE)
 
 
 def _of_median(got: Value) -> Value:
@@ -361,6 +367,7 @@ def _of_median(got: Value) -> Value:
 
 
 def _sooner(mine: pd.DataFrame) -> tuple[str, str]:
+    """Judge by quartiles, at the longest context, whether cards are faster by every route."""
     at = mine["context_tokens"].max()
     got = _speedups(mine, at)
     verdict = decided(all(v.low > 1 for v in got.values()), all(v.high < 1 for v in got.values()))
@@ -369,6 +376,7 @@ def _sooner(mine: pd.DataFrame) -> tuple[str, str]:
 
 
 def _grows(mine: pd.DataFrame) -> tuple[str, str]:
+    """Judge by quartiles whether every route gains more at the longest context than at the shortest."""
     least, most = mine["context_tokens"].min(), mine["context_tokens"].max()
     if least == most:
         run = "run experiment=handoff_ttft with several (context=)"
@@ -401,7 +409,7 @@ def _said(got: dict[str, Value]) -> str:
 
 
 def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:
-    """Compare quartiles of the published stages; where one joins two of ours, they are summed in each repeat."""
+    """Judge by quartiles whether the first forward pass takes longer than every other published stage."""
     at = mine["context_tokens"].max()
     mine = _as_published(mine[mine["context_tokens"] == at])
     took = {name: _sum_of(mine, ours) for name, ours in HOLDS.items() if name != "ttft"}
@@ -417,6 +425,7 @@ def _mostly_forward(mine: pd.DataFrame) -> tuple[str, str]:
 
 
 def _sum_of(mine: pd.DataFrame, stages: Sequence[str]) -> Value:
+    """The median of a published stage, which holds these stages of ours, summed in each repeat."""
     repeats = ["seed", "cell", "created_at", "metric", "sample"]
     held = mine[mine["stage"].isin(stages)]
     summed = held.groupby(repeats, as_index=False, dropna=False)["value"].sum()

@@ -89,10 +89,8 @@ def once_per_frame(function: Callable[[pd.DataFrame], Any]) -> Callable[[pd.Data
 
     The tables and figures of one folder share their comparisons, which take seconds. Rows are never changed in place.
     """
-    last: list[Any] = [
-        None,
-        None,
-    ]  # the frame itself, so that no other can take its place in memory
+    # The frame itself, so that no other can take its place in memory; and what the function returned.
+    last: list[Any] = [None, None]
 
     @functools.wraps(function)
     def remembered(rows: pd.DataFrame) -> Any:

@@ -181,9 +181,8 @@ class Store:
             _clear(path)
             yield True
         finally:
-            with suppress(
-                OSError
-            ):  # the folder has become read-only; the lock is released all the same
+            # Where the folder has become read-only, the lock is released all the same.
+            with suppress(OSError):
                 marker.unlink(missing_ok=True)
             lock.release()
 

@@ -313,6 +313,27 @@ def test_headings_say_which_document_and_setting_a_row_of_panels_is_of(tmp_path)
         assert sum(", a, " in title and "scored_tokens=16" in title for title in titles) == 1
 
 
+def test_each_budget_has_panels_of_its_own_with_the_re_prefill_of_its_cells(tmp_path):
+    cells = [
+        made_up(f"{bits}", [8 * bits] * 3, [bits] * 3, {"budget_bits": bits}) for bits in (3.0, 4.0)
+    ]
+    rows = load(write(tmp_path, cells)).rows
+    parts = figure("handoff_ttft", rows).canvas.subfigs
+    for part, bits in zip(parts, (3, 4), strict=True):
+        assert f"cards of {bits} bits" in part.get_suptitle()
+        assert [bar.get_width() for bar in part.axes[0].patches] == [8 * bits, bits]
+    titles = [part.get_suptitle() for part in figure("handoff_stages", rows).canvas.subfigs]
+    assert ["3 bits" in title for title in titles] == [True, False]
+
+
+def test_claims_are_about_cards_of_the_published_budget(tmp_path):
+    other = made_up("other", [9] * 3, [1] * 3, {"budget_bits": 8.0})
+    text = "sooner than re-prefilling"
+    assert judged(tmp_path / "other", [other], text).verdict == NOT_MEASURED
+    theirs = made_up("theirs", [9] * 3, [10] * 3)
+    assert judged(tmp_path / "both", [theirs, other], text).verdict == NOT_REPRODUCED
+
+
 def test_published_times_are_drawn_among_those_of_their_own_model_only(tmp_path):
     for model, n_open in (("llama-3.1-8b", 4), ("reference", 0)):
         cells = timing_cells(model, "random")

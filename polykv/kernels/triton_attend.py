@@ -193,9 +193,8 @@ def attend(
     launch = launch or Launch.of(n_queries, dim, q_HQD.dtype)
     run = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     keys = Side.of(segment.key_codec, segment.key, q_HQD.dtype, q_HQD.dtype)
-    token_dtype = (
-        torch.float32 if q_HQD.dtype == torch.float32 else torch.float16
-    )  # `weights_dtype`
+    # The dtype in which the kernel multiplies values (`weights_dtype`).
+    token_dtype = torch.float32 if q_HQD.dtype == torch.float32 else torch.float16
     values = Side.of(v_codec, segment.value, q_HQD.dtype, token_dtype)
     factor = scaling / log(2)  # the kernel uses base-2 exponentials
     if isinstance(segment.key_codec, TurboQuantMSE):
