@@ -35,7 +35,8 @@ from polykv.evaluation.statistics import detectable, holm, mcnemar
 
 STUDY = "handoff_accuracy"
 CONTROLS = ("other_card", "random_card", "no_card")
-# What a receiver gets, by policy.
+EXTRACTIONS = {"strict": STRICT, "flexible": FLEXIBLE}
+# What a receiver gets, by policy; tables and figures have them in this order.
 GIVEN = {
     "reprefill": "text",
     EXACT: "right card",
@@ -44,6 +45,12 @@ GIVEN = {
     "no_card": "no card",
 }
 PLACE = ("document", "n_hops", "hop")
+# Columns of the comparison with the right card, and what they say where there is none.
+COMPARED = ("apart", "p", "detectable", "verdict")
+ITSELF: Row = dict.fromkeys(COMPARED, Value(None, note="it is the right card"))
+UNPAIRED: Row = dict.fromkeys(
+    COMPARED, Value(None, note="the right card was not run on the same problems")
+)
 
 
 def table(rows: pd.DataFrame) -> Table | None:
@@ -51,19 +58,17 @@ def table(rows: pd.DataFrame) -> Table | None:
     found = _of_controls(rows)
     lines: list[Row] = []
     for line, mine in groups(found, *RUN, *PLACE):
-        pairs = _pairs(mine)
+        line |= {"section": f"{run_text(line)}, {line['document']}", "hops": int(line["hop"])}
+        compared = _pairs(mine)
         for policy, given in GIVEN.items():
             of = mine[mine["policy"] == policy]
-            if len(of):
-                lines += [
-                    line | {"given": given, "hops": int(line["hop"])} | shown
-                    | {"section": f"{run_text(line)}, {line['document']}", "kl": over_seeds(of, KL.of)}
-                    for shown in (
-                        {"how": how, "right": over_seeds(of, measure.of)}
-                        | pairs.get((policy, how), ITSELF if policy == EXACT else UNPAIRED)
-                        for how, measure in (("strict", STRICT), ("flexible", FLEXIBLE))
-                    )
-                ]  # fmt: skip
+            if of.empty:
+                continue
+            kl = over_seeds(of, KL.of)
+            for how, measure in EXTRACTIONS.items():
+                shown = {"given": given, "how": how, "right": over_seeds(of, measure.of), "kl": kl}
+                none = ITSELF if policy == EXACT else UNPAIRED
+                lines.append(line | shown | compared.get((policy, how), none))
     if not lines:
         return None
     columns = [
@@ -88,30 +93,24 @@ def table(rows: pd.DataFrame) -> Table | None:
     return Table("handoff_controls", caption, columns, lines, explained)
 
 
-COMPARED = ("apart", "p", "detectable", "verdict")
-ITSELF: Row = dict.fromkeys(COMPARED, Value(None, note="it is the right card"))
-UNPAIRED: Row = dict.fromkeys(
-    COMPARED, Value(None, note="the right card was not run on the same problems")
-)
-
-
 def _of_controls(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows after a handoff of what GIVEN names, of relays in which a control was run."""
+    """The rows after a handoff under the policies of GIVEN, of runs in which a control was measured."""
     found = ordered(cell_dtype(rows, PLAYED))
     found = found[found["policy"].isin(GIVEN) & (found["hop"] > 0)]
     place = [*RUN, *PLACE]
-    run = found.loc[found["policy"].isin(CONTROLS), place].drop_duplicates()
-    return found.merge(run, on=place)
+    with_control = found.loc[found["policy"].isin(CONTROLS), place].drop_duplicates()
+    return found.merge(with_control, on=place)
 
 
 def _pairs(mine: pd.DataFrame) -> dict[tuple[str, str], Row]:
     """(policy, extraction) -> the comparison with the right card on the same problems, where both were run.
 
-    Of several seeds, which may draw other problems, the right card's last one is compared.
+    Of several seeds, which may draw other problems, only the right card's last one is compared; a note says so.
     """
     found = verdicts(mine)
+    several = found["seed"].nunique() > 1
     made: dict[tuple[str, str], Row] = {}
-    for how in ("strict", "flexible"):
+    for how in EXTRACTIONS:
         lines = found[found["extraction"] == how].to_dict("records")
         exact = next((line for line in reversed(lines) if line["policy"] == EXACT), None)
         if exact is None:
@@ -124,16 +123,18 @@ def _pairs(mine: pd.DataFrame) -> dict[tuple[str, str], Row]:
         tested = {name: mcnemar(own, exact["right"]) for name, own in others.items()}
         corrected = holm([p for *_, p in tested.values()])
         for (name, (more, fewer, _)), p in zip(tested.items(), corrected, strict=True):
-            made[name, how] = _compared(others[name], exact["right"], more + fewer, p)
+            note = f"of seed {exact['seed']} alone" if several else ""
+            made[name, how] = _compared(others[name], exact["right"], more + fewer, p, note)
     return made
 
 
-def _compared(own: Sequence[bool], exact: Sequence[bool], n_apart: int, p: float) -> Row:
+def _compared(own: Sequence[bool], exact: Sequence[bool], n_apart: int, p: float, note: str) -> Row:
+    """The columns COMPARED; `n_apart` problems were solved by one side only, `p` is corrected."""
     got, low, high = difference(own, exact)
     least = detectable(len(own), n_apart)
     better = "better" if got > 0 else "worse"
     return {
-        "apart": Value(got, low, high, n=len(own), over="problems"),
+        "apart": Value(got, low, high, note, len(own), "problems"),
         "p": Value(p),
         "detectable": Value(least and 100 * least, note="" if least else "no difference is, among so few"),
         "verdict": better if p < ALPHA else "no difference shown",
@@ -154,15 +155,12 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     canvas, panels = style.sheet(headings, 2, 1.6, share_y=True)
     for row, (_, mine) in zip(panels, runs, strict=True):
         given = [policy for policy in GIVEN if (mine["policy"] == policy).any()][::-1]
-        for ax, (how, measure) in zip(
-            row, (("strict", STRICT), ("flexible", FLEXIBLE)), strict=True
-        ):
+        for ax, (how, measure) in zip(row, EXTRACTIONS.items(), strict=True):
             for place, policy in enumerate(given):
                 value = over_seeds(mine[mine["policy"] == policy], measure.of)
-                if value.value is None:
-                    continue
-                ends = [[value.value - value.low], [value.high - value.value]]
-                ax.errorbar(value.value, place, xerr=ends, fmt="o", color=style.policy_colour(policy))  # fmt: skip
+                if value.value is not None:
+                    look = {"fmt": "o", "color": style.policy_colour(policy)}
+                    ax.errorbar(value.value, place, xerr=style.reaches([value]), **look)
             ax.set_xlabel(f"accuracy ({how}), %")
             ax.set_xlim(left=0)
         row[0].set_yticks(range(len(given)), [GIVEN[policy] for policy in given])

@@ -1,8 +1,7 @@
-"""Points: everything that was measured of one recipe in one setting, as published figures are held against it."""
+"""Points: everything that was measured of one recipe in one setting; and how tables group, order and name rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -62,10 +61,7 @@ class Point:
     quantization: str = ""
     settings: str = ""
     rows: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
-
-    @cached_property
-    def _found(self) -> dict[str, Value]:
-        return {}
+    _found: dict[str, Value] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, measure: str) -> Value:
         if measure not in self._found:
@@ -107,17 +103,18 @@ def points(rows: pd.DataFrame) -> list[Point]:
     rows = of_paper(rows)
     if rows.empty:
         return []
-    found, apart = tidied(rows), swept(rows)
+    found = tidied(rows)
     for name in OF_CELL:
         found[name] = _of_cell(found, name) if name in found else ""
-    points_ = []
-    for key, part in found.groupby([*KEYS, *OF_CELL, *apart], dropna=False, sort=False):
-        known = [None if value is pd.NA else value for value in key]
-        named = dict(zip((*KEYS, *OF_CELL), known, strict=False))
-        told = zip(apart, known[len(named) :], strict=True)
-        settings = ", ".join(f"{name.removeprefix(SETTING)}={value}" for name, value in told)
-        points_.append(Point(**named, settings=settings, rows=part))
-    return sorted(points_, key=order)
+    made = [
+        Point(
+            **{name: line[name] for name in (*KEYS, *OF_CELL)},
+            settings=settings_text(line).removeprefix(", "),
+            rows=part,
+        )
+        for line, part in groups(found, *KEYS, *OF_CELL)
+    ]
+    return sorted(made, key=order)
 
 
 def order(point: Point) -> tuple:
@@ -135,10 +132,10 @@ def having(found: Iterable[Point], *measures: str) -> list[Point]:
 
 def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> Value:
     """The mean over seeds of `reduce` of each seed's rows; the interval is the hull of the seeds' intervals."""
-    parts = [rows]
+    by_seed = [rows]  # to group the rows of one seed takes seconds over thousands of figures
     if rows["seed"].nunique(dropna=False) > 1:
-        parts = [part for _, part in rows.groupby("seed", dropna=False)]
-    found = [reduce(part) for part in parts]
+        by_seed = [part for _, part in rows.groupby("seed", dropna=False)]
+    found = [reduce(part) for part in by_seed]
     present = [value for value in found if value.value is not None]
     if len(present) < 2:
         return (present or found or [UNMEASURED])[-1]

@@ -32,7 +32,7 @@ DASHED = f"the pool is read {style.READERS[IN_PLACE][0]} (white markers), not co
 ROUNDING = 0.0005  # of the published GB
 NOTICEABLE = 0.95  # of the memory: a repeat differs by a percent or two
 CROWD = ("model", "weights", "dtype", "device", "document", "context_tokens", "n_agents")
-of_paper = partial(Claim, "polykv")
+claim_of = partial(Claim, "polykv")  # (table, verdict, claim, what was found)
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -132,12 +132,14 @@ def _of(p: Point, names: Sequence[str]) -> tuple:
 
 
 def minus(measured: Value, said: Value) -> Value:
+    """The difference without an interval, or why one of the two is missing."""
     if measured.value is None or said.value is None:
         return Value(None, note=measured.note if measured.value is None else said.note)
     return Value(measured.value - said.value)
 
 
 def described(rows: pd.DataFrame, *metrics: str) -> str:
+    """What these metrics were measured on, for a caption."""
     return describe(rows[rows["metric"].isin(metrics) & rows["value"].notna()])
 
 
@@ -333,14 +335,14 @@ def _ratio_claim(f: Figure, found: Sequence[Point]) -> Claim:
     mine = [p for p in having(found, "nominal_ratio") if p.recipe == f.recipe]
     if not mine:
         why = "No ratio was measured; run experiment=polykv_ratio."
-        return of_paper("ratio", NOT_MEASURED, claim, why)
+        return claim_of("ratio", NOT_MEASURED, claim, why)
     nominal = mine[0]["nominal_ratio"].value
     stored = (p["stored_ratio"].value for p in having(mine, "stored_ratio"))
     verdict = AGREES if abs(nominal - f.value.value) < 0.005 else NOT_REPRODUCED
     said = f"16 bits over the mean payload bits of the recipe are {nominal:.3f}, computed, whatever the weights"
     if ends := span(stored, ".3f"):
         said += f"; measured, over every byte kept, it is {ends}"
-    return of_paper("ratio", verdict, claim, f"{said}.")
+    return claim_of("ratio", verdict, claim, f"{said}.")
 
 
 def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
@@ -349,7 +351,7 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
     answer = published.memory_answer(f, found)
     if isinstance(answer, str):
         why = sentence(f"{answer}; run experiment=polykv_memory")
-        return of_paper("memory", NOT_MEASURED, claim, why)
+        return claim_of("memory", NOT_MEASURED, claim, why)
     same = abs(answer["paper"].value - f.value.value) < ROUNDING
     said = (
         f"The paper's accounting, worked back from its table (fp32, the prefilled part), gives "
@@ -357,7 +359,7 @@ def _gigabytes(f: Figure, found: Sequence[Point]) -> Claim:
     )
     if (kept := answer["stored"].value) is not None:
         said += f"; measured, every byte kept, it is {kept:.3f} GB"
-    return of_paper("memory", AGREES if same else NOT_REPRODUCED, claim, f"{said}.")
+    return claim_of("memory", AGREES if same else NOT_REPRODUCED, claim, f"{said}.")
 
 
 def _resident(found: Sequence[Point]) -> list[Claim]:
@@ -385,12 +387,13 @@ def _resident(found: Sequence[Point]) -> list[Claim]:
         saved = gb["dequantize"] < NOTICEABLE * gb["unshared"]
         on = f"{claim} (on {weights} weights of {model})"
         verdict = REPRODUCED if saved else NOT_REPRODUCED
-        claims.append(of_paper("memory", verdict, on, f"{said}."))
+        claims.append(claim_of("memory", verdict, on, f"{said}."))
     why = "Not measured; run experiment=polykv_memory."
-    return claims or [of_paper("memory", NOT_MEASURED, claim, why)]
+    return claims or [claim_of("memory", NOT_MEASURED, claim, why)]
 
 
 def sentence(said: str) -> str:
+    """With a capital letter at the front and a full stop."""
     return f"{said[0].upper()}{said[1:]}."
 
 

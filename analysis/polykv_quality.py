@@ -17,12 +17,12 @@ from analysis.polykv_memory import (
     HEIGHT,
     agents_axis,
     beside,
+    claim_of,
     described,
     grouped,
     lines_of,
     looks_of,
     minus,
-    of_paper,
     open_markers,
     published_colour,
     sentence,
@@ -35,11 +35,11 @@ from polykv.evaluation.statistics import MIN_DOCUMENTS
 STUDY = ("polykv_memory", "compare")
 QUALITY_METRICS = ("nll", "nll_delta", "bertscore_f1")
 DIGITS = {"perplexity": fixed(3), "perplexity_delta": fixed(2, "+"), "bertscore_f1": fixed(4)}
-ACROSS = 2
-TITLE = 48  # characters of a title above one of two panels
-LEAST_F1 = -1.0
-ROOM = 1.3  # beyond the first and last context, for lines that stand side by side
-APART = 1.3  # a factor between two ticks
+ACROSS = 2  # panels beside each other
+TITLE = 48  # characters in a line of a panel's title
+LEAST_F1 = -1.0  # the range of F1 begins here: an interval that ends here was clipped
+ROOM = 1.3  # factor by which the x axis goes beyond the first and last context
+APART = 1.3  # least factor between two ticks of the x axis
 # What counts as the same: no margin is published, both are our choice. The authors' own two runs of one setting differ
 # by 0.32 points (+1.27 and +1.59 %, their experiment log); answers to other questions score near 0.89 by
 # roberta-large, so 0.01 is a tenth of what is left to 1.
@@ -91,6 +91,7 @@ def polykv_quality(rows: pd.DataFrame) -> Table | None:
 
 
 def _quality(figure: Figure, answer: Point | str, section: str, same: bool) -> Row:
+    """The line of a published figure and the point beside it, or why there is none. `same`: both are of one model."""
     line = {"section": section, "metric": figure.metric, "published": figure.value}
     line |= {"document": figure.document, "context": figure.document_tokens}
     line |= {"agents": figure.n_agents, "recipe": figure.recipe}
@@ -165,7 +166,7 @@ def _perplexity_delta(
     """Percent against context (log x) with intervals; published ones of this model and text open."""
     top, lines = 0.0, lines_of(found)
     for place, (name, mine) in enumerate(lines.items()):
-        shift = 2 ** (0.05 * (place - (len(lines) - 1) / 2))  # side by side, not on each other
+        shift = 2 ** (0.05 * (place - (len(lines) - 1) / 2))  # so that error bars do not overlap
         spots = _spots(mine, "context_tokens", "perplexity_delta")
         drawn = style.series(
             ax, [(at * shift, v) for at, v in spots], elinewidth=0.9, label=name, **looks[name]
@@ -221,12 +222,12 @@ def _wrapped(settings: Mapping[str, list[Point]], panel: Panel, metric: str) -> 
 
 
 def _supported(f1: Value) -> bool:
-    """Whether there were enough answers for an interval that is not cut off at the least possible F1."""
+    """Whether there were enough answers for an interval, and it is not clipped to the range of F1."""
     return f1.low is not None and f1.low > LEAST_F1 and (f1.n or 0) >= MIN_DOCUMENTS
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    """Of the abstract's settings: the longest context of each model, delta and BERTScore."""
+    """Claims on perplexity delta and BERTScore of recipe polykv: of each model, at the longest published context."""
     figures, found = published.load("polykv"), points(rows)
     said = [f for f in figures if f.metric in MARGIN and f.policy == "polykv"]
     longest = grouped(
@@ -239,6 +240,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
 
 
 def _level(f: Figure, found: Sequence[Point]) -> Claim:
+    """The claim that a published figure is what we measure: the interval has to lie within MARGIN of it."""
     value = f"{f.value.value:+g} %" if f.metric == "perplexity_delta" else f"{f.value.value:g}"
     claim = f"{NAME[f.metric]} {value} on {f.model}, {f.document}, {f.document_tokens:,} tokens"
     answer = published.quality_answer(f, found)
@@ -246,18 +248,20 @@ def _level(f: Figure, found: Sequence[Point]) -> Claim:
         answer = answer[f.metric].note
     if isinstance(answer, str):
         said = sentence(f"{answer}; {_command(f)}") + _orientation(found, f.metric)
-        return of_paper("quality", NOT_MEASURED, claim, said)
+        return claim_of("quality", NOT_MEASURED, claim, said)
     got, margin = answer[f.metric], MARGIN[f.metric]
     n = f", n = {got.n:,}" if got.n else ""
     said = f"Measured on {_where(answer)}{n}: {_with_interval(got)}"
     if unlike := _unlike(f, answer):
         said = f"{said}. It decides nothing: {unlike}; {_command(f)}."
-        return of_paper("quality", INCONCLUSIVE, claim, said)
+        return claim_of("quality", INCONCLUSIVE, claim, said)
     verdict = equivalent(got, f.value.value - margin, f.value.value + margin)
     more = "; more documents (n_documents=) would tell" if verdict == INCONCLUSIVE else ""
-    same = f"within {margin:g}{UNIT[f.metric]} of the published (our margin)"
-    said += f"; it is the same where the whole interval lies {same}{more}."
-    return of_paper("quality", verdict, claim, said)
+    said += (
+        f"; it is the same where the whole interval lies within {margin:g}{UNIT[f.metric]} of the published (our "
+        f"margin){more}."
+    )
+    return claim_of("quality", verdict, claim, said)
 
 
 def _unlike(f: Figure, p: Point) -> str:

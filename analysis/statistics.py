@@ -151,9 +151,7 @@ def _mean(whole: pd.DataFrame, blocks: pd.DataFrame, bounds: tuple[float, float]
 
 
 @of_present
-def mean_of_answers(
-    rows: pd.DataFrame, bounds: tuple[float, float] = (-math.inf, math.inf)
-) -> Value:
+def mean_of_answers(rows: pd.DataFrame, bounds: tuple[float, float]) -> Value:
     """The mean over answers (of each document and `agent`), with an interval from MIN_DOCUMENTS answers up."""
     answers = by_document(rows, "agent")["value"]
     samples = [of.to_numpy(float) for _, of in answers.groupby(level="text", sort=False)]

@@ -382,12 +382,11 @@ class Marks:
     more: str = ""
 
 
-def picture(canvas: Canvas, shows: str, about: str, marks: Marks | None = None) -> Picture:
+def picture(canvas: Canvas, shows: str, about: str, marks: Marks) -> Picture:
     """The figure with its caption: what it `shows`, its panels, lines and marks, and what was measured.
 
     `about` is render.describe of the rows.
     """
-    says = marks or Marks()
     axes = [ax for ax in canvas.axes if ax.axison and ax.has_data()]
     axes = [ax for ax in axes if ax.get_label() != "<colorbar>"]
     titles = dict.fromkeys(ax.get_title(loc="left") for ax in axes)
@@ -395,12 +394,12 @@ def picture(canvas: Canvas, shows: str, about: str, marks: Marks | None = None) 
     kinds = {mark for ax in axes for line in ax.lines if (mark := _mark(line))}
     log = {axis for ax in axes for axis in "xy" if getattr(ax, f"get_{axis}scale")() != "linear"}
     parts = [
-        f"{shows}: {'; '.join(titles)}" if says.panels else shows,
-        f"{says.lines}: {'; '.join(names)}" if 0 < len(names) <= MOST else "",
-        f"Error bars: {says.bars}" if _has_bars(canvas) else "",
-        *(f"{kind}: {getattr(says, kind.lower())}" for kind in sorted(kinds)),
+        f"{shows}: {'; '.join(titles)}" if marks.panels else shows,
+        f"{marks.lines}: {'; '.join(names)}" if 0 < len(names) <= MOST else "",
+        f"Error bars: {marks.bars}" if _has_bars(canvas) else "",
+        *(f"{kind}: {getattr(marks, kind.lower())}" for kind in sorted(kinds)),
         f"Log {' and '.join(sorted(log))} {'axes' if len(log) > 1 else 'axis'}" if log else "",
-        says.more,
+        marks.more,
     ]
     return Picture(
         canvas, " ".join([*(f"{part.removesuffix('.')}." for part in parts if part), about])

@@ -22,9 +22,10 @@ from polykv.recipe import Recipe, load_recipe
 from polykv.results import Rows
 from polykv.supported import check_length, check_padding, check_rope
 
-BLOCKS = 16  # of a reply of max_new_tokens
-# mode: of decode_drift.MODES; empty for what the uncompressed run alone gives. text: the digest of prompt and reply.
-# block: of tokens of the reply, position: its first token. page_tokens: where new tokens are quantized.
+BLOCKS = 16  # that a reply of max_new_tokens is cut into
+# mode: one of decode_drift.MODES, empty in rows of the uncompressed run alone. text: the digest of prompt and reply.
+# block: its number in the reply, empty in rows of a whole reply; position: the number of its first token. page_tokens:
+# new tokens that are quantized together, empty in mode `exact`.
 COLUMNS = {
     "mode": str,
     "text": str,
@@ -97,24 +98,22 @@ def run(cfg: DictConfig, session: Session) -> Rows:
 def _add(
     rows: Rows, found: Comparison, metrics: tuple[str, ...], length: int, **about: str | int
 ) -> None:
-    """The mean over the reply, and over each block of `length` tokens."""
+    """Add the mean over the reply, and over each block of `length` tokens."""
     tokens, why = found.per_token(), continuation.why_not_finite([found])
     for metric in metrics:
         values = tokens[metric]
-        places = [{}] + [
-            {"block": block, "position": start}
-            for block, start in enumerate(range(0, len(values), length))
-        ]
-        for place in places:
-            start = place.get("position", 0)
-            part = values[start : start + length] if place else values
-            with np.errstate(invalid="ignore"):
+        parts: list[tuple[dict[str, int], np.ndarray]] = [({}, values)]
+        for block, start in enumerate(range(0, len(values), length)):
+            place = {"block": block, "position": start}
+            parts.append((place, values[start : start + length]))
+        for place, part in parts:
+            with np.errstate(invalid="ignore"):  # values that are not finite, which `why` explains
                 mean = float(part.mean())
             rows.add(metric, mean, UNITS[metric], why=why, n=len(part), **place, **about)
 
 
 def _replies(cfg: DictConfig, session: Session) -> list[tuple[Reply, Tensor]]:
-    """The uncompressed run's replies, each with the log-probabilities of its tokens."""
+    """The uncompressed run's replies, each with the log-probabilities (tokens, vocabulary) that it gives them."""
 
     def make() -> list[tuple[Reply, Tensor]]:
         model, tokenizer = session.model(cfg)
@@ -130,9 +129,9 @@ def _replies(cfg: DictConfig, session: Session) -> list[tuple[Reply, Tensor]]:
 
 def _prompts(cfg: DictConfig, tokenizer: object) -> list[Tensor]:
     """Ids (tokens,) of the cell's prompts."""
-    how = (cfg.model.get("question_style", "plain"), question_template(cfg))
+    style, template = cfg.model.get("question_style", "plain"), question_template(cfg)
     texts = prompts.load(cfg.prompts, cfg.n_prompts)
-    return [prompts.ids_of(tokenizer, text, *how) for text in texts]
+    return [prompts.ids_of(tokenizer, text, style, template) for text in texts]
 
 
 STUDY = Study(

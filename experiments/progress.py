@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -26,29 +26,36 @@ CLEAR = "\r\x1b[K"
 
 @dataclass
 class Cells:
-    """Count of a sweep's cells that have ended, from the files in the results folder."""
+    """Count of a sweep's cells that have ended, from the files in the results folder.
 
-    folders: tuple[Path, Path]  # finished cells, failed cells
+    Attributes:
+        folders: of finished cells and of failed cells, each with one file a cell.
+        names: the identities of the cells to count.
+        started: when the sweep began (time.monotonic).
+        before: the files of failures in earlier runs, with their times of change.
+    """
+
+    folders: tuple[Path, Path]
     names: set[str]
     started: float
-    before: dict[Path, int] = field(default_factory=dict)
+    before: dict[Path, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = self._ended()  # failures of earlier runs
+        self.before = self._ended()
 
     def n_ended(self) -> int:
         """Cells that have finished or failed since the sweep began."""
         return len({path.stem for path, _ in self._ended().items() - self.before.items()})
 
     def _ended(self) -> dict[Path, int]:
+        """The files of these cells, with their times of change."""
         times = {}
         for folder, suffix in zip(self.folders, (".json", ".txt"), strict=True):
             for path in folder.glob(f"*{suffix}"):
-                try:
-                    times[path] = path.stat().st_mtime_ns if path.stem in self.names else 0
-                except FileNotFoundError:
-                    continue  # removed as the cell is tried again
-        return {path: changed for path, changed in times.items() if changed}
+                if path.stem in self.names:
+                    with suppress(FileNotFoundError):  # removed as the cell is tried again
+                        times[path] = path.stat().st_mtime_ns
+        return times
 
 
 class Reporter:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Cells are sorted by these settings, so that neighbours share a model, its documents' caches and a recipe's pools.
 SHARED_FIRST = ("weights", "model", "document", "context", "prompts", "seed", "recipe")
 
-LONGEST = 400  # characters of a reason on the terminal; the file in failed/ has all of it
+LONGEST = 400  # characters of a reason on the terminal; the file in `failed/` has all of it
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Ended:
 
     Attributes:
         cells: all that were asked for, whether they were done before or now.
+        outcomes: of the cells that were not done before.
         preset: the YAML of conf/experiment that was chosen.
         render: whether the tables and figures are written.
         queued: whether the jobs are a cluster's and go on without this process.
@@ -99,7 +100,8 @@ class Ended:
         return lines + held
 
 
-ended: Ended | None = None  # stays None if Hydra only showed a config
+# Set by the sweeper (hydra_plugins), read by run.py; stays None if Hydra only showed a config.
+ended: Ended | None = None
 
 
 def stopped() -> str:
@@ -136,7 +138,7 @@ def run_cell(cell: Cell) -> Outcome:
         session.storage_failed = str(error)
         return Outcome(cell.identity, "failed", session.storage_failed)
     except Exception as error:  # such as a bug or lack of memory in this cell
-        return Outcome(cell.identity, "failed", _keep(error, log, cell.settled))
+        return Outcome(cell.identity, "failed", _logged(error, log, cell.settled))
     return Outcome(cell.identity, "done")
 
 
@@ -180,8 +182,8 @@ def sharing_key(cfg: DictConfig) -> list[Any]:
     return [str(cfg.get(axis)) for axis in SHARED_FIRST]
 
 
-def _keep(error: Exception, log: Path, settled: DictConfig) -> str:
-    """The reason in one line; the file `log` gets the traceback and settings."""
+def _logged(error: Exception, log: Path, settled: DictConfig) -> str:
+    """The reason in one line, written to the file `log` with the traceback and the settings."""
     reason = " ".join(str(error).split())
     if not isinstance(error, PolyKVError):
         reason = f"{type(error).__name__}: {reason}"

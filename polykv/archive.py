@@ -28,6 +28,10 @@ from polykv.cellfile import (
 from polykv.errors import PolyKVError
 
 ROWS, CELLS = "rows.csv.gz", "cells.json.gz"
+# What damaged or edited files raise, in gzip, csv, json, or on the way from text to cells.
+UNREADABLE = (
+    OSError, EOFError, zlib.error, csv.Error, RecursionError, ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
 
 
 def pack(root: Path) -> tuple[int, tuple[str, ...]]:
@@ -100,10 +104,7 @@ def unpack(root: Path) -> Sequence[Cell]:
         if content["rows"] != hashlib.sha256(text.encode()).hexdigest():
             raise ValueError(f"{ROWS} does not belong to {CELLS}")
         return _cells(text, content)
-    except (
-        *(OSError, EOFError, zlib.error, csv.Error, RecursionError),
-        *(ValueError, KeyError, TypeError, AttributeError),
-    ) as error:
+    except UNREADABLE as error:
         raise PolyKVError(
             f"the packed rows of {root} cannot be read ({reason(error)}); restore {ROWS} and {CELLS} "
             "as they were committed"
@@ -111,6 +112,7 @@ def unpack(root: Path) -> Sequence[Cell]:
 
 
 def _csv(cells: Sequence[Cell]) -> str:
+    """The rows of all cells as one table, with the columns of all their studies."""
     names = dict.fromkeys([*COLUMNS, *(name for cell in cells for name in types_of(cell.study))])
     out = io.StringIO()
     writer = csv.DictWriter(out, names)  # with CRLF line ends it quotes CR and LF in texts
@@ -124,6 +126,11 @@ def _csv(cells: Sequence[Cell]) -> str:
 
 
 def _cells(text: str, content: dict[str, Any]) -> list[Cell]:
+    """The checked cells of the two files' content.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: damaged or edited content.
+    """
     lines: dict[tuple[str, str], list[dict[str, str]]] = {}
     for line in csv.DictReader(io.StringIO(text, newline="")):
         lines.setdefault((line["study"], line["cell"]), []).append(line)
@@ -152,4 +159,5 @@ def _read(text: str, kind: type) -> Any:
 
 
 def _place(cell: Cell) -> tuple[str, str]:
+    """What a cell is found by: its study, and its identity."""
     return cell.study["name"], cell.name

@@ -131,6 +131,7 @@ def test_a_control_is_compared_on_the_problems_of_one_seed(tmp_path):
     shown = catalog.pieces("TABLES")["handoff_controls"](load(write(tmp_path, cells)).rows)
     lines = {line["given"]: line for line in shown.rows if line["how"] == "strict"}
     assert lines["no card"]["apart"].value == 0
+    assert lines["no card"]["apart"].note == "of seed 1 alone"  # accuracies are over both
     assert lines["another problem's card"]["apart"] == Value(
         None, note="the right card was not run on the same problems"
     )

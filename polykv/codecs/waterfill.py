@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from math import ceil
+from math import ceil, inf
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from torch import Tensor
 from polykv.codecs import bitpack
 from polykv.codecs.base import Codec, Shape
 from polykv.codecs.centred import mean_of, turned_mean, with_rope
-from polykv.codecs.context import LayerContext, Rope
+from polykv.codecs.context import Rope
 from polykv.codecs.normal import SMALLEST, codes_of, levels_of, log_codes, log_values
 from polykv.codecs.rotation import rotation
 from polykv.errors import PolyKVError
 
 BLOCK = 16  # channels that share a width, and are rotated together
-LEAST = 1e-3  # of sigma and w
+LEAST = 1e-3  # of the relative sigma and w, see step 2
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ class WaterfillKey(Codec):
 
     def code_bytes(self, heads: int, dim: int) -> int:
         """Bytes of codes of a token, all heads together."""
-        return BLOCK // 8 * self._total(heads * ceil(dim / BLOCK))
+        return BLOCK // 8 * self._total_width(heads * ceil(dim / BLOCK))
 
-    def _total(self, n_blocks: int) -> int:
+    def _total_width(self, n_blocks: int) -> int:
+        """The sum of the widths of this many blocks."""
         return round(self.bits * n_blocks)
 
     def _statistics(
@@ -102,16 +103,19 @@ class WaterfillKey(Codec):
         ]
         n_tokens = sum(chunk.shape[2] for chunk in chunks)
         sigma = (torch.stack(sums).sum(0) / n_tokens).sqrt().float()
-        shared = {"mean": mean} | self._plan(sigma, LayerContext(rope, query_rms))
+        shared = {"mean": mean} | self._plan(sigma, rope, query_rms)
         largest = [
             _rms(self._whitened(x_BHTD, shared, part)).amax(2, True) for x_BHTD, part in pairs
         ]
         return shared | {"largest": torch.stack(largest).amax(0).half()}
 
-    def _plan(self, sigma: Tensor, context: LayerContext) -> dict[str, Tensor]:
-        """Scale, order, RMS and packed widths of blocks, from the RMS (B, H, 1, D) of centred keys."""
-        w = _query_rms(context)
-        w = torch.ones_like(sigma) if w is None else w
+    def _plan(
+        self, sigma: Tensor, rope: Rope | None, query_rms: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Steps 2 to 5: scale, order, RMS and packed widths of blocks, from the RMS (B, H, 1, D) of centred keys."""
+        w = torch.ones_like(sigma) if query_rms is None else query_rms
+        if query_rms is not None and rope is not None:
+            w = rope.pair_mean(query_rms.square()).sqrt()
         level = w.mean(-1, keepdim=True).clamp_min(SMALLEST)
         w = (w / level).clamp_min(LEAST)
         spread = sigma.mean(-1, keepdim=True)
@@ -120,11 +124,8 @@ class WaterfillKey(Codec):
         y_energy = _in_blocks((sigma * scale.float()).square(), order).mean(-1)
         w_energy = _in_blocks((w / scale.float()).square(), order).mean(-1)
         # Products of such squares could leave fp32.
-        e = (
-            y_energy.clamp_min(1e-30).log2() / 2
-            + w_energy.clamp_min(1e-30).log2() / 2
-            + level.log2()
-        )
+        logs = y_energy.clamp_min(1e-30).log2() + w_energy.clamp_min(1e-30).log2()
+        e = logs / 2 + level.log2()
         widths = [self._widths(one.flatten().nan_to_num().tolist()) for one in e]
         widths_BH1n = torch.tensor(widths, dtype=torch.uint8, device=e.device).view(e.shape)
         return {
@@ -137,16 +138,17 @@ class WaterfillKey(Codec):
     def _widths(self, importance: Sequence[float]) -> list[int]:
         """The width of each block of a layer: reverse water-filling in whole bits."""
         if self.equal_widths:
-            least, more = divmod(self._total(len(importance)), len(importance))
+            least, more = divmod(self._total_width(len(importance)), len(importance))
             return [least + (index < more) for index in range(len(importance))]
         widths = [1] * len(importance)
+        # log2 of the squared error of each block, negated, since a heap has its least entry first.
         heap = [(-2 * e, index) for index, e in enumerate(importance)]
         heapify(heap)
-        for _ in range(self._total(len(widths)) - len(widths)):
-            gain, index = heap[0]
+        for _ in range(self._total_width(len(widths)) - len(widths)):
+            error, index = heap[0]
             widths[index] += 1
             # A bit divides the squared error of a block by 4.
-            heapreplace(heap, (gain + 2 if widths[index] < self.widest else torch.inf, index))
+            heapreplace(heap, (error + 2 if widths[index] < self.widest else inf, index))
         return widths
 
     def _whitened(self, x_BHTD: Tensor, shared: Mapping[str, Tensor], rope: Rope | None) -> Tensor:
@@ -218,13 +220,6 @@ class WaterfillKey(Codec):
 
 def _order_dtype(dim: int) -> torch.dtype:
     return torch.uint8 if dim <= 256 else torch.int16
-
-
-def _query_rms(context: LayerContext) -> Tensor | None:
-    """With the channels of a pair of RoPE made equal."""
-    if context.query_rms is None or context.rope is None:
-        return context.query_rms
-    return context.rope.pair_mean(context.query_rms.square()).sqrt()
 
 
 def _in_blocks(x_BHTD: Tensor, order_BH1D: Tensor) -> Tensor:

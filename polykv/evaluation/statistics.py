@@ -14,9 +14,9 @@ MIN_DOCUMENTS = 8
 
 
 def document_interval(
-    samples: list[np.ndarray], bounds: tuple[float, float] = (-np.inf, np.inf), level: float = 0.95
+    samples: list[np.ndarray], bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> tuple[float, float] | None:
-    """Interval of the mean over documents, each an array of per-token values, by Hall's skewness-corrected t.
+    """95 % interval of the mean over documents, each an array of per-token values, by Hall's skewness-corrected t.
 
     Documents are the sampling units if there are at least MIN_DOCUMENTS (tokens of one document are not independent),
     otherwise blocks of consecutive tokens. For paired comparisons pass per-token differences. Ends are clipped to
@@ -31,16 +31,16 @@ def document_interval(
     if len(samples) < MIN_DOCUMENTS:
         samples = [block for sample in samples for block in blocks(sample)]
     means = np.array([sample.mean(dtype=float) for sample in samples])
-    return skewed_interval(means, bounds, level)
+    return skewed_interval(means, bounds)
 
 
 def skewed_interval(
-    units: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf), level: float = 0.95
+    units: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> tuple[float, float] | None:
-    """Hall's skewness-corrected t interval of the mean of independent `units`; see `document_interval`."""
+    """Hall's skewness-corrected 95 % t interval of the mean of independent `units`; see `document_interval`."""
     if len(units) < 2 or not np.isfinite(units).all():
         return None
-    reach = stats.t.ppf((1 + level) / 2, len(units) - 1) / np.sqrt(len(units))
+    reach = stats.t.ppf(0.975, len(units) - 1) / np.sqrt(len(units))
     ends = [units.mean() - units.std(ddof=1) * _deskew(units, y) for y in (reach, -reach)]
     low, high = np.clip(ends, *bounds)
     return float(low), float(high)
@@ -172,24 +172,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float] | None:
-    """Wilson score interval of a rate; None for n = 0."""
+def wilson(successes: int, n: int) -> tuple[float, float] | None:
+    """Wilson's 95 % score interval of a rate; None for n = 0."""
     if n == 0:
         return None
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def detectable(n: int, n_apart: int, level: float = 0.05) -> float | None:
-    """The smallest difference between two rates that McNemar's exact test finds among n problems with POWER.
+def detectable(n: int, n_apart: int) -> float | None:
+    """The smallest difference between two rates that McNemar's exact test at 0.05 finds among n problems with POWER.
 
     `n_apart` of the n problems were solved by one side only; where the difference is larger than their share, so is the
     share. None where not even a difference of 1 is found.
     """
     apart = np.arange(n + 1)
     # Problems that only one side solves, at most, for the test to be significant.
-    fewest = stats.binom.ppf(level / 2, apart, 0.5)
-    fewest -= stats.binom.cdf(fewest, apart, 0.5) > level / 2
+    fewest = stats.binom.ppf(0.025, apart, 0.5)
+    fewest -= stats.binom.cdf(fewest, apart, 0.5) > 0.025
 
     def power(difference: float) -> float:
         share = max((n_apart + 1) / (n + 2), difference)

@@ -232,10 +232,7 @@ def _is_chat(task: Task, tokenizer: Any, style: str) -> bool:
 
 
 def _after(turns: Sequence[Turn], prompt_T: Tensor, end: int | None) -> Tensor:
-    """The prompt, which begins by ending the previous turn with token `end`, without that if the reply wrote it.
-
-    `end`: None where prompts have no chat format.
-    """
+    """The prompt, without the token `end` of the previous turn (None: no chat format) if the reply has written it."""
     if end is None or turns[-1].answer_T[-1] != end:
         return prompt_T
     return prompt_T[int((prompt_T == end).nonzero()[0]) + 1 :]

@@ -84,24 +84,25 @@ class WaterfillPayload(Payload):
         """Quantize a whole cache. Queries are those of the prefill, or of the last WINDOW tokens, read once more."""
         check_makes_card(policy)
         recipe, n_tokens = recipe_of(budget_bits), sender.n_tokens
-        turns = _ropes(sender.model, position_offset, 0, n_tokens)
+        rotations = _ropes(sender.model, position_offset, 0, n_tokens)
         known: Sequence[LayerContext] = getattr(sender.cache, "contexts", ()) or reread(
             sender.model, sender.cache, sender.ids_T, max(0, n_tokens - WINDOW)
         )
         layers = []
         for index, layer in enumerate(sender.cache.layers):
-            context = LayerContext(turns[index], known[index].query_rms)
-            place = (index, len(turns), backend, context)
+            context = LayerContext(rotations[index], known[index].query_rms)
+            place = (index, len(rotations), backend, context)
             try:
                 layers.append(recipe.encode_layer(layer.keys, layer.values, *place))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
-        sinks, *coded = (
-            (_stack([s.key for s in run]), _stack([s.value for s in run]))
-            for run in zip(*layers, strict=True)
+        # Segments by layer, to segments stacked over layers: the sinks, and the other tokens if there are any.
+        sinks, *others = (
+            (_stack([s.key for s in segments]), _stack([s.value for s in segments]))
+            for segments in zip(*layers, strict=True)
         )
         kept = _ropes(sender.model, position_offset, min(SINKS, n_tokens), n_tokens)
-        return cls(recipe, sinks, coded[0] if coded else None, kept, position_offset, backend)
+        return cls(recipe, sinks, others[0] if others else None, kept, position_offset, backend)
 
     @classmethod
     def rebuild(
@@ -143,9 +144,9 @@ class WaterfillPayload(Payload):
             raise PolyKVError(f"tensors that no token needs: {', '.join(sorted(unread))}")
         if coded:
             _check_plan(recipe.key, coded[0])
-        turns = _ropes(model, position_offset, first, n_tokens)
+        rotations = _ropes(model, position_offset, first, n_tokens)
         pair = (coded[0], coded[1]) if coded else None
-        return cls(recipe, (sinks[0], sinks[1]), pair, turns, position_offset, backend)
+        return cls(recipe, (sinks[0], sinks[1]), pair, rotations, position_offset, backend)
 
     @property
     def nbytes(self) -> int:
@@ -167,18 +168,18 @@ class WaterfillPayload(Payload):
         start = self.sinks[0].shape[2] + self.coded[0].shape[2]
         if start == sender.n_tokens:
             return self
-        turns = _ropes(sender.model, self.position_offset, SINKS, sender.n_tokens)
+        rotations = _ropes(sender.model, self.position_offset, SINKS, sender.n_tokens)
         keys, values = [], []
-        for index, (layer, turn) in enumerate(zip(sender.cache.layers, turns, strict=True)):
-            *_, known = self._segments(index)
-            context = LayerContext(turn and turn.narrow(start - SINKS, turn.n_tokens))
+        for index, (layer, rope) in enumerate(zip(sender.cache.layers, rotations, strict=True)):
+            *_, coded = self._segments(index)
+            context = LayerContext(rope and rope.narrow(start - SINKS, rope.n_tokens))
             k_BHTD, v_BHTD = layer.keys[:, :, start:], layer.values[:, :, start:]
             try:
-                keys.append(known.key_codec.extend(known.key, k_BHTD, context))
-                values.append(known.value_codec.extend(known.value, v_BHTD))
+                keys.append(coded.key_codec.extend(coded.key, k_BHTD, context))
+                values.append(coded.value_codec.extend(coded.value, v_BHTD))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
-        return replace(self, coded=(_stack(keys), _stack(values)), ropes=turns)
+        return replace(self, coded=(_stack(keys), _stack(values)), ropes=rotations)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {}
@@ -196,9 +197,9 @@ class WaterfillPayload(Payload):
         return [self._segments(index) for index in range(len(self.ropes))]
 
     def _segments(self, index: int) -> list[Segment]:
-        """Those of a layer: the exact tokens, and the others if there are any."""
-        first, second = (_layer(packed, index) for packed in self.sinks)
-        segments = [Segment(EXACT, EXACT, first, second)]
+        """Those of a layer: the sinks, and the other tokens if there are any."""
+        key, value = (_layer(packed, index) for packed in self.sinks)
+        segments = [Segment(EXACT, EXACT, key, value)]
         if self.coded:
             key = _layer(self.coded[0], index, LayerContext(self.ropes[index]))
             value = _layer(self.coded[1], index)
@@ -209,9 +210,9 @@ class WaterfillPayload(Payload):
 def _ropes(
     model: PreTrainedModel, position_offset: int, start: int, stop: int
 ) -> tuple[Rope | None, ...]:
-    """By layer, the rotation of the card's tokens [start, stop)."""
+    """By layer, the rotation of the card's tokens [start, stop); None in a layer without RoPE."""
     start, stop = position_offset + start, position_offset + stop
-    return tuple(turn and turn.narrow(start, stop) for turn in ropes(model, stop))
+    return tuple(rope and rope.narrow(start, stop) for rope in ropes(model, stop))
 
 
 def _layer(packed: Packed, index: int, context: LayerContext = NOTHING) -> Packed:
@@ -228,7 +229,7 @@ def _stack(layers: Sequence[Packed]) -> Packed:
 
 
 def _check_plan(codec: Codec, keys: Packed) -> None:
-    """Check what decoding takes as places or divides by.
+    """Check the tensors of keys that decoding uses as indices or divides by.
 
     Raises:
         PolyKVError: an order that is not one of all channels, widths that do not fill the codes, or a scale of zero.
@@ -240,8 +241,7 @@ def _check_plan(codec: Codec, keys: Packed) -> None:
     widths = bitpack.unpack(keys.tensors["widths"], 4, n_blocks).long()
     if (order.sort(-1).values != torch.arange(dim, device=order.device)).any():
         raise PolyKVError("tensor key.order does not hold every channel once")
-    low, high = (int(end) for end in widths.aminmax())
-    if low < 1 or high > codec.widest:
+    if not ((widths >= 1) & (widths <= codec.widest)).all():
         raise PolyKVError("tensor key.widths holds widths that no encoder writes")
     if (BLOCK // 8 * widths.sum((1, 2, 3)) != codec.code_bytes(heads, dim)).any():
         raise PolyKVError("tensor key.widths does not fill the codes")

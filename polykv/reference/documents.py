@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from polykv.errors import PolyKVError
 from polykv.reference.text import join_words, matches
-from polykv.reference.world import DEFAULT, Difficulty, Fact, sample_world
+from polykv.reference.world import Fact, sample_world
 
 VERSION = 1  # of generated documents, with world.py and problems.py
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ def generate_document(
     split: str = "heldout",
     n_questions: int = 15,
     prefix_fraction: float = 0.7,
-    difficulty: Difficulty = DEFAULT,
 ) -> Document:
     """Generate a document of exactly `n_tokens` tokens of `tokenizer`, without special tokens.
 
@@ -95,7 +94,7 @@ def generate_document(
     n_prefix = int(prefix_fraction * n_tokens)
     stated, used = [], 0
     sentences: list[str] = []
-    for fact in sample_world(rng, n_prefix // 3 + 4, split, difficulty):
+    for fact in sample_world(rng, n_prefix // 3 + 4, split):
         sentence = join_words(fact.statement())
         cost = _count(tokenizer, " " * bool(sentences) + sentence)
         if used + cost > n_prefix:
