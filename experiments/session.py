@@ -143,19 +143,18 @@ class Session:
         answers under two recipes differ by the recipe alone.
         """
         recipe = recipe or Recipe.from_config(cfg.recipe)
-        needs = [plain(answering(cfg)), cfg.device, _documents_need(cfg), n_documents]
-        said = self.kept(SAID, needs, dict)
+        said = self.kept(SAID, _asked_need(cfg, n_documents), dict)
         batches = []
         for first in range(0, cfg.n_agents, ASKED_TOGETHER):
             key = (recipe, cfg.reader, cfg.backend, first, cfg.max_new_tokens)
             if key not in said:
-                said[key] = _ask(self._asked(cfg, needs, n_documents), *key)
+                said[key] = _ask(self.asked(cfg, n_documents), *key)
             batches.append(said[key])
         return [
             [*chain(*of_document)][: cfg.n_agents] for of_document in zip(*batches, strict=True)
         ]
 
-    def _asked(self, cfg: DictConfig, needs: Any, n_documents: int) -> tuple[AskedPool, ...]:
+    def asked(self, cfg: DictConfig, n_documents: int) -> tuple[AskedPool, ...]:
         """For each document: model, tokenizer, document, and the uncompressed pool that its agents read."""
 
         def make() -> tuple[AskedPool, ...]:
@@ -166,7 +165,7 @@ class Session:
                 for document in track(documents, "prefilling for answers")
             )
 
-        return self.kept(ASKED, needs, make, of=(MODEL,))
+        return self.kept(ASKED, _asked_need(cfg, n_documents), make, of=(MODEL,))
 
     def _model(self, chosen: DictConfig, device: str) -> tuple[PreTrainedModel, Any]:
         """Model and tokenizer. One model is cached, in up to two dtypes: for scores and for answers."""
@@ -196,6 +195,10 @@ def _documents_need(cfg: DictConfig) -> dict[str, Any]:
 
 def _full_need(cfg: DictConfig) -> Any:
     return [plain(scoring(cfg)), cfg.device, _documents_need(cfg)]
+
+
+def _asked_need(cfg: DictConfig, n_documents: int) -> Any:
+    return [plain(answering(cfg)), cfg.device, _documents_need(cfg), n_documents]
 
 
 def _ask(

@@ -36,11 +36,13 @@ class Question:
         prompt: continues the document's `asked_BT` (encoded by polykv.tokens.encode).
         answer: the correct answer, if known.
         text: the question without template.
+        depth: where the document answers it, from 0 (its start) to 1, if known.
     """
 
     prompt: str
     answer: str | None
     text: str
+    depth: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +120,17 @@ def prefix_tokens(context: int, prefix_fraction: float) -> int:
 def load_documents(cfg: DictConfig, tokenizer: Any) -> list[Document]:
     """Up to `cfg.n_documents` documents of `cfg.context` tokens each (None: one document, the whole text).
 
-    `cfg.document._target_` names the function that makes them, one of those below or a user's own.
+    `cfg.document._target_` names the function that makes them, one of those below or a user's own, or a task's class
+    (polykv/tasks).
 
     Raises:
         PolyKVError: a missing file, a text that is too short, fewer questions than agents, an unreachable hub, or a
             chat template without a common prefix.
     """
-    return targets.find(cfg.document._target_)(cfg, tokenizer)
+    made = targets.find(cfg.document._target_)
+    if task := getattr(made, "from_config", None):
+        return task(cfg.document).documents(cfg, tokenizer)
+    return made(cfg, tokenizer)
 
 
 def generated(cfg: DictConfig, tokenizer: Any) -> list[Document]:

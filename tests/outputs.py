@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -27,10 +28,21 @@ from polykv.attention import cascade
 from polykv.codecs.base import Codec
 from polykv.config import available, load_group
 from polykv.documents import Document
-from polykv.evaluation import answers, continuation, decode_drift, gsm8k, layers, online, statistics
+from polykv.evaluation import (
+    answers,
+    continuation,
+    decode_drift,
+    gsm8k,
+    layers,
+    online,
+    retrieval,
+    statistics,
+)
 from polykv.evaluation.per_token import METRICS
 from polykv.handoff import allocate, mixed, signals
 from polykv.reference import documents as generated
+from polykv.tasks.base import Task, placed
+from polykv.tokens import encode
 
 PLACE = Path(__file__).with_name("outputs.json")
 RELATIVE = 1e-4  # sums in another order, on another machine, differ by less
@@ -132,6 +144,39 @@ def of_answers() -> Output:
     return output([torch.tensor([answers.contains(*pair) for pair in pairs])])
 
 
+def of_retrieval() -> Output:
+    model, tokenizer, prefix_BT, _, _ = reading()
+    cache = polykv.pool.prefill(model, prefix_BT)
+    cache.batch_repeat_interleave(2)
+    texts = [[" Q: Who is the pilot?", " A: a red hen."], [" The pilot is", " a"]]
+    questions, said = ([encode(tokenizer, text)[0] for text in of] for of in texts)
+    found = retrieval.log_probs(model, cache, questions, [said, said[:1]])
+    return output([found[0], found[1]])
+
+
+def of_text(text: str) -> Output:
+    return {"bits": hashlib.sha256(text.encode()).hexdigest()[:16], "numbers": []}
+
+
+def of_placed() -> Output:
+    _, tokenizer, _, _, _ = reading()
+    return of_text(str(placed(tokenizer, Random(0), ["One pilot.", "Two hens."], 200, "")))
+
+
+def of_task(name: str) -> Output:
+    cfg = load_group("document", name)
+    return of_text(str(get_class(cfg._target_).from_config(cfg).write(Random(0), 15)))
+
+
+def tasks() -> list[tuple[str, type[Task]]]:
+    """The documents that are tasks, each with its class."""
+    found = (
+        (name, load_group("document", name).get("_target_", "")) for name in available("document")
+    )
+    ours = ((name, target) for name, target in found if target.startswith("polykv.tasks."))
+    return [(name, get_class(target)) for name, target in ours]
+
+
 def of_gsm8k() -> Output:
     texts = ["#### 18", "so $1,080.50", "#### -5 and 7", "none", "12 #### 3/4"]
     said = [[str(gsm8k.extract(text, how)) for text in texts] for how in ("strict", "flexible")]
@@ -176,7 +221,7 @@ def of_signals() -> Output:
 
 
 def of_generated() -> Output:
-    return {"bits": hashlib.sha256(reading()[4].encode()).hexdigest()[:16], "numbers": []}
+    return of_text(reading()[4])
 
 
 PARTS: dict[Any, Callable[[], Output]] = {
@@ -186,6 +231,7 @@ PARTS: dict[Any, Callable[[], Output]] = {
     statistics: of_statistics,
     answers: of_answers,
     gsm8k: of_gsm8k,
+    retrieval: of_retrieval,
     layers: of_layers,
     decode_drift: of_decode_drift,
     allocate: of_allocate,
@@ -206,6 +252,10 @@ def names() -> dict[str, tuple[int, str, Callable[[], Output]]]:
         found[name] = (cls.version, place, lambda settings=settings: of_codec(settings))
     for module, made in PARTS.items():
         found[module.__name__] = (module.VERSION, f"{module.__name__}.VERSION", made)
+    found["placed"] = (Task.version, "polykv.tasks.base.Task.version", of_placed)
+    for name, cls in tasks():
+        place = f"{cls.__module__}.{cls.__name__}.version"
+        found[f"task {name}"] = (cls.version, place, partial(of_task, name))
     return found
 
 

@@ -36,9 +36,11 @@ from polykv.results import Rows
 SCORES = {bertscore, continuation, gsm8k}
 NO_QUALITY = {name for name, study in studies().items() if not SCORES & {*study.made_by}}
 # What rows say beside quality: bytes, time, theory, what the uncompressed cache is like, what unrelated answers score,
-# which answers are empty, unfinished or of more than one mark.
+# which answers are empty, unfinished or of more than one mark; which of several answers is chosen, where all but the
+# right one name another subject than the question.
 NOT_QUALITY = {
     "mean_bits", "file_bits", "compression_ratio", "kv_memory", "time", "gaussian_error", "dc_share", "peak_to_rms",
+    "questions_per_minute", "choice_right",
     "bias_norm", "token_norm",
     "bertscore_floor", "empty_answer", "empty_reference", "several_marks", "unfinished_answer",
 }  # fmt: skip
@@ -184,6 +186,9 @@ CASES = {
         ("experiment=decode_drift", "model=reference", "prompts=writing", "n_prompts=3", "max_new_tokens=32",
          "page_tokens=16", "recipe=fp16"),
         recipes,
+    ),
+    "shared_tasks": Case(
+        ("experiment=shared_tasks", *SCORED, "n_agents=5", "max_new_tokens=12"), recipes
     ),
     "handoff_accuracy": Case(RELAY, partial(cards, policy="uniform"), HELD | BEFORE_CARDS),
     "handoff_accuracy, cards after the first": Case(
