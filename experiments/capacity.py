@@ -132,7 +132,7 @@ def _add_inputs(rows: Rows, cfg: DictConfig, model: Architecture) -> None:
         rows.add(name, figure, unit, **INPUT, assumed="hardware", note=_source(cfg, name))
     for name, why in WHY.items():
         rows.add(name, cfg[name], "", **INPUT, assumed="assumption", note=why)
-    cache = cfg.context * model.token_bytes
+    cache = model.kept_bytes(cfg.context)
     rows.add("weights", model.weights_bytes / GB, "GB", **COMPUTED)
     rows.add("agent_cache", cache / GB, "GB", **COMPUTED)
 

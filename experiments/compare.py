@@ -108,6 +108,7 @@ def check(cfg: DictConfig, session: Session) -> None:
 def _check_scores_alone(cfg: DictConfig, of: str) -> None:
     """Check that a cache that is not a pool is only scored, by a single reader of its own; raises PolyKVError."""
     settings.check_dequantizes(cfg)
+    settings.check_full_attention(cfg)
     for name in ("answers", "resident", "together"):
         if cfg.get(name):
             instead = 0 if name == "answers" else "false"

@@ -61,6 +61,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings, and that the problems fit the model's positions once tokenised."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
+    settings.check_full_attention(cfg)
     policy = Policy.from_config(cfg.policy)
     settings.check_whole(cfg, "n_hops", "n_problems", "batch")
     if policy.carries == OTHER_PROBLEM and cfg.n_problems == 1:

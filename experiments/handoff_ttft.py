@@ -57,6 +57,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings; random weights are allowed, since times do not depend on them."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
+    settings.check_full_attention(cfg)
     routes_of(cfg)
     for policy in policies_of(cfg):
         check_makes_card(policy)

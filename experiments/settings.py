@@ -21,7 +21,13 @@ from polykv.pool import check_reader
 from polykv.recipe import Recipe
 from polykv.reference import documents as generated
 from polykv.results import Rows
-from polykv.supported import check_attention, check_length, check_model, check_rope
+from polykv.supported import (
+    check_attention,
+    check_every_token,
+    check_length,
+    check_model,
+    check_rope,
+)
 from polykv.tokens import encode
 
 if TYPE_CHECKING:
@@ -187,6 +193,11 @@ def check_hub(
     if cfg.weights == "hub":
         mend = packaged.remedy(cfg.model) + mend
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
+
+
+def check_full_attention(cfg: DictConfig) -> None:
+    """Check that the model has no sliding windows, in studies that do not measure those; raises PolyKVError."""
+    check_every_token(models.load_config(cfg.model), f"study {cfg.study}")
 
 
 def check_dequantizes(cfg: DictConfig) -> None:

@@ -16,7 +16,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Geometry":
-        """The geometry of an architecture with full-attention layers.
+        """The geometry of an architecture with layers of full or sliding-window attention.
 
         Raises:
             PolyKVError: its cache holds something else, or disagrees with its config.
@@ -38,7 +38,10 @@ class Geometry:
             "head_dim": {layer.head_dim for layer in self.layers},
         }
         for name, values in found.items():
-            stated = getattr(config, name, None)
+            try:
+                stated = getattr(config, name, None)
+            except Exception:  # transformers raises its own where layers differ (Gemma 4)
+                continue
             if stated is not None and values != {stated}:
                 raise PolyKVError(
                     f"the config of {config.model_type} has {name}={stated}, but its cache {sorted(values)}; "
@@ -53,6 +56,16 @@ class Geometry:
     def values_per_token(self) -> int:
         """Number of values per token: keys and values of all layers and heads."""
         return 2 * sum(layer.n_kv_heads * layer.head_dim for layer in self.layers)
+
+    def values(self, n_tokens: int) -> int:
+        """Number of values kept of `n_tokens`: sliding-window layers keep the last ones only."""
+        layers = self.layers
+        return 2 * sum(one.n_kv_heads * one.head_dim * one.kept(n_tokens) for one in layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None for full attention."""
+        return tuple(layer.window for layer in self.layers)
 
     @property
     def shape(self) -> tuple[int, int]:

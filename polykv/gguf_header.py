@@ -17,6 +17,8 @@ from polykv.errors import PolyKVError
 MAGIC = b"GGUF"
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf")
 PROJECTORS = ("clip", "mmproj")
+# Architectures whose layers with windows, and rotary bases, transformers knows without the file.
+WINDOWED = ("gemma3",)
 ROPE = "rope_"  # prefix of tensors that scale rotary frequencies and are not parameters
 
 
@@ -139,13 +141,34 @@ def _check_kind(path: Path, metadata: Mapping[str, Any], n_tensors: int) -> None
             f"{path} is a vision projector; give the GGUF file of the language model beside it"
         )
     if f"{architecture}.attention.sliding_window" in metadata:
-        raise PolyKVError(
-            f"{path} holds a {architecture} model, which has sliding-window attention; "
-            "use a model whose layers all attend to every token"
-        )
+        _check_windows(path, architecture, metadata)
     if kind != "model" or n_tensors == 0:
         raise PolyKVError(
             f"{path} holds no model (its type is {kind!r}, with {n_tensors} tensors); give a model's file"
+        )
+
+
+def _check_windows(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+    """Check that transformers' reader builds the windows that the file's model has.
+
+    It has its own defaults for what the file may say: every sixth layer is full, the others have rotary base 10,000,
+    and scores are scaled by 256 ** -0.5, which is head_dim in all sizes but 27B.
+
+    Raises:
+        PolyKVError: another architecture than Gemma 3, or other values.
+    """
+    given = {name.removeprefix(f"{architecture}."): value for name, value in metadata.items()}
+    expected = {
+        "attention.key_length": 256,
+        "attention.sliding_window_pattern": 6,
+        "rope.freq_base_swa": 10_000.0,
+    }
+    other = {name for name, value in expected.items() if given.get(name, value) != value}
+    if architecture not in WINDOWED or other:
+        raise PolyKVError(
+            f"{path} holds a {architecture} model with sliding-window attention, whose "
+            f"{' and '.join(sorted(other)) or 'layers with windows'} transformers does not read from the file; "
+            "use model=local with the original checkpoint"
         )
 
 

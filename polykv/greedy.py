@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from polykv.attention.cache import CascadeCache
 from polykv.chat import end_of_turn
 from polykv.supported import check_padding, check_rope
 
@@ -87,7 +88,9 @@ class Decoding:
         # By default positions count all tokens of the cache, padding included.
         self._padded = not mask_BT.all()
         if self._padded:
-            check_padding(model.config)
+            # Padding before all tokens of a row changes no distance between them.
+            between = bool((mask_BT[:, 1:] < mask_BT[:, :-1]).any())
+            check_padding(model.config, unshared=between and not isinstance(cache, CascadeCache))
 
     @torch.no_grad()
     def step(self) -> Tensor:

@@ -6,7 +6,7 @@ copy (polykv/attention/cascade.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,9 +21,17 @@ from polykv.codecs.context import NOTHING, LayerContext
 from polykv.errors import PolyKVError
 from polykv.greedy import greedy
 from polykv.prefill import prefill
+from polykv.probe import kept_tokens
 from polykv.recipe import Recipe
 from polykv.segment import Segment, decode_segments
-from polykv.supported import check_cache, check_length, check_rope
+from polykv.supported import (
+    check_cache,
+    check_length,
+    check_rope,
+    check_windows,
+    counts_padding,
+    window_of,
+)
 from polykv.tokens import encode
 
 READERS = ("dequantize", "in_place")
@@ -42,17 +50,21 @@ class SharedKVPool:
         recipe: Recipe,
         backend: str = "torch",
         contexts: Sequence[LayerContext] = (),
+        windows: Sequence[int | None] = (),
+        n_tokens: int | None = None,
     ) -> None:
+        """A pool of segments by layer; for `windows` and `n_tokens` see `from_layers`."""
         if not layers:
             raise PolyKVError("the cache holds no layers; prefill the document first")
         self._layers = tuple(tuple(segments) for segments in layers)
+        self.windows = tuple(windows) or (None,) * len(self._layers)
         self.recipe = recipe
         # For the pools that are made of an uncompressed one; its segments hold what a codec asked for.
         self.contexts = tuple(contexts) if recipe.is_full else ()
         self.chat: Chat | None = None
         self.device = next(iter(self._layers[0][0].key.tensors.values())).device
         self.backend = kernels.pick_backend(backend, self.device)
-        self.n_tokens: int = sum(segment.n_tokens for segment in self._layers[0])
+        self.n_tokens: int = n_tokens or sum(segment.n_tokens for segment in self._layers[0])
         self.dtype: torch.dtype = self._layers[0][0].key.dtype
         self.n_values: int = sum(
             torch.Size(packed.shape).numel()
@@ -89,17 +101,28 @@ class SharedKVPool:
 
     @classmethod
     def from_cache(cls, cache: Cache, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """Compress a transformers cache of full-attention layers, which is not modified.
+        """Compress a transformers cache of layers of full or sliding-window attention, which is not modified.
+
+        Of a sliding-window layer the tokens are kept that the next token would see, as transformers keeps them.
 
         Raises:
-            PolyKVError: sliding-window, hybrid, MLA, static, quantized or encoder-decoder caches; a recipe that needs
-                to know more of the model, and a cache that does not come from `polykv.prefill.prefill`.
+            PolyKVError: hybrid, MLA, static, quantized or encoder-decoder caches; a recipe that needs to know more of
+                the model, and a cache that does not come from `polykv.prefill.prefill`.
         """
         check_cache(cache)
         contexts = getattr(cache, "contexts", ())
         _check_known(recipe, contexts)
-        layers = ((layer.keys, layer.values) for layer in cache.layers)
-        return cls.from_layers(layers, recipe, backend=backend, contexts=contexts)
+        n_tokens = cache.get_seq_length()
+        windows = [window_of(layer) for layer in cache.layers]
+        # Cloned, as a view keeps all tokens of the prefill alive.
+        layers = (
+            (layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone())
+            if (kept := kept_tokens(n_tokens, window)) < n_tokens
+            else (layer.keys, layer.values)
+            for layer, window in zip(cache.layers, windows, strict=True)
+        )
+        about: Any = {"contexts": contexts, "windows": windows, "n_tokens": n_tokens}
+        return cls.from_layers(layers, recipe, len(windows), backend, **about)
 
     @classmethod
     def from_layers(
@@ -109,32 +132,46 @@ class SharedKVPool:
         n_layers: int | None = None,
         backend: str = "auto",
         contexts: Sequence[LayerContext] = (),
+        windows: Sequence[int | None] = (),
+        n_tokens: int | None = None,
     ) -> "SharedKVPool":
         """Compress (keys, values) layer by layer, each (batch, kv_heads, tokens, head_dim).
 
-        `layers` may be a generator, so that only one layer exists at full size at a time; then give `n_layers`.
-        `contexts`: what the recipe's codecs may know of each layer. Without them the codecs do without, which is enough
-        to count bytes.
+        Args:
+            layers: may be a generator, so that only one layer exists at full size at a time; then give `n_layers`.
+            contexts: what the recipe's codecs may know of each layer. Without them the codecs do without, which is
+                enough to count bytes.
+            windows: the sliding window of each layer, None for full attention; empty: all have full attention. Of a
+                layer with a window, `layers` has the last tokens only (`polykv.probe.kept_tokens`).
+            n_tokens: tokens of the document; None: those of the first layer. Needed if that one has a window.
 
         Raises:
-            PolyKVError: a tensor that the recipe's codec cannot encode; names the layer, and keys or values.
+            PolyKVError: a tensor that the recipe's codec cannot encode (names the layer, and keys or values), or a
+                number of tokens that does not fit the window.
         """
         if n_layers is None:
             layers = list(layers)
             n_layers = len(layers)
+        windows = tuple(windows) or (None,) * n_layers
         encoded: list[list[Segment]] = []
         # Not enumerate, which keeps a reference to a layer while the next is made.
         for k_BHTD, v_BHTD in layers:
             index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
             context = contexts[index] if contexts else NOTHING
-            try:
-                encoded.append(
-                    recipe.encode_layer(k_BHTD, v_BHTD, index, n_layers, backend, context)
+            n_tokens = n_tokens or k_BHTD.shape[2]
+            n_left = n_tokens - k_BHTD.shape[2]
+            if k_BHTD.shape[2] != kept_tokens(n_tokens, windows[index]):
+                raise PolyKVError(
+                    f"layer {index} has {k_BHTD.shape[2]} of {n_tokens} tokens and a window of {windows[index]}; "
+                    f"give its last {kept_tokens(n_tokens, windows[index])}"
                 )
+            place = (index, n_layers, backend, context, n_left if windows[index] else None)
+            try:
+                encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, *place))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
             del k_BHTD, v_BHTD
-        return cls(encoded, recipe, backend, contexts)
+        return cls(encoded, recipe, backend, contexts, windows, n_tokens)
 
     def _segments(self) -> Iterator[Segment]:
         return (segment for segments in self._layers for segment in segments)
@@ -165,7 +202,10 @@ class SharedKVPool:
         return 2 * self.n_values / self.stored_bytes
 
     def decode_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim), in the cache's dtype."""
+        """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim), in the cache's dtype.
+
+        Of a sliding-window layer, of its last tokens (`polykv.probe.kept_tokens`).
+        """
         return decode_segments(self._layers[index])
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
@@ -179,7 +219,8 @@ class SharedKVPool:
             return self
         _check_known(recipe, self.contexts)
         layers = (self.decode_layer(index) for index in range(self.n_layers))
-        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend, self.contexts)
+        about = (self.contexts, self.windows, self.n_tokens)
+        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend, *about)
 
     def dequantize(self, n_agents: int = 1) -> DynamicCache:
         """A full-precision DynamicCache with a row for each of `n_agents`, ready to continue the document.
@@ -187,9 +228,11 @@ class SharedKVPool:
         Rows are views of one decoded copy until the first tokens are appended, which copies them.
         """
         layers = (self.decode_layer(index) for index in range(self.n_layers))
-        return DynamicCache(
-            tuple(x_BHTD.expand(n_agents, -1, -1, -1) for x_BHTD in layer) for layer in layers
+        rows = (
+            (k_BHTD.expand(n_agents, -1, -1, -1), v_BHTD.expand(n_agents, -1, -1, -1))
+            for k_BHTD, v_BHTD in layers
         )
+        return unshared_cache(rows, self.windows, self.n_tokens)
 
     def reader(self, n_agents: int) -> CascadeCache:
         """A cache in which `n_agents` attend to this pool in place, within `attend_in_place(model)`.
@@ -199,7 +242,7 @@ class SharedKVPool:
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
         """
-        return CascadeCache(self._layers, n_agents, self.backend)
+        return CascadeCache(self._layers, n_agents, self.backend, self.n_tokens, self.windows)
 
     def ask(
         self,
@@ -216,28 +259,59 @@ class SharedKVPool:
 
         Raises:
             PolyKVError: an unknown read mode, an empty query, max_new_tokens < 1, more tokens than the model has
-                positions, or a model that other threads are using in another read mode (`attend_in_place`).
+                positions, another model's sliding windows, or a model that other threads are using in another read mode
+                (`attend_in_place`).
         """
         check_reader(reader)
+        check_windows(model.config, self.windows)
         if self.chat:
             queries = [self.chat.prompt(query) for query in queries]
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if not queries_ids:
             return []
         if reader == "dequantize":
-            batch = max(COPIES // (self.n_values * self.dtype.itemsize), 1)
+            answers: dict[int, str] = {}
             with read_unshared(model):
-                answers = [
-                    generate(model, tokenizer, self.dequantize(len(part)), part, max_new_tokens)
-                    for part in (
-                        queries_ids[start : start + batch]
-                        for start in range(0, len(queries_ids), batch)
-                    )
-                ]
-            return list(chain.from_iterable(answers))
+                for part in self._batches(model, queries_ids):
+                    cache = self.dequantize(len(part))
+                    ids = [queries_ids[number] for number in part]
+                    said = generate(model, tokenizer, cache, ids, max_new_tokens)
+                    answers |= dict(zip(part, said, strict=True))
+            return [answers[number] for number in range(len(queries))]
         cache = self.reader(len(queries_ids))
         with attend_in_place(model):
             return generate(model, tokenizer, cache, queries_ids, max_new_tokens)
+
+    def _batches(self, model: PreTrainedModel, queries_ids: Sequence[Tensor]) -> Iterator[Any]:
+        """The numbers of the queries that are answered together from unshared caches.
+
+        Of one length, if padding between pool and query would change the answer.
+        """
+        batch = max(COPIES // (self.n_values * self.dtype.itemsize), 1)
+        numbers = range(len(queries_ids))
+        groups: Any = [numbers]
+        if counts_padding(model.config, unshared=True):
+            lengths = sorted({len(ids_T) for ids_T in queries_ids})
+            groups = [[n for n in numbers if len(queries_ids[n]) == length] for length in lengths]
+        for group in groups:
+            for start in range(0, len(group), batch):
+                yield group[start : start + batch]
+
+
+def unshared_cache(
+    layers: Iterable[tuple[Tensor, Tensor]],
+    windows: Sequence[int | None] = (),
+    n_tokens: int | None = None,
+) -> DynamicCache:
+    """A DynamicCache of (keys, values); for `windows` and `n_tokens` see `SharedKVPool.from_layers`."""
+    # transformers takes a third tensor, the window.
+    pairs = zip(layers, windows or repeat(None), strict=bool(windows))
+    given = ((*layer, torch.tensor(window)) if window else layer for layer, window in pairs)
+    cache = DynamicCache(given)
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layer.cumulative_length = n_tokens
+    return cache
 
 
 def _check_known(recipe: Recipe, contexts: Sequence[LayerContext]) -> None:

@@ -25,7 +25,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.codecs.context import LayerContext, Rope
 from polykv.errors import PolyKVError
-from polykv.supported import check_length, check_model, check_rope
+from polykv.probe import kept_tokens
+from polykv.supported import check_every_token, check_length, check_model, check_rope, window_of
 
 APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), the name in all models of transformers
 
@@ -39,8 +40,18 @@ class PrefilledCache(DynamicCache):
 
     @property
     def contexts(self) -> tuple[LayerContext, ...]:
-        """What codecs may know of each layer; empty once the cache has grown, as later angles are not known."""
-        return self.found if self.get_seq_length() == self.n_prefilled else ()
+        """What codecs may know of each layer and the tokens that it keeps.
+
+        Empty once the cache has grown, as later angles are not known.
+        """
+        n_tokens = self.n_prefilled
+        if self.get_seq_length() != n_tokens:
+            return ()
+        return tuple(
+            context if kept == n_tokens else context.narrow(n_tokens - kept, n_tokens)
+            for context, layer in zip(self.found, self.layers, strict=False)
+            if (kept := kept_tokens(n_tokens, window_of(layer)))
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -75,6 +86,7 @@ def reread(
     Raises:
         PolyKVError: the rotary frequencies change along the tokens.
     """
+    check_every_token(model.config, "reading tokens again")
     check_rope(model.config, start or len(ids_T), len(ids_T), "reading the tokens again")
     past = PrefilledCache(config=model.config)
     if start:
@@ -173,7 +185,7 @@ def rope_of(owner: type, given: Any, head_dim: int) -> Rope | None:
         if width <= head_dim:
             try:
                 return _measured(apply, cos_BTW[:1], sin_BTW[:1], width)
-            except (RuntimeError, _NoRotation):
+            except (RuntimeError, TypeError, _NoRotation):
                 continue
     return None
 

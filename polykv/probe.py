@@ -26,20 +26,18 @@ from polykv.errors import PolyKVError
 
 ATTENTION = "polykv_probe"  # name of the recording attention function in transformers' registry
 FAR_POSITION = 1 << 20  # with full attention, a query this far away still sees token 0
-# Arguments that plain softmax attention cannot honour, and the end of an error message "MODEL ...".
+# Arguments that attention in place does not support, and the end of an error message "MODEL ...".
 UNSUPPORTED = {
-    "softcap": "caps its attention scores",
-    "s_aux": "has attention sinks",
     "position_bias": "adds a position bias to its scores",
-    "sliding_window": "has sliding-window attention",
     "block_indices": "has block-sparse attention",
 }
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one layer of a cache.
+    """Geometry of one layer of a cache.
 
+    `window`: None for full attention; a sliding-window layer's token sees the last `window` tokens, itself included.
     `n_heads` is the number of query heads, or None if the model did not call the recording attention function. It does
     not affect the cache, so equality ignores it.
     """
@@ -47,14 +45,28 @@ class LayerShape:
     n_kv_heads: int
     head_dim: int
     n_heads: int | None = field(default=None, compare=False)
+    window: int | None = None
+
+    def kept(self, n_tokens: int) -> int:
+        """How many of `n_tokens` tokens the layer keeps: those that a later token can see."""
+        return kept_tokens(n_tokens, self.window)
+
+
+def kept_tokens(n_tokens: int, window: int | None) -> int:
+    """How many of `n_tokens` tokens a layer keeps: all, or the `window` - 1 that the next token sees beside itself.
+
+    transformers' DynamicSlidingWindowLayer keeps as many.
+    """
+    return n_tokens if window is None else min(n_tokens, window - 1)
 
 
 @dataclass(frozen=True)
 class Probe:
     """The shapes of all layers, and why the model's attention cannot be replaced.
 
-    `attention_fault` is the end of an error message "MODEL ...", or None if the attention is plain causal softmax
-    attention over the whole cache, for which another implementation can be substituted.
+    `attention_fault` is the end of an error message "MODEL ...", or None if the attention is causal softmax attention
+    over the whole cache or a sliding window of it, for which another implementation can be substituted. It may cap its
+    scores (Gemma 2) and have attention sinks (gpt-oss), which the attention function gets as arguments.
     """
 
     layers: tuple[LayerShape, ...]
@@ -64,10 +76,13 @@ class Probe:
 class _RecordingLayer(DynamicLayer):
     """A cache layer on which `_attend` records what the model did with the keys and values returned by `update`."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None) -> None:
         super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
         self.n_heads: int | None = None
         self.is_causal = True
+        self.slides = True  # whether the mask hides what the cache drops, and nothing else
         # Remains if the keys returned by `update` never reach `_attend`.
         self.fault: str | None = "does not attend to what its cache returns"
 
@@ -110,23 +125,34 @@ def _fault(layer: _RecordingLayer, value: Tensor, mask: Any, options: dict[str, 
     for option, what in UNSUPPORTED.items():
         if options.get(option) is not None:
             return what
-    if not hasattr(mask, "sees_first"):  # not the tensor that `_mask` made
+    if options.get("sliding_window") not in (None, layer.window):
+        return "has sliding windows that its cache does not know"
+    if not hasattr(mask, "sees"):  # not the tensor that `_mask` made
         return "changes its attention mask"
-    return None if mask.sees_first else "hides early tokens from later ones"
+    if layer.window is None:
+        return None if mask.sees(FAR_POSITION, 0) else "hides early tokens from later ones"
+    # Two queries in a row, as attention within chunks looks like a window to the last token of a chunk.
+    for query in (FAR_POSITION, FAR_POSITION + 1):
+        first = query - layer.window + 1
+        layer.slides &= mask.sees(query, first) and not mask.sees(query, first - 1)
+    return None
 
 
 def _mask(*args: Any, mask_function: Any = None, **options: Any) -> Tensor:
     """Mask function: sdpa's mask, never None, with two attributes for `_attend`.
 
-    `sees_next`: whether token 0 sees token 1 (not causal). `sees_first`: whether a query at FAR_POSITION sees token 0
-    (no sliding window or chunks).
+    `sees(query, key)`: whether a query at one position sees a key at another. `sees_next`: whether token 0 sees token 1
+    (not causal).
     """
     options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
     mask = sdpa_mask(*args, mask_function=mask_function, **options)
-    zero, one, far = (torch.tensor(position, device="cpu") for position in (0, 1, FAR_POSITION))
-    # Arguments: batch index, head index, query position, key position.
-    mask.sees_next = bool(mask_function(zero, zero, zero, one))
-    mask.sees_first = bool(mask_function(zero, zero, far, zero))
+
+    def sees(query: int, key: int) -> bool:
+        # Arguments: batch index, head index, query position, key position.
+        places = (torch.tensor(place, device="cpu") for place in (0, 0, query, key))
+        return bool(mask_function(*places))
+
+    mask.sees, mask.sees_next = sees, sees(0, 1)
     return mask
 
 
@@ -139,7 +165,7 @@ _probes: dict[str, Probe] = {}  # by the config's JSON, since configs are not ha
 def probe(config: PretrainedConfig) -> Probe:
     """The probe of an architecture; results are cached for the life of the process.
 
-    All layers must use full attention, which `check_model` (polykv/supported.py) checks first.
+    All layers must use full or sliding-window attention, which `check_model` (polykv/supported.py) checks first.
 
     Raises:
         PolyKVError: the model cannot read one token with a cache, is not causal, or does not cache exactly one key and
@@ -158,7 +184,10 @@ def _probe(config: PretrainedConfig) -> Probe:
     config.quantization_config = None
     # Looping over the experts that the router chose would need its output, which has no data on the meta device.
     config._experts_implementation = "batched_mm"
-    layers = [_RecordingLayer() for _ in DynamicCache(config=config).layers]
+    windows = [
+        getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers
+    ]
+    layers = [_RecordingLayer(window) for window in windows]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -190,11 +219,17 @@ def _shape(name: str, index: int, layer: _RecordingLayer) -> LayerShape:
     """The shape of a layer that has read one token.
 
     Raises:
-        PolyKVError: not causal, not exactly one token, or keys and values of different shapes.
+        PolyKVError: not causal, a mask that is not that of the layer's window, not exactly one token, or keys and
+            values of different shapes.
     """
     if not layer.is_causal:
         raise PolyKVError(
             f"{name} lets a token attend to later ones (layer {index}); use a causal decoder"
+        )
+    if not layer.slides:
+        raise PolyKVError(
+            f"{name} does not slide a window of {layer.window} tokens over layer {index}, as its cache does; "
+            "use another model"
         )
     if layer.get_seq_length() != 1:
         raise PolyKVError(
@@ -207,4 +242,4 @@ def _shape(name: str, index: int, layer: _RecordingLayer) -> LayerShape:
             f"{index}; use a model whose keys and values have one shape"
         )
     _, n_kv_heads, _, head_dim = layer.keys.shape
-    return LayerShape(n_kv_heads, head_dim, layer.n_heads)
+    return LayerShape(n_kv_heads, head_dim, layer.n_heads, layer.window)

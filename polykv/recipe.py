@@ -20,14 +20,20 @@ SIDES = ("keys", "values")
 
 @dataclass(frozen=True)
 class Exempt:
-    """Numbers of tokens and layers that are kept in fp16: at the start, at the end."""
+    """Numbers of tokens and layers that are kept in fp16: at the start, at the end.
+
+    `sliding`: whether all layers of sliding-window attention are.
+    """
 
     sinks: int = 0
     recent: int = 0
     first_layers: int = 0
     last_layers: int = 0
+    sliding: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sliding, bool):
+            raise PolyKVError(f"exempt.sliding={self.sliding!r}; give true or false")
         for name, count in vars(self).items():
             if not isinstance(count, int) or count < 0:
                 raise PolyKVError(f"exempt.{name}={count!r}; give a whole number from 0 up")
@@ -125,10 +131,12 @@ class Recipe:
         n_layers: int,
         backend: str = "torch",
         context: LayerContext = NOTHING,
+        n_left: int | None = None,
     ) -> list[Segment]:
         """Compress one layer's keys and values, each (batch, kv_heads, tokens, head_dim).
 
-        `backend` comes from `kernels.pick_backend`; `context` is what codecs may know of the layer and these tokens.
+        `backend` comes from `kernels.pick_backend`; `context` is what codecs may know of the layer and these tokens;
+        `n_left` see `runs`.
 
         Raises:
             PolyKVError: NaN, infinity, or an overflow of fp16 (polykv/codecs/base.py); names keys or values.
@@ -136,7 +144,7 @@ class Recipe:
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
         segments = []
-        for start, stop, exact in self.runs(n_tokens, layer, n_layers):
+        for start, stop, exact in self.runs(n_tokens, layer, n_layers, n_left):
             pair = (EXACT, EXACT) if exact else codecs
             packed = []
             for side, codec, x_BHTD in zip(SIDES, pair, (k_BHTD, v_BHTD), strict=True):
@@ -151,12 +159,19 @@ class Recipe:
             segments.append(Segment(*pair, keys, values))
         return segments
 
-    def runs(self, n_tokens: int, layer: int, n_layers: int) -> list[tuple[int, int, bool]]:
-        """(start, stop, exact) of the runs that cover the tokens of a layer; exact ones are exempt."""
-        if layer < self.exempt.first_layers or layer >= n_layers - self.exempt.last_layers:
+    def runs(
+        self, n_tokens: int, layer: int, n_layers: int, n_left: int | None = None
+    ) -> list[tuple[int, int, bool]]:
+        """(start, stop, exact) of the runs that cover the `n_tokens` tokens that a layer keeps; exact ones are exempt.
+
+        `n_left`: None for full attention, else how many tokens before them have left the layer's sliding window.
+        """
+        exempt, before = self.exempt, n_left or 0
+        sliding = exempt.sliding and n_left is not None
+        if sliding or layer < exempt.first_layers or layer >= n_layers - exempt.last_layers:
             return [(0, n_tokens, True)]
-        sinks = min(self.exempt.sinks, n_tokens)
-        recent = max(sinks, n_tokens - self.exempt.recent)
+        sinks = min(max(exempt.sinks - before, 0), n_tokens)
+        recent = max(sinks, n_tokens - exempt.recent)
         runs = [(0, sinks, True), (sinks, recent, False), (recent, n_tokens, True)]
         return [run for run in runs if run[0] < run[1]]
 

@@ -1,4 +1,4 @@
-"""Checks of which caches and models are supported: plain full attention, within the model's positions.
+"""Checks of which caches and models are supported: full or sliding-window attention, within the model's positions.
 
 tests/test_families.py verifies them on the model families of transformers; docs/families.yaml lists the results.
 """
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from polykv.errors import PolyKVError
-from polykv.probe import probe
+from polykv.geometry import Geometry
+from polykv.probe import kept_tokens, probe
 
 # Encoders that transformers can run as decoders. They attend in both directions by default (is_decoder), and most count
 # positions from the padding, so that an agent's answer would depend on the other queries.
@@ -21,10 +22,11 @@ ENCODERS = {
 }  # fmt: skip
 # Distances between tokens (ALiBi, windows of some layers) include the padding of shorter queries.
 COUNT_PADDING = {"gpt_neo", "mpt"}
+LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def check_cache(cache: Cache) -> None:
-    """Check that a cache consists of plain full-attention layers.
+    """Check that a cache consists of layers of full or sliding-window attention that have seen the same tokens.
 
     Raises:
         PolyKVError: names the first layer that is not supported.
@@ -32,14 +34,22 @@ def check_cache(cache: Cache) -> None:
     if isinstance(cache, EncoderDecoderCache):
         raise PolyKVError("encoder-decoder caches cannot be pooled; use a decoder-only model")
     for index, layer in enumerate(cache.layers):
-        # Subclasses of DynamicLayer (sliding window, hybrid, quantized) do not hold all tokens as they are.
-        if type(layer) is not DynamicLayer:
+        # Other subclasses of DynamicLayer (hybrid, quantized) do not hold tokens as they are.
+        if type(layer) not in LAYERS:
             raise PolyKVError(
-                f"layer {index} is a {type(layer).__name__}, not full attention with a DynamicCache; "
-                "use a model whose layers all attend to every token"
+                f"layer {index} is a {type(layer).__name__}, not full or sliding-window attention with a "
+                "DynamicCache; use a model all of whose layers are"
             )
-        if layer.get_seq_length() == 0:
+        n_tokens = layer.get_seq_length()
+        if n_tokens == 0:
             raise PolyKVError(f"layer {index} of the cache is empty; prefill at least one token")
+        if n_tokens != cache.get_seq_length() or layer.keys.shape[2] < kept_tokens(
+            n_tokens, window_of(layer)
+        ):
+            raise PolyKVError(
+                f"layer {index} of the cache has seen {n_tokens} tokens and holds {layer.keys.shape[2]}, and layer 0 "
+                f"has seen {cache.get_seq_length()}; prefill all layers with the same tokens"
+            )
         if layer.keys.shape != layer.values.shape:
             raise PolyKVError(
                 f"layer {index} has keys {tuple(layer.keys.shape)} and values "
@@ -48,12 +58,17 @@ def check_cache(cache: Cache) -> None:
             )
 
 
+def window_of(layer: DynamicLayer) -> int | None:
+    """The window of a cache's layer; None for full attention."""
+    return getattr(layer, "sliding_window", None)
+
+
 def check_model(model_config: Any) -> None:
-    """Check that an architecture's cache is that of plain full attention.
+    """Check that an architecture's cache is that of full or sliding-window attention.
 
     Raises:
-        PolyKVError: encoders, encoder-decoders, latent attention (MLA), sliding-window or hybrid layers, or layers
-            that do not store every token's keys and values.
+        PolyKVError: encoders, encoder-decoders, latent attention (MLA), attention within chunks, hybrid layers, layers
+            that share a cache, or layers that do not store every token's keys and values.
     """
     name = model_config.model_type
     text_config = model_config.get_text_config(decoder=True)
@@ -65,16 +80,57 @@ def check_model(model_config: Any) -> None:
     except Exception as error:
         raise PolyKVError(f"{name} has no cache that transformers can build: {error}") from error
     for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in LAYERS:
             raise PolyKVError(
-                f"{name} has a {type(layer).__name__} at layer {index} (sliding-window or hybrid); "
-                "use a model whose layers all attend to every token"
+                f"{name} has a {type(layer).__name__} at layer {index} (linear or hybrid attention, or a cache that "
+                "layers share); use a model whose layers have full or sliding-window attention"
             )
+    # transformers caches attention within chunks as it does sliding windows.
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()) or getattr(
+        text_config, "attention_chunk_size", None
+    ):
+        raise PolyKVError(
+            f"{name} attends within chunks of tokens; use a model with full or sliding-window attention"
+        )
+    windows = {window_of(layer) for layer in cache.layers} - {None}
+    # transformers makes one mask for all windowed layers, and caches everything where a window is 1.
+    if len(windows) > 1 or min(windows, default=2) < 2:
+        raise PolyKVError(
+            f"{name} has sliding windows of {sorted(windows)} tokens; use a model with one window, of 2 tokens or more"
+        )
     if getattr(text_config, "kv_lora_rank", None):
         raise PolyKVError(
             f"{name} uses latent attention (MLA); use a model with plain keys and values"
         )
     probe(model_config)
+
+
+def check_every_token(model_config: Any, what: str) -> None:
+    """Check that all layers attend to every token, for what sliding windows are not implemented.
+
+    Raises:
+        PolyKVError: the model has sliding windows; the message begins with `what`.
+    """
+    if any(Geometry.of(model_config).windows):
+        raise PolyKVError(
+            f"{what} takes models whose layers all attend to every token, and {model_config.model_type} has sliding "
+            "windows; use another model"
+        )
+
+
+def check_windows(model_config: Any, windows: tuple[int | None, ...]) -> None:
+    """Check that a model's layers have the windows with which a cache was made.
+
+    Raises:
+        PolyKVError: names the first layer that differs.
+    """
+    own = Geometry.of(model_config).windows
+    if own != windows and len(own) == len(windows):
+        index = next(i for i, pair in enumerate(zip(own, windows, strict=True)) if len({*pair}) > 1)
+        raise PolyKVError(
+            f"layer {index} of {model_config.model_type} has a sliding window of {own[index]} tokens, and the cache "
+            f"was made with {windows[index]}; read it with the model that wrote it"
+        )
 
 
 def check_attention(model_config: Any, remedy: str) -> None:
@@ -141,15 +197,27 @@ def _rope_limits(config: Any) -> Iterator[tuple[str, int]]:
             yield kind, config.max_position_embeddings
 
 
+def counts_padding(model_config: Any, unshared: bool) -> bool:
+    """Whether padding between cached tokens and a query changes the model's output.
+
+    `unshared`: the cache is not read in place. Sliding windows then count the padding: transformers' masks and caches
+    count columns, those of attention in place tokens.
+    """
+    windowed = unshared and any(Geometry.of(model_config).windows)
+    return windowed or model_config.model_type in COUNT_PADDING
+
+
 def check_padding(
-    model_config: Any, remedy: str = "ask queries of different lengths one by one"
+    model_config: Any,
+    remedy: str = "ask queries of different lengths one by one",
+    unshared: bool = True,
 ) -> None:
     """Check that queries of different lengths can be padded to one batch without changing answers.
 
     Raises:
         PolyKVError: names the architecture.
     """
-    if model_config.model_type in COUNT_PADDING:
+    if counts_padding(model_config, unshared):
         raise PolyKVError(
             f"{model_config.model_type} counts the padding of a shorter query as distance; {remedy}"
         )

@@ -378,11 +378,18 @@ def test_what_cannot_be_read_is_refused(pool, llama):
         two.reader(2)
 
 
-@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "sliding_window"])
-def test_attention_that_is_not_plain_is_refused(option, pool):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("position_bias", "use reader=dequantize for this model"),
+        ("block_indices", "use reader=dequantize for this model"),
+        ("sliding_window", "sliding window of 1.0 tokens, and the layer of the pool one of None"),
+    ],
+)
+def test_attention_that_is_not_plain_is_refused(option, message, pool):
     key, value = pool.reader(1).update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8), 0)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    with pytest.raises(PolyKVError, match="use reader=dequantize for this model"):
+    with pytest.raises(PolyKVError, match=message):
         cascade_attention(nn.Module(), torch.randn(1, 4, 1, 8), key, value, mask, **{option: 1.0})
 
 

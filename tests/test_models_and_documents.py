@@ -22,7 +22,9 @@ KNOWN = {
     "llama-3-8b": (32, 8, 128, 8030),
     "llama-3.1-8b": (32, 8, 128, 8030),
     "qwen2.5-0.5b": (24, 2, 64, 494),
+    "gemma-3-270m": (18, 1, 256, 268),
 }
+FULL = {"gemma-3-270m": (5, 11, 17)}  # layers without a window of 512 tokens, where others have one
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -31,7 +33,11 @@ def test_geometry_in_the_yaml_is_the_architecture(name):
 
     architecture = load_config(config.load_group("model", name))
     layers, kv_heads, head_dim, millions = KNOWN[name]
-    assert Geometry.of(architecture) == Geometry.even(layers, kv_heads, head_dim)
+    found = [(one.n_kv_heads, one.head_dim, one.window) for one in Geometry.of(architecture).layers]
+    full = FULL.get(name, range(layers))
+    assert found == [
+        (kv_heads, head_dim, None if layer in full else 512) for layer in range(layers)
+    ]
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(architecture).num_parameters()
     assert round(counted / 1e6) == millions

@@ -104,11 +104,11 @@ def test_exempt_tokens_and_layers_stay_exact():
 @pytest.mark.parametrize(
     ("architecture", "options", "reason"),
     [
-        ("mistral", {"sliding_window": 64}, "sliding-window"),
-        ("gemma2", {}, "sliding-window"),
+        ("llama4_text", {}, "chunks"),
+        ("mistral", {"sliding_window": 1}, r"windows of \[1\]"),
         ("deepseek_v3", {}, "MLA"),
         ("t5", {}, "encoder-decoder"),
-        ("jamba", {}, "sliding-window or hybrid"),
+        ("jamba", {}, "linear or hybrid"),
     ],
 )
 def test_unsupported_architectures_are_refused(architecture, options, reason):

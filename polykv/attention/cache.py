@@ -4,6 +4,7 @@ Its layers reference the pool's compressed segments (the prefix) and store only 
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -14,24 +15,52 @@ from polykv.errors import PolyKVError
 from polykv.segment import Segment
 
 
+class PrefixOffset(int):
+    """The offset of a CascadeLayer's mask, by which the mask function knows it (polykv/attention/cascade.py).
+
+    An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix.
+    """
+
+    n_prefix: int
+
+    def __new__(cls, offset: int, n_prefix: int) -> "PrefixOffset":
+        self = super().__new__(cls, offset)
+        self.n_prefix = n_prefix
+        return self
+
+
 class CascadeLayer(DynamicLayer):
     """One layer of a CascadeCache: the shared compressed prefix and the agents' suffixes.
 
+    The suffix keeps all of its tokens, also those that have left a sliding window: they are masked.
+
     Attributes:
         keys, values: of the suffixes, (agents, kv_heads, suffix tokens, head_dim).
-        segments: the parts of the prefix.
+        segments: the parts of the prefix; with a window, of its last tokens only.
         backend: the code that attends to the segments (polykv/kernels).
+        n_prefix: tokens of the prefix.
+        window: None for full attention; else a token sees the last `window` tokens, itself included.
         awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, segments: Sequence[Segment], backend: str) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        backend: str,
+        n_prefix: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        """`n_prefix` None: the tokens of the segments."""
         super().__init__()
         self.segments = segments
         self.backend = backend
-        self.n_prefix = sum(segment.n_tokens for segment in segments)
+        self.n_stored = sum(segment.n_tokens for segment in segments)
+        self.n_prefix = self.n_stored if n_prefix is None else n_prefix
+        self.window = window
+        self.is_sliding = window is not None
         self.awaits_attention = False
 
     @property
@@ -65,9 +94,17 @@ class CascadeLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(mask length, offset) of the mask for `query_length` new tokens.
 
-        The mask covers the suffix only, since every query sees the whole prefix.
+        The mask covers the suffix, and with a window also the stored tokens of the prefix; without a window every query
+        sees the whole prefix.
         """
-        return self.n_suffix + query_length, self.n_prefix
+        n_masked = self.n_masked
+        offset = PrefixOffset(self.n_prefix - n_masked, self.n_prefix)
+        return n_masked + self.n_suffix + query_length, offset
+
+    @property
+    def n_masked(self) -> int:
+        """Tokens of the prefix that the mask covers."""
+        return self.n_stored if self.is_sliding else 0
 
     def reset(self) -> None:
         """Drop the suffixes."""
@@ -110,9 +147,20 @@ class CascadeCache(Cache):
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[Segment]], n_agents: int, backend: str = "torch"
+        self,
+        layers: Sequence[Sequence[Segment]],
+        n_agents: int,
+        backend: str = "torch",
+        n_prefix: int | None = None,
+        windows: Sequence[int | None] = (),
     ) -> None:
-        """`layers` are the segments of each layer, with batch size 1; `backend` attends to them (polykv/kernels).
+        """A cache without suffixes.
+
+        Args:
+            layers: the segments of each layer, with batch size 1.
+            backend: the code that attends to them (polykv/kernels).
+            n_prefix: tokens of the prefix; None: those of the segments.
+            windows: of each layer; empty: all have full attention.
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -124,7 +172,9 @@ class CascadeCache(Cache):
             )
         if n_agents < 1:
             raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
-        super().__init__(layers=[CascadeLayer(segments, backend) for segments in layers])
+        # repeat(None) where there are no windows.
+        pairs = zip(layers, windows or repeat(None), strict=bool(windows))
+        super().__init__(layers=[CascadeLayer(one, backend, n_prefix, w) for one, w in pairs])
         self.n_agents = n_agents
         self._last_updated: CascadeLayer | None = None
 

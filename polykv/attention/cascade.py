@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from polykv.attention.cache import CascadeLayer
+from polykv.attention.mask import cascade_mask, checked_mask
 from polykv.attention.prefix import attend_prefix
 from polykv.attention.scratch import scratch
-from polykv.attention.softmax import merge
+from polykv.attention.softmax import merge, with_sinks
 from polykv.attention.suffix import attend_suffix
 from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
 from polykv.probe import UNSUPPORTED
-from polykv.supported import check_attention, check_rope
+from polykv.supported import check_attention
 
 VERSION = 1  # of attention in place, with softmax.py, prefix.py and suffix.py
 NAME = "polykv_cascade"
@@ -50,62 +50,87 @@ def cascade_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' AttentionInterface; plain sdpa where the cache is not a CascadeCache.
+    """Attention function for transformers' AttentionInterface; sdpa's result where the cache is not a CascadeCache.
 
     `query` is (B, heads, query tokens, D); `key` and `value` (B, kv_heads, suffix tokens, D) come from
-    `CascadeLayer.update`. Returns (B, query tokens, heads, D) in the query's dtype, and no attention weights.
+    `CascadeLayer.update`. `softcap` limits the scores, and `s_aux` (heads,) are attention sinks (softmax.py). Returns
+    (B, query tokens, heads, D) in the query's dtype, and no attention weights.
 
     Raises:
-        PolyKVError: dropout, gradients or attention weights are requested, or the attention is not plain softmax(qk)v.
+        PolyKVError: dropout, gradients or attention weights are requested, the attention is not softmax(qk)v, or the
+            layer's window is not that of the cache.
     """
     layer: CascadeLayer | None = getattr(key, "cascade_layer", None)
-    if layer is None:
+    if layer is None and softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _check_request(module, query, dropout, kwargs)
-    if config := getattr(module, "config", None):
-        check_rope(config, layer.n_prefix, layer.get_seq_length(), "this query")
-    if attention_mask is None or attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
-        raise PolyKVError(
-            "a pool cannot be read with a custom 4-D mask; give attention_mask as (agents, tokens)"
-        )
+    window = kwargs.get("sliding_window")
+    attention_mask = checked_mask(attention_mask, module, query, key, layer, window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, heads, n_queries, dim = query.shape
+    sink_HG = None if s_aux is None else s_aux.unflatten(0, (key.shape[1], -1))
     out_BQHD = query.new_empty(batch, n_queries, heads, dim)
     block = max(scratch(QUERY_BYTES, query.device) // (batch * heads * dim * 4), 1)
     for start in range(0, n_queries, block):
         part = slice(start, start + block)
+        mask = attention_mask[:, :, part]
         out_BQHD[:, part] = _attend(
-            query[:, :, part], key, value, attention_mask[:, :, part], layer, scaling
+            query[:, :, part], key, value, mask, layer, scaling, softcap, sink_HG
         )
-    layer.awaits_attention = False
+    if layer is not None:
+        layer.awaits_attention = False
     return out_BQHD, None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: CascadeLayer, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    layer: CascadeLayer | None,
+    scaling: float,
+    softcap: float | None,
+    sink_HG: Tensor | None,
 ) -> Tensor:
     """Attention output (B, query tokens, heads, D) of a block of query tokens, in fp32."""
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     # Rows are (query token, query head of the group); for the prefix the rows of all agents are stacked.
     q_BHRD = query.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    n_masked = mask.shape[3] - key.shape[2]
+    done = attend_suffix(q_BHRD, key, value, mask[..., n_masked:], scaling, softcap)
+    if layer is not None:
+        seen_QT = None
+        if layer.is_sliding:
+            seen_QT = mask[:, 0, :, :n_masked].flatten(0, 1).repeat_interleave(group, 0)
+        done = merge(done, _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap))
+    out_BHRD = with_sinks(*done, sink_HG)
+    return out_BHRD.unflatten(2, (n_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def _attend_shared(
+    q_BHRD: Tensor,
+    layer: CascadeLayer,
+    scaling: float,
+    seen_QT: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, R, D) and log-sum-exp (B, H, R) of attention to the prefix alone."""
+    batch = q_BHRD.shape[0]
     q_HQD = q_BHRD.transpose(0, 1).flatten(1, 2).contiguous()
-    out_HQD, lse_HQ = attend_prefix(q_HQD, layer.segments, scaling, layer.backend)
-    if (
-        query.dtype == torch.float16
-    ):  # saturate as Codec.decode does; the suffix's output is not clamped
+    out_HQD, lse_HQ = attend_prefix(q_HQD, layer.segments, scaling, layer.backend, seen_QT, softcap)
+    if q_BHRD.dtype == torch.float16:  # as Codec.decode does; the suffix's output is not clamped
         out_HQD.clamp_(-FP16_MAX, FP16_MAX)
-    shared = (
+    return (
         out_HQD.unflatten(1, (batch, -1)).transpose(0, 1),
         lse_HQ.unflatten(1, (batch, -1)).transpose(0, 1),
     )
-    own = attend_suffix(q_BHRD, key, value, mask, scaling)
-    out_BHRD, _ = merge(own, shared)
-    return out_BHRD.unflatten(2, (n_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def _check_request(
@@ -122,25 +147,6 @@ def _check_request(
         raise PolyKVError("a pool is read without attention dropout; call model.eval() first")
     if torch.is_grad_enabled() and query.requires_grad:
         raise PolyKVError("no gradients pass through a pool; read it under torch.no_grad()")
-
-
-def cascade_mask(
-    *args: Any, kv_offset: int = 0, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor | None:
-    """Boolean mask (B, 1, query tokens, suffix tokens) for a CascadeCache; sdpa's mask for any other cache.
-
-    Raises:
-        PolyKVError: the attention mask hides a part of the prefix.
-    """
-    # Only CascadeLayer sets an offset: models with sliding windows are refused (polykv/supported.py).
-    if kv_offset:
-        if attention_mask is not None and not attention_mask[:, :kv_offset].all():
-            raise PolyKVError(
-                f"attention_mask hides some of the pool's {kv_offset} tokens; set them to 1, and put the "
-                "padding between the pool and the query"
-            )
-        kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, cascade_attention)

@@ -48,11 +48,32 @@ class OnlineSoftmax:
         return self._weighted.div_(self._sum.clamp_min(1e-30).unsqueeze(-1)), lse
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scaled scores limited to (-softcap, softcap) by a tanh, in place; as they are if it is None.
+
+    Gemma 2 (arXiv 2408.00118, section 2).
+    """
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def with_sinks(out_BHRD: Tensor, lse_BHR: Tensor, sink_HG: Tensor | None) -> Tensor:
+    """Attention output with a sink: one more score per query head, `sink_HG` (kv heads, group), that has no value.
+
+    Rows R are (query token, query head of the group). Attention sinks as in gpt-oss (arXiv 2508.10925, section 2.2).
+    """
+    if sink_HG is None:
+        return out_BHRD
+    over_BHQG = lse_BHR.unflatten(2, (-1, sink_HG.shape[1])) - sink_HG.float().unsqueeze(1)
+    return out_BHRD * torch.sigmoid(over_BHQG).flatten(2).unsqueeze(-1)
+
+
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from the (output, log-sum-exp) of each.
 
-    One of the sets may be empty (log-sum-exp -inf).
+    A set may be empty (log-sum-exp -inf).
     """
     (one_out, one_lse), (other_out, other_lse) = one, other
-    share = torch.sigmoid(one_lse - other_lse).unsqueeze(-1)
+    # The difference is NaN where both are empty; both outputs are 0 there.
+    less = (one_lse - other_lse).nan_to_num_(0.0, torch.inf, -torch.inf)
+    share = torch.sigmoid(less).unsqueeze(-1)
     return torch.lerp(other_out, one_out, share), torch.logaddexp(one_lse, other_lse)

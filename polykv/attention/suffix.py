@@ -7,19 +7,24 @@ import torch
 from torch import Tensor
 
 from polykv.attention.scratch import scratch
-from polykv.attention.softmax import OnlineSoftmax
+from polykv.attention.softmax import OnlineSoftmax, capped
 
 MAX_TOKENS = 512  # keys in a chunk
 CHUNK_BYTES = 2 << 20  # fp32 copies of keys or values, and scores, on a CPU (see `scratch`)
 
 
 def attend_suffix(
-    q_BHRD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask_B1QT: Tensor, scaling: float
+    q_BHRD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mask_B1QT: Tensor,
+    scaling: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, R, D) and log-sum-exp of the scaled scores (B, H, R), both fp32.
 
     H counts kv heads; a row R is (query token, query head of the group), token-major. `mask_B1QT` is True where a query
-    token sees a key. Rows that see no key give 0 and -inf.
+    token sees a key. Rows that see no key give 0 and -inf. `softcap`: see `capped`.
     """
     batch, heads, n_rows, dim = q_BHRD.shape
     n_queries, n_tokens = mask_B1QT.shape[2:]
@@ -37,7 +42,7 @@ def attend_suffix(
         keys, values = k_BHTD[:, :, start:stop].float(), v_BHTD[:, :, start:stop].float()
         for first in range(0, n_queries, block):
             last = min(first + block, n_queries)
-            scores = q_BHRD[:, :, first * group : last * group] @ keys.mT
+            scores = capped(q_BHRD[:, :, first * group : last * group] @ keys.mT, softcap)
             hidden_B1Q1T = ~mask_B1QT[:, :, first:last, start:stop].unsqueeze(3)
             scores.unflatten(2, (-1, group)).masked_fill_(hidden_B1Q1T, -torch.inf)
             softmax.add(scores, values, first * group, last * group)

@@ -8,6 +8,9 @@ and values per token in full precision, Q bytes of the pool and L equal layers, 
     dequantize W + Q + N a (P + S) t    2 L tensors exists twice
     in_place   W + Q + N a S t
 
+A layer with a sliding window keeps its last tokens only: of unshared caches, t counts those, and the prefix is what the
+suffix leaves of the window. Under in_place it reads the stored part of the prefix, and keeps all of the suffix.
+
 A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
 max(bytes / bandwidth, operations / peak):
 
@@ -87,10 +90,26 @@ class Architecture:
         """Bytes of one token's keys and values in full precision."""
         return self.geometry.values_per_token * self.itemsize
 
-    def grown_bytes(self, n_tokens: int) -> int:
-        """Peak bytes of a DynamicCache while it appends to `n_tokens`: one of its tensors exists twice."""
-        largest = max(layer.n_kv_heads * layer.head_dim for layer in self.geometry.layers)
-        return n_tokens * (self.token_bytes + largest * self.itemsize)
+    def kept_bytes(self, n_tokens: int) -> int:
+        """Bytes of a DynamicCache of `n_tokens`."""
+        return self.geometry.values(n_tokens) * self.itemsize
+
+    def grown_bytes(self, n_tokens: int, windowed: bool = True) -> int:
+        """Peak bytes of a DynamicCache while it appends to `n_tokens`: one of its tensors exists twice.
+
+        `windowed` False: its layers keep all tokens, as those of agents in place do.
+        """
+        sizes = [
+            one.n_kv_heads * one.head_dim * (one.kept(n_tokens) if windowed else n_tokens)
+            for one in self.geometry.layers
+        ]
+        return (2 * sum(sizes) + max(sizes)) * self.itemsize
+
+    def flops(self, n_tokens: int) -> float:
+        """Operations of attention per query token to the tokens that the layers keep of `n_tokens`."""
+        layers = self.geometry.layers
+        kept = sum(one.head_dim * one.kept(n_tokens) for one in layers)
+        return self.attention_flops * kept / sum(one.head_dim for one in layers)
 
 
 def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
@@ -98,13 +117,12 @@ def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
     total = 0
     for layer, shape in enumerate(geometry.layers):
-        from_end = geometry.n_layers - 1 - layer
-        whole = layer < recipe.exempt.first_layers or from_end < recipe.exempt.last_layers
-        exact = n_tokens if whole else min(recipe.exempt.sinks + recipe.exempt.recent, n_tokens)
-        for codec in recipe.codecs(layer, geometry.n_layers):
-            for length, used in ((exact, EXACT), (n_tokens - exact, codec)):
-                kept = (1, shape.n_kv_heads, length, shape.head_dim)
-                total += used.stored_bytes(kept, dtype) if length else 0
+        n_kept = shape.kept(n_tokens)
+        n_left = None if shape.window is None else n_tokens - n_kept
+        for start, stop, exact in recipe.runs(n_kept, layer, geometry.n_layers, n_left):
+            run = (1, shape.n_kv_heads, stop - start, shape.head_dim)
+            for codec in recipe.codecs(layer, geometry.n_layers):
+                total += (EXACT if exact else codec).stored_bytes(run, dtype)
     return total
 
 
@@ -144,17 +162,16 @@ class DecodeWorkload:
 
     def prefix_bytes(self, reader: str, n_agents: Count) -> Count:
         """Bytes of the prefix: the pool, and the agents' full-precision copies."""
-        copies: Any = (
-            0 if reader == "in_place" else n_agents * self.n_prefix * self.model.token_bytes
-        )
+        copies: Any = 0 if reader == "in_place" else n_agents * self.model.kept_bytes(self.n_prefix)
         return self._shared(reader) + copies
 
     def _shared(self, reader: str) -> int:
         return 0 if reader == "unshared" else self.pool_bytes
 
     def _own(self, reader: str) -> int:
-        shared = self.n_prefix if reader == "in_place" else 0
-        return self.model.grown_bytes(self.n_prefix + self.n_suffix - shared)
+        if reader == "in_place":
+            return self.model.grown_bytes(self.n_suffix, windowed=False)
+        return self.model.grown_bytes(self.n_prefix + self.n_suffix)
 
     @property
     def room(self) -> int:
@@ -175,21 +192,23 @@ class DecodeWorkload:
 
     def read_bytes(self, reader: str, n_agents: Count) -> tuple[int, Any, Any]:
         """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes)."""
-        prefix = self.n_prefix * self.model.token_bytes * n_agents
-        return (
-            self.model.n_multiplied * self.model.itemsize,
-            self.pool_bytes if reader == "in_place" else prefix,
-            self.n_suffix * self.model.token_bytes * n_agents,
-        )
+        weights = self.model.n_multiplied * self.model.itemsize
+        if reader == "in_place":
+            return weights, self.pool_bytes, self.n_suffix * self.model.token_bytes * n_agents
+        suffix = self.model.kept_bytes(self.n_suffix)
+        prefix = self.model.kept_bytes(self.n_prefix + self.n_suffix) - suffix
+        return weights, prefix * n_agents, suffix * n_agents
 
     def step(self, reader: str, n_agents: Count) -> Step:
         """A decode step of `n_agents` spread over all replicas: that of the fullest one."""
         here = self.on_replica(n_agents)
-        flops = (
-            2 * self.model.n_multiplied,
-            self.model.attention_flops * self.n_prefix,
-            self.model.attention_flops * self.n_suffix,
-        )
+        if reader == "in_place":
+            prefix = self.model.flops(self.n_prefix)
+            suffix: float = self.model.attention_flops * self.n_suffix
+        else:
+            suffix = self.model.flops(self.n_suffix)
+            prefix = self.model.flops(self.n_prefix + self.n_suffix) - suffix
+        flops = (2 * self.model.n_multiplied, prefix, suffix)
         parts = zip(self.read_bytes(reader, here), flops, strict=True)
         return Step(*(self._roofline(n_bytes, here * per_agent) for n_bytes, per_agent in parts))
 

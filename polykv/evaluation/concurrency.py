@@ -22,7 +22,7 @@ from polykv.evaluation.ttft import Clock
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
 from polykv.pool import READERS as POOL_READERS
-from polykv.pool import SharedKVPool, prefill
+from polykv.pool import SharedKVPool, prefill, unshared_cache
 from polykv.probe import LayerShape
 from polykv.recipe import Recipe
 
@@ -76,11 +76,12 @@ def _step_times(
     keep_freed_memory()
     model, _ = source.load(device)
     layers, contexts = prefix_layers(source, model, n_tokens)
-    pool = pool_of(readers, layers, recipe, backend, contexts)
+    windows = Geometry.of(model.config).windows
+    pool = pool_of(readers, layers, recipe, backend, contexts, windows, n_tokens)
     times: dict[str, list[float]] = {reader: [] for reader in readers}
     kept = {}
     for reader in list(readers) * repeats:
-        caches = caches_of(reader, layers, pool, n_agents, together=True)
+        caches = caches_of(reader, layers, pool, n_agents, True, windows, n_tokens)
         kept[reader] = kept_bytes(None if reader == "unshared" else pool, caches)
         times[reader] += _times(model, caches, n_tokens, n_agents, n_steps)
         del caches  # before the next ones are allocated
@@ -104,7 +105,7 @@ def prefix_layers(
     source: ModelSource, model: PreTrainedModel, n_tokens: int
 ) -> tuple[Layers, Sequence[LayerContext]]:
     """Keys and values of each layer, each (1, kv_heads, tokens, head_dim), and what codecs may know of it (nothing if
-    synthetic): see `is_prefilled`.
+    synthetic): see `is_prefilled`. Layers with a sliding window have the last tokens only.
     """
     if not is_prefilled(source, n_tokens):
         geometry = Geometry.of(model.config)
@@ -123,11 +124,14 @@ def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
 def synthetic_layers(
     geometry: Geometry, n_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gaussian keys and values of each layer, each (1, kv_heads, tokens, head_dim), generated lazily."""
+    """Gaussian keys and values of each layer, each (1, kv_heads, tokens, head_dim), generated lazily.
+
+    Layers with a sliding window have the last tokens only.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def gaussian(layer: LayerShape) -> Tensor:
-        shape = (1, layer.n_kv_heads, n_tokens, layer.head_dim)
+        shape = (1, layer.n_kv_heads, layer.kept(n_tokens), layer.head_dim)
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     for layer in geometry.layers:
@@ -140,31 +144,47 @@ def pool_of(
     recipe: Recipe,
     backend: str,
     contexts: Sequence[LayerContext] = (),
+    windows: Sequence[int | None] = (),
+    n_tokens: int | None = None,
 ) -> SharedKVPool | None:
-    """The pool that these read modes share, or None where all caches are unshared."""
+    """The pool that these read modes share, or None where all caches are unshared.
+
+    `windows`, `n_tokens`: as in `SharedKVPool.from_layers`.
+    """
     if set(readers) == {"unshared"}:
         return None
-    return SharedKVPool.from_layers(layers, recipe, backend=backend, contexts=contexts)
+    about = (contexts, windows, n_tokens)
+    return SharedKVPool.from_layers(layers, recipe, len(layers), backend, *about)
 
 
 def caches_of(
-    reader: str, layers: Layers, pool: SharedKVPool | None, n_agents: int, together: bool
+    reader: str,
+    layers: Layers,
+    pool: SharedKVPool | None,
+    n_agents: int,
+    together: bool,
+    windows: Sequence[int | None] = (),
+    n_tokens: int | None = None,
 ) -> list[Cache]:
     """The caches of all agents: one for all if they decode `together` in a batch, else one for each.
 
     Agents of `in_place` are always in one batch. Caches of the other modes share no memory with each other or with
-    `layers`.
+    `layers`. `windows` and `n_tokens` are those of `layers`, as in `SharedKVPool.from_layers`.
     """
     if reader == "in_place":
         return [pool.reader(n_agents)]
     batch = n_agents if together else 1
 
+    if pool is not None:
+        windows, n_tokens = pool.windows, pool.n_tokens
+
     def copies() -> DynamicCache:
         full = layers if reader == "unshared" else map(pool.decode_layer, range(pool.n_layers))
-        return DynamicCache(
+        rows = (
             (keys.repeat_interleave(batch, 0), values.repeat_interleave(batch, 0))
             for keys, values in full
         )
+        return unshared_cache(rows, windows, n_tokens)
 
     return [copies() for _ in range(n_agents // batch)]
 

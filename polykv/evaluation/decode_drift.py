@@ -25,6 +25,7 @@ from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
 from polykv.recipe import Recipe, load_recipe
 from polykv.segment import Segment, decode_segments
+from polykv.supported import check_every_token
 
 VERSION = 1  # of replies and of how pages are quantized
 MODES = ("exact", "pages")  # what happens to new tokens
@@ -83,6 +84,7 @@ def write_replies(
 
 def reply_of(model: PreTrainedModel, prompt_T: Tensor, reply_T: Tensor) -> Reply:
     """A given reply (tokens,) to a prompt (tokens,)."""
+    check_every_token(model.config, "decode drift")
     ids_BT = torch.cat([prompt_T, reply_T])[None]
     n_pooled = len(prompt_T) - 1
     full = load_recipe("full")

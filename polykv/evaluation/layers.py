@@ -16,7 +16,7 @@ from polykv.codecs.base import Codec
 from polykv.codecs.context import NOTHING
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
-from polykv.supported import check_attention
+from polykv.supported import check_attention, check_every_token
 
 VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
@@ -33,6 +33,7 @@ def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> l
         PolyKVError: the model's attention cannot be replaced.
     """
     check_attention(model.config, "its layers cannot be inspected; use another model")
+    check_every_token(model.config, "inspection of layers")
     found: dict[int, Tensor] = {}
 
     def see(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:

@@ -6,6 +6,7 @@ time. The other two, `nominal` and `stored`, are properties of a pool (polykv/po
 
 import sys
 from functools import lru_cache
+from typing import Any
 
 import psutil
 import torch
@@ -32,9 +33,9 @@ def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float |
     """Bytes as in PolyKV's table: fp32 caches of the prefilled tokens, or one such cache over `ratio` for a pool.
 
     15 agents x 5,035 tokens x 262,144 B = 19.798 GB, and 5,035 x 262,144 B / 2.909 = 0.454 GB for llama-3-8b
-    (32 layers, 8 kv heads, head_dim 128). `ratio` None: unshared caches.
+    (32 layers, 8 kv heads, head_dim 128). `ratio` None: unshared caches. Layers with a sliding window keep its tokens.
     """
-    one_cache = n_tokens * geometry.values_per_token * 4
+    one_cache = geometry.values(n_tokens) * 4
     return one_cache * n_agents if ratio is None else one_cache / ratio
 
 
@@ -43,7 +44,8 @@ def synthetic_pool(
 ) -> SharedKVPool:
     """A pool of Gaussian keys and values, whose bytes are those of any content."""
     layers = synthetic_layers(geometry, n_tokens, dtype, torch.device("cpu"))
-    return SharedKVPool.from_layers(layers, recipe, n_layers=geometry.n_layers, backend=backend)
+    about: Any = {"windows": geometry.windows, "n_tokens": n_tokens}
+    return SharedKVPool.from_layers(layers, recipe, geometry.n_layers, backend, **about)
 
 
 def resident_bytes(
@@ -100,7 +102,7 @@ def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, d
         )
     # The pool, the cache it is made from and one copy per agent, plus 20 % for the temporaries of a step.
     copies = 2 + (0 if reader == "in_place" else n_agents)
-    cache = n_tokens * Geometry.of(source.config()).values_per_token * itemsize * copies
+    cache = Geometry.of(source.config()).values(n_tokens) * itemsize * copies
     need = 1.2 * (n_weights * itemsize + cache)
     have = torch.cuda.mem_get_info()[0] if on_cuda else psutil.virtual_memory().available
     if need > have:
@@ -129,8 +131,9 @@ def _resident_bytes(
         # Bytes do not depend on the content.
         geometry, device = Geometry.of(model.config), model.device
         layers = list(synthetic_layers(geometry, length, model.dtype, device))
-        pool = pool_of((reader,), layers, recipe, backend)
-        caches = caches_of(reader, layers, pool, n_agents, together=True)
+        seen = (geometry.windows, length)
+        pool = pool_of((reader,), layers, recipe, backend, (), *seen)
+        caches = caches_of(reader, layers, pool, n_agents, True, *seen)
         del layers
         steps = decode(model, caches, length, n_agents, n_steps)
         next(steps)  # reads the queries

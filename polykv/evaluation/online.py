@@ -30,7 +30,7 @@ from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
 from polykv.recipe import EXACT, SIDES, Recipe
 from polykv.segment import Segment
-from polykv.supported import check_length, check_rope
+from polykv.supported import check_every_token, check_length, check_rope
 
 VERSION = 1  # of the protocol
 
@@ -127,9 +127,10 @@ def score(
         continuation.score_rest has them; and the cache of the whole document as it is stored.
 
     Raises:
-        PolyKVError: more tokens than the model has positions, rotary frequencies that change along them, or keys or
-            values that a codec cannot encode.
+        PolyKVError: sliding windows, more tokens than the model has positions, rotary frequencies that change along
+            them, or keys or values that a codec cannot encode.
     """
+    check_every_token(model.config, "protocol `online`")
     ids_BT = document.ids_BT.to(model.device)
     n_prefix, n_tokens = document.n_prefix, document.n_tokens
     check_length(model.config, n_tokens, "the whole document")

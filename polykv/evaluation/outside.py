@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, QuantizedCache
 
 from polykv.errors import PolyKVError
 from polykv.pool import SharedKVPool
+from polykv.supported import check_every_token
 
 
 def new_cache(config: PretrainedConfig, options: dict[str, Any]) -> QuantizedCache:
@@ -33,6 +34,7 @@ def quantized(
     model: PreTrainedModel, full: SharedKVPool, options: dict[str, Any]
 ) -> QuantizedCache:
     """A QuantizedCache filled with the keys and values of an uncompressed pool."""
+    check_every_token(model.config, "transformers' QuantizedCache")
     cache = new_cache(model.config, options)
     for index in range(full.n_layers):
         cache.update(*full.decode_layer(index), index)

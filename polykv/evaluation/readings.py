@@ -104,7 +104,7 @@ class Reading:
         Raises:
             PolyKVError: a model whose outputs depend on padding.
         """
-        check_padding(self.model.config)
+        check_padding(self.model.config, unshared=self.reader != "in_place")
         rest_T, n_prefix = self.document.rest_BT[0], self.pool.n_tokens
         n_rest = len(rest_T)
         n_padded = n_rest + n_agents - 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from polykv.attention.observe import observe
-from polykv.supported import check_attention, check_rope
+from polykv.supported import check_attention, check_every_token, check_rope
 
 CHUNK = 256  # tokens of one forward pass
 SCORES = 1 << 22  # attention scores in memory at a time
@@ -62,6 +62,7 @@ def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> Reading:
     """
     n_tokens = len(ids_T)
     check_attention(model.config, "use a policy without signals of attention or surprisal")
+    check_every_token(model.config, "reading tokens again")
     check_rope(model.config, start or min(CHUNK, n_tokens), n_tokens, "reading the tokens again")
     past = DynamicCache(config=model.config)
     if start:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polykv.greedy import Decoding, end_tokens
+from polykv.supported import check_every_token
 
 # Finished rows keep decoding, and their further tokens are discarded, until so large a part of the batch has finished:
 # to leave the batch, the caches of the others are copied.
@@ -68,6 +69,7 @@ def replies(
 def _stacked(model: PreTrainedModel, caches: Sequence[Cache]) -> DynamicCache:
     """One cache of all rows, padded on the left."""
     longest = max(cache.get_seq_length() for cache in caches)
+    check_every_token(model.config, "a batch of replies")
     if not longest:
         return DynamicCache(config=model.config)
     return DynamicCache(

@@ -15,7 +15,7 @@ from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
-from polykv.supported import check_cache, check_length, max_positions
+from polykv.supported import check_cache, check_every_token, check_length, max_positions
 
 # At most: an fp32 value; a token's id and its entries in the two maps.
 VALUE_BYTES, TOKEN_BYTES = 4, 6
@@ -68,6 +68,7 @@ def checked_ids(
     Raises:
         PolyKVError: ids that do not match the cache, another model's cache, or more tokens than positions.
     """
+    check_every_token(model.config, "a card")
     check_cache(cache)
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
     keys, g = cache.layers[0].keys, Geometry.of(model.config)
