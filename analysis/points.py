@@ -153,7 +153,7 @@ def over_seeds(rows: pd.DataFrame, reduce: Callable[[pd.DataFrame], Value]) -> V
 def tidied(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows by time of creation, with one dtype, one reader and one protocol per cell.
 
-    The reader whose floor a baseline's cell measured is kept in column `floor_of`; no backend reads unshared caches.
+    A baseline's cell reads unshared caches and has no backend; the reader whose floor it measured is in `floor_of`.
     """
     found = with_protocol(cell_dtype(rows))
     read = _of_cell(found, "reader")
@@ -164,9 +164,9 @@ def tidied(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_dtype(rows: pd.DataFrame, metrics: Sequence[str] = ANSWERS) -> pd.DataFrame:
-    """The rows with the dtype in which their cell scores; another dtype of its answers is added in brackets.
+    """The rows with the dtype of their cell's scores, as "float32 (answers bfloat16)" where its answers have another.
 
-    `metrics`: those of answers.
+    `metrics`: those that are about answers.
     """
     answers = rows["metric"].isin(metrics)
     own, answered = (
@@ -187,11 +187,8 @@ def _of_cell(rows: pd.DataFrame, column: str) -> pd.Series:
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows sorted by run, document, context, handoffs, budget and policy (POLICIES), the newest last."""
-    rank = (
-        rows["policy"]
-        .map(dict(zip(POLICIES, range(len(POLICIES)), strict=True)))
-        .fillna(len(POLICIES))
-    )
+    places = {policy: place for place, policy in enumerate(POLICIES)}
+    rank = rows["policy"].map(places).fillna(len(POLICIES))
     by = [*(name for name in ORDER if name in rows), "_rank", "policy", "created_at", "cell"]
     return rows.assign(_rank=rank).sort_values(by, kind="stable", na_position="first")
 
