@@ -65,6 +65,8 @@ FAMILIES = {
     "nvfp4": ("NVFP4", INDIGO, "p"),
     "uniform": ("absmax", ORANGE, "s"),
     "per_layer": ("absmax", ORANGE, "s"),
+    "streaming": ("StreamingLLM", SKY, "h"),
+    "snapkv": ("SnapKV", GREY, "s"),
     "transformers": ("transformers' own", SKY, "*"),
     "q": ("ggml", PURPLE, "v"),
     "": ("8-bit formats", GREY, "X"),

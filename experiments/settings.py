@@ -208,6 +208,11 @@ def check_dequantizes(cfg: DictConfig) -> None:
         )
 
 
+def check_keeps_all(cfg: DictConfig) -> None:
+    """Check that the recipe drops no tokens, in studies that compare every token."""
+    Recipe.from_config(cfg.recipe).check_keeps_all(f"experiment={cfg.study}")
+
+
 def new_rows(cfg: DictConfig, columns: Mapping[str, type] | None = None, **about: Any) -> Rows:
     """Empty rows with the cell's fixed columns filled in. `columns` are the study's, `about` overrides values."""
     shared = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
@@ -71,6 +72,9 @@ class SharedKVPool:
             for segment in self._segments()
             for packed in (segment.key, segment.value)
         )
+        if recipe.keep:  # those of all tokens, so that ratios are to the whole cache
+            n_kept = sum(segment.n_tokens for segment in self._layers[0])
+            self.n_values = self.n_values // n_kept * self.n_tokens
 
     @classmethod
     def from_text(
@@ -212,11 +216,13 @@ class SharedKVPool:
         """A pool of this pool's decoded cache under another recipe or backend.
 
         Raises:
-            PolyKVError: a recipe that needs to know more of the model than this pool kept (only uncompressed ones do).
+            PolyKVError: a recipe that needs to know more of the model than this pool kept (only uncompressed ones do),
+                or this pool dropped tokens.
         """
         backend = kernels.pick_backend(backend, self.device)
         if (recipe, backend) == (self.recipe, self.backend):
             return self
+        self.recipe.check_keeps_all("a pool under another recipe or backend")
         _check_known(recipe, self.contexts)
         layers = (self.decode_layer(index) for index in range(self.n_layers))
         about = (self.contexts, self.windows, self.n_tokens)
@@ -303,18 +309,46 @@ def unshared_cache(
     windows: Sequence[int | None] = (),
     n_tokens: int | None = None,
 ) -> DynamicCache:
-    """A DynamicCache of (keys, values); for `windows` and `n_tokens` see `SharedKVPool.from_layers`."""
+    """A DynamicCache of (keys, values); for `windows` and `n_tokens` see `SharedKVPool.from_layers`.
+
+    Of `n_tokens` tokens layers may have fewer: the others were dropped.
+    """
     # transformers takes a third tensor, the window.
     pairs = zip(layers, windows or repeat(None), strict=bool(windows))
     given = ((*layer, torch.tensor(window)) if window else layer for layer, window in pairs)
     cache = DynamicCache(given)
-    for layer in cache.layers:
+    for number, layer in enumerate(cache.layers):
         if layer.is_sliding:
             layer.cumulative_length = n_tokens
+        elif n_tokens and (n_dropped := n_tokens - layer.get_seq_length()):
+            cache.layers[number] = ThinnedLayer(n_dropped)
+            cache.layers[number].update(layer.keys, layer.values)
     return cache
 
 
+class ThinnedLayer(DynamicLayer):
+    """A layer some of whose tokens were dropped; those to come have the positions that they would have without."""
+
+    def __init__(self, n_dropped: int) -> None:
+        super().__init__()
+        self._n_dropped = n_dropped
+
+    def get_seq_length(self) -> int:
+        """Tokens, the dropped ones included: the position of the next."""
+        return super().get_seq_length() + self._n_dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(mask length, offset): the kept tokens stand directly before those to come, so that all are seen."""
+        return super().get_seq_length() + query_length, self._n_dropped
+
+
 def _check_known(recipe: Recipe, contexts: Sequence[LayerContext]) -> None:
+    needs = recipe.keep.needs if recipe.keep else ()
+    if any(getattr(context, name) is None for name in needs for context in contexts):
+        raise PolyKVError(
+            f"recipe {recipe.name!r} chooses tokens by the model's {' and '.join(needs)}, which only sdpa shows; "
+            "load the model with attn_implementation=sdpa, or use another recipe"
+        )
     if recipe.needs and not contexts:
         raise PolyKVError(
             f"recipe {recipe.name!r} needs the model's {' and '.join(sorted(recipe.needs))}, and this cache has only "

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from polykv.codecs.context import LayerContext, Rope
+from polykv.codecs.context import LAST_QUERIES, LayerContext, Rope
 from polykv.errors import PolyKVError
 from polykv.probe import kept_tokens
 from polykv.supported import check_every_token, check_length, check_model, check_rope, window_of
@@ -156,7 +156,9 @@ class Watch(TorchFunctionMode):
             # (B, query heads, D), without fp32 copies of the queries.
             norm = torch.linalg.vector_norm(query, dim=2, dtype=torch.float32)
             square = norm.square().unflatten(1, (heads, -1)).mean(2, keepdim=True) / query.shape[2]
-            self._found[layer] = replace(self._found[layer], query_rms=square.sqrt())
+            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+            known = {"query_rms": square.sqrt(), "queries": query[:, :, -LAST_QUERIES:] * scale}
+            self._found[layer] = replace(self._found[layer], **known)
         elif self._given and isinstance(self._given[1], tuple):
             self._used |= any(arg is self._given[1][0] for arg in args)
         return func(*args, **kwargs)

@@ -12,6 +12,7 @@ from polykv.codecs.base import Codec, not_finite
 from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
+from polykv.keep import Keep
 from polykv.segment import Segment
 
 EXACT = Identity(dtype="float16")
@@ -44,7 +45,8 @@ class Recipe:
     """How a cache is compressed: a codec for keys, one for values, and exemptions.
 
     `layer_bits`, if not empty, is a table of (key bits, value bits) over the depth, as in KVTuner (arXiv 2502.04420);
-    each entry is for an equal share of the layers and replaces the codecs' `bits`.
+    each entry is for an equal share of the layers and replaces the codecs' `bits`. `keep`, if not None, drops tokens
+    first; exemptions count the kept ones.
     """
 
     name: str
@@ -52,8 +54,15 @@ class Recipe:
     value: Codec
     exempt: Exempt = field(default_factory=Exempt)
     layer_bits: tuple[tuple[int, int], ...] = ()
+    keep: Keep | None = None
 
     def __post_init__(self) -> None:
+        asked = frozenset(self.key.needs) | frozenset(self.value.needs)
+        if self.keep and asked:
+            raise PolyKVError(
+                f"recipe {self.name!r} drops tokens, and its codecs need the {' and '.join(sorted(asked))} of all; "
+                "take other codecs, or leave keep out"
+            )
         for bits in self.layer_bits:
             if len(bits) != 2:
                 raise PolyKVError(
@@ -81,6 +90,7 @@ class Recipe:
                 value=codec_of(given.get("value")),
                 exempt=Exempt(**given.get("exempt", {})),
                 layer_bits=tuple(tuple(bits) for bits in given.get("layer_bits") or ()),
+                keep=None if given.get("keep") is None else made_of(given["keep"], Keep, "keep"),
             )
         except PolyKVError:
             raise
@@ -94,13 +104,15 @@ class Recipe:
     @property
     def is_full(self) -> bool:
         """Whether it is the baseline: no compression, and no change of dtype."""
-        return all(isinstance(c, Identity) and c.dtype is None for c in (self.key, self.value))
+        codecs = (self.key, self.value)
+        return not self.keep and all(isinstance(c, Identity) and c.dtype is None for c in codecs)
 
     def nominal_ratio(self, dtype: torch.dtype) -> float:
         """fp16 bits over payload bits, without metadata and exemptions: K 8 + V 3 gives 32/11."""
         n_layers = len(self.layer_bits) or 1
         codecs = [codec for layer in range(n_layers) for codec in self.codecs(layer, n_layers)]
-        return 16 * len(codecs) / sum(codec.payload_bits(dtype) for codec in codecs)
+        share = self.keep.share if self.keep else 1
+        return 16 * len(codecs) / share / sum(codec.payload_bits(dtype) for codec in codecs)
 
     def codecs(self, layer: int, n_layers: int) -> tuple[Codec, Codec]:
         """The key and value codec of one layer.
@@ -120,8 +132,24 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the codecs ask to know of a layer: fields of polykv.codecs.context.LayerContext."""
-        return frozenset(self.key.needs) | frozenset(self.value.needs)
+        """What codecs and `keep` ask to know of a layer: fields of polykv.codecs.context.LayerContext."""
+        keep = self.keep.needs if self.keep else ()
+        return frozenset(self.key.needs) | frozenset(self.value.needs) | frozenset(keep)
+
+    def n_kept(self, n_tokens: int) -> int:
+        """How many of `n_tokens` tokens a layer keeps."""
+        return self.keep.n_kept(n_tokens) if self.keep else n_tokens
+
+    def check_keeps_all(self, what: str) -> None:
+        """Check that no token is dropped.
+
+        Raises:
+            PolyKVError: tokens are; `what` needs them.
+        """
+        if self.keep:
+            raise PolyKVError(
+                f"recipe {self.name!r} drops tokens, and {what} needs all of them; use another recipe"
+            )
 
     def encode_layer(
         self,
@@ -139,8 +167,13 @@ class Recipe:
         `n_left` see `runs`.
 
         Raises:
-            PolyKVError: NaN, infinity, or an overflow of fp16 (polykv/codecs/base.py); names keys or values.
+            PolyKVError: NaN, infinity, or an overflow of fp16 (polykv/codecs/base.py); names keys or values. Tokens
+                dropped from a layer with a sliding window.
         """
+        if self.keep:
+            if n_left is not None:
+                self.check_keeps_all("a layer with a sliding window")
+            k_BHTD, v_BHTD = self.keep.taken(k_BHTD, v_BHTD, context)
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
         segments = []
@@ -181,15 +214,19 @@ def codec_of(given: Any) -> Codec:
 
     A nested mapping is an inner codec (Rotated has one).
     """
+    return made_of(given, Codec, "key and value")
+
+
+def made_of(given: Any, kind: type, part: str) -> Any:
+    """What a mapping describes: an instance of a class of this kind. `part`: of the recipe, for the message."""
+    what = f"{kind.__module__}.{kind.__name__}"
     if not isinstance(given, dict) or "_target_" not in given:
         raise PolyKVError(
-            f"a recipe's key and value have to be a codec with a _target_, not {given!r}"
+            f"a recipe's {part} have to name a _target_ that is a {what}, not {given!r}"
         )
     found = targets.find(given["_target_"])
-    if not (isinstance(found, type) and issubclass(found, Codec)):
-        raise PolyKVError(
-            f"_target_: {given['_target_']} is not a codec (polykv.codecs.base.Codec)"
-        )
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise PolyKVError(f"_target_: {given['_target_']} is not a {what}")
     options = {name: option for name, option in given.items() if name != "_target_"}
     return found(**{k: codec_of(v) if isinstance(v, dict) else v for k, v in options.items()})
 

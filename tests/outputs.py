@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 import polykv.codecs
 from polykv.attention import cascade
 from polykv.codecs.base import Codec
+from polykv.codecs.context import LayerContext
 from polykv.config import available, load_group
 from polykv.documents import Document
 from polykv.evaluation import (
@@ -154,6 +155,12 @@ def of_retrieval() -> Output:
     return output([found[0], found[1]])
 
 
+def of_keep(settings: dict[str, Any]) -> Output:
+    draw = torch.Generator().manual_seed(0)
+    k_BHTD, queries = (torch.randn(1, n, N_TOKENS * 2, DIM, generator=draw) for n in (2, 4))
+    return output([instantiate(settings).places(k_BHTD, LayerContext(queries=queries))])
+
+
 def of_text(text: str) -> Output:
     return {"bits": hashlib.sha256(text.encode()).hexdigest()[:16], "numbers": []}
 
@@ -250,6 +257,17 @@ def names() -> dict[str, tuple[int, str, Callable[[], Output]]]:
         place = f"{cls.__module__}.{cls.__name__}.version"
         name = json.dumps(settings, sort_keys=True)
         found[name] = (cls.version, place, lambda settings=settings: of_codec(settings))
+    for settings in filter(
+        None, (load_group("recipe", name).get("keep") for name in available("recipe"))
+    ):
+        settings = OmegaConf.to_container(settings)
+        cls = get_class(settings["_target_"])
+        place = f"{cls.__module__}.{cls.__name__}.version"
+        found[json.dumps(settings, sort_keys=True)] = (
+            cls.version,
+            place,
+            partial(of_keep, settings),
+        )
     for module, made in PARTS.items():
         found[module.__name__] = (module.VERSION, f"{module.__name__}.VERSION", made)
     found["placed"] = (Task.version, "polykv.tasks.base.Task.version", of_placed)

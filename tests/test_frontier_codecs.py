@@ -240,6 +240,7 @@ def test_a_pool_stores_its_recipes_formula_to_the_byte(name):
     for n_tokens in (100, 179, 300):
         pair, expected = (gaussian(1, 2, n_tokens, 64), gaussian(1, 2, n_tokens, 64)), 0
         pool = SharedKVPool.from_layers([pair] * n_layers, recipe)
+        n_tokens = recipe.n_kept(n_tokens)
         for layer in range(n_layers):
             whole = layer < exempt.first_layers or layer >= n_layers - exempt.last_layers
             exact = n_tokens if whole else min(exempt.sinks + exempt.recent, n_tokens)

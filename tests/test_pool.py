@@ -39,9 +39,10 @@ def test_full_recipe_is_token_identical_to_plain_generate(architecture, tokenize
 
 @pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_pools_and_answers(name, llama, tokenizer):
-    pool = SharedKVPool.from_text(llama, tokenizer, TEXT[:200], polykv.load_recipe(name))
+    recipe = polykv.load_recipe(name)
+    pool = SharedKVPool.from_text(llama, tokenizer, TEXT[:200], recipe)
     keys, values = pool.decode_layer(0)
-    assert keys.shape == values.shape == (1, 2, pool.n_tokens, 8)
+    assert keys.shape == values.shape == (1, 2, recipe.n_kept(pool.n_tokens), 8)
     assert len(pool.ask(llama, tokenizer, QUERIES[:1], max_new_tokens=4)) == 1
 
 

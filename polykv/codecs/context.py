@@ -66,6 +66,9 @@ class Rope:
         return replace(self, cos_TP=cos_TP, sin_TP=torch.cat([self.sin_TP, other.sin_TP]))
 
 
+LAST_QUERIES = 64
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """What is known of a layer and a run of its tokens; None: unknown.
@@ -73,20 +76,22 @@ class LayerContext:
     rope: the rotation of the keys; None also for layers without RoPE.
     query_rms: root mean square of each channel of the queries of a kv head, (B, kv_heads, 1, D) in fp32, over the
         tokens of the prefill and the query heads of the group.
+    queries: scaled queries of the last LAST_QUERIES tokens of the prefill, (B, heads, tokens, D).
     """
 
     rope: Rope | None = None
     query_rms: Tensor | None = None
+    queries: Tensor | None = None
 
     def narrow(self, start: int, stop: int) -> LayerContext:
         """The context of tokens [start, stop)."""
         rope = None if self.rope is None else self.rope.narrow(start, stop)
-        return LayerContext(rope, self.query_rms)
+        return replace(self, rope=rope)
 
     def join(self, other: LayerContext) -> LayerContext:
         """The context of these tokens followed by those of `other`, with the statistics of this one."""
         rope = self.rope and other.rope and self.rope.join(other.rope)
-        return LayerContext(rope, self.query_rms)
+        return replace(self, rope=rope)
 
 
 NOTHING = LayerContext()

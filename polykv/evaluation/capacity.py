@@ -117,7 +117,7 @@ def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
     total = 0
     for layer, shape in enumerate(geometry.layers):
-        n_kept = shape.kept(n_tokens)
+        n_kept = recipe.n_kept(shape.kept(n_tokens))
         n_left = None if shape.window is None else n_tokens - n_kept
         for start, stop, exact in recipe.runs(n_kept, layer, geometry.n_layers, n_left):
             run = (1, shape.n_kv_heads, stop - start, shape.head_dim)

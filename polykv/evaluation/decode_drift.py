@@ -111,8 +111,9 @@ def log_probs(
         page: tokens of a page; None: all new tokens stay exact.
 
     Raises:
-        PolyKVError: a tensor that the recipe's codec cannot encode.
+        PolyKVError: a tensor that the recipe's codec cannot encode, or a recipe that drops tokens.
     """
+    recipe.check_keeps_all("a reply token by token")
     layers = [_Layer(recipe, reply, index, backend) for index in range(reply.pool.n_layers)]
     cache = DynamicCache(layer.decoded() for layer in layers)
     ids_BT = reply.rest_BT[:, :-1].to(model.device)

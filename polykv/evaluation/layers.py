@@ -126,6 +126,7 @@ def token_norm(x_BHTD: Tensor) -> float:
 
 def only_layer(full: SharedKVPool, recipe: Recipe, exact: Recipe, layer: int) -> SharedKVPool:
     """The pool `full` with one layer under `recipe` and the others under `exact`."""
+    recipe.check_keeps_all("a layer by itself")
     contexts = full.contexts or (NOTHING,) * full.n_layers
     segments = [
         (recipe if index == layer else exact).encode_layer(

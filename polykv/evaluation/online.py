@@ -127,10 +127,11 @@ def score(
         continuation.score_rest has them; and the cache of the whole document as it is stored.
 
     Raises:
-        PolyKVError: sliding windows, more tokens than the model has positions, rotary frequencies that change along
-            them, or keys or values that a codec cannot encode.
+        PolyKVError: sliding windows, a recipe that drops tokens, more tokens than the model has positions, rotary
+            frequencies that change along them, or keys or values that a codec cannot encode.
     """
     check_every_token(model.config, "protocol `online`")
+    recipe.check_keeps_all("protocol `online`")
     ids_BT = document.ids_BT.to(model.device)
     n_prefix, n_tokens = document.n_prefix, document.n_tokens
     check_length(model.config, n_tokens, "the whole document")
