@@ -247,7 +247,13 @@ HOSTILE = {
         lambda write, path: write({"general.architecture": "telepath"}), "telepath.*cannot read"),
     "an encoder": (lambda write, path: write({"general.architecture": "bert"}), "bert.*cannot read"),
     "a sliding window": (
-        lambda write, path: write({"llama.attention.sliding_window": 64}), "sliding-window"),
+        lambda write, path: write({"llama.attention.sliding_window": 64}), "llama.*layers with windows"),
+    "a Gemma 3 whose scores are scaled by more than head_dim": (
+        lambda write, path: write({"general.architecture": "gemma3", "gemma3.attention.sliding_window": 64,
+                                   "gemma3.attention.key_length": 128}), "gemma3.*attention.key_length"),
+    "a Gemma 3 with another rotary base in its windows": (
+        lambda write, path: write({"general.architecture": "gemma3", "gemma3.attention.sliding_window": 64,
+                                   "gemma3.rope.freq_base_swa": 5e5}), "gemma3.*rope.freq_base_swa"),
     "a vision projector": (
         lambda write, path: write({"general.architecture": "clip"}), "vision projector"),
     "a projector by its type": (

@@ -23,8 +23,10 @@ KNOWN = {
     "llama-3.1-8b": (32, 8, 128, 8030),
     "qwen2.5-0.5b": (24, 2, 64, 494),
     "gemma-3-270m": (18, 1, 256, 268),
+    "gemma-3-27b": (62, 16, 128, 27009),  # without its vision encoder
+    "qwen3-8b": (36, 8, 128, 8191),
 }
-FULL = {"gemma-3-270m": (5, 11, 17)}  # layers without a window of 512 tokens, where others have one
+WINDOWS = {"gemma-3-270m": 512, "gemma-3-27b": 1024}  # of all layers but every sixth
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -34,10 +36,8 @@ def test_geometry_in_the_yaml_is_the_architecture(name):
     architecture = load_config(config.load_group("model", name))
     layers, kv_heads, head_dim, millions = KNOWN[name]
     found = [(one.n_kv_heads, one.head_dim, one.window) for one in Geometry.of(architecture).layers]
-    full = FULL.get(name, range(layers))
-    assert found == [
-        (kv_heads, head_dim, None if layer in full else 512) for layer in range(layers)
-    ]
+    windows = [WINDOWS.get(name) if (layer + 1) % 6 else None for layer in range(layers)]
+    assert found == [(kv_heads, head_dim, window) for window in windows]
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(architecture).num_parameters()
     assert round(counted / 1e6) == millions
