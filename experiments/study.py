@@ -38,7 +38,7 @@ class Study:
             the identity of cells that have them: a new one leaves that of the others as it is.
         columns: columns beside cellfile.COLUMNS, each with its type (str, int, float, bool).
         answers: published tables that the rows answer (published.csv, column `figure_or_table`).
-        depends_on: other studies whose rows its analysis reads, where they are in the same results.
+        depends_on: other studies whose rows its cells quote, where the results folder holds them.
     """
 
     name: str
