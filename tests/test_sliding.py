@@ -154,6 +154,16 @@ def test_a_pool_stores_what_its_windows_see(n_prefix, exempt, gemma):
         assert exact == 0
 
 
+def test_a_recipe_that_drops_tokens_is_refused(gemma):
+    recipe, architecture = load_recipe("streaming_4"), Architecture.of(gemma.config, "float32")
+    for make in (
+        lambda: SharedKVPool.from_cache(prefill(gemma, ids_of(20)[None]), recipe),
+        lambda: pool_bytes(recipe, architecture, 20),
+    ):
+        with pytest.raises(PolyKVError, match="streaming_4.*sliding window"):
+            make()
+
+
 def test_codecs_know_the_rotation_of_a_layers_own_base_and_tokens(gemma):
     contexts = prefill(gemma, ids_of(40)[None]).contexts
     for layer, (first, base) in enumerate([(33, 1e4), (0, 1e6), (33, 1e4)]):

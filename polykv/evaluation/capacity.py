@@ -113,12 +113,19 @@ class Architecture:
 
 
 def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
-    """`SharedKVPool.stored_bytes` of a document of `n_tokens`, by the codecs' formulas, exact to the byte."""
+    """`SharedKVPool.stored_bytes` of a document of `n_tokens`, by the codecs' formulas, exact to the byte.
+
+    Raises:
+        PolyKVError: the recipe drops tokens and the model has sliding windows, which pools refuse as well.
+    """
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
     total = 0
     for layer, shape in enumerate(geometry.layers):
-        n_kept = recipe.n_kept(shape.kept(n_tokens))
-        n_left = None if shape.window is None else n_tokens - n_kept
+        n_kept, n_left = recipe.n_kept(n_tokens), None
+        if shape.window is not None:
+            recipe.check_keeps_all("a layer with a sliding window")
+            n_kept = shape.kept(n_tokens)
+            n_left = n_tokens - n_kept
         for start, stop, exact in recipe.runs(n_kept, layer, geometry.n_layers, n_left):
             run = (1, shape.n_kv_heads, stop - start, shape.head_dim)
             for codec in recipe.codecs(layer, geometry.n_layers):
