@@ -4,31 +4,30 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from polykv.tasks.base import Asked, Content, Task, chosen
-from polykv.tasks.words import CITIES, PEOPLE, PETS
+from polykv.tasks.base import Asked, Content, Task, chosen, numbers
+from polykv.tasks.words import NUMBERED, PEOPLE
 
 
 @dataclass(frozen=True)
 class TwoPlaces(Task):
-    """Homes and pets of people: "Clara's home is in Oslo." and "Clara's pet is a fox."; a question asks for both."""
+    """Numbers of people, as in task `needle`; every question asks for two of them."""
 
-    version: ClassVar[int] = 1
+    digits: int
+    version: ClassVar[int] = 2
     tests: ClassVar[str] = "putting together what two places say"
     source: ClassVar[str] = "niah_multiquery of RULER, arXiv 2404.06654"
 
     def write(self, draw: Random, n_questions: int) -> Content:
-        """Two statements for each question, all in random order."""
-        people = chosen(draw, PEOPLE, n_questions)
-        homes, pets = chosen(draw, CITIES, n_questions), chosen(draw, PETS, n_questions)
-        places = draw.sample(range(2 * n_questions), 2 * n_questions)
-        statements, asked = [""] * len(places), []
-        for i, (person, home, pet) in enumerate(zip(people, homes, pets, strict=True)):
-            a, b = places[2 * i : 2 * i + 2]
-            statements[a], statements[b] = (
-                f"{person}'s home is in {home}.",
-                f"{person}'s pet is a {pet}.",
-            )
-            question = f"Where is {person}'s home, and what is {person}'s pet?"
-            lead, answer = f"{person}'s home and pet are", f"{home} and a {pet}"
-            asked.append(Asked(question, lead, answer, (a, b)))
+        """A statement more than questions: each question asks for neighbours in a random order of them."""
+        n = n_questions + 1
+        pairs = zip(chosen(draw, PEOPLE, n), chosen(draw, NUMBERED, n), strict=True)
+        facts = [f"{person}'s {kind}" for person, kind in pairs]
+        told = numbers(draw, n, self.digits)
+        order = draw.sample(range(n), n)
+        asked = []
+        for a, b in zip(order, order[1:], strict=False):
+            both = f"{facts[a]} and {facts[b]}"
+            answer = f"{told[a]} and {told[b]}"
+            asked.append(Asked(f"What are {both}?", f"{both} are", answer, (a, b)))
+        statements = [f"{fact} is {number}." for fact, number in zip(facts, told, strict=True)]
         return Content(statements, asked)
