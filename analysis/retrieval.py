@@ -178,6 +178,17 @@ def _in_part(task: Task, recipe: str, part: int) -> pd.Series:
     return own if counts else own[:0]
 
 
+def left_out(tasks: Sequence[Task]) -> str:
+    """A sentence: how many tasks and lengths can separate recipes, and why the others cannot."""
+    grey = [
+        f"{t.about['document']} at {t.about['context_tokens']:,} ({t.why_not})"
+        for t in tasks
+        if t.why_not
+    ]
+    tail = f" Left out: {'; '.join(grey)}." if grey else ""
+    return f"{len(tasks) - len(grey)} of {len(tasks)} tasks and lengths can separate recipes.{tail}"
+
+
 def by_run(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[Task]]]:
     """(model, weights, device, dtype; its tasks by name and length) of each run; of cells alike the newest counts."""
     for run, mine in groups(rows, *RUN):

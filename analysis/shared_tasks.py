@@ -21,6 +21,7 @@ from analysis.retrieval import (
     bits_of,
     by_depth,
     by_run,
+    left_out,
     together,
 )
 from analysis.statistics import ALPHA, BASELINE, Measure, Value
@@ -33,6 +34,8 @@ RULE = (
 )
 SPEED = Measure("questions_per_minute")
 GREY = "0.85"
+ACROSS = 4  # heat maps beside each other
+LIGHT = 60  # percent from which the colours are light
 ITSELF = Value(None, note="it is the uncompressed cache")
 COLUMNS = [
     Column("bits", "stored bits", fixed(2)),
@@ -173,15 +176,14 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
 def depth_figure(rows: pd.DataFrame) -> style.Picture | str:
     """Heat maps of right answers by depth and length: a panel for each recipe."""
     runs = list(by_run(rows))
-    across = 4
     panels_of = []
     for run, tasks in runs:
         names = list(dict.fromkeys(name for task in tasks for name in task.recipes))
         panels_of += [
-            (run_text(run) if not start else "", tasks, names[start : start + across])
-            for start in range(0, len(names), across)
+            (run_text(run) if not start else "", tasks, names[start : start + ACROSS])
+            for start in range(0, len(names), ACROSS)
         ]
-    canvas, panels = style.sheet([heading for heading, *_ in panels_of], across, 1.6)
+    canvas, panels = style.sheet([heading for heading, *_ in panels_of], ACROSS, 1.6)
     for row, (_, tasks, names) in zip(panels, panels_of, strict=True):
         for ax, name in zip(row, names, strict=False):
             _heat(ax, tasks, name)
@@ -200,10 +202,12 @@ def _heat(ax: Axes, tasks: Sequence[Task], recipe: str) -> None:
     """One recipe: the deeper the answer, the lower."""
     lengths, shown = by_depth(tasks, recipe)
     ax.set_facecolor(GREY)
-    ax.imshow(shown, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    ax.imshow(shown, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (part, column), value in np.ndenumerate(shown):
         if np.isfinite(value):
-            ax.text(column, part, f"{value:.0f}", ha="center", va="center", fontsize=style.SIZE)
+            tint = "white" if value < LIGHT else "black"
+            place = {"ha": "center", "va": "center", "fontsize": style.SIZE}
+            ax.text(column, part, f"{value:.0f}", color=tint, **place)
     ax.grid(visible=False)
     ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     ax.set_yticks(range(DEPTHS), [f"{100 * (part + 0.5) / DEPTHS:.0f}" for part in range(DEPTHS)])
@@ -216,7 +220,7 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     for run, tasks in by_run(rows):
         counting = [task for task in tasks if not task.why_not]
         names = list(dict.fromkeys(name for task in counting for name in task.recipes))
-        lines = [_left_out(tasks)]
+        lines = [left_out(tasks)]
         if BASELINE in names:
             shown = _compared(counting, names)
             full = shown[BASELINE]["right"]
@@ -226,16 +230,6 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
             lines += [_told(name, shown[name]) for name in names if name != BASELINE]
         said[f"Answers from a shared pool: {run_text(run)}"] = lines
     return said
-
-
-def _left_out(tasks: Sequence[Task]) -> str:
-    grey = [
-        f"{t.about['document']} at {t.about['context_tokens']:,} ({t.why_not})"
-        for t in tasks
-        if t.why_not
-    ]
-    tail = f" Left out: {'; '.join(grey)}." if grey else ""
-    return f"{len(tasks) - len(grey)} of {len(tasks)} tasks and lengths can separate recipes.{tail}"
 
 
 def _told(name: str, shown: Row) -> str:
