@@ -12,6 +12,7 @@ import polykv
 from polykv.attention.cascade import attend_in_place
 from polykv.config import REPO
 from polykv.errors import PolyKVError
+from polykv.evaluation.capacity import Architecture
 from polykv.geometry import Geometry
 from polykv.greedy import greedy
 from polykv.handoff.card import CacheCard
@@ -89,6 +90,16 @@ class Family:
 
 def assert_same(logits, expected):
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+MIXTURES = [name for name, about in READABLE.items() if "mixture" in about["what"]]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_capacity_refuses_mixtures_of_experts(name):
+    config = AutoConfig.for_model(READABLE[name].get("of", name), **READABLE[name]["config"])
+    with pytest.raises(PolyKVError, match="experts"):
+        Architecture.of(config, "float32")
 
 
 # Of each way to place positions, share heads and keep a cache one; the others in `make test-all`.

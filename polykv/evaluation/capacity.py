@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from polykv.errors import PolyKVError
 from polykv.evaluation.hardware import Replica
 from polykv.geometry import Geometry
 from polykv.models import pick_dtype
@@ -59,8 +60,9 @@ class Architecture:
         """Built from a transformers config, without weights (on the meta device).
 
         Raises:
-            PolyKVError: its cache does not have a plain geometry (polykv/geometry.py).
+            PolyKVError: its cache does not have a plain geometry (polykv/geometry.py), or it is a mixture of experts.
         """
+        _check_dense(config)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = built.get_output_embeddings().weight
@@ -110,6 +112,16 @@ class Architecture:
         layers = self.geometry.layers
         kept = sum(one.head_dim * one.kept(n_tokens) for one in layers)
         return self.attention_flops * kept / sum(one.head_dim for one in layers)
+
+
+def _check_dense(config: PretrainedConfig) -> None:
+    about = config.get_text_config(decoder=True).to_dict().items()
+    if found := {k: v for k, v in about if "experts" in k and type(v) is int and v > 1}:
+        raise PolyKVError(
+            f"the config of {config.model_type} has {', '.join(f'{k}={v}' for k, v in found.items())}: in a mixture of "
+            "experts the bytes and operations of a step depend on the experts that its tokens choose, which the "
+            "formulas of capacity do not have; measure it with experiment=concurrency"
+        )
 
 
 def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
