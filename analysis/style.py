@@ -384,7 +384,10 @@ class Marks:
     more: str = ""
 
 
-def picture(canvas: Canvas, shows: str, about: str, marks: Marks) -> Picture:
+NO_MARKS = Marks()
+
+
+def picture(canvas: Canvas, shows: str, about: str, marks: Marks = NO_MARKS) -> Picture:
     """The figure with its caption: what it `shows`, its panels, lines and marks, and what was measured.
 
     `about` is render.describe of the rows.

@@ -173,6 +173,10 @@ class Recipe:
         if self.keep:
             if n_left is not None:
                 self.check_keeps_all("a layer with a sliding window")
+            # Values that are dropped as well: a choice by attention would be of nothing.
+            for side, x_BHTD in zip(SIDES, (k_BHTD, v_BHTD), strict=True):
+                if message := not_finite(x_BHTD):
+                    raise PolyKVError(f"{side}: {message}")
             k_BHTD, v_BHTD = self.keep.taken(k_BHTD, v_BHTD, context)
         n_tokens = k_BHTD.shape[2]
         codecs = self.codecs(layer, n_layers)
@@ -186,7 +190,8 @@ class Recipe:
                     packed.append(kernels.encode(codec, x_BHTD[:, :, start:stop], backend, known))
                 except PolyKVError as error:
                     # Name tokens of the whole layer: the codec counts within its run.
-                    message = not_finite(x_BHTD) or f"tokens {start} to {stop - 1}: {error}"
+                    kept = "kept tokens" if self.keep else "tokens"
+                    message = not_finite(x_BHTD) or f"{kept} {start} to {stop - 1}: {error}"
                     raise PolyKVError(f"{side}: {message}") from error
             keys, values = packed
             segments.append(Segment(*pair, keys, values))
