@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pairwise import slow
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -95,7 +96,7 @@ def assert_same(logits, expected):
 MIXTURES = [name for name, about in READABLE.items() if "mixture" in about["what"]]
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ["mixtral", *slow(*MIXTURES)])
 def test_capacity_refuses_mixtures_of_experts(name):
     config = AutoConfig.for_model(READABLE[name].get("of", name), **READABLE[name]["config"])
     with pytest.raises(PolyKVError, match="experts"):

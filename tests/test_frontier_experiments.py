@@ -149,10 +149,10 @@ def test_agents_in_a_batch_read_what_one_reads_alone(reader, checkpoint):
 
 @pytest.mark.parametrize("fault", ["mask", "agent"])
 def test_agents_that_disturb_each_other_show(fault, checkpoint, monkeypatch):
-    def disturbed(q, k, v, mask, scaling):
+    def disturbed(q, k, v, mask, *how):
         if fault == "mask":
-            return attend_suffix(q, k, v, torch.ones_like(mask).tril(), scaling)
-        return attend_suffix(q, k.roll(1, 0), v.roll(1, 0), mask, scaling)
+            return attend_suffix(q, k, v, torch.ones_like(mask).tril(), *how)
+        return attend_suffix(q, k.roll(1, 0), v.roll(1, 0), mask, *how)
 
     monkeypatch.setattr(cascade, "attend_suffix", disturbed)
     assert agents(checkpoint, "in_place")[0] > 0.01
