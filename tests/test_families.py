@@ -96,7 +96,7 @@ def assert_same(logits, expected):
 MIXTURES = [name for name, about in READABLE.items() if "mixture" in about["what"]]
 
 
-@pytest.mark.parametrize("name", ["mixtral", *slow(*MIXTURES)])
+@pytest.mark.parametrize("name", ["mixtral", *slow(*sorted({*MIXTURES} - {"mixtral"}))])
 def test_capacity_refuses_mixtures_of_experts(name):
     config = AutoConfig.for_model(READABLE[name].get("of", name), **READABLE[name]["config"])
     with pytest.raises(PolyKVError, match="experts"):
