@@ -98,7 +98,7 @@ def check(cfg: DictConfig, session: Session) -> None:
                 f"protocol={cfg.protocol} is not available for outside references; use protocol=paper"
             )
         settings.check_whole(cfg, "chunk")
-        settings.check_keeps_all(cfg)
+        settings.check_keeps_all(cfg, f"protocol={cfg.protocol}")
         _check_scores_alone(cfg, f"protocol={cfg.protocol}")
         if cfg.backend != "torch":
             raise PolyKVError(

@@ -57,7 +57,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
-    settings.check_keeps_all(cfg)
+    settings.check_keeps_all(cfg, f"experiment={cfg.study}")
     settings.check_full_attention(cfg)
     settings.check_trained(cfg, "experiment=polykv_memory")
     settings.check_whole(cfg, "n_prompts", "page_tokens")

@@ -25,7 +25,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings and the documents."""
     settings.check_quality(cfg, session)
     settings.check_dequantizes(cfg)
-    settings.check_keeps_all(cfg)
+    settings.check_keeps_all(cfg, f"experiment={cfg.study}")
     settings.check_full_attention(cfg)
 
 

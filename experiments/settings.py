@@ -111,9 +111,10 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
             f"reader={cfg.reader} works on one; use experiment=polykv_quality reader=dequantize, or device_map=null"
         )
     kernels.pick_backend(cfg.backend, device)
-    Recipe.from_config(cfg.recipe)
-    architecture = models.load_config(cfg.model)
+    recipe, architecture = Recipe.from_config(cfg.recipe), models.load_config(cfg.model)
     check_model(architecture)
+    if recipe.keep:
+        check_every_token(architecture, f"recipe {recipe.name!r}, which drops tokens,")
     if cfg.weights == "local":
         models.check_folder(cfg.model)
     if "in_place" in (cfg.get("readers") or [cfg.reader]):
@@ -208,9 +209,9 @@ def check_dequantizes(cfg: DictConfig) -> None:
         )
 
 
-def check_keeps_all(cfg: DictConfig) -> None:
-    """Check that the recipe drops no tokens, in studies that compare every token."""
-    Recipe.from_config(cfg.recipe).check_keeps_all(f"experiment={cfg.study}")
+def check_keeps_all(cfg: DictConfig, what: str) -> None:
+    """Check that the recipe drops no tokens; `what` (a setting) compares every token."""
+    Recipe.from_config(cfg.recipe).check_keeps_all(what)
 
 
 def new_rows(cfg: DictConfig, columns: Mapping[str, type] | None = None, **about: Any) -> Rows:

@@ -45,7 +45,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_context(cfg, 1024)
     settings.check_quality(cfg, session)
     settings.check_whole(cfg, "n_wrong")
-    check_padding(models.load_config(cfg.model))
+    check_padding(models.load_config(cfg.model), "use another model")
     found, about = session.documents(cfg), f"document={cfg.document.name}"
     if len(found) < 2:
         raise PolyKVError(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polykv.codecs.context import LayerContext
+from polykv.codecs.context import LAST_QUERIES, LayerContext
 from polykv.errors import PolyKVError
 
 
@@ -62,6 +62,11 @@ class SinksRecent(Keep):
     sinks: int = 4
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise PolyKVError(f"keep.sinks={self.sinks!r}; give a whole number from 0 up")
+
     def places(self, k_BHTD: Tensor, context: LayerContext) -> Tensor:
         """The same for all heads."""
         batch, heads, n_tokens, _ = k_BHTD.shape
@@ -88,8 +93,15 @@ class SnapKV(Keep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel % 2 == 0:
-            raise PolyKVError(f"keep.kernel={self.kernel}; give an odd number of tokens")
+        if not isinstance(self.window, int) or not 1 <= self.window <= LAST_QUERIES:
+            raise PolyKVError(
+                f"keep.window={self.window!r}; give a whole number from 1 to {LAST_QUERIES}, as many queries as "
+                "a prefill keeps"
+            )
+        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+            raise PolyKVError(
+                f"keep.kernel={self.kernel!r}; give an odd number of tokens, 1 or more"
+            )
 
     def places(self, k_BHTD: Tensor, context: LayerContext) -> Tensor:
         """By kv head. Without queries, which is enough to count bytes, the most recent tokens."""

@@ -154,6 +154,20 @@ def test_time_by_hand():
     assert apart.step("unshared", 5) == WORKLOAD.step("unshared", 2)
 
 
+def test_agents_of_a_pool_that_drops_tokens_hold_and_read_the_kept_ones():
+    recipe = load_recipe("streaming_4")
+    dropping = DecodeWorkload.of(MODEL, REPLICA, recipe, 1000, 100)
+    kept = DecodeWorkload.of(MODEL, REPLICA, load_recipe("fp16"), 250, 100)
+    for reader in ("dequantize", "in_place"):
+        assert dropping.cache_bytes(reader, 3) == kept.cache_bytes(reader, 3)
+        assert dropping.prefix_bytes(reader, 3) == kept.prefix_bytes(reader, 3)
+        bound = (replace(load, replica=replace(REPLICA, flops=1e6)) for load in (dropping, kept))
+        assert len({load.step(reader, 3) for load in (dropping, kept)}) == 1
+        assert len({load.step(reader, 3) for load in bound}) == 1
+    assert dropping.cache_bytes("unshared", 3) == WORKLOAD.cache_bytes("unshared", 3)
+    assert dropping.step("unshared", 3) == WORKLOAD.step("unshared", 3)
+
+
 def test_operations_bind_where_they_take_longer():
     slow = replace(WORKLOAD, replica=replace(REPLICA, flops=1e6))
     step = slow.step("in_place", 3)

@@ -175,6 +175,27 @@ def test_a_share_that_is_none_is_refused(share):
         SinksRecent(share)
 
 
+@pytest.mark.parametrize(
+    ("keep", "option"),
+    [(SinksRecent, {"sinks": -1}), (SnapKV, {"window": 0}), (SnapKV, {"window": 65})]
+    + [(SnapKV, {"kernel": kernel}) for kernel in (-1, 4, 2.5)],
+)
+def test_options_that_keep_other_tokens_than_they_say_are_refused(keep, option):
+    (name,) = option
+    with pytest.raises(PolyKVError, match=f"keep.{name}"):
+        keep(0.5, **option)
+
+
+@pytest.mark.parametrize(
+    "study", ["capacity suffix_tokens=[64]", "polykv_memory", "concurrency context=1024"]
+)
+def test_sliding_windows_are_refused_before_any_work(study):
+    name, *more = study.split()
+    about = ("model=gemma-3-270m", "weights=random", "recipe=snapkv_4", "device=cpu")
+    with pytest.raises(PolyKVError, match=r"snapkv_4.*sliding windows"):
+        checked_cell(f"experiment={name}", "context=1024", *about, *more)
+
+
 def test_the_whole_share_is_the_whole_cache(llama, prefix_BT, rest_BT):
     pool = pool_of(llama, prefix_BT, Recipe("r", EXACT, EXACT, keep=SnapKV(1)))
     exact = score_rest(llama, pool_of(llama, prefix_BT, load_recipe("fp16")).dequantize(), rest_BT)

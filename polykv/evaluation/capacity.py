@@ -9,7 +9,8 @@ and values per token in full precision, Q bytes of the pool and L equal layers, 
     in_place   W + Q + N a S t
 
 A layer with a sliding window keeps its last tokens only: of unshared caches, t counts those, and the prefix is what the
-suffix leaves of the window. Under in_place it reads the stored part of the prefix, and keeps all of the suffix.
+suffix leaves of the window. Under in_place it reads the stored part of the prefix, and keeps all of the suffix. Of a
+recipe that drops tokens, P counts all tokens under unshared, and the kept ones under dequantize and in_place.
 
 A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
 max(bytes / bandwidth, operations / peak):
@@ -167,13 +168,15 @@ class DecodeWorkload:
     pool_bytes: int
     n_prefix: int
     n_suffix: int
+    n_pooled: int | None = None  # tokens of the prefix that the pool keeps; None: all
 
     @classmethod
     def of(
         cls, model: Architecture, replica: Replica, recipe: Recipe, n_prefix: int, n_suffix: int
     ) -> "DecodeWorkload":
         """The workload of a document compressed under `recipe`."""
-        return cls(model, replica, pool_bytes(recipe, model, n_prefix), n_prefix, n_suffix)
+        n_bytes, n_pooled = pool_bytes(recipe, model, n_prefix), recipe.n_kept(n_prefix)
+        return cls(model, replica, n_bytes, n_prefix, n_suffix, n_pooled)
 
     def cache_bytes(self, reader: str, n_agents: Count) -> Count:
         """Peak bytes of a document and its agents on one replica, without the weights."""
@@ -181,8 +184,13 @@ class DecodeWorkload:
 
     def prefix_bytes(self, reader: str, n_agents: Count) -> Count:
         """Bytes of the prefix: the pool, and the agents' full-precision copies."""
-        copies: Any = 0 if reader == "in_place" else n_agents * self.model.kept_bytes(self.n_prefix)
-        return self._shared(reader) + copies
+        one: Any = 0 if reader == "in_place" else self.model.kept_bytes(self._n_read(reader))
+        return self._shared(reader) + n_agents * one
+
+    def _n_read(self, reader: str) -> int:
+        """Tokens of the prefix that agents read: unshared caches drop none."""
+        dropped = reader != "unshared" and self.n_pooled is not None
+        return self.n_pooled if dropped else self.n_prefix
 
     def _shared(self, reader: str) -> int:
         return 0 if reader == "unshared" else self.pool_bytes
@@ -190,7 +198,7 @@ class DecodeWorkload:
     def _own(self, reader: str) -> int:
         if reader == "in_place":
             return self.model.grown_bytes(self.n_suffix, windowed=False)
-        return self.model.grown_bytes(self.n_prefix + self.n_suffix)
+        return self.model.grown_bytes(self._n_read(reader) + self.n_suffix)
 
     @property
     def room(self) -> int:
@@ -215,18 +223,18 @@ class DecodeWorkload:
         if reader == "in_place":
             return weights, self.pool_bytes, self.n_suffix * self.model.token_bytes * n_agents
         suffix = self.model.kept_bytes(self.n_suffix)
-        prefix = self.model.kept_bytes(self.n_prefix + self.n_suffix) - suffix
+        prefix = self.model.kept_bytes(self._n_read(reader) + self.n_suffix) - suffix
         return weights, prefix * n_agents, suffix * n_agents
 
     def step(self, reader: str, n_agents: Count) -> Step:
         """A decode step of `n_agents` spread over all replicas: that of the fullest one."""
-        here = self.on_replica(n_agents)
+        here, n_prefix = self.on_replica(n_agents), self._n_read(reader)
         if reader == "in_place":
-            prefix = self.model.flops(self.n_prefix)
+            prefix = self.model.flops(n_prefix)
             suffix: float = self.model.attention_flops * self.n_suffix
         else:
             suffix = self.model.flops(self.n_suffix)
-            prefix = self.model.flops(self.n_prefix + self.n_suffix) - suffix
+            prefix = self.model.flops(n_prefix + self.n_suffix) - suffix
         flops = (2 * self.model.n_multiplied, prefix, suffix)
         parts = zip(self.read_bytes(reader, here), flops, strict=True)
         return Step(*(self._roofline(n_bytes, here * per_agent) for n_bytes, per_agent in parts))
