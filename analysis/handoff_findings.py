@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.handoff_accuracy import ALPHA, EXACT, KL, difference, verdicts
 from analysis.handoff_controls import CONTROLS, GIVEN
-from analysis.points import RUN, bits_text, groups, hops_text, run_text
+from analysis.points import RUN, bits_text, groups, hops_text, run_text, settings_text
 from analysis.render import Row
 from analysis.statistics import Value
 from polykv.evaluation.statistics import detectable, holm, mcnemar, skewed_interval
@@ -70,6 +70,7 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
             continue
         corrected = holm([pair.p for pair in pairs])
         what = f"{about['document']}, {hops_text(about['n_hops'])}, {about['n']} problems"
+        what += settings_text(about)
         if found["seed"].nunique() > 1:
             what += f", seed {about['seed']}"
         said[f"Answers after handoffs: {run_text(about)}, {what}"] = [

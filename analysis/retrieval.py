@@ -21,7 +21,9 @@ CEILING, FLOOR = 60.0, 20.0  # percent
 DEPTHS = 5  # parts of a document
 DOCUMENT, OTHER, NOTHING = "document", "other", "nothing"  # column `given`
 METRICS = ("contains", "answer_logprob", "choice_right")
-PLACE = ("document", "context_tokens", "n_agents", "reader")
+# Answers under other values of these are to the same questions, and are not pooled.
+OF_RUN = (*RUN, "n_agents", "reader")
+PLACE = ("document", "context_tokens")
 KEY = ["document", "context_tokens", "seed", "text", "agent"]  # of a question
 
 
@@ -83,7 +85,7 @@ class Task:
     """One task at one length on one model.
 
     Attributes:
-        about: the values of PLACE, and of settings in which cells differ.
+        about: the values of PLACE and of OF_RUN beyond RUN, and of settings in which cells differ.
         rows: of METRICS by recipe and `given`.
         bits: stored bits per cached value of the document, by recipe.
     """
@@ -190,8 +192,8 @@ def left_out(tasks: Sequence[Task]) -> str:
 
 
 def by_run(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[Task]]]:
-    """(model, weights, device, dtype; its tasks by name and length) of each run; of cells alike the newest counts."""
-    for run, mine in groups(rows, *RUN):
+    """(OF_RUN and settings in which cells differ, tasks by name and length) of each run; of cells alike the newest."""
+    for run, mine in groups(rows, *OF_RUN):
         settings = {name: value for name, value in run.items() if name not in RUN}
         tasks = [_task(about | settings, part) for about, part in groups(mine, *PLACE, sort=True)]
         yield run, tasks

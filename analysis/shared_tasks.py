@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import style
-from analysis.points import run_text
+from analysis.points import run_text, settings_text
 from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns
 from analysis.retrieval import (
     CEILING,
@@ -61,7 +61,7 @@ def table(rows: pd.DataFrame) -> Table:
     lines: list[Row] = []
     for run, tasks in by_run(rows):
         for task in tasks:
-            line = dict(task.about) | {"section": run_text(run), "task": task.about["document"]}
+            line = dict(task.about) | {"section": _heading(run), "task": task.about["document"]}
             line |= {"counts": task.why_not or "yes"}
             lines += [
                 line | {"recipe": name} | shown
@@ -96,7 +96,7 @@ def recipes(rows: pd.DataFrame) -> Table | None:
             name: SPEED.of(mine, ["cell"]) for name, mine in _of_run(rows, run).groupby("recipe")
         }
         shown = _compared(counting, names)
-        section = f"{run_text(run)}; {len(counting)} of {len(tasks)} tasks and lengths count"
+        section = f"{_heading(run)}; {len(counting)} of {len(tasks)} tasks and lengths count"
         for name in sorted(shown, key=lambda name: -shown[name]["right"].value):
             n = {"n": shown[name]["right"].n, "speed": speed[name]}
             lines.append({"section": section, "recipe": name} | shown[name] | n)
@@ -117,6 +117,11 @@ def about(rows: pd.DataFrame) -> str:
     told = rows[rows["metric"].isin(METRICS)]
     counts = told[told["given"] == DOCUMENT].groupby(["cell", "metric"])["value"].transform("size")
     return describe(told.assign(n=counts.reindex(told.index).astype("Int64")))
+
+
+def _heading(run: Row) -> str:
+    agents = f"{run['n_agents']:g} agents, reader {run['reader']}"
+    return f"{run_text(run)}, {agents}{settings_text(run)}"
 
 
 def _of_run(rows: pd.DataFrame, run: Row) -> pd.DataFrame:
@@ -150,7 +155,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     runs = [(run, tasks) for run, tasks in runs if tasks]
     if not runs:
         return "no task counts at any length"
-    canvas, panels = style.sheet([run_text(run) for run, _ in runs], 1, 2.4)
+    canvas, panels = style.sheet([_heading(run) for run, _ in runs], 1, 2.4)
     names = dict.fromkeys(name for _, tasks in runs for task in tasks for name in task.recipes)
     looks = style.looks(names)
     for (ax,), (_, tasks) in zip(panels, runs, strict=True):
@@ -180,7 +185,7 @@ def depth_figure(rows: pd.DataFrame) -> style.Picture | str:
     for run, tasks in runs:
         names = list(dict.fromkeys(name for task in tasks for name in task.recipes))
         panels_of += [
-            (run_text(run) if not start else "", tasks, names[start : start + ACROSS])
+            (_heading(run) if not start else "", tasks, names[start : start + ACROSS])
             for start in range(0, len(names), ACROSS)
         ]
     canvas, panels = style.sheet([heading for heading, *_ in panels_of], ACROSS, 1.6)
@@ -228,7 +233,7 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
                 f"The uncompressed cache answers {full.text('.1f')} % of {full.n} questions."
             )
             lines += [_told(name, shown[name]) for name in names if name != BASELINE]
-        said[f"Answers from a shared pool: {run_text(run)}"] = lines
+        said[f"Answers from a shared pool: {_heading(run)}"] = lines
     return said
 
 

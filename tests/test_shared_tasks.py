@@ -101,7 +101,9 @@ N_DOCUMENTS, N_AGENTS = 8, 15
 BITS = {"full": 16.0, "near": 8.0, "worse": 4.0}
 
 
-def made_up(root, full=0.9, nothing=0.0, task="needle", context=512, bad_depth=False):
+def made_up(
+    root, full=0.9, nothing=0.0, task="needle", context=512, bad_depth=False, reader="in_place"
+):
     """Answers of three recipes: `near` as `full`, and `worse`, which lacks every third answer of it."""
     rng = np.random.default_rng(0)
     places = [(document, agent) for document in range(N_DOCUMENTS) for agent in range(N_AGENTS)]
@@ -116,7 +118,7 @@ def made_up(root, full=0.9, nothing=0.0, task="needle", context=512, bad_depth=F
                 ("near", "document"): exact, ("worse", "document"): third}  # fmt: skip
     for recipe, bits in BITS.items():
         rows = Rows(STUDY.columns, model="m", weights="w", document=task, context_tokens=context, n_agents=N_AGENTS,
-                    recipe=recipe, reader="in_place", dtype="bfloat16", device="cpu", seed=0)  # fmt: skip
+                    recipe=recipe, reader=reader, dtype="bfloat16", device="cpu", seed=0)  # fmt: skip
         rows.add("compression_ratio", 16 / bits, "x", accounting="stored")
         rows.add("questions_per_minute", 60.0, "1/min")
         for (name, given), right in verdicts.items():
@@ -134,7 +136,7 @@ def made_up(root, full=0.9, nothing=0.0, task="needle", context=512, bad_depth=F
                 lost = 1.0 if (recipe, given) == ("worse", "document") else 0.0
                 rows.add("answer_logprob", -1.0 - lost - 0.1 * agent, "nats", **place)
                 rows.add("choice_right", float(verdict), "rate", **place)
-        Store(root).write(STUDY.declaration(), f"{recipe}-{task}-{context}", {}, rows)
+        Store(root).write(STUDY.declaration(), f"{recipe}-{task}-{context}-{reader}", {}, rows)
 
 
 def test_a_known_loss_is_found_and_no_loss_is_told_with_what_would_have_shown(tmp_path):
@@ -193,3 +195,11 @@ def test_a_control_that_was_not_run_leaves_the_task_out(tmp_path):
     rows = load(tmp_path).rows
     ((_, (task,)),) = by_run(rows[rows["given"] != NOTHING])
     assert "not asked" in task.why_not
+
+
+def test_the_same_questions_under_two_readers_are_not_pooled(tmp_path):
+    made_up(tmp_path)
+    made_up(tmp_path, reader="dequantize")
+    rows = load(tmp_path).rows
+    assert {line["n"] for line in shown.recipes(rows).rows} == {120}
+    assert len(shown.findings(rows)) == 2
