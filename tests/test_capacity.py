@@ -95,7 +95,7 @@ def test_weights_are_those_of_the_model(tied):
 
 
 @pytest.mark.parametrize("name", available("recipe"))
-@pytest.mark.parametrize("n_tokens", [5, 179])
+@pytest.mark.parametrize("n_tokens", [179, *slow(5)])
 def test_pool_bytes_are_those_of_a_real_pool(name, n_tokens):
     recipe = load_recipe(name)
     model = replace(MODEL, dtype="float32")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import TEXT, tiny_model
+from pairwise import slow
 from transformers import DynamicCache
 
 from polykv.errors import PolyKVError
@@ -19,7 +20,7 @@ ARCHITECTURES = ("llama", "qwen2", "phi3", "gpt2", "gpt_neox")
 PROBLEMS = ("The pool is written once", "Each agent asks a question of its own .", "A cache ?")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES][:3] + slow(*[*ARCHITECTURES][3:]))
 def model(request):
     return tiny_model(request.param)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TEXT
 from omegaconf import OmegaConf
+from pairwise import slow
 
 import polykv
 from polykv import config, documents, models
@@ -26,10 +27,11 @@ KNOWN = {
     "gemma-3-27b": (62, 16, 128, 27009),  # without its vision encoder
     "qwen3-8b": (36, 8, 128, 8191),
 }
+LARGE = {"gemma-3-27b", "qwen3-8b", "llama-3-8b", "llama-3.1-8b"}
 WINDOWS = {"gemma-3-270m": 512, "gemma-3-27b": 1024}  # of all layers but every sixth
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [*sorted({*KNOWN} - LARGE), *slow(*sorted(LARGE))])
 def test_geometry_in_the_yaml_is_the_architecture(name):
     from transformers import AutoModelForCausalLM
 

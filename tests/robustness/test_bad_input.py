@@ -99,7 +99,7 @@ MISTAKES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("typed", "named", "files"), first(12, [(*m, {})[:3] for m in MISTAKES]))
+@pytest.mark.parametrize(("typed", "named", "files"), first(6, [(*m, {})[:3] for m in MISTAKES]))
 def test_bad_input_is_one_line_and_exit_2(typed, named, files, tmp_path):
     if "device=cuda" in typed and torch.cuda.is_available():
         pytest.skip("where there is a GPU, asking for it is no mistake")
