@@ -16,6 +16,7 @@ STUDY = "handoff_accuracy"
 UNIFORM = "uniform"
 # Of verdicts that may be paired: the same problems, after the same number of handoffs.
 SAME = ("document", "n_hops", "seed", "n")
+# The questions.
 HOLDS = "Does a card answer like an fp16 card?"
 DEPTH = "Do handoffs hurt?"
 BITS = "Does a policy beat uniform bits at an equal budget?"
@@ -46,8 +47,7 @@ class Pair:
         """The sentence; `p` is corrected."""
         own, other = self.own["right"], self.other["right"]
         apart = Value(*difference(own, other))
-        outcome = "no difference shown"
-        tail = ""
+        outcome, tail = "no difference shown", ""
         if p < ALPHA:
             outcome = "better" if apart.value > 0 else "worse"
         elif least := detectable(len(own), sum(mcnemar(own, other)[:2])):

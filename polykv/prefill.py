@@ -111,9 +111,8 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._thread = get_ident()
-        self._given: tuple[type, Any] | None = (
-            None  # the last module that got angles, and the angles
-        )
+        # The last module that got angles, and the angles.
+        self._given: tuple[type, Any] | None = None
         self._used = False  # whether that module used them: SmolLM3 passes them to layers without RoPE as well
         self._ropes: dict[tuple[type, int], tuple[Any, Rope | None]] = {}
         # By layer: the module that got angles, the angles if it used them, head_dim.

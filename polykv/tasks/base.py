@@ -29,9 +29,7 @@ from polykv.errors import PolyKVError
 from polykv.tasks import filler
 from polykv.tokens import encode, opened, opening
 
-MARGIN = (
-    8  # tokens at the end without a statement, so that cutting the text to its length cuts filler
-)
+MARGIN = 8  # tokens at the end without a statement: cutting the text to its length cuts filler
 LEAST_FILLER = 0.2  # share of the tokens
 
 
