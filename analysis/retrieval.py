@@ -16,10 +16,10 @@ from analysis.handoff_accuracy import difference
 from analysis.points import RUN, groups
 from analysis.statistics import BASELINE, BYTES, Value, newest
 from polykv.evaluation.statistics import detectable, mcnemar, skewed_interval, wilson
+from polykv.tasks.given import DOCUMENT, NOTHING
 
 CEILING, FLOOR = 60.0, 20.0  # percent
 DEPTHS = 5  # parts of a document
-DOCUMENT, OTHER, NOTHING = "document", "other", "nothing"  # column `given`
 METRICS = ("contains", "answer_logprob", "choice_right")
 # Answers under other values of these are to the same questions, and are not pooled.
 OF_RUN = (*RUN, "n_agents", "reader")
@@ -94,6 +94,11 @@ class Task:
     rows: pd.DataFrame
     bits: Mapping[str, Value]
 
+    @property
+    def name(self) -> str:
+        """The task and its length."""
+        return f"{self.about['document']} at {self.about['context_tokens']:,}"
+
     @cached_property
     def full(self) -> pd.DataFrame:
         """The uncompressed cache's answers."""
@@ -115,6 +120,12 @@ class Task:
         own = self.given(recipe, given)
         both = own.index.intersection(self.full.index)
         return Answers(own.loc[both], self.full.loc[both]) if len(both) else None
+
+    def only(self, questions: frozenset, recipes: Sequence[str]) -> "Task | None":
+        """The task with these questions, these recipes and the uncompressed cache; None if it has no such question."""
+        asked = pd.MultiIndex.from_frame(self.rows[KEY]).isin(questions)
+        rows = self.rows[asked & self.rows["recipe"].isin([BASELINE, *recipes])]
+        return Task(self.about, rows, self.bits) if len(rows) else None
 
     @cached_property
     def why_not(self) -> str:
@@ -147,6 +158,22 @@ def together(tasks: Sequence[Task], recipe: str) -> Answers | None:
     if not found:
         return None
     return Answers(*(pd.concat([getattr(one, side) for one in found]) for side in ("own", "full")))
+
+
+def alike(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Parts of these tasks in which all recipes answered the same questions, most questions first.
+
+    Each has the recipes that answered exactly these, and the uncompressed cache: recipes compare within one part only.
+    """
+    names = dict.fromkeys(name for task in tasks for name in task.recipes if name != BASELINE)
+    recipes_of: dict[frozenset, list[str]] = {}
+    for name in names:
+        if answers := together(tasks, name):
+            recipes_of.setdefault(frozenset(answers.own.index), []).append(name)
+    if not recipes_of:
+        return [[*tasks]] if tasks else []
+    found = sorted(recipes_of.items(), key=lambda pair: -len(pair[0]))
+    return [[part for task in tasks if (part := task.only(*pair))] for pair in found]
 
 
 def bits_of(tasks: Sequence[Task], recipe: str) -> Value:
@@ -182,11 +209,7 @@ def _in_part(task: Task, recipe: str, part: int) -> pd.Series:
 
 def left_out(tasks: Sequence[Task]) -> str:
     """A sentence: how many tasks and lengths can separate recipes, and why the others cannot."""
-    grey = [
-        f"{t.about['document']} at {t.about['context_tokens']:,} ({t.why_not})"
-        for t in tasks
-        if t.why_not
-    ]
+    grey = [f"{task.name} ({task.why_not})" for task in tasks if task.why_not]
     tail = f" Left out: {'; '.join(grey)}." if grey else ""
     return f"{len(tasks) - len(grey)} of {len(tasks)} tasks and lengths can separate recipes.{tail}"
 

@@ -1,6 +1,6 @@
 """Retrieval from a shared pool: right answers by task, length, depth and recipe, against the uncompressed cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,10 @@ from analysis.render import Column, Row, Table, describe, fixed, keys, settings_
 from analysis.retrieval import (
     CEILING,
     DEPTHS,
-    DOCUMENT,
     FLOOR,
     METRICS,
-    NOTHING,
-    OTHER,
     Task,
+    alike,
     bits_of,
     by_depth,
     by_run,
@@ -26,6 +24,7 @@ from analysis.retrieval import (
 )
 from analysis.statistics import ALPHA, BASELINE, Measure, Value
 from polykv.evaluation.statistics import holm
+from polykv.tasks.given import DOCUMENT, NOTHING, OTHER
 
 CONTROLS = {OTHER: "another document's pool", NOTHING: "no document"}
 RULE = (
@@ -63,10 +62,7 @@ def table(rows: pd.DataFrame) -> Table:
         for task in tasks:
             line = dict(task.about) | {"section": _heading(run), "task": task.about["document"]}
             line |= {"counts": task.why_not or "yes"}
-            lines += [
-                line | {"recipe": name} | shown
-                for name, shown in _compared([task], task.recipes).items()
-            ]
+            lines += [line | {"recipe": name} | shown for name, shown in _compared([task]).items()]
             for given, name in CONTROLS.items():
                 if answers := task.answers(BASELINE, given):
                     control = {"right": answers.right, "chosen": answers.chosen}
@@ -87,19 +83,16 @@ def table(rows: pd.DataFrame) -> Table:
 
 
 def recipes(rows: pd.DataFrame) -> Table | None:
-    """Recipes over all tasks and lengths that count, most right answers first."""
+    """Recipes over all tasks and lengths that count, most right answers first; a section for each set of questions."""
     lines: list[Row] = []
-    for run, tasks in by_run(rows):
-        counting = [task for task in tasks if not task.why_not]
-        names = list(dict.fromkeys(name for task in counting for name in task.recipes))
+    for run, heading, part in _ranked(rows):
         speed = {
             name: SPEED.of(mine, ["cell"]) for name, mine in _of_run(rows, run).groupby("recipe")
         }
-        shown = _compared(counting, names)
-        section = f"{_heading(run)}; {len(counting)} of {len(tasks)} tasks and lengths count"
+        shown = _compared(part)
         for name in sorted(shown, key=lambda name: -shown[name]["right"].value):
             n = {"n": shown[name]["right"].n, "speed": speed[name]}
-            lines.append({"section": section, "recipe": name} | shown[name] | n)
+            lines.append({"section": heading, "recipe": name} | shown[name] | n)
     if not lines:
         return None
     columns = [
@@ -128,8 +121,23 @@ def _of_run(rows: pd.DataFrame, run: Row) -> pd.DataFrame:
     return rows[np.logical_and.reduce([rows[name] == value for name, value in run.items()])]
 
 
-def _compared(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, Row]:
+def _ranked(rows: pd.DataFrame) -> Iterator[tuple[Row, str, list[Task]]]:
+    """(run, heading, tasks that count), once for each set of questions that recipes answered in a run."""
+    for run, tasks in by_run(rows):
+        counting = [task for task in tasks if not task.why_not]
+        heading = f"{_heading(run)}; {len(counting)} of {len(tasks)} tasks and lengths count"
+        parts = alike(counting)
+        for part in parts:
+            told = ""
+            if len(parts) > 1:
+                n = sum(len(task.full) for task in part)
+                told = f"; {n:,} questions of {', '.join(task.name for task in part)}"
+            yield run, heading + told, part
+
+
+def _compared(tasks: Sequence[Task]) -> dict[str, Row]:
     """The columns of each recipe over these tasks; p values are corrected over the recipes."""
+    names = dict.fromkeys(name for task in tasks for name in task.recipes)
     found = {name: answers for name in names if (answers := together(tasks, name))}
     others = [name for name in found if name != BASELINE]
     corrected = dict(zip(others, holm([found[name].p for name in others]), strict=True))
@@ -150,15 +158,14 @@ def _compared(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, Row]:
 
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
-    """Right answers against stored bits, a panel for each model."""
-    runs = [(run, [task for task in tasks if not task.why_not]) for run, tasks in by_run(rows)]
-    runs = [(run, tasks) for run, tasks in runs if tasks]
-    if not runs:
+    """Right answers against stored bits, a panel for each model and set of questions."""
+    ranked = [*_ranked(rows)]
+    if not ranked:
         return "no task counts at any length"
-    canvas, panels = style.sheet([_heading(run) for run, _ in runs], 1, 2.4)
-    names = dict.fromkeys(name for _, tasks in runs for task in tasks for name in task.recipes)
+    canvas, panels = style.sheet([heading for _, heading, _ in ranked], 1, 2.4)
+    names = dict.fromkeys(name for *_, tasks in ranked for task in tasks for name in task.recipes)
     looks = style.looks(names)
-    for (ax,), (_, tasks) in zip(panels, runs, strict=True):
+    for (ax,), (*_, tasks) in zip(panels, ranked, strict=True):
         for name, (tint, marker) in looks.items():
             if answers := together(tasks, name):
                 spot = [(bits_of(tasks, name).value, answers.right)]
@@ -223,16 +230,14 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """For each model: which recipes answer as often as the uncompressed cache, and what would have shown."""
     said = {}
     for run, tasks in by_run(rows):
-        counting = [task for task in tasks if not task.why_not]
-        names = list(dict.fromkeys(name for task in counting for name in task.recipes))
         lines = [left_out(tasks)]
-        if BASELINE in names:
-            shown = _compared(counting, names)
-            full = shown[BASELINE]["right"]
+        for part in alike([task for task in tasks if not task.why_not]):
+            shown = _compared(part)
+            full = shown.pop(BASELINE)["right"]
             lines.append(
                 f"The uncompressed cache answers {full.text('.1f')} % of {full.n} questions."
             )
-            lines += [_told(name, shown[name]) for name in names if name != BASELINE]
+            lines += [_told(name, row) for name, row in shown.items()]
         said[f"Answers from a shared pool: {_heading(run)}"] = lines
     return said
 

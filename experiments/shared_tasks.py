@@ -5,8 +5,6 @@ retrieval, and a task on which these score separates no recipes.
 """
 
 import time
-from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 from omegaconf import DictConfig
@@ -18,7 +16,7 @@ from experiments import rows as write
 from experiments.session import Session
 from experiments.settings import answer_dtype
 from experiments.study import Study
-from polykv import documents, models
+from polykv import chat, documents, models
 from polykv.attention import cascade
 from polykv.attention.cascade import attend_in_place, read_unshared
 from polykv.documents import Document
@@ -32,12 +30,12 @@ from polykv.recipe import Recipe
 from polykv.reference import documents as generated
 from polykv.results import Rows
 from polykv.supported import check_padding
-from polykv.tokens import encode
+from polykv.tasks.given import DOCUMENT, NOTHING, OTHER
+from polykv.tokens import encode, opening
 
-# given: what the agents read, DOCUMENT or a control. depth: where the document answers the question, 0 to 1. text: the
+# given: what the agents read (polykv/tasks/given.py). depth: where the document answers the question, 0 to 1. text: the
 # document's digest.
 COLUMNS = {**write.BYTES, "text": str, "agent": int, "depth": float, "given": str}
-DOCUMENT, OTHER, NOTHING = "document", "other", "nothing"
 
 
 def check(cfg: DictConfig, session: Session) -> None:
@@ -69,7 +67,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     recipe = Recipe.from_config(cfg.recipe)
     rows = write.new_rows(cfg, session, COLUMNS, dtype=answer_dtype(cfg))
     asked = session.asked(cfg, cfg.n_documents)
-    before_T = _common_start([document for _, _, document, _ in asked])
+    before_T = _before_document(cfg, asked[0][1])
     # What is given in the place of document i: the pool of document i + 1, or no pool.
     given = {DOCUMENT: 0} | ({OTHER: 1, NOTHING: None} if recipe.is_full else {})
     total, began = len(given) * len(asked) * cfg.n_agents, time.perf_counter()
@@ -129,11 +127,11 @@ def _cache(cfg: DictConfig, pool: SharedKVPool | None) -> Cache:
     return pool.reader(cfg.n_agents) if cfg.reader == "in_place" else pool.dequantize(cfg.n_agents)
 
 
-def _common_start(found: Sequence[Document]) -> Tensor:
-    """The ids (tokens,) with which all documents begin: BOS, or what a chat template writes before the document."""
-    columns = zip(*(document.asked_BT[0].tolist() for document in found), strict=False)
-    same = takewhile(lambda column: len(set(column)) == 1, columns)
-    return torch.tensor([column[0] for column in same], dtype=torch.long)
+def _before_document(cfg: DictConfig, tokenizer: object) -> Tensor:
+    """The ids (tokens,) that every prompt begins with: the chat template's up to the document, or BOS."""
+    if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
+        return chat.before_document(tokenizer)
+    return torch.tensor(opening(tokenizer), dtype=torch.long)
 
 
 STUDY = Study(

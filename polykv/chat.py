@@ -22,7 +22,7 @@ PLAIN = "use question_style=plain"
 # (question, asked on another day): the prefix must be the same for all of these. A tokenizer may merge line breaks
 # differently before a letter and before a digit.
 PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
-REPLY = "Because."  # in place of an assistant's reply
+REPLY = "Because."  # in place of an assistant's reply, or of a document
 # Templates write today's date with a function of transformers, which a macro of the same name overrides.
 OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
 
@@ -123,6 +123,18 @@ def turn(tokenizer: Any, text: str) -> str:
         PolyKVError: the template cannot be used.
     """
     return _render(tokenizer, [("user", text)], add_generation_prompt=True)
+
+
+def before_document(tokenizer: Any) -> Tensor:
+    """Ids (tokens,) of what the chat template writes before a document: the system turn, the header of the user's.
+
+    Raises:
+        PolyKVError: the template cannot be used, or changes the text of the document.
+    """
+    before, found, _ = turn(tokenizer, REPLY).partition(REPLY)
+    if not found:
+        raise PolyKVError(f"the chat template changes the text of the document; {PLAIN}")
+    return encode(tokenizer, before)[0]
 
 
 def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:

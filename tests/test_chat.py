@@ -129,6 +129,23 @@ def test_pooled_and_asked_tokens_are_the_templates(document, instructed):
         assert question.strip() in instructed.decode(asked, clean_up_tokenization_spaces=False)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_comes_before_a_document_is_the_templates_alone(document, instructed):
+    """Also where documents share their first words."""
+    before = chat.before_document(instructed).tolist()
+    pooled = Chat(instructed, document).ids_BT[0].tolist()
+    assert before == pooled[: len(before)]
+    rest = instructed.decode(pooled[len(before) :], clean_up_tokenization_spaces=False)
+    assert rest.startswith(document.strip())
+
+
+def test_a_template_that_changes_documents_has_nothing_before_them():
+    tokenizer = made("smollm2")
+    tokenizer.chat_template = MOVING["a changed text"][0]
+    with pytest.raises(PolyKVError, match="changes the text.*question_style=plain"):
+        chat.before_document(tokenizer)
+
+
 def test_a_line_break_does_merge_with_what_stands_before_it():
     """Without such merges the test above would pass wherever the prompt is cut."""
     assert len(ids_of(made("smollm2"), "\n\n")) == 1

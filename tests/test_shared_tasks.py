@@ -6,12 +6,13 @@ from conftest import checked_cell
 
 from analysis import shared_tasks as shown
 from analysis.load import load
-from analysis.retrieval import NOTHING, by_run
+from analysis.retrieval import by_run
 from analysis.style import Picture
 from experiments.session import Session
 from experiments.shared_tasks import STUDY
 from polykv.errors import PolyKVError
 from polykv.results import Rows, Store
+from polykv.tasks.given import NOTHING
 
 REFERENCE = ("experiment=shared_tasks", "document=generated", "context=256", "n_documents=3", "n_agents=5",
              "max_new_tokens=12", "device=cpu", "backend=torch")  # fmt: skip
@@ -179,6 +180,30 @@ def test_what_does_not_count_is_in_no_ranking_and_is_said(tmp_path):
     made_up(tmp_path / "hard", full=0.5)
     only_hard = load(tmp_path / "hard").rows
     assert shown.recipes(only_hard) is None and isinstance(shown.figure(only_hard), str)
+
+
+def test_recipes_are_ranked_among_those_that_answered_the_same_questions(tmp_path):
+    made_up(tmp_path)
+    made_up(tmp_path, full=0.7, task="harder")
+    rows = load(tmp_path).rows
+    rows = rows[(rows["recipe"] != "near") | (rows["document"] == "needle")]
+    table = shown.recipes(rows)
+    by_section = {}
+    for line in table.rows:
+        by_section.setdefault(line["section"], {})[line["recipe"]] = line
+    both, alone = by_section.values()  # those of more questions first
+    assert {*both} == {"full", "worse"} and both["worse"]["n"] == 240
+    assert {*alone} == {"full", "near"} and alone["near"]["n"] == alone["full"]["n"] == 120
+    # Against `full` on the same questions: over both tasks it would look better than it.
+    assert (
+        alone["near"]["right"].value == alone["full"]["right"].value > both["full"]["right"].value
+    )
+    assert "needle at 512" in [*by_section][1] and "harder" not in [*by_section][1]
+    ((_, said),) = shown.findings(rows).items()
+    assert [line.split("%")[1] for line in said if "The uncompressed" in line] == [
+        " of 240 questions.", " of 120 questions."
+    ]  # fmt: skip
+    assert len([ax for ax in shown.figure(rows).canvas.axes if ax.collections]) == 2
 
 
 def test_a_depth_that_does_not_count_is_grey(tmp_path):
