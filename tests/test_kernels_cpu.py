@@ -4,11 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polykv import kernels
 from polykv.attention.prefix import attend_torch
+from polykv.attention.suffix import attend_suffix
 from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
@@ -246,12 +248,65 @@ def test_attends_at_the_edges_of_a_tile():
         assert_attends(gaussian(1, queries, 64), segment)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_attends_with_queries_of_any_dtype_and_layout(dtype):
     segment = segment_of(Int8("token"), TurboQuantMSE(4), 3, 90, 128)
-    # Queries are read exactly: only the arithmetic, which is fp32 whatever they are, rounds.
+    # Queries are read exactly: only the arithmetic, which is fp32, rounds.
     assert_attends(gaussian(3, 6, 128).to(dtype), segment)
     assert_attends(gaussian(6, 3, 128).to(dtype).transpose(0, 1), segment)
+
+
+@pytest.mark.parametrize(
+    ("key_codec", "n_tokens", "dim"),
+    [(Int8("token"), 90, 128), (TurboQuantMSE(4), 33, 16), (Uniform(4, 32), 65, 48), (Q8_0(), 3001, 64)],
+    ids=str,
+)  # fmt: skip
+def test_bfloat16_queries_are_attended_as_exactly_as_by_torch_in_bfloat16(key_codec, n_tokens, dim):
+    segment = segment_of(key_codec, TurboQuantMSE(3), 2, n_tokens, dim)
+    keys, values = (tensor.bfloat16() for tensor in segment.decode())
+    for n_queries in (7, 33, 64):
+        q_HQD = gaussian(2, n_queries, dim, seed=2).bfloat16()
+        expected, expected_lse = attention(q_HQD, segment, dim**-0.5)
+        out, lse = cpu.attend(q_HQD, segment, dim**-0.5)
+        theirs = F.scaled_dot_product_attention(q_HQD[None], keys, values)[0]
+        error, allowed = ((got - expected).square().mean().sqrt() for got in (out, theirs))
+        assert error < 1.25 * allowed
+        assert (lse - expected_lse).abs().max() < 2**-6
+
+
+def test_an_odd_number_of_tokens_reads_nothing_of_the_block_before():
+    """Blocks of 64 tokens are decoded into one buffer; pairs of bfloat16 must not reach behind the last token."""
+    segment = segment_of(Identity(), Identity(), 1, 129, 64)
+    segment.value.tensors["values"][:, :, :128] = 1e30
+    q_HQD = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    segment.key.tensors["values"][:, :, :128] = 0
+    segment.key.tensors["values"][:, :, 128] = 100
+    out, _ = cpu.attend(q_HQD + 1, segment, 1.0)
+    torch.testing.assert_close(
+        out[0, 0], segment.value.tensors["values"][0, 0, 128].float(), rtol=2**-7, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_queries", "n_tokens", "dim"), [(1, 1, 16), (1, 33, 64), (3, 700, 96)])
+def test_suffixes_are_attended_and_merged_as_by_torch(n_queries, n_tokens, dim, dtype):
+    agents, heads, group = 3, 2, 5
+    q_BHRD = gaussian(agents, heads, n_queries * group, dim).to(dtype)
+    k_BHTD, v_BHTD = (
+        gaussian(agents, heads, 2 * n_tokens, dim, seed=s)[:, :, ::2].to(dtype) for s in (1, 2)
+    )
+    mask_B1QT = gaussian(agents, 1, n_queries, n_tokens, seed=3) > 0
+    mask_B1QT[1] = False  # an agent that sees nothing of its own
+    shape = (heads, agents * n_queries * group)
+    other = gaussian(*shape, dim, seed=4), gaussian(*shape, seed=5)
+    other[1][:, : n_queries * group] = -torch.inf  # nothing of the other keys, for the first agent
+    merged = tuple(part.unflatten(1, (agents, -1)).transpose(0, 1) for part in other)
+    for more in (None, merged):
+        tensors = (q_BHRD, k_BHTD, v_BHTD, mask_B1QT)
+        out, lse = cpu.attend_suffix(*tensors, 0.3, more)
+        true_out, true_lse = attend_suffix(*tensors, 0.3, other=more)
+        torch.testing.assert_close(out, true_out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, true_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_attends_to_a_part_of_a_segment():

@@ -26,10 +26,11 @@ from polykv.attention.cache import CascadeLayer
 from polykv.attention.mask import cascade_mask, checked_mask
 from polykv.attention.prefix import attend_prefix
 from polykv.attention.scratch import scratch
-from polykv.attention.softmax import merge, with_sinks
+from polykv.attention.softmax import with_sinks
 from polykv.attention.suffix import attend_suffix
 from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
+from polykv.kernels import TORCH
 from polykv.probe import UNSUPPORTED
 from polykv.supported import check_attention
 
@@ -104,12 +105,15 @@ def _attend(
     # Rows are (query token, query head of the group); for the prefix the rows of all agents are stacked.
     q_BHRD = query.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
     n_masked = mask.shape[3] - key.shape[2]
-    done = attend_suffix(q_BHRD, key, value, mask[..., n_masked:], scaling, softcap)
+    shared, backend = None, TORCH
     if layer is not None:
         seen_QT = None
         if layer.is_sliding:
             seen_QT = mask[:, 0, :, :n_masked].flatten(0, 1).repeat_interleave(group, 0)
-        done = merge(done, _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap))
+        shared = _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap)
+        backend = layer.backend
+    own = (key, value, mask[..., n_masked:])
+    done = attend_suffix(q_BHRD, *own, scaling, softcap, shared, backend)
     out_BHRD = with_sinks(*done, sink_HG)
     return out_BHRD.unflatten(2, (n_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 

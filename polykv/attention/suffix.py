@@ -1,13 +1,14 @@
-"""Attention of each agent to its own tokens: masked, in chunks, with the log-sum-exp that `merge` needs.
+"""Attention of each agent to its own tokens: masked, in chunks, merged with its attention to the prefix.
 
-torch's scaled_dot_product_attention does not return the log-sum-exp.
+torch's scaled_dot_product_attention does not return the log-sum-exp, which merging needs.
 """
 
 import torch
 from torch import Tensor
 
+from polykv import kernels
 from polykv.attention.scratch import scratch
-from polykv.attention.softmax import OnlineSoftmax, capped
+from polykv.attention.softmax import OnlineSoftmax, capped, merge
 
 MAX_TOKENS = 512  # keys in a chunk
 CHUNK_BYTES = 2 << 20  # fp32 copies of keys or values, and scores, on a CPU (see `scratch`)
@@ -20,12 +21,33 @@ def attend_suffix(
     mask_B1QT: Tensor,
     scaling: float,
     softcap: float | None = None,
+    other: tuple[Tensor, Tensor] | None = None,
+    backend: str = kernels.TORCH,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, R, D) and log-sum-exp of the scaled scores (B, H, R), both fp32.
 
     H counts kv heads; a row R is (query token, query head of the group), token-major. `mask_B1QT` is True where a query
-    token sees a key. Rows that see no key give 0 and -inf. `softcap`: see `capped`.
+    token sees a key. Rows that see no key give 0 and -inf. `softcap`: see `capped`. `other` is what attention of the
+    same rows to other keys gave; the result is then that of attention to all of them.
     """
+    if softcap is None:
+        tensors = (q_BHRD, k_BHTD, v_BHTD, mask_B1QT)
+        done = kernels.attend_suffix(*tensors, scaling, other, backend)
+        if done is not None:
+            return done
+    own = _attend_torch(q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling, softcap)
+    return own if other is None else merge(own, other)
+
+
+def _attend_torch(
+    q_BHRD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mask_B1QT: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_suffix` in plain torch, without merging."""
     batch, heads, n_rows, dim = q_BHRD.shape
     n_queries, n_tokens = mask_B1QT.shape[2:]
     group = n_rows // n_queries

@@ -21,9 +21,9 @@ from polykv.codecs.context import NOTHING, LayerContext
 from polykv.errors import PolyKVError
 from polykv.segment import Segment
 
-TORCH = "torch"
+TORCH, CPU = "torch", "cpu"
 # Device type -> kernel module.
-FAST = {"cpu": "cpu", "cuda": "triton"}
+FAST = {"cpu": CPU, "cuda": "triton"}
 BACKENDS = (TORCH, *FAST.values())
 
 
@@ -96,3 +96,18 @@ def attend(
     back, and the natural log of the sum of exp(scaling * q.k) (kv_heads, queries), both fp32.
     """
     return None if backend == TORCH else _module(backend).attend(q_HQD, segment, scaling)
+
+
+def attend_suffix(
+    q_BHRD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mask_B1QT: Tensor,
+    scaling: float,
+    other: tuple[Tensor, Tensor] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor] | None:
+    """`polykv.attention.suffix.attend_suffix`, or None if there is no kernel for it."""
+    if backend != CPU:
+        return None
+    return _module(backend).attend_suffix(q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling, other)

@@ -23,7 +23,7 @@ from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
 from polykv.codecs.waterfill import WaterfillKey
-from polykv.kernels import cpu_log
+from polykv.kernels import cpu_log, cpu_suffix
 from polykv.kernels.cpu_build import BuildError, library
 from polykv.kernels.cpu_layout import DTYPES, Input, Queries, empty_tensors, strides, struct_of
 from polykv.segment import Segment
@@ -52,7 +52,9 @@ def loaded_library() -> Any:
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
     loaded.polykv_attend.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
     loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
-    loaded.polykv_decode.restype = loaded.polykv_attend.restype = None
+    loaded.polykv_attend_suffix.argtypes = [pointer, pointer, pointer, number]
+    for name in ("decode", "attend", "attend_suffix"):
+        getattr(loaded, f"polykv_{name}").restype = None
     return loaded
 
 
@@ -107,8 +109,8 @@ def decode_rotated(codec: Codec, packed: Packed) -> Tensor | None:
 def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Tensor] | None:
     """Output (kv_heads, queries, head_dim) and log-sum-exp (kv_heads, queries), both fp32; no mask.
 
-    Queries are fp32, bf16 or fp16. None for other codec pairs, layouts, or batches. Temporary memory is 0.3 MiB per
-    thread at any context length.
+    Queries are fp32, bf16 or fp16. Those in bf16 are multiplied in it where the processor has AVX-512 BF16; sums are
+    fp32. None for other codec pairs, layouts, or batches. Temporary memory is 0.3 MiB per thread at any context length.
     """
     key, value = segment.key, segment.value
     heads, queries, dim = q_HQD.shape
@@ -142,6 +144,28 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     lse_HQ = lse_SHQ.logsumexp(dim=0)
     shares = (lse_SHQ - lse_HQ).exp_().unsqueeze(-1)
     return out_SHQD.mul_(shares).sum(dim=0), lse_HQ
+
+
+def attend_suffix(
+    q_BHRD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mask_B1QT: Tensor,
+    scaling: float,
+    other: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`polykv.kernels.attend_suffix`; None where there are many queries, or for another dtype or layout."""
+    _, heads, n_rows, dim = q_BHRD.shape
+    n_tokens = k_BHTD.shape[2]
+    if dim not in DIMS or not 0 < n_rows <= cpu_suffix.MAX_ROWS or n_tokens == 0:
+        return None
+    if q_BHRD.dtype not in DTYPES or {k_BHTD.dtype, v_BHTD.dtype} != {q_BHRD.dtype}:
+        return None
+    if not _readable(q_BHRD, k_BHTD, v_BHTD, mask_B1QT):
+        return None
+    threads = _threads(q_BHRD.numel() * n_tokens // PRODUCTS_PER_THREAD)
+    library = loaded_library()
+    return cpu_suffix.attend(library, q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling, other, threads)
 
 
 def _takes(codec: Any, shape: Shape) -> bool:

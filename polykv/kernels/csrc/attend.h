@@ -1,6 +1,7 @@
 // Attention of a tile of queries to a packed segment, in blocks of tokens.
 #pragma once
 
+#include "products.h"
 #include "waterfill.h"
 
 constexpr int BLOCK = 64;  // tokens decoded at a time
@@ -33,8 +34,9 @@ struct Scratch {  // a thread's buffers, of fixed size
 template <int N>
 constexpr int ROWS = N * 8 <= COLUMNS * 4 ? 8 : 4;
 
-// out[r][c] (+)= sum over k of a[r][k] * b[k][c] for ROWS<N> rows of `a` and N vectors of columns.
-template <int N, bool ADD>
+// out[r][c] (+)= sum over k of a[r][k] * b[k][c] for ROWS<N> rows of `a` and N vectors of columns. Strides and depth
+// count what takes the place of a float in the format of the products.
+template <typename Products, int N, bool ADD>
 static inline void product(const float* a, int64_t row_stride, int64_t stride, const float* b,
                            int64_t depth, float* out) {
     Floats sum[ROWS<N>][N] = {};
@@ -42,7 +44,7 @@ static inline void product(const float* a, int64_t row_stride, int64_t stride, c
         Floats column[N];
         for (int c = 0; c < N; c++) column[c] = load<Floats>(b + (k * N + c) * LANES);
         for (int r = 0; r < ROWS<N>; r++)
-            for (int c = 0; c < N; c++) sum[r][c] += a[r * row_stride + k * stride] * column[c];
+            for (int c = 0; c < N; c++) sum[r][c] = Products::add(sum[r][c], a[r * row_stride + k * stride], column[c]);
     }
     for (int r = 0; r < ROWS<N>; r++)
         for (int c = 0; c < N; c++) {
@@ -51,8 +53,9 @@ static inline void product(const float* a, int64_t row_stride, int64_t stride, c
         }
 }
 
-// Scores to weights relative to the running maximum; rescales `sums` and `total` to the new maximum.
-template <int N>
+// Scores to weights relative to the running maximum; rescales `sums` and `total` to the new maximum. The weights have
+// the factors of the values if the products are not rounded.
+template <typename Products, int N>
 static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floats* most, Floats* total) {
     for (int c = 0; c < N; c++) {
         Floats highest = most[c], added{};
@@ -64,9 +67,9 @@ static inline void soften(Scratch& s, int n_tokens, int dim, float scaling, Floa
         }
         for (int t = 0; t < n_tokens; t++) {
             float* at = s.weights + (t * N + c) * LANES;
-            Floats weight = exp_negative(load<Floats>(at) - highest);
+            const Floats weight = Products::rounded(exp_negative(load<Floats>(at) - highest));
             added += weight;
-            store(at, weight * s.value_factor[t]);
+            store(at, Products::EACH == 1 ? weight * s.value_factor[t] : weight);
         }
         const Floats kept = exp_negative(most[c] - highest);
         total[c] = total[c] * kept + added;
@@ -87,10 +90,11 @@ static inline void decode(const Packed& p, const Plan& plan, int64_t head, int64
 }
 
 // A job of at most N vectors of queries.
-template <int N>
+template <typename Products, int N>
 static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
                            const Job& job) {
-    const int dim = int(key.dim);
+    constexpr int EACH = Products::EACH;
+    const int dim = int(key.dim), depth = dim / EACH;
     alignas(64) float row[MAX_DIM];
     memset(s.queries, 0, sizeof(float) * dim * N * LANES);
     memset(s.sums, 0, sizeof(float) * dim * N * LANES);
@@ -103,17 +107,25 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
         if (key.kind == WATERFILL) to_blocks(s.plan, dim, row);
         for (int d = 0; d < dim; d++) s.queries[d * N * LANES + i] = row[d];
     }
+    Products::rows(s.queries, dim, N * LANES);
     Floats most[N], total[N] = {};
     for (int c = 0; c < N; c++) most[c] = Floats{} - __builtin_inff();
     for (int64_t t0 = job.start; t0 < job.stop; t0 += BLOCK) {
         const int n = job.stop - t0 < BLOCK ? int(job.stop - t0) : BLOCK;
         decode(key, s.plan, job.head, t0, n, s.keys, s.key_factor);
         decode(value, s.plan, job.head, t0, n, s.values, s.value_factor);
+        if (EACH > 1)  // a value is rounded once, with its factor
+            for (int t = 0; t < n; t++)
+                for (int d = 0; d < dim; d++) s.values[t * dim + d] *= s.value_factor[t];
+        Products::columns(s.keys, n * dim);
+        Products::rows(s.values, n, dim);
         for (int t = 0; t < n; t += ROWS<N>)  // may overrun n: those scores are not read
-            product<N, false>(s.keys + t * dim, dim, 1, s.queries, dim, s.weights + t * N * LANES);
-        soften<N>(s, n, dim, q.scaling, most, total);
+            product<Products, N, false>(s.keys + t * depth, depth, 1, s.queries, depth, s.weights + t * N * LANES);
+        soften<Products, N>(s, n, dim, q.scaling, most, total);
+        Products::rows(s.weights, n, N * LANES);
+        const int pairs = (n + EACH - 1) / EACH;
         for (int d = 0; d < dim; d += ROWS<N>)
-            product<N, true>(s.values + d, 1, dim, s.weights, n, s.sums + d * N * LANES);
+            product<Products, N, true>(s.values + d, 1, dim, s.weights, pairs, s.sums + d * N * LANES);
     }
     for (int i = 0; i < job.count; i++) {
         const float sum = total[i / LANES][i % LANES];
@@ -125,11 +137,17 @@ static void attend_vectors(Scratch& s, const Queries& q, const Packed& key, cons
 }
 
 // Dispatches to the smallest number of vectors that holds the queries.
-static void attend_job(Scratch& s, const Queries& q, const Packed& key, const Packed& value,
-                       const Job& job) {
-    auto* run = attend_vectors<COLUMNS>;
-    if (job.count <= LANES) run = attend_vectors<1>;
-    else if (job.count <= 2 * LANES) run = attend_vectors<2>;
-    else if (job.count <= 3 * LANES) run = attend_vectors<3>;
+template <typename Products>
+static void attend_with(Scratch& s, const Queries& q, const Packed& key, const Packed& value, const Job& job) {
+    auto* run = attend_vectors<Products, COLUMNS>;
+    if (job.count <= LANES) run = attend_vectors<Products, 1>;
+    else if (job.count <= 2 * LANES) run = attend_vectors<Products, 2>;
+    else if (job.count <= 3 * LANES) run = attend_vectors<Products, 3>;
     run(s, q, key, value, job);
+}
+
+// Queries in bfloat16 are multiplied in it, where the processor can.
+static void attend_job(Scratch& s, const Queries& q, const Packed& key, const Packed& value, const Job& job) {
+    if (q.dtype == BFLOAT16) attend_with<HalfProducts>(s, q, key, value, job);
+    else attend_with<Singles>(s, q, key, value, job);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "suffix.h"
 #include "waterfill_encode.h"
 
 constexpr int64_t PART = 256;  // tokens of a head that a thread takes at a time
@@ -196,6 +197,15 @@ void polykv_attend(const Queries* queries, const Packed* key, const Packed* valu
             job.lse = lse + to;
             attend_job(*scratch, q, *key, *value, job);
         }
+    });
+}
+// Attention of every agent to its own tokens, merged with what `suffix` holds of another. Writes `out` (agents, heads,
+// rows, dim) and `lse` (agents, heads, rows).
+void polykv_attend_suffix(const Suffix* suffix, float* out, float* lse, int64_t threads) {
+    const Suffix s = *suffix;
+    spread(s.agents * s.heads, threads, [&](auto& next) {
+        std::vector<float> scores;
+        for (int64_t i; (i = next()) >= 0;) attend_own(s, i / s.heads, i % s.heads, scores, out, lse);
     });
 }
 }
