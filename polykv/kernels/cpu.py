@@ -37,7 +37,7 @@ BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 VALUES_PER_THREAD = 1 << 17
 PRODUCTS_PER_THREAD = 1 << 21
 TILE = 64  # queries per job
-MIN_TOKENS = 512  # per split: attention is split along tokens if there are fewer (head, tile) jobs than threads
+MIN_TOKENS = 512  # per part: attention is split along tokens where threads would have unequal work
 
 
 @lru_cache
@@ -50,7 +50,7 @@ def loaded_library() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.polykv_encode.argtypes = [pointer, pointer, number]
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
-    loaded.polykv_attend.argtypes = [pointer, pointer, pointer, number, pointer, pointer, number]
+    loaded.polykv_attend.argtypes = [*[pointer] * 3, number, *[pointer] * 4, number]
     loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
     loaded.polykv_attend_suffix.argtypes = [pointer, pointer, pointer, number]
     for name in ("decode", "attend", "attend_suffix"):
@@ -126,24 +126,20 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
         return None
     q_HQD = q_HQD.contiguous()
     threads = _threads(heads * queries * dim * key.shape[2] // PRODUCTS_PER_THREAD)
-    splits = min(-(-threads // (heads * -(-queries // TILE))), -(-key.shape[2] // MIN_TOKENS))
-    out_SHQD = torch.empty((splits, heads, queries, dim), dtype=torch.float32)
+    splits = _splits(heads * -(-queries // TILE), threads, key.shape[2])
+    parts_SHQD = torch.empty((splits, heads, queries, dim), dtype=torch.float32)
     lse_SHQ = torch.empty((splits, heads, queries), dtype=torch.float32)
+    out_HQD, lse_HQ = torch.empty_like(parts_SHQD[0]), torch.empty_like(lse_SHQ[0])
     q = Queries(q_HQD.data_ptr(), DTYPES[q_HQD.dtype], queries, scaling)
     loaded_library().polykv_attend(
         ctypes.byref(q),
         struct_of(segment.key_codec, key),
         struct_of(segment.value_codec, value),
         splits,
-        out_SHQD.data_ptr(),
-        lse_SHQ.data_ptr(),
+        *(tensor.data_ptr() for tensor in (parts_SHQD, lse_SHQ, out_HQD, lse_HQ)),
         threads,
     )
-    if splits == 1:
-        return out_SHQD[0], lse_SHQ[0]
-    lse_HQ = lse_SHQ.logsumexp(dim=0)
-    shares = (lse_SHQ - lse_HQ).exp_().unsqueeze(-1)
-    return out_SHQD.mul_(shares).sum(dim=0), lse_HQ
+    return out_HQD, lse_HQ
 
 
 def attend_suffix(
@@ -191,6 +187,12 @@ def _attends(codec: Any, packed: Packed, *more: type) -> bool:
 def _readable(*tensors: Tensor) -> bool:
     """Whether all tensors are in CPU memory, contiguous along the last dimension."""
     return all(t.device.type == "cpu" and (t.shape[-1] == 1 or t.stride(-1) == 1) for t in tensors)
+
+
+def _splits(jobs: int, threads: int, n_tokens: int) -> int:
+    """The smallest number of parts that lets all threads do equally many jobs, or the largest allowed."""
+    most = -(-n_tokens // MIN_TOKENS)
+    return next((n for n in range(1, most) if n * jobs % threads == 0), most)
 
 
 def _threads(useful: int) -> int:

@@ -151,3 +151,16 @@ static void attend_job(Scratch& s, const Queries& q, const Packed& key, const Pa
     if (q.dtype == BFLOAT16) attend_with<HalfProducts>(s, q, key, value, job);
     else attend_with<Singles>(s, q, key, value, job);
 }
+
+// Attention of one query to all tokens, from that to each of `splits` parts, whose rows are `apart` rows from each other;
+// returns the log-sum-exp.
+static float merge_parts(const float* parts, const float* part_lse, int64_t splits, int64_t apart, int64_t dim, float* out) {
+    float most = part_lse[0], total = 0.0f;
+    for (int64_t i = 1; i < splits; i++) most = most > part_lse[i * apart] ? most : part_lse[i * apart];
+    for (int64_t i = 0; i < splits; i++) total += std::exp(part_lse[i * apart] - most);
+    for (int64_t i = 0; i < splits; i++) {
+        const float share = std::exp(part_lse[i * apart] - most) / total, *part = parts + i * apart * dim;
+        for (int64_t d = 0; d < dim; d++) out[d] = i ? out[d] + share * part[d] : share * part[d];
+    }
+    return most + std::log(total);
+}

@@ -175,15 +175,15 @@ void polykv_decode(const Packed* packed, float* out, int64_t threads) {
     });
 }
 
-// Attend to a segment in `splits` equal parts (at most one per token). Writes `out` (splits, heads,
-// queries, dim), rotated back, and `lse` (splits, heads, queries), the natural log of the sum of
-// exp(scaling * q.k).
+// Attend to a segment in `splits` equal parts (at most one per token), and merge them. Writes `out` (heads, queries, dim),
+// rotated back, and `lse` (heads, queries), the natural log of the sum of exp(scaling * q.k). `parts` and `part_lse`
+// are memory for the same of every split.
 void polykv_attend(const Queries* queries, const Packed* key, const Packed* value, int64_t splits,
-                   float* out, float* lse, int64_t threads) {
+                   float* parts, float* part_lse, float* out, float* lse, int64_t threads) {
     const Queries q = *queries;
     const int64_t tiles = (q.count + TILE - 1) / TILE, heads = key->heads;
     spread(splits * heads * tiles, threads, [&](auto& next) {
-        const std::unique_ptr<Scratch> scratch(new Scratch());
+        const std::unique_ptr<Scratch> scratch(new Scratch);
         for (int64_t i; (i = next()) >= 0;) {
             Job job{};
             job.head = i / tiles % heads;
@@ -193,12 +193,15 @@ void polykv_attend(const Queries* queries, const Packed* key, const Packed* valu
             job.start = split * key->tokens / splits;
             job.stop = (split + 1) * key->tokens / splits;
             const int64_t to = (split * heads + job.head) * q.count + job.first;
-            job.out = out + to * key->dim;
-            job.lse = lse + to;
+            job.out = parts + to * key->dim;
+            job.lse = part_lse + to;
             attend_job(*scratch, q, *key, *value, job);
         }
     });
+    for (int64_t row = 0; row < heads * q.count; row++)
+        lse[row] = merge_parts(parts + row * key->dim, part_lse + row, splits, heads * q.count, key->dim, out + row * key->dim);
 }
+
 // Attention of every agent to its own tokens, merged with what `suffix` holds of another. Writes `out` (agents, heads,
 // rows, dim) and `lse` (agents, heads, rows).
 void polykv_attend_suffix(const Suffix* suffix, float* out, float* lse, int64_t threads) {
