@@ -57,10 +57,11 @@ class Geometry:
         """Number of values per token: keys and values of all layers and heads."""
         return 2 * sum(layer.n_kv_heads * layer.head_dim for layer in self.layers)
 
-    def values(self, n_tokens: int) -> int:
-        """Number of values kept of `n_tokens`: sliding-window layers keep the last ones only."""
-        layers = self.layers
-        return 2 * sum(one.n_kv_heads * one.head_dim * one.kept(n_tokens) for one in layers)
+    def values(self, n_tokens: int, in_place: bool = False) -> int:
+        """Number of values kept of `n_tokens`: sliding-window layers keep the last ones only (`LayerShape.kept`)."""
+        return 2 * sum(
+            one.n_kv_heads * one.head_dim * one.kept(n_tokens, in_place) for one in self.layers
+        )
 
     @property
     def windows(self) -> tuple[int | None, ...]:

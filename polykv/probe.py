@@ -47,8 +47,13 @@ class LayerShape:
     n_heads: int | None = field(default=None, compare=False)
     window: int | None = None
 
-    def kept(self, n_tokens: int) -> int:
-        """How many of `n_tokens` tokens the layer keeps: those that a later token can see."""
+    def kept(self, n_tokens: int, in_place: bool = False) -> int:
+        """How many of `n_tokens` tokens the layer keeps: those that a later token can see.
+
+        `in_place`: of an agent's own tokens, in a CascadeCache. It appends one to those that the last token saw.
+        """
+        if in_place and self.window is not None:
+            return min(n_tokens, self.window + 1)
         return kept_tokens(n_tokens, self.window)
 
 

@@ -39,6 +39,7 @@ MODEL = Architecture(
     n_parameters=1_000_000,
     n_multiplied=900_000,
     attention_flops=4 * 8 * 64 * 4,
+    n_logits=1000,
 )
 # 2 MB of weights beside 10 MB; 1 MB/s, and operations that never bind.
 REPLICA = Replica(split=1, count=1, usable_bytes=12_000_000, bandwidth=1e6, flops=1e30)

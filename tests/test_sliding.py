@@ -8,12 +8,28 @@ from pairwise import slow
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from polykv.attention.cascade import attend_in_place
+from polykv.config import load_group
 from polykv.errors import PolyKVError
-from polykv.evaluation.capacity import Architecture, pool_bytes
-from polykv.evaluation.concurrency import READERS, caches_of, decode, kept_bytes, synthetic_layers
+from polykv.evaluation.capacity import (
+    TOLERANCE,
+    WORKSPACE,
+    Architecture,
+    DecodeWorkload,
+    pool_bytes,
+)
+from polykv.evaluation.concurrency import (
+    QUERY_TOKENS,
+    READERS,
+    caches_of,
+    decode,
+    kept_bytes,
+    synthetic_layers,
+)
 from polykv.evaluation.concurrency import pool_of as pool_for
+from polykv.evaluation.memory import DECODE_STEPS, resident_bytes
 from polykv.geometry import Geometry
 from polykv.greedy import greedy
+from polykv.models import ModelSource, load_config, settle
 from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
 from polykv.recipe import EXACT, Exempt, load_recipe
@@ -112,6 +128,48 @@ def test_both_readers_read_compressed_windows_alike(name, n_prefix, gemma):
     torch.testing.assert_close(in_place, dequantized, rtol=0, atol=2e-5)
     exact = logits(gemma, pool_of(gemma, ids_T[:n_prefix]).dequantize(), rest_T)
     assert (dequantized - exact).abs().max() > 1e-4
+
+
+def test_agents_in_place_drop_what_no_window_sees_any_more(gemma):
+    prefix_T, pool = ids_of(20), pool_of(gemma, ids_of(20))
+    cache = pool.reader(3)
+    said = [torch.cat([prefix_T, ids_of(3, seed=seed)]) for seed in range(3)]
+    more = [ids_of(length, seed=length) for length in (1, 5, 2)]  # padded to 5
+    with attend_in_place(gemma):
+        first = greedy(gemma, cache, [one[20:] for one in said], N_NEW)
+        n_suffix = cache.get_seq_length() - 20
+        kept = Architecture.of(gemma.config, "float32").kept_bytes(n_suffix, in_place=True)
+        assert n_suffix == 3 + N_NEW - 1 and cache.layers[0].keys.shape[2] == W + 1
+        assert kept_bytes(None, [cache]) == 3 * kept
+        # The last token of a reply has not been read yet.
+        rest = [torch.cat([one[-1:], two]) for one, two in zip(first, more, strict=True)]
+        second = greedy(gemma, cache, rest, N_NEW)
+    for start, one, two, new in zip(said, first, more, second, strict=True):
+        assert one.tolist() == generated(gemma, start)
+        assert new.tolist() == generated(gemma, torch.cat([start, one, two]))
+
+
+def test_agents_whose_windows_move_back_are_refused(gemma):
+    ids_T, pool = ids_of(20 + 2 * W + 1), pool_of(gemma, ids_of(20))
+
+    def read(cache, n_hidden=0):
+        n_tokens = cache.get_seq_length()
+        mask_BT = torch.ones(1, n_tokens + 1, dtype=torch.long)
+        mask_BT[:, n_tokens - n_hidden : n_tokens] = 0
+        return gemma(ids_T[None, :1], attention_mask=mask_BT, past_key_values=cache).logits
+
+    with attend_in_place(gemma):
+        for n_hidden, n_cropped in ((4, 0), (0, 4)):
+            cache = pool.reader(1)
+            logits(gemma, cache, ids_T[20:])
+            cache.crop(-1)  # nothing has been dropped before the next update
+            read(cache)
+            read(cache)
+            cache.crop(-n_cropped)
+            with pytest.raises(PolyKVError, match="had left their windows and were dropped"):
+                read(cache, n_hidden)
+            cache.reset()
+            assert torch.equal(read(cache), read(pool.reader(1)))
 
 
 def test_a_window_treated_as_full_changes_the_logits(gemma):
@@ -236,3 +294,19 @@ def test_caches_of_measurements_are_the_models_own(reader, gemma):
     assert kept_bytes(pool, [cache]) == own + (pool.stored_bytes if pool else 0)
     for _ in steps:
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_memory_of_15_agents_is_what_the_formulas_say(reader):
+    cfg = load_group("model", "gemma-3-270m")
+    cfg.weights = "random"
+    settle(cfg)
+    # A third of the layers; the other two are no part of a cache.
+    cfg.geometry.update(num_hidden_layers=6, hidden_size=64, intermediate_size=64)
+    recipe = load_recipe("polykv")
+    model = Architecture.of(load_config(cfg), "float32")
+    found = resident_bytes(ModelSource.of(cfg), recipe, reader, 4096, 15, "cpu", "torch")
+    workload = DecodeWorkload.of(model, None, recipe, 4096, QUERY_TOKENS + DECODE_STEPS)
+    expected = workload.cache_bytes(reader, 15)
+    assert expected < found < (1 + TOLERANCE) * expected + WORKSPACE

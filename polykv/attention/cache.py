@@ -18,28 +18,32 @@ from polykv.segment import Segment
 class PrefixOffset(int):
     """The offset of a CascadeLayer's mask, by which the mask function knows it (polykv/attention/cascade.py).
 
-    An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix.
+    An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix, and `n_dropped` that of the first
+    tokens of the suffixes that the layer no longer has.
     """
 
     n_prefix: int
+    n_dropped: int
 
-    def __new__(cls, offset: int, n_prefix: int) -> "PrefixOffset":
+    def __new__(cls, offset: int, n_prefix: int, n_dropped: int = 0) -> "PrefixOffset":
         self = super().__new__(cls, offset)
-        self.n_prefix = n_prefix
+        self.n_prefix, self.n_dropped = n_prefix, n_dropped
         return self
 
 
 class CascadeLayer(DynamicLayer):
     """One layer of a CascadeCache: the shared compressed prefix and the agents' suffixes.
 
-    The suffix keeps all of its tokens, also those that have left a sliding window: they are masked.
+    With a window, `update` drops the first tokens of the suffixes once no agent can see them.
 
     Attributes:
-        keys, values: of the suffixes, (agents, kv_heads, suffix tokens, head_dim).
+        keys, values: of the suffixes, (agents, kv_heads, suffix tokens that are left, head_dim).
         segments: the parts of the prefix; with a window, of its last tokens only.
         backend: the code that attends to the segments (polykv/kernels).
         n_prefix: tokens of the prefix.
         window: None for full attention; else a token sees the last `window` tokens, itself included.
+        n_dropped: tokens of each suffix that were dropped.
+        n_unseen: how many of the first tokens left no agent will see again; set by the attention function.
         awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
     """
 
@@ -61,17 +65,18 @@ class CascadeLayer(DynamicLayer):
         self.n_prefix = self.n_stored if n_prefix is None else n_prefix
         self.window = window
         self.is_sliding = window is not None
+        self.n_dropped = self.n_unseen = 0
         self.awaits_attention = False
 
     @property
     def n_suffix(self) -> int:
-        """Tokens of each suffix, padding included."""
-        return self.keys.shape[2] if self.is_initialized else 0
+        """Tokens of each suffix, padding and dropped ones included."""
+        return self.n_dropped + (self.keys.shape[2] if self.is_initialized else 0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the whole suffixes.
+        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the suffixes.
 
         The returned keys have this layer as an attribute `cascade_layer`, from which the attention function takes the
         prefix: most models pass only these two tensors to it, not the cache. This needs no global state, so any number
@@ -80,6 +85,9 @@ class CascadeLayer(DynamicLayer):
         A model whose attention function does not receive these keys leaves `awaits_attention` set, and the next
         `CascadeCache.update` raises.
         """
+        if self.n_unseen:
+            self.keys, self.values = (x[:, :, self.n_unseen :] for x in (self.keys, self.values))
+            self.n_dropped, self.n_unseen = self.n_dropped + self.n_unseen, 0
         super().update(key_states, value_states)
         self.awaits_attention = True
         # On a view, which is dropped after the call: the attribute on self.keys itself would make a reference cycle.
@@ -94,11 +102,13 @@ class CascadeLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(mask length, offset) of the mask for `query_length` new tokens.
 
-        The mask covers the suffix, and with a window also the stored tokens of the prefix; without a window every query
-        sees the whole prefix.
+        The mask covers the whole suffix, and with a window also the stored tokens of the prefix; without a window every
+        query sees the whole prefix.
         """
         n_masked = self.n_masked
-        offset = PrefixOffset(self.n_prefix - n_masked, self.n_prefix)
+        # `update` comes later, and drops what is not seen any more.
+        n_dropped = self.n_dropped + self.n_unseen
+        offset = PrefixOffset(self.n_prefix - n_masked, self.n_prefix, n_dropped)
         return n_masked + self.n_suffix + query_length, offset
 
     @property
@@ -111,18 +121,21 @@ class CascadeLayer(DynamicLayer):
         # Not super().reset(): in some supported versions of transformers it zeroes the tokens but keeps their number.
         self.keys = self.values = None
         self.is_initialized = self.awaits_attention = False
+        self.n_dropped = self.n_unseen = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens of every suffix; `tokens_to_remove` is their number, negated, as in transformers.
 
         Raises:
-            PolyKVError: a positive number, or more tokens than a suffix has.
+            PolyKVError: a positive number, or more tokens than a suffix has left.
         """
-        if not -self.n_suffix <= tokens_to_remove <= 0:
+        n_left = self.n_suffix - self.n_dropped
+        if not -n_left <= tokens_to_remove <= 0:
             raise PolyKVError(
-                f"crop({tokens_to_remove}) of agents with {self.n_suffix} tokens of their own; pass the number of "
-                f"tokens to remove as a negative number, {-self.n_suffix} to 0: the shared pool cannot be cropped"
+                f"crop({tokens_to_remove}) of agents with {n_left} tokens of their own; pass the number of "
+                f"tokens to remove as a negative number, {-n_left} to 0: the shared pool cannot be cropped"
             )
+        self.n_unseen = 0  # windows move back
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

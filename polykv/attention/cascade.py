@@ -73,6 +73,8 @@ def cascade_attention(
     _check_request(module, query, dropout, kwargs)
     window = kwargs.get("sliding_window")
     attention_mask = checked_mask(attention_mask, module, query, key, layer, window)
+    if layer is not None:
+        layer.n_unseen = getattr(attention_mask, "n_unseen", 0)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, heads, n_queries, dim = query.shape
     sink_HG = None if s_aux is None else s_aux.unflatten(0, (key.shape[1], -1))

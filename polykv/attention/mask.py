@@ -26,7 +26,7 @@ def cascade_mask(
     counts the padding between pool and query as well.
 
     Raises:
-        PolyKVError: the attention mask hides a part of the prefix.
+        PolyKVError: the attention mask hides a part of the prefix, or lets a query see what the cache has dropped.
     """
     kwargs |= {"kv_offset": kv_offset, "attention_mask": attention_mask, "local_size": local_size}
     if not isinstance(kv_offset, PrefixOffset):
@@ -42,8 +42,24 @@ def cascade_mask(
             mask_function = _by_token(mask_function, attention_mask)
     kwargs["allow_is_causal_skip"] = False
     mask: Any = sdpa_mask(*args, mask_function=mask_function, **kwargs)
-    mask.window = local_size
+    n_masked = kv_offset.n_prefix - kv_offset
+    if kv_offset.n_dropped:
+        mask = _without(mask, n_masked, n_masked + kv_offset.n_dropped)
+    mask.window, mask.n_unseen = local_size, 0
+    if local_size is not None and mask.shape[-1] - n_masked > local_size:
+        # Windows only move forward: what the last query does not see, no later one will.
+        mask.n_unseen = int(mask[:, 0, -1, n_masked:].any(0).int().argmax())
     return mask
+
+
+def _without(mask_B1QT: Tensor, start: int, stop: int) -> Tensor:
+    """The mask without the columns of tokens that the cache has dropped; raises PolyKVError if a query sees one."""
+    if mask_B1QT[..., start:stop].any():
+        raise PolyKVError(
+            "agents would see tokens of their own that had left their windows and were dropped: since then the cache "
+            "was cropped, or attention_mask hides more; give a new reader the sequences from the pool on"
+        )
+    return torch.cat([mask_B1QT[..., :start], mask_B1QT[..., stop:]], -1)
 
 
 def _by_token(mask_function: Callable, attention_mask: Tensor) -> Callable:

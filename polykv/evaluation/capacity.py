@@ -8,16 +8,17 @@ and values per token in full precision, Q bytes of the pool and L equal layers, 
     dequantize W + Q + N a (P + S) t    2 L tensors exists twice
     in_place   W + Q + N a S t
 
-A layer with a sliding window keeps its last tokens only: of unshared caches, t counts those, and the prefix is what the
-suffix leaves of the window. Under in_place it reads the stored part of the prefix, and keeps all of the suffix. Of a
-recipe that drops tokens, P counts all tokens under unshared, and the kept ones under dequantize and in_place.
+or, if that is more, one copy of everything and N rows of logits, which exist when no tensor grows. A layer with a
+sliding window keeps its last tokens only: of unshared caches, t counts those, and the prefix is what the suffix leaves
+of the window. Under in_place it reads the stored part of the prefix and the last tokens of the suffix. Of a recipe that
+drops tokens, P counts all tokens under unshared, and the kept ones under dequantize and in_place.
 
 A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
 max(bytes / bandwidth, operations / peak):
 
     linear   the weights, read once per step; 2 operations per parameter and agent
     prefix   N P t, or Q under in_place; 4 x query heads x head_dim x L operations per token and agent
-    suffix   N S t; operations as for the prefix
+    suffix   N S t (t again of what a layer keeps); operations as for the prefix
 
 The pool is read once for all agents, but every agent attends to all of it: under in_place the operations per byte grow
 with N until compute becomes the limit.
@@ -37,9 +38,9 @@ from polykv.geometry import Geometry
 from polykv.models import pick_dtype
 from polykv.recipe import EXACT, Recipe
 
-VERSION = 1  # of the formulas
+VERSION = 2  # of the formulas
 # Measured memory may exceed the formulas by this fraction and this many bytes, for masks, activations and allocator
-# overhead (observed: 1.0 to 5.6 MiB on a CPU). On a device, `usable` leaves room for them.
+# overhead (observed: 0.9 to 4.0 MiB on a CPU). On a device, `usable` leaves room for them.
 TOLERANCE = 0.02
 WORKSPACE = 4 * 2**20
 
@@ -55,6 +56,7 @@ class Architecture:
     n_parameters: int
     n_multiplied: int  # parameters read and multiplied in a step: all but the input embeddings
     attention_flops: int  # per query token and token attended to
+    n_logits: int  # per query token: the size of the vocabulary
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: str) -> "Architecture":
@@ -78,6 +80,7 @@ class Architecture:
             n_parameters=built.num_parameters(),
             n_multiplied=built.num_parameters() - looked_up,
             attention_flops=4 * sum(widths),
+            n_logits=head.shape[0],
         )
 
     @property
@@ -93,25 +96,22 @@ class Architecture:
         """Bytes of one token's keys and values in full precision."""
         return self.geometry.values_per_token * self.itemsize
 
-    def kept_bytes(self, n_tokens: int) -> int:
-        """Bytes of a DynamicCache of `n_tokens`."""
-        return self.geometry.values(n_tokens) * self.itemsize
+    def kept_bytes(self, n_tokens: int, in_place: bool = False) -> int:
+        """Bytes of a DynamicCache of `n_tokens`, or of what an agent `in_place` keeps of so many of its own."""
+        return self.geometry.values(n_tokens, in_place) * self.itemsize
 
-    def grown_bytes(self, n_tokens: int, windowed: bool = True) -> int:
-        """Peak bytes of a DynamicCache while it appends to `n_tokens`: one of its tensors exists twice.
-
-        `windowed` False: its layers keep all tokens, as those of agents in place do.
-        """
-        sizes = [
-            one.n_kv_heads * one.head_dim * (one.kept(n_tokens) if windowed else n_tokens)
+    def grown_bytes(self, n_tokens: int, in_place: bool = False) -> int:
+        """`kept_bytes` at the peak of a step: a tensor exists twice while it grows, and later there are logits."""
+        grows = max(
+            one.n_kv_heads * one.head_dim * one.kept(n_tokens, in_place)
             for one in self.geometry.layers
-        ]
-        return (2 * sum(sizes) + max(sizes)) * self.itemsize
+        )
+        return self.kept_bytes(n_tokens, in_place) + max(grows, self.n_logits) * self.itemsize
 
-    def flops(self, n_tokens: int) -> float:
+    def flops(self, n_tokens: int, in_place: bool = False) -> float:
         """Operations of attention per query token to the tokens that the layers keep of `n_tokens`."""
         layers = self.geometry.layers
-        kept = sum(one.head_dim * one.kept(n_tokens) for one in layers)
+        kept = sum(one.head_dim * one.kept(n_tokens, in_place) for one in layers)
         return self.attention_flops * kept / sum(one.head_dim for one in layers)
 
 
@@ -197,7 +197,7 @@ class DecodeWorkload:
 
     def _own(self, reader: str) -> int:
         if reader == "in_place":
-            return self.model.grown_bytes(self.n_suffix, windowed=False)
+            return self.model.grown_bytes(self.n_suffix, in_place=True)
         return self.model.grown_bytes(self._n_read(reader) + self.n_suffix)
 
     @property
@@ -221,7 +221,8 @@ class DecodeWorkload:
         """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes)."""
         weights = self.model.n_multiplied * self.model.itemsize
         if reader == "in_place":
-            return weights, self.pool_bytes, self.n_suffix * self.model.token_bytes * n_agents
+            suffix = self.model.kept_bytes(self.n_suffix, in_place=True)
+            return weights, self.pool_bytes, suffix * n_agents
         suffix = self.model.kept_bytes(self.n_suffix)
         prefix = self.model.kept_bytes(self._n_read(reader) + self.n_suffix) - suffix
         return weights, prefix * n_agents, suffix * n_agents
@@ -231,7 +232,7 @@ class DecodeWorkload:
         here, n_prefix = self.on_replica(n_agents), self._n_read(reader)
         if reader == "in_place":
             prefix = self.model.flops(n_prefix)
-            suffix: float = self.model.attention_flops * self.n_suffix
+            suffix = self.model.flops(self.n_suffix, in_place=True)
         else:
             suffix = self.model.flops(self.n_suffix)
             prefix = self.model.flops(n_prefix + self.n_suffix) - suffix

@@ -218,8 +218,11 @@ def decode(
     with attend_in_place(model) if in_place else nullcontext():
         for _ in range(1 + n_steps):
             for turn, (cache, (ids, mask)) in enumerate(zip(caches, inputs, strict=True)):
-                logits = model(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
-                ).logits
-                inputs[turn] = logits[:, -1].argmax(-1, keepdim=True), F.pad(mask, (0, 1), value=1)
+                inputs[turn] = _greedy(model, cache, ids, mask), F.pad(mask, (0, 1), value=1)
             yield
+
+
+def _greedy(model: PreTrainedModel, cache: Cache, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The next token of each agent, (agents, 1). Its logits are freed before the next forward pass."""
+    out = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, logits_to_keep=1)
+    return out.logits[:, -1].argmax(-1, keepdim=True)

@@ -21,7 +21,7 @@ from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_length
 
-VERSION = 1  # of what is counted and how it is measured
+VERSION = 2  # of what is counted and how it is measured
 GB = 1e9
 DECODE_STEPS = 1  # enough for the peak: every step copies each layer to grow it
 WARMUP_TOKENS = 64
@@ -72,19 +72,25 @@ def resident_bytes(
         )
     check_length(source.config(), n_tokens + QUERY_TOKENS + n_steps, "decoding after the prefix")
     check_fits(source, reader, n_tokens, n_agents, device)
-    return _process()(source, recipe, reader, n_tokens, n_agents, device, backend, n_steps)
+    measure = _process(source)
+    return measure(source, recipe, reader, n_tokens, n_agents, device, backend, n_steps)
 
 
-_worker: MeasuringProcess | None = None
+_worker: tuple[ModelSource, MeasuringProcess] | None = None
 _warm: set[tuple[str, int]] = set()  # (read mode, agents) that the worker has run before
 
 
-def _process() -> MeasuringProcess:
-    """The worker for memory: started once, keeps the last model loaded, and ends with this process."""
+def _process(source: ModelSource) -> MeasuringProcess:
+    """The worker for memory of a model, which it keeps loaded; it ends with this process, or when another is wanted.
+
+    A process that has freed one model's memory shows up to 5 MiB more for the next.
+    """
     global _worker
-    if _worker is None or not _worker.is_alive():
-        _worker = MeasuringProcess(_resident_bytes)
-    return _worker
+    if _worker is None or _worker[0] != source or not _worker[1].is_alive():
+        if _worker is not None:
+            _worker[1].end()
+        _worker = source, MeasuringProcess(_resident_bytes)
+    return _worker[1]
 
 
 def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, device: str) -> None:
