@@ -50,6 +50,7 @@ COLUMNS = (
     Column("stored", "stored MB", fixed(1)),
     Column("resident", "resident MB", fixed(1)),
     Column("stored_ratio", "ratio", fixed(2)),
+    Column("full_layers_stored", "ratio, full layers", fixed(2)),
     Column("same_top1", "top-1", fixed(3)),
     Column("exact_match", "exact", fixed(2)),
     Column("contains", "contains", fixed(2)),
@@ -57,6 +58,7 @@ COLUMNS = (
     Column("bertscore_floor", "floor", fixed(3)),
     Column("empty_answers", "empty", fixed(2)),
     Column("nominal_ratio", "nominal", fixed(3)),
+    Column("full_layers_nominal", "nominal, full layers", fixed(3)),
     Column("perplexity", "ppl", fixed(2)),
 )
 LEGEND = (

@@ -296,6 +296,8 @@ BYTES: Mapping[str, Measure] = {
     "nominal_ratio": Measure("compression_ratio", {"accounting": "nominal"}),
     "stored_ratio": Measure("compression_ratio", {"accounting": "stored"}),
     "stored_bits": Measure("compression_ratio", {"accounting": "stored"}, form=bits_of_ratio),
+    "full_layers_nominal": Measure("full_layers_ratio", {"accounting": "nominal"}),
+    "full_layers_stored": Measure("full_layers_ratio", {"accounting": "stored"}),
     "paper": Measure("kv_memory", {"accounting": "paper"}),
     "stored": Measure("kv_memory", {"accounting": "stored"}),
     "resident": Measure("kv_memory", {"accounting": "resident"}),

@@ -48,11 +48,16 @@ def new_rows(cfg: DictConfig, session: Session, columns: Mapping[str, type], **a
 
 
 def add_ratio(rows: Rows, pool: SharedKVPool, synthetic: bool = False) -> None:
-    """compression_ratio: fp16 bits over payload bits (nominal), and fp16 bytes over all bytes kept (stored)."""
+    """compression_ratio: fp16 bits over payload bits (nominal), and fp16 bytes over all bytes kept (stored).
+
+    full_layers_ratio: the same of the layers of full attention alone, where others have sliding windows.
+    """
     about = {"head_dim": pool.head_dim, "n_tokens": pool.n_tokens, "synthetic": synthetic}
     ratios = {"nominal": pool.nominal_ratio, "stored": pool.stored_ratio}
     for accounting, ratio in ratios.items():
         rows.add("compression_ratio", ratio, "x", accounting=accounting, **about)
+    for accounting, ratio in zip(ratios, pool.full_layers_ratios or (), strict=False):
+        rows.add("full_layers_ratio", ratio, "x", accounting=accounting, **about)
 
 
 def add_memory(rows: Rows, cfg: DictConfig, pool: SharedKVPool, synthetic: bool = False) -> None:

@@ -205,6 +205,18 @@ class SharedKVPool:
         """fp16 bytes of the cache over `stored_bytes`."""
         return 2 * self.n_values / self.stored_bytes
 
+    @property
+    def full_layers_ratios(self) -> tuple[float, float] | None:
+        """(nominal, stored) ratio of the layers of full attention alone; None if all layers are, or none is."""
+        full = [index for index, window in enumerate(self.windows) if window is None]
+        if len(full) in (0, self.n_layers):
+            return None
+        codecs = [one for index in full for one in self.recipe.codecs(index, self.n_layers)]
+        segments = [one for index in full for one in self._layers[index]]
+        n_bits = sum(codec.payload_bits(self.dtype) for codec in codecs)
+        n_values = sum(2 * torch.Size(one.key.shape).numel() for one in segments)
+        return 16 * len(codecs) / n_bits, 2 * n_values / sum(one.nbytes for one in segments)
+
     def decode_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim), in the cache's dtype.
 

@@ -200,6 +200,10 @@ def test_a_pool_stores_what_its_windows_see(n_prefix, exempt, gemma):
     architecture = Architecture.of(gemma.config, "float32")
     assert pool.stored_bytes == pool_bytes(recipe, architecture, n_prefix)
     assert architecture.kept_bytes(n_prefix) == 4 * pool.n_values
+    # The only full layer is the middle one.
+    full_bytes = sum(one.nbytes for one in recipe.encode_layer(*pool.decode_layer(1), 1, 3))
+    stored_ratio = 2 * 2 * 2 * 8 * n_prefix / full_bytes
+    assert pool.full_layers_ratios == pytest.approx((32 / 11, stored_ratio))
     # Exempt are the first tokens of the document, not of what a window has left of it.
     segments = recipe.encode_layer(*pool.decode_layer(0), 0, 3, n_left=n_prefix - kept[0])
     exact = sum(one.n_tokens for one in segments if one.key_codec == EXACT)
