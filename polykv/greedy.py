@@ -25,6 +25,7 @@ def greedy(
     limit: int,
     tokenizer: Any = None,
     stops: Sequence[int] | None = None,
+    until: Sequence[str] = (),
 ) -> list[Tensor]:
     """Generate greedily after each row's prompt; ids (tokens,) per row, up to an end token or `limit` tokens.
 
@@ -33,6 +34,7 @@ def greedy(
         prompts: ids (tokens,) per row.
         tokenizer: if given, its end tokens count too (`end_tokens`).
         stops: the end tokens; None: those of the model and the tokenizer. Without any, answers have `limit` tokens.
+        until: texts, which may be special tokens; the token that completes one in an answer ends it as well.
 
     Raises:
         PolyKVError: prompts of different lengths for a model whose outputs depend on padding, or rotary frequencies
@@ -44,13 +46,18 @@ def greedy(
     stops = end_tokens(model, tokenizer) if stops is None else stops
     stops_S = torch.tensor(stops, dtype=torch.long, device=model.device)
     written: list[Tensor] = []
+    ends: list[Tensor] = []  # of each row, whether it ends with this step
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     while len(written) < limit and not ended_B.all():
         written.append(decoding.step())
-        ended_B |= torch.isin(written[-1], stops_S)
+        ends.append(torch.isin(written[-1], stops_S))
+        if until:
+            said = tokenizer.batch_decode(torch.stack(written, dim=1))
+            ends[-1] |= ended_B.new_tensor([any(text in one for text in until) for one in said])
+        ended_B |= ends[-1]
     # Finished rows keep decoding until all rows have finished; their further tokens are discarded.
     rows_BT = torch.stack(written, dim=1)
-    is_end_BT = torch.isin(rows_BT, stops_S).long()
+    is_end_BT = torch.stack(ends, dim=1).long()
     n_ended_BT = is_end_BT.cumsum(-1) - is_end_BT
     answers = zip(rows_BT, n_ended_BT == 0, strict=True)
     return [ids_T[kept_T].cpu() for ids_T, kept_T in answers]

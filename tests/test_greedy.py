@@ -106,6 +106,29 @@ def test_an_end_within_a_batch_changes_no_other_row(model, pool, tokenizer, writ
     assert [x.tolist() for x in together] == [cut(x, stops) for x in written]
 
 
+def test_a_text_ends_the_row_that_says_it(model, pool, tokenizer, written):
+    said = [tokenizer.decode(x) for x in written]
+    text = next(said[0][i : i + 3] for i in range(5, 99) if said[0][i : i + 3] not in said[1])
+    ends = [
+        next((n for n in range(1, len(x) + 1) if text in tokenizer.decode(x[:n])), None)
+        for x in written
+    ]
+    assert ends[0] < len(written[0]) and ends[1] is None
+    prompts = ids_of(tokenizer)
+    together = greedy(
+        model,
+        unshared(pool, len(QUERIES)),
+        prompts,
+        NEW_TOKENS,
+        tokenizer,
+        [],
+        until=["not said", text],
+    )
+    assert [x.tolist() for x in together] == [
+        x[:end].tolist() for x, end in zip(written, ends, strict=True)
+    ]
+
+
 def unshared(pool, n_agents):
     layers = (pool.decode_layer(index) for index in range(pool.n_layers))
     return DynamicCache([tuple(x.repeat(n_agents, 1, 1, 1) for x in layer) for layer in layers])

@@ -117,6 +117,6 @@ def test_every_declared_dependency_is_pinned():
     pins = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = list(project["dependencies"])
-    for extra in ("bench", "offline", "search", "dev"):
+    for extra in ("bench", "offline", "search", "lm-eval", "dev"):
         wanted += project["optional-dependencies"][extra]
     assert {canonicalize_name(Requirement(one).name) for one in wanted} <= pins
