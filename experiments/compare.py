@@ -34,6 +34,7 @@ from polykv.models import load_config
 from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
+from polykv.supported import counts_padding
 
 # key_bits, value_bits: of recipes composed by the preset kv_asymmetry.
 COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS,
@@ -89,6 +90,8 @@ def check(cfg: DictConfig, session: Session) -> None:
         process.start_early(memory.__name__)
     settings.check_whole(cfg, "answers", least=0, instead=": the documents whose agents are asked")
     settings.check_quality(cfg, session)
+    if cfg.together:
+        _check_padded(cfg)
     if cfg.get("outside"):
         _check_scores_alone(cfg, "outside references")
         outside.new_cache(load_config(cfg.model), settings.plain(cfg.outside))
@@ -106,10 +109,21 @@ def check(cfg: DictConfig, session: Session) -> None:
             )
 
 
+def _check_padded(cfg: DictConfig) -> None:
+    """Check that agents that score in one batch, each after padding of its own, score alike; raises PolyKVError."""
+    architecture = load_config(cfg.model)
+    if counts_padding(architecture, unshared=cfg.reader != "in_place"):
+        never = counts_padding(architecture, unshared=False)
+        raise PolyKVError(
+            f"reader={cfg.reader} pads agents that score together, and {architecture.model_type} counts padding as "
+            f"distance; use {'another model' if never else 'reader=in_place'}"
+        )
+
+
 def _check_scores_alone(cfg: DictConfig, of: str) -> None:
     """Check that a cache that is not a pool is only scored, by a single reader of its own; raises PolyKVError."""
     settings.check_dequantizes(cfg)
-    settings.check_full_attention(cfg)
+    settings.check_full_attention(cfg, of)
     for name in ("answers", "resident", "together"):
         if cfg.get(name):
             instead = 0 if name == "answers" else "false"

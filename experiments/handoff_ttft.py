@@ -57,10 +57,11 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings; random weights are allowed, since times do not depend on them."""
     settings.check_common(cfg)
     settings.check_dequantizes(cfg)
-    settings.check_full_attention(cfg)
     routes_of(cfg)
+    architecture = load_config(cfg.model)
     for policy in policies_of(cfg):
         check_makes_card(policy)
+        policy.check_windows(architecture)
     settings.check_context(cfg, 1024)
     if not isinstance(cfg.turn_tokens, int) or not 0 < cfg.turn_tokens < cfg.context:
         raise PolyKVError(
@@ -70,7 +71,6 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_whole(cfg, "scored_tokens")
     check_budget(cfg.budget_bits, policies_of(cfg))
     key_of(cfg)
-    architecture = load_config(cfg.model)
     check_length(architecture, cfg.context, f"context={cfg.context}")
     n_known = cfg.context - cfg.turn_tokens
     check_rope(architecture, n_known, cfg.context, f"context={cfg.context}")

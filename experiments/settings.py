@@ -196,9 +196,12 @@ def check_hub(
         hub.check_reachable(cfg.model.path, f"model {cfg.model.name}:", mend, cfg.model.revision)
 
 
-def check_full_attention(cfg: DictConfig) -> None:
-    """Check that the model has no sliding windows, in studies that do not measure those; raises PolyKVError."""
-    check_every_token(models.load_config(cfg.model), f"study {cfg.study}")
+def check_full_attention(cfg: DictConfig, what: str = "") -> None:
+    """Check that the model has no sliding windows, where those are not measured; raises PolyKVError.
+
+    `what` begins the message: the setting, or by default the study.
+    """
+    check_every_token(models.load_config(cfg.model), what or f"study {cfg.study}")
 
 
 def check_dequantizes(cfg: DictConfig) -> None:

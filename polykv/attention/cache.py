@@ -42,6 +42,8 @@ class CascadeLayer(DynamicLayer):
         backend: the code that attends to the segments (polykv/kernels).
         n_prefix: tokens of the prefix.
         window: None for full attention; else a token sees the last `window` tokens, itself included.
+        order: places of the stored tokens in the order of the segments; None: the order of the text. Matters with a
+            window only.
         n_dropped: tokens of each suffix that were dropped.
         n_unseen: how many of the first tokens left no agent will see again; set by the attention function.
         awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
@@ -56,6 +58,7 @@ class CascadeLayer(DynamicLayer):
         backend: str,
         n_prefix: int | None = None,
         window: int | None = None,
+        order: Tensor | None = None,
     ) -> None:
         """`n_prefix` None: the tokens of the segments."""
         super().__init__()
@@ -65,6 +68,7 @@ class CascadeLayer(DynamicLayer):
         self.n_prefix = self.n_stored if n_prefix is None else n_prefix
         self.window = window
         self.is_sliding = window is not None
+        self.order = order
         self.n_dropped = self.n_unseen = 0
         self.awaits_attention = False
 
@@ -166,6 +170,7 @@ class CascadeCache(Cache):
         backend: str = "torch",
         n_prefix: int | None = None,
         windows: Sequence[int | None] = (),
+        orders: Sequence[Tensor | None] = (),
     ) -> None:
         """A cache without suffixes.
 
@@ -174,6 +179,7 @@ class CascadeCache(Cache):
             backend: the code that attends to them (polykv/kernels).
             n_prefix: tokens of the prefix; None: those of the segments.
             windows: of each layer; empty: all have full attention.
+            orders: of each layer (`CascadeLayer.order`); empty: all have the order of the text.
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -185,9 +191,13 @@ class CascadeCache(Cache):
             )
         if n_agents < 1:
             raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
-        # repeat(None) where there are no windows.
-        pairs = zip(layers, windows or repeat(None), strict=bool(windows))
-        super().__init__(layers=[CascadeLayer(one, backend, n_prefix, w) for one, w in pairs])
+        # repeat(None) where there are none.
+        each = zip(layers, windows or repeat(None), orders or repeat(None), strict=False)
+        super().__init__(
+            layers=[
+                CascadeLayer(one, backend, n_prefix, window, order) for one, window, order in each
+            ]
+        )
         self.n_agents = n_agents
         self._last_updated: CascadeLayer | None = None
 

@@ -112,6 +112,7 @@ def _attend(
         seen_QT = None
         if layer.is_sliding:
             seen_QT = mask[:, 0, :, :n_masked].flatten(0, 1).repeat_interleave(group, 0)
+            seen_QT = seen_QT if layer.order is None else seen_QT[:, layer.order]
         shared = _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap)
         backend = layer.backend
     own = (key, value, mask[..., n_masked:])

@@ -26,7 +26,7 @@ from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
-from polykv.pool import prefill
+from polykv.pool import prefill, unshared_cache
 from polykv.progress import track
 from polykv.supported import check_length, check_rope
 
@@ -166,7 +166,7 @@ def _run(
         else:
             layers = card.decode()
             clock.lap("dequantize")
-            received = DynamicCache(layers)
+            received = unshared_cache(layers, card.metadata.windows or (), card.n_tokens)
         clock.lap("inject")
         feed = turn_T
     with attend_in_place(model) if path.reader == "in_place" else nullcontext():

@@ -19,12 +19,14 @@ from polykv.handoff.packing import DTYPE_NAMES
 from polykv.handoff.payload import Payload
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
+from polykv.probe import kept_tokens
 
 MOST = 1 << 31  # bound of all counts; limits of the model are checked in verify.py
 LABEL = 128  # characters of a label at most
 LABELS = ("policy", "sender", "receiver", "session")
-OPTIONAL = {"receiver": "", "session": "", "payload": "mixed"}  # left out of the file if so
-PAYLOADS = ("mixed", "waterfill")  # Payload.kind (polykv/handoff/payload.py)
+# Left out of the file if so.
+OPTIONAL = {"receiver": "", "session": "", "payload": "mixed", "windows": None, "n_left": 0}
+PAYLOADS = ("mixed", "waterfill", "windowed")  # Payload.kind (polykv/handoff/payload.py)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -34,7 +36,9 @@ class CardMetadata:
 
     `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `policy`,
     `sender`, `receiver` and `session` are labels: printable, and safe as file names. `payload` says how the tensors are
-    read. Only a signature proves that the metadata are genuine (`polykv.handoff.signing`).
+    read. `windows` has the sliding window of each layer, None for full attention, and is None if all layers have that;
+    layers with a window lack the first `n_left` of the `n_tokens`, which no later token sees. Only a signature proves
+    that the metadata are genuine (`polykv.handoff.signing`).
 
     Raises:
         PolyKVError: an invalid label, number or digest.
@@ -58,9 +62,12 @@ class CardMetadata:
     receiver: str = ""
     session: str = ""
     payload: str = "mixed"
+    windows: list[int | None] | None = None
+    n_left: int = 0
 
     _TYPES = {"int": (int,), "str": (str,), "str | None": (str, NoneType)} | {
-        "float | None": (float, NoneType)
+        "float | None": (float, NoneType),
+        "list[int | None] | None": (list, NoneType),
     }
 
     def __post_init__(self) -> None:
@@ -70,6 +77,9 @@ class CardMetadata:
             raise PolyKVError(
                 f"the card's payload is not one of {', '.join(PAYLOADS)}; update polykv"
             )
+        windows = self.windows or []
+        known &= all(w is None or type(w) is int and 2 <= w < MOST for w in windows)
+        known &= len(windows) in (0, self.n_layers) and (self.payload == "windowed") == any(windows)
         if not all(1 <= n < MOST for n in (*sizes, self.hop)) or not known:
             raise PolyKVError("the card's geometry, hop or dtype is invalid; seal it again")
         if not 0 <= self.position_offset < MOST:
@@ -122,6 +132,7 @@ class CardMetadata:
         """The metadata of a first card (hop 1); `labels` are sender, receiver and session."""
         g = Geometry.of(sending.model.config)
         n_kv_heads, head_dim = g.shape
+        n_tokens = sending.n_tokens
         return cls(
             model=fingerprint.of_model(sending.model),
             tokenizer=fingerprint.of_tokenizer(tokenizer),
@@ -131,13 +142,15 @@ class CardMetadata:
             dtype=DTYPE_NAMES[sending.cache.layers[0].keys.dtype],
             exact=payload.exact,
             group_size=payload.group_size,
-            n_tokens=sending.n_tokens,
+            n_tokens=n_tokens,
             policy=policy.name,
             budget_bits=float(budget_bits) if policy.has_budget else None,
             position_offset=position_offset,
             hop=1,
             parent=None,
             payload=payload.kind,
+            windows=list(g.windows) if any(g.windows) else None,
+            n_left=max(n_tokens - layer.kept(n_tokens) for layer in g.layers),
             **labels,
         )
 
@@ -166,5 +179,12 @@ class CardMetadata:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of all keys, and of all values: (1, layers * heads, tokens, head_dim)."""
+        """Shape of all keys, and of all values, without windows: (1, layers * heads, tokens, head_dim)."""
         return (1, self.n_layers * self.n_kv_heads, self.n_tokens, self.head_dim)
+
+    @property
+    def n_values(self) -> int:
+        """Number of cached values, keys and values together."""
+        windows = self.windows or [None] * self.n_layers
+        n_kept = sum(kept_tokens(self.n_tokens, window) for window in windows)
+        return 2 * n_kept * self.n_kv_heads * self.head_dim

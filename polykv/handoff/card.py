@@ -6,7 +6,6 @@ with the same two needs to continue: packed tensors, the map of tiers, and the t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from polykv import kernels
 from polykv.attention.cache import CascadeCache
 from polykv.codecs.identity import DTYPES
 from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
 from polykv.handoff import cardfile, fingerprint, stores, verify
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import CardError, Stamp
@@ -28,6 +28,8 @@ from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.waterfilled import WaterfillPayload
+from polykv.handoff.windowed import WindowedPayload
+from polykv.pool import unshared_cache
 
 ALONE = Topology()
 
@@ -81,15 +83,19 @@ class CacheCard:
                 backend that is not available.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
+        policy.check_windows(model.config)
         ids_T = verify.checked_ids(cache, token_ids, model, position_offset)
         backend = kernels.pick_backend(backend, model.device)
         sending = Sender(model, cache, ids_T, topology, seed)
         options = (sending, policy, budget_bits, backend)
-        payload: Payload = (
-            WaterfillPayload.seal(*options, position_offset)
-            if policy.store == "codecs"
-            else MixedPayload.seal(*options)
-        )
+        windows = Geometry.of(model.config).windows
+        payload: Payload
+        if policy.store == "codecs":
+            payload = WaterfillPayload.seal(*options, position_offset)
+        elif any(windows):
+            payload = WindowedPayload.seal(*options, windows)
+        else:
+            payload = MixedPayload.seal(*options)
         labels = {"sender": sender, "receiver": receiver, "session": session}
         metadata = CardMetadata.of(
             sending, tokenizer, policy, payload, budget_bits, position_offset, **labels
@@ -112,10 +118,13 @@ class CacheCard:
     ) -> CacheCard:
         """A card of a longer cache that begins with this card's tokens, whose packed bits are reused.
 
+        Tokens that have left a sliding window since are dropped from its layers (`metadata.n_left`).
+
         Raises:
             PolyKVError: the cache does not continue this card, or too little of the budget is left.
         """
         policy = load_policy(policy) if isinstance(policy, str) else policy
+        policy.check_windows(model.config)
         old = self.metadata
         ids_T = verify.checked_ids(cache, token_ids, model, old.position_offset)
         if len(ids_T) < old.n_tokens or not torch.equal(ids_T[: old.n_tokens], self.ids_T):
@@ -173,6 +182,7 @@ class CacheCard:
         given, tensors, stamp = cardfile.loads(content, key)
         mean_bits = given.pop("mean_bits", None)
         metadata = CardMetadata.parse(given)
+        _check_windows(metadata, model)
         if metadata.model != fingerprint.of_model(model):
             raise CardError(
                 f"the card is from another model ({metadata.n_layers} layers, {metadata.n_kv_heads} kv "
@@ -210,12 +220,15 @@ class CacheCard:
         stores.write(path, self.to_bytes(key))
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
+        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype.
+
+        Of layers with a sliding window, those of its last tokens.
+        """
         return self.payload.decode()
 
     def dequantize(self) -> DynamicCache:
         """A full-precision transformers cache, ready to be continued."""
-        return DynamicCache(self.decode())
+        return unshared_cache(self.decode(), self.metadata.windows or (), self.n_tokens)
 
     def reader(self, n_agents: int = 1) -> CascadeCache:
         """A cache in which `n_agents` receivers attend to this card in place, within `attend_in_place(model)`.
@@ -225,7 +238,8 @@ class CacheCard:
         Raises:
             PolyKVError: n_agents < 1.
         """
-        return CascadeCache(self.payload.segments(), n_agents, self.backend)
+        how = (self.n_tokens, self.metadata.windows or (), self.payload.orders())
+        return CascadeCache(self.payload.segments(), n_agents, self.backend, *how)
 
     @property
     def n_tokens(self) -> int:
@@ -245,7 +259,7 @@ class CacheCard:
     @property
     def mean_bits(self) -> float:
         """Stored bits per cached value, including metadata."""
-        return 8 * self.nbytes / (2 * math.prod(self.metadata.shape))
+        return 8 * self.nbytes / self.metadata.n_values
 
     @property
     def digest(self) -> str:
@@ -262,6 +276,18 @@ class CacheCard:
     def verified(self) -> bool:
         """Whether it was opened with the key that it was signed with."""
         return self._stamp is not None and self._stamp.verified
+
+
+def _check_windows(metadata: CardMetadata, model: PreTrainedModel) -> None:
+    """Refuse a card whose layers have other sliding windows than the receiver's; raises CardError."""
+    own = Geometry.of(model.config).windows
+    given = metadata.windows or [None] * metadata.n_layers
+    for number, pair in enumerate(zip(given, own, strict=False)):
+        if pair[0] != pair[1]:
+            raise CardError(
+                f"layer {number} of the card has a sliding window of {pair[0]} tokens and the model's one of "
+                f"{pair[1]}; load the model that sealed it"
+            )
 
 
 def _after(parent: CacheCard | None, metadata: CardMetadata) -> CardMetadata:
@@ -284,6 +310,11 @@ def _payload_of(
     if metadata.payload == MixedPayload.kind:
         codec = MixedCodec(metadata.exact, metadata.group_size, backend)
         return MixedPayload.rebuild(kept, codec, shape, dtype, metadata.n_kv_heads)
+    if metadata.payload == WindowedPayload.kind:
+        codec = MixedCodec(metadata.exact, metadata.group_size, backend)
+        of_text = (metadata.n_kv_heads, *shape[2:])
+        windows = tuple(metadata.windows or ())
+        return WindowedPayload.rebuild(kept, codec, windows, of_text, dtype)
     by_layer = (metadata.n_layers, metadata.n_kv_heads, *shape[2:])
     place = (model, metadata.position_offset, backend)
     payload = WaterfillPayload.rebuild(kept, metadata.budget_bits, by_layer, dtype, *place)

@@ -25,8 +25,8 @@ from polykv.handoff.signing import SigningKey
 
 VERSION = 3  # of the format; 3: a tier of 2 bits, and 3 bits per token in the tier maps
 KEY = "polykv_card"  # the only entry of the safetensors metadata
-MAX_HEADER = 1 << 15  # bytes; the header of a card's 23 tensors at most takes 3 kB
-MAX_TENSORS, MAX_DIMS = 32, 4
+MAX_HEADER = 1 << 15  # bytes; the header of a card's 45 tensors at most takes 6 kB
+MAX_TENSORS, MAX_DIMS = 48, 4
 _ZEROS = "0" * 64
 _DIGEST, _SIGNATURE = (
     re.compile(rb'\\"%s\\":\\"([0-9a-f]{64})\\"' % name) for name in (b"digest", b"signature")

@@ -2,7 +2,7 @@
 
 Keys and values have separate tier maps, so each segment holds the tokens of one (key tier, value tier) pair: at most
 sixteen, and two if a policy gives all tokens but the sinks the same bits. The order of tokens does not matter to
-attention, since cached keys contain their positions.
+attention, since cached keys contain their positions; the mask of a sliding window needs it (`order_of_tokens`).
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ def segments_by_layer(
 ) -> list[list[Segment]]:
     """The segments of every layer, each with `n_kv_heads` heads; views of the card where a tier is not split."""
     layers: list[list[Segment]] = [[] for _ in range(key.shape[1] // n_kv_heads)]
-    pairs_T = key.tiers_T * len(TIERS) + value.tiers_T
+    pairs_T = _pairs(key, value)
     for pair in pairs_T.unique().tolist():
         key_tier, value_tier = divmod(pair, len(TIERS))
         wanted_T = pairs_T == pair
@@ -33,6 +33,17 @@ def segments_by_layer(
                 Segment(*codecs, select_heads(keys, span), select_heads(values, span), channels)
             )
     return layers
+
+
+def order_of_tokens(key: Mixed, value: Mixed) -> Tensor:
+    """The places of the tokens, (tokens,), in the order in which the segments of a layer hold them."""
+    device = next(iter(next(iter(key.parts.values())).tensors.values())).device
+    return _pairs(key, value).argsort(stable=True).to(device)
+
+
+def _pairs(key: Mixed, value: Mixed) -> Tensor:
+    """(tokens,): the tiers of key and value as one number, by which segments are made in rising order."""
+    return key.tiers_T * len(TIERS) + value.tiers_T
 
 
 def _tokens(mixed: Mixed, tier: int, wanted_T: Tensor) -> Packed:

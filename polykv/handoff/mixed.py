@@ -190,6 +190,21 @@ class MixedCodec:
         channels = mixed.channels or new.channels
         return Mixed(torch.cat([mixed.tiers_T, new.tiers_T]), parts, shape, mixed.dtype, channels)
 
+    def without_first(self, mixed: Mixed, n_tokens: int) -> Mixed:
+        """`mixed` without its first tokens; codes and scales of the others are kept."""
+        parts = {}
+        for tier, part in mixed.parts.items():
+            n_gone = int((mixed.tiers_T[:n_tokens] == tier).sum())
+            batch, heads, n_before, dim = part.shape
+            if n_gone < n_before:
+                kept = {name: t[:, :, n_gone:].clone() for name, t in part.tensors.items()}
+                parts[tier] = replace(
+                    part, tensors=kept, shape=(batch, heads, n_before - n_gone, dim)
+                )
+        shape = (*mixed.shape[:2], mixed.shape[2] - n_tokens, mixed.shape[3])
+        channels = mixed.channels if set(parts) - {EXACT_TIER} else None
+        return Mixed(mixed.tiers_T[n_tokens:], parts, shape, mixed.dtype, channels)
+
     def rebuild(
         self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, is_key: bool = False
     ) -> Mixed:

@@ -7,6 +7,7 @@ are reported by `CacheCard.mean_bits`.
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -56,19 +57,25 @@ def pack(
     codec: MixedCodec,
     budget_bits: float,
     before: tuple[Mixed, Mixed] | None = None,
+    numbers: Sequence[int] | None = None,
+    n_left: int = 0,
 ) -> tuple[Mixed, Mixed]:
     """Pack (keys, values) of all tokens, or of those after the tokens packed `before`, with the same channels.
 
-    Warns if tokens get less than LOW bits.
+    `numbers` are the layers to pack (None: all), without the first `n_left` tokens, which have left their window. The
+    budget is that of these layers and tokens. Warns if tokens get less than LOW bits.
 
     Raises:
         PolyKVError: an invalid budget, or one below the policy's lowest tier.
     """
-    start = 0 if before is None else before[0].shape[2]
-    keys, values = ([getattr(layer, side)[:, :, start:] for layer in sender.cache.layers]
+    start = n_left + (0 if before is None else before[0].shape[2])
+    numbers = range(len(sender.cache.layers)) if numbers is None else numbers
+    layers = [sender.cache.layers[number] for number in numbers]
+    # From the end: layers with a window have the last tokens only.
+    keys, values = ([getattr(layer, side)[:, :, start - sender.n_tokens :] for layer in layers]
                     for side in ("keys", "values"))  # fmt: skip
     if policy.has_budget:
-        key_tiers, value_tiers = _tiers(sender, policy, codec, budget_bits, before)
+        key_tiers, value_tiers = _tiers(sender, policy, codec, budget_bits, before, n_left)
         after = max(SINKS - start, 0)
         budgeted = torch.cat([key_tiers[after:], value_tiers[after:]])
         mix = _mix(budgeted, codec, keys[0].shape[3])
@@ -84,12 +91,15 @@ def pack(
     except (
         PolyKVError
     ) as error:  # the codec sees stacked layers and the tokens of one tier: find the place
-        raise PolyKVError(_where([keys, values], start) or str(error)) from error
+        raise PolyKVError(_where([keys, values], numbers, start) or str(error)) from error
 
 
-def nominal_bits(key: Mixed, value: Mixed) -> float:
-    """Mean payload bits per cached value of the tokens after the sinks, or of the last token if there are none."""
-    start = min(SINKS, key.shape[2] - 1)
+def nominal_bits(key: Mixed, value: Mixed, n_left: int = 0) -> float:
+    """Mean payload bits per cached value of the tokens after the sinks, or of the last token if there are none.
+
+    `n_left`: tokens of the text before those packed.
+    """
+    start = min(max(SINKS - n_left, 0), key.shape[2] - 1)
     exact = 8 * next((side.parts[EXACT_TIER].tensors["values"].itemsize for side in (key, value)
                       if EXACT_TIER in side.parts), 2)  # fmt: skip
     widths = torch.tensor([*TIERS[:EXACT_TIER], exact], dtype=torch.float64)
@@ -97,12 +107,12 @@ def nominal_bits(key: Mixed, value: Mixed) -> float:
     return float(widths[tiers.long()].mean())
 
 
-def _where(sides: list[list[torch.Tensor]], start: int) -> str | None:
+def _where(sides: list[list[torch.Tensor]], numbers: Sequence[int], start: int) -> str | None:
     """An error message that names the first layer with values that are not finite; None if all are finite."""
     for name, layers in zip(("keys", "values"), sides, strict=True):
-        for index, x_BHTD in enumerate(layers):
+        for number, x_BHTD in zip(numbers, layers, strict=True):
             if message := not_finite(x_BHTD, start):
-                return f"layer {index}: {name}: {message}"
+                return f"layer {number}: {name}: {message}"
     return None
 
 
@@ -112,29 +122,34 @@ def _tiers(
     codec: MixedCodec,
     budget_bits: float,
     before: tuple[Mixed, Mixed] | None,
+    n_left: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tiers of the new tokens' keys and of their values, each (tokens,) uint8."""
     if not isinstance(budget_bits, int | float) or not 0 < budget_bits < math.inf:
         raise PolyKVError(f"budget_bits={budget_bits!r}; give a number of bits such as 4.0")
-    start = 0 if before is None else before[0].shape[2]
-    first = max(start, min(SINKS, sender.n_tokens))  # first token under the budget
+    start = n_left + (0 if before is None else before[0].shape[2])
+    n_sinks = min(SINKS, sender.n_tokens)
+    first = max(start, n_sinks)  # first token under the budget
     spent = 0
     if before is not None:
-        old = torch.cat([side.tiers_T[SINKS:] for side in before])
+        old = torch.cat([side.tiers_T[max(SINKS - n_left, 0) :] for side in before])
         spent = int(torch.tensor(TIERS)[old.long()].sum())
     tiers = torch.full((2 * (sender.n_tokens - start),), EXACT_TIER, dtype=torch.uint8)
     if first < sender.n_tokens:
         offered = [TIERS.index(tier) for tier in policy.tiers]
         distortion = [codec.relative_error(tier) for tier in offered]
-        total = 2 * budget_bits * (sender.n_tokens - min(SINKS, sender.n_tokens))
+        total = 2 * budget_bits * (sender.n_tokens - max(n_left, n_sinks))
         # Key and value of a token are two consecutive items.
         weights = np.repeat(policy.score(sender)[first:], 2)
         try:
             found = allocate(weights, policy.tiers, distortion, total - spent)
         except PolyKVError as error:
+            after = (
+                " after the tokens of the card that a window still sees" if n_left and spent else ""
+            )
             raise PolyKVError(
                 f"budget_bits={budget_bits:g} is too small for policy {policy.name!r}, whose lowest tier "
-                f"has {policy.tiers[0]} bits; raise it"
+                f"has {policy.tiers[0]} bits{after}; raise it"
             ) from error
         picked = torch.tensor(offered, dtype=torch.uint8)[torch.from_numpy(found).long()]
         tiers[2 * (first - start) :] = picked

@@ -1,4 +1,7 @@
-"""What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (waterfilled.py)."""
+"""What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (waterfilled.py).
+
+The cache of a model with sliding windows is two MixedPayloads (windowed.py).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor
 
 from polykv.codecs.base import Shape
 from polykv.errors import PolyKVError
-from polykv.handoff.in_place import segments_by_layer
+from polykv.handoff.in_place import order_of_tokens, segments_by_layer
 from polykv.handoff.mixed import Mixed, MixedCodec
 from polykv.handoff.packing import exact_dtype, nominal_bits, pack
 from polykv.handoff.policy import Policy
-from polykv.handoff.signals import Sender
+from polykv.handoff.signals import SINKS, Sender
+from polykv.probe import kept_tokens
 from polykv.segment import Segment
 
 SIDES = ("key", "value")
@@ -67,10 +71,17 @@ class Payload(ABC):
     def segments(self) -> Sequence[Sequence[Segment]]:
         """By layer, what attention in place reads; views of the payload where possible."""
 
+    def orders(self) -> Sequence[Tensor | None]:
+        """By layer, `CascadeLayer.order`; empty if no layer has a window."""
+        return ()
+
 
 @dataclass(frozen=True, eq=False)
 class MixedPayload(Payload):
-    """Keys and values at mixed precision by token."""
+    """Keys and values at mixed precision by token: of all layers, or of those that have the same window.
+
+    `numbers` are the layers (None: all), `n_left` the tokens that have left their `window` and are not there.
+    """
 
     kind = "mixed"
 
@@ -78,13 +89,26 @@ class MixedPayload(Payload):
     value: Mixed
     codec: MixedCodec
     n_kv_heads: int
+    numbers: tuple[int, ...] | None = None
+    window: int | None = None
+    n_left: int = 0
 
     @classmethod
-    def seal(cls, sender: Sender, policy: Policy, budget_bits: float, backend: str) -> MixedPayload:
-        """Quantize a whole cache."""
+    def seal(
+        cls,
+        sender: Sender,
+        policy: Policy,
+        budget_bits: float,
+        backend: str,
+        numbers: tuple[int, ...] | None = None,
+        window: int | None = None,
+    ) -> MixedPayload:
+        """Quantize a cache, or what layers `numbers` of it keep with a window."""
         codec = MixedCodec(exact_dtype(policy, sender.cache), backend=backend)
-        key, value = pack(sender, policy, codec, budget_bits)
-        return cls(key, value, codec, sender.cache.layers[0].keys.shape[1])
+        n_left = sender.n_tokens - kept_tokens(sender.n_tokens, window)
+        key, value = pack(sender, policy, codec, budget_bits, None, numbers, n_left)
+        n_kv_heads = sender.cache.layers[0].keys.shape[1]
+        return cls(key, value, codec, n_kv_heads, numbers, window, n_left)
 
     @classmethod
     def rebuild(
@@ -124,8 +148,14 @@ class MixedPayload(Payload):
         return self.key.nbytes + self.value.nbytes
 
     @property
+    def n_budgeted(self) -> int:
+        """Values of which `nominal_bits` is the mean."""
+        n_sinks = min(max(SINKS - self.n_left, 0), self.key.shape[2] - 1)
+        return 2 * self.key.shape[1] * (self.key.shape[2] - n_sinks) * self.key.shape[3]
+
+    @property
     def nominal_bits(self) -> float:
-        return nominal_bits(self.key, self.value)
+        return nominal_bits(self.key, self.value, self.n_left)
 
     def append(self, sender: Sender, policy: Policy, budget_bits: float) -> MixedPayload:
         if policy.store == "codecs" or exact_dtype(policy, sender.cache) != self.exact:
@@ -138,11 +168,25 @@ class MixedPayload(Payload):
                 f"the card to append to takes {self.nominal_bits:.3f} bits and budget_bits={budget_bits}; "
                 "raise it, or use CacheCard.seal"
             )
-        if sender.n_tokens == self.key.shape[2]:
+        n_before = self.n_left + self.key.shape[2]
+        if sender.n_tokens == n_before:
             return self
-        new_key, new_value = pack(sender, policy, self.codec, budget_bits, (self.key, self.value))
+        n_left = sender.n_tokens - kept_tokens(sender.n_tokens, self.window)
+        if n_left >= n_before:
+            backend = self.codec.backend
+            return self.seal(sender, policy, budget_bits, backend, self.numbers, self.window)
+        n_gone = n_left - self.n_left
+        key, value = (
+            self.codec.without_first(side, n_gone) if n_gone else side
+            for side in (self.key, self.value)
+        )
+        kept = (key, value)
+        new_key, new_value = pack(
+            sender, policy, self.codec, budget_bits, kept, self.numbers, n_left
+        )
         extend = self.codec.extend
-        return replace(self, key=extend(self.key, new_key), value=extend(self.value, new_value))
+        key, value = extend(key, new_key), extend(value, new_value)
+        return replace(self, key=key, value=value, n_left=n_left)
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -158,3 +202,9 @@ class MixedPayload(Payload):
 
     def segments(self) -> Sequence[Sequence[Segment]]:
         return segments_by_layer(self.key, self.value, self.codec, self.n_kv_heads)
+
+    def orders(self) -> Sequence[Tensor | None]:
+        if self.window is None:
+            return ()
+        order_T = order_of_tokens(self.key, self.value)
+        return (order_T,) * (self.key.shape[1] // self.n_kv_heads)

@@ -11,8 +11,9 @@ from polykv.codecs.base import Codec
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
+from polykv.geometry import Geometry
 from polykv.handoff.mixed import TIERS
-from polykv.handoff.signals import DEMAND, IMPORTANCE, Sender, combined
+from polykv.handoff.signals import DEMAND, IMPORTANCE, OF_TOKENS, Sender, combined
 from polykv.recipe import codec_of
 
 # mixed: bits by token under a budget; codecs: all tokens alike under it; float16, model: every token in fp16, or in the
@@ -92,6 +93,21 @@ class Policy:
     @property
     def has_budget(self) -> bool:
         return self.store in ("mixed", "codecs")
+
+    def check_windows(self, model_config: Any) -> None:
+        """Check that a model has no sliding windows, if the policy cannot store the caches of one that has.
+
+        Raises:
+            PolyKVError: names what of the policy takes full attention only.
+        """
+        signals = self.importance + (self.demand if self.alpha < 1 else ())
+        needs = [f"signal {name}" for name in signals if name not in OF_TOKENS]
+        needs += [f"store {self.store}"] if self.store == "codecs" else []
+        if needs and any(Geometry.of(model_config).windows):
+            raise PolyKVError(
+                f"policy {self.name!r} has {needs[0]}, for models whose layers all attend to every token, and "
+                f"{model_config.model_type} has sliding windows; use policy uniform, fp16 or full"
+            )
 
     def score(self, sender: Sender) -> np.ndarray:
         """S(t) of every token, (tokens,), non-negative."""

@@ -165,6 +165,8 @@ IMPORTANCE: dict[str, Callable[[Sender], np.ndarray]] = {
         sinks_recent, random, dont_waste_bits, qkvshare,
     )
 }  # fmt: skip
+# Signals that see tokens alone: the others read the cache or the tokens again, without regard to sliding windows.
+OF_TOKENS = ("rarity", "sinks_recent", "random", "shared", "segment")
 DEMAND: dict[str, Callable[[Sender], np.ndarray]] = {
     signal.__name__: signal for signal in (shared, anchors, segment, downstream)
 }

@@ -15,7 +15,13 @@ from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
-from polykv.supported import check_cache, check_every_token, check_length, max_positions
+from polykv.supported import (
+    check_cache,
+    check_length,
+    check_windows,
+    max_positions,
+    window_of,
+)
 
 # At most: an fp32 value; a token's id and its entries in the two maps.
 VALUE_BYTES, TOKEN_BYTES = 4, 6
@@ -39,6 +45,12 @@ def check_metadata(metadata: CardMetadata, model: PreTrainedModel) -> None:
         PolyKVError: names what does not match.
     """
     g = Geometry.of(model.config)
+    check_windows(model.config, tuple(metadata.windows or (None,) * metadata.n_layers))
+    n_left = max(metadata.n_tokens - layer.kept(metadata.n_tokens) for layer in g.layers)
+    if metadata.n_left != n_left:
+        raise PolyKVError(
+            f"it says that {metadata.n_left} tokens have left its windows, not {n_left}"
+        )
     if (metadata.n_layers, metadata.n_kv_heads, metadata.head_dim) != (g.n_layers, *g.shape):
         raise PolyKVError("its layers, heads or head_dim are not those of the model")
     check_length(model.config, metadata.position_offset + metadata.n_tokens, "the card")
@@ -68,14 +80,15 @@ def checked_ids(
     Raises:
         PolyKVError: ids that do not match the cache, another model's cache, or more tokens than positions.
     """
-    check_every_token(model.config, "a card")
     check_cache(cache)
+    check_windows(model.config, tuple(window_of(layer) for layer in cache.layers))
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
     keys, g = cache.layers[0].keys, Geometry.of(model.config)
     n_kv_heads, head_dim = g.shape
-    if (len(cache.layers), *keys.shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
+    shape = (*keys.shape[:2], cache.get_seq_length(), keys.shape[3])
+    if (len(cache.layers), *shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
         raise PolyKVError(
-            f"a cache of {len(cache.layers)} layers of {tuple(keys.shape)} does not fit "
+            f"a cache of {len(cache.layers)} layers of {shape} does not fit "
             f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
             f"{n_kv_heads} kv heads, head_dim {head_dim}; give one sequence and all its ids"
         )
