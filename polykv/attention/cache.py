@@ -4,7 +4,6 @@ Its layers reference the pool's compressed segments (the prefix) and store only 
 """
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -191,8 +190,8 @@ class CascadeCache(Cache):
             )
         if n_agents < 1:
             raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
-        # repeat(None) where there are none.
-        each = zip(layers, windows or repeat(None), orders or repeat(None), strict=False)
+        nothing = [None] * len(layers)
+        each = zip(layers, windows or nothing, orders or nothing, strict=True)
         super().__init__(
             layers=[
                 CascadeLayer(one, backend, n_prefix, window, order) for one, window, order in each
