@@ -117,18 +117,25 @@ class CudaMeter:
 
 
 class CpuMeter:
-    """Resident set size of this Linux process above that at `start`."""
+    """Resident memory of this Linux process above that at `start`, without pages of files.
+
+    Pages of mapped files (libraries, weights) come and go as the system sees fit: it reclaims those that were not read
+    for a while, and reading them again would count as growth. How many there were at the peak is not known; the fewest of
+    before and after are taken.
+    """
 
     def start(self) -> None:
         _trim_heap()
-        self._base = _status_bytes("VmRSS")
+        self._base = _status_bytes("VmRSS") - _status_bytes("RssFile")
 
     def reset_peak(self) -> None:
         _trim_heap()
+        self._files = _status_bytes("RssFile")
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak to the current size
 
     def peak(self) -> int:
-        return _status_bytes("VmHWM") - self._base
+        files = min(self._files, _status_bytes("RssFile"))
+        return _status_bytes("VmHWM") - files - self._base
 
 
 def keep_freed_memory() -> None:
