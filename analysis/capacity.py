@@ -66,8 +66,8 @@ ASSUMED = (
 )
 CHECKED = (
     "Measured beside computed: stored bytes have to agree; resident ones may exceed the formula by what is allowed, or "
-    "fall short of it by 0.26 MB. GB/s: what the formula says that a step reads, over the median measured step; far below the machine's own, "
-    "bandwidth was not what bound it. "
+    "fall short of it by 0.26 MB. GB/s: what the formula says that a step reads, over the median measured step; far "
+    "below the machine's own, bandwidth was not what bound it. "
 )
 
 

@@ -120,8 +120,8 @@ class CpuMeter:
     """Resident memory of this Linux process above that at `start`, without pages of files.
 
     Pages of mapped files (libraries, weights) come and go as the system sees fit: it reclaims those that were not read
-    for a while, and reading them again would count as growth. How many there were at the peak is not known; the fewest of
-    before and after are taken.
+    for a while, and reading them again would count as growth. How many there were at the peak is not known; the fewer
+    of before and after are taken.
     """
 
     def start(self) -> None:
