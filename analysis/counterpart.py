@@ -35,7 +35,9 @@ EXPERIMENT_FOR = {
 }
 # How our cards travel, for policies of QKVShare; we take the others to hand over in memory.
 TRANSPORT = {"reprefill": "text", "q4_reload": "file"}
-ACCURACY = Measure("answer_right", {"extraction": "strict"}, reduce=rate, form=percentage)
+# The paper states no rule. Some chat models never write the #### that the strict one wants: 0 of 150 are right then.
+EXTRACTION = "flexible"
+ACCURACY = Measure("answer_right", {"extraction": EXTRACTION}, reduce=rate, form=percentage)
 # Tables of times, which are compared by ratio; all other figures are compared by difference.
 TIMES = ("ttft", "stages")
 # How numbers are written, by metric; others have one decimal.
@@ -322,7 +324,7 @@ def _net(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     found = _rows_of(rows, "handoff_accuracy", "answer_right")
     if found.empty:  # there may be no such columns either
         return _not_measured(figure, f"{NOT_HERE}no relay was run")
-    found = found[(found["extraction"] == "strict") & found["policy"].isin((one, other))]
+    found = found[(found["extraction"] == EXTRACTION) & found["policy"].isin((one, other))]
     found = found[with_budget(found, 4)]
     chosen = _rows_of_one_run(figure, found, figure.document)
     for column in ("hop", "n_hops", "reseal", "document"):
