@@ -206,6 +206,15 @@ def test_accuracy_holds_where_a_loss_is_ruled_out_and_not_where_it_is_significan
     assert f"{-100 * loss / 80:+.1f} points" in claim.said
 
 
+def test_a_model_that_never_marks_its_answers_is_judged_by_its_last_numbers(tmp_path):
+    cells = relay_cells(loss=20)
+    for _, _, _, rows in cells:
+        for row in rows:
+            if row.get("extraction") == "strict":
+                row["value"] = 0.0  # equal under every policy, whatever it answers
+    assert judged(tmp_path, cells, "2 to 5 hops").verdict == NOT_REPRODUCED
+
+
 def test_hops_outside_the_published_ones_do_not_decide(tmp_path):
     assert judged(tmp_path, relay_cells(hops=(1, 7), loss=20), "hops").verdict == NOT_MEASURED
 
