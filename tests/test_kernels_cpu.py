@@ -307,6 +307,10 @@ def test_suffixes_are_attended_and_merged_as_by_torch(n_queries, n_tokens, dim, 
         true_out, true_lse = attend_suffix(*tensors, 0.3, other=more)
         torch.testing.assert_close(out, true_out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, true_lse, rtol=1e-5, atol=1e-5)
+        q_BHRD[2] = torch.nan  # is not taken for a query that sees nothing
+        out, _ = cpu.attend_suffix(*tensors, 0.3, more)
+        assert out[2].isnan().all() and out[:2].isfinite().all()
+        q_BHRD[2] = 0
 
 
 def test_attends_to_a_part_of_a_segment():

@@ -115,7 +115,7 @@ static void attend_own(const Suffix& s, int64_t agent, int64_t head, std::vector
             ? s.other_lse[agent * s.other_lse_strides[0] + head * s.other_lse_strides[1] + row] : -__builtin_inff();
         const float top = std::max(most[row], theirs);
         float* to = out + (place + row) * dim;
-        if (top == -__builtin_inff()) {
+        if (top == -__builtin_inff() && sum[row] == 0.0f) {  // not where scores are NaN
             memset(to, 0, sizeof(float) * dim);
             lse[place + row] = top;
             continue;
