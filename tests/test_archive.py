@@ -18,6 +18,7 @@ from polykv.errors import PolyKVError
 from polykv.results import Rows, Store, frame, load_rows
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(VALUES[float], ABOUT), min_size=1, max_size=4), VALUES[str])
 def test_packed_rows_are_the_rows(tmp_path_factory, observed, note):

@@ -81,6 +81,7 @@ def test_fifteen_agents_say_what_injected_ones_say(architecture, tokenizer):
     assert len(set(injected)) > 10  # the answers depend on the queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [4, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_says_what_injected_agents_say(name, n_tokens, llama, tokenizer):

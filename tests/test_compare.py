@@ -40,6 +40,7 @@ def swept(own, tmp_path_factory):
     return root, done.stdout
 
 
+@pytest.mark.slow
 def test_the_screen_shows_every_recipe_that_was_asked_and_no_other(swept):
     _, printed = swept
     head = next(i for i, line in enumerate(printed.splitlines()) if line.startswith("recipe"))

@@ -122,6 +122,7 @@ def test_every_agent_is_fed_its_own_tokens(layers):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_resident_prefix_memory_does_not_grow_with_the_agents():
     geometry = {"hidden_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 8192}
     source, recipe = ModelSource.of(wide_model(**geometry)), polykv.load_recipe("polykv")

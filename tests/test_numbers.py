@@ -164,6 +164,7 @@ def test_zeros_constants_equal_tokens_and_one_token(codec):
         assert isinstance(assert_agree(codec, constant), torch.Tensor)
 
 
+@pytest.mark.slow
 @every_quantizer
 @pytest.mark.parametrize(
     "dims", [(1, 3, 48, 576), pytest.param((2, 24, 112, 192, 256), marks=pytest.mark.slow)], ids=str
@@ -262,6 +263,7 @@ EDGES = ("key near fp16's end", "value near it", "tiny", "zeros")
 KEY_CODECS = (Int8(), Int8("token"), Q8_0(), TurboQuantMSE(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edge", "key_codec", "dtype"), sampled(EDGES, KEY_CODECS, DTYPES), ids=str
 )

@@ -55,6 +55,7 @@ def errors(q_HQD, segments, scaling, backend="torch"):
     return float((out - true_out).abs().max()), float(lse_error.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0, *slow(1)])
 @pytest.mark.parametrize("name", of_each_pair(polykv.available_recipes()))
 def test_every_recipe_attends_exactly(name, shift):

@@ -67,6 +67,7 @@ def test_a_number_that_is_not_zero_is_never_shown_as_zero(number, digits):
     assert (float(render.memory(abs(number), {}).replace(",", "")) == 0) == (number == 0)
 
 
+@pytest.mark.slow
 def test_plain_text_fits_the_width_and_names_what_it_leaves_out(tables):
     table = tables["compare"]
     for width in (80, 100, 300):

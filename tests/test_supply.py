@@ -93,6 +93,7 @@ def complaints(source: str, judge) -> list[tuple[int, str]]:
     return [(node.lineno, said) for node in nodes if (said := judge(node))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", (loads, turns_data_into_code))
 def test_no_file_of_the_repository_does_it(judge):
     assert len(FILES) > 60

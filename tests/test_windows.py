@@ -120,6 +120,7 @@ def tokenizers_by_name(tokenizer, llama, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("tests", "shipped", "gguf", "merges", "digits"))
 @settings(max_examples=40, deadline=None)
 @given(text=TEXTS, n_tokens=st.sampled_from((1, 7, 60, 300)))

@@ -130,6 +130,7 @@ def test_a_parent_is_a_digest_or_nothing(model, parent):
     assert (line is None) == (re.fullmatch("[0-9a-f]{64}", parent) is not None)
 
 
+@pytest.mark.slow
 def test_edited_cards_are_refused_or_work_behind_the_digest(model):
     lines = []
 
