@@ -4,6 +4,7 @@ Memory and times measured in a process depend on what it did before: memory held
 """
 
 import ctypes
+import gc
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -125,6 +126,7 @@ class CpuMeter:
     """
 
     def start(self) -> None:
+        gc.collect()
         _trim_heap()
         self._base = _status_bytes("VmRSS") - _status_bytes("RssFile")
 
