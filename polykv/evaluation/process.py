@@ -118,21 +118,21 @@ class CudaMeter:
 
 
 class CpuMeter:
-    """Resident memory of this Linux process above that at `start`, without pages of files.
+    """Resident set size of this Linux process above that at `start`.
 
-    Pages of mapped files (libraries, weights) come and go as the system sees fit: it reclaims those that were not read
-    for a while, and reading them again would count as growth. How many there were at the peak is not known; the fewer
-    of before and after are taken.
+    The system reclaims pages of mapped files (libraries, weights) that were not read for a while. How many there were
+    at the peak is not known, so the fewest seen are taken: what is reclaimed never hides growth.
     """
 
     def start(self) -> None:
         gc.collect()
         _trim_heap()
-        self._base = _status_bytes("VmRSS") - _status_bytes("RssFile")
+        self._files = _status_bytes("RssFile")
+        self._base = _status_bytes("VmRSS") - self._files
 
     def reset_peak(self) -> None:
         _trim_heap()
-        self._files = _status_bytes("RssFile")
+        self._files = min(self._files, _status_bytes("RssFile"))
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak to the current size
 
     def peak(self) -> int:
