@@ -151,8 +151,7 @@ def _resident_bytes(
     if (reader, n_agents) not in _warm:  # first calls allocate memory that is not KV cache
         measure(WARMUP_TOKENS, n_agents)
         _warm.add((reader, n_agents))
-    # Memory that was free before hides some of the growth, more of it in one run than in another.
-    return max(measure(n_tokens, n_agents) for _ in range(2))
+    return measure(n_tokens, n_agents)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,8 @@ Memory and times measured in a process depend on what it did before: memory held
 import ctypes
 import gc
 import multiprocessing
+import os
+import resource
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -137,7 +139,13 @@ class CpuMeter:
 
     def peak(self) -> int:
         files = min(self._files, _status_bytes("RssFile"))
-        return _status_bytes("VmHWM") - files - self._base
+        return _status_bytes("VmHWM") + _peak_lag() - files - self._base
+
+
+def _peak_lag() -> int:
+    """Bytes that VmHWM may be low by: Linux adds up a process's pages per CPU in batches (percpu_counter_batch)."""
+    cpus = os.cpu_count() or 1
+    return max(32, 2 * cpus) * cpus * resource.getpagesize()
 
 
 def keep_freed_memory() -> None:
