@@ -60,7 +60,7 @@ def log_probs(
     mask_BT = torch.ones(len(questions), n_past + longest, dtype=torch.long)
     for row, ids_T in enumerate(questions):
         mask_BT[row, n_past : n_past + longest - len(ids_T)] = 0
-    first_B1V = _read(model, cache, ids_BT, mask_BT)[:, -1:]
+    first_B1V = _read(model, cache, ids_BT, mask_BT, n_last=1)
     found: list[list[float]] = [[] for _ in questions]
     for number in range(max(map(len, answers))):
         # A question with fewer candidates reads its last one again.
@@ -68,7 +68,8 @@ def log_probs(
         labels_BT = pad_sequence(list(read), batch_first=True).to(first_B1V.device)
         told_BTV = first_B1V
         if n_more := labels_BT.shape[1] - 1:
-            more_BTV = _read(model, cache, labels_BT[:, :-1], F.pad(mask_BT, (0, n_more), value=1))
+            mask_more_BT = F.pad(mask_BT, (0, n_more), value=1)
+            more_BTV = _read(model, cache, labels_BT[:, :-1], mask_more_BT, n_last=n_more)
             cache.crop(-n_more)
             told_BTV = torch.cat([first_B1V, more_BTV], dim=1)
         own_BT = told_BTV.gather(2, labels_BT.unsqueeze(2)).squeeze(2)
@@ -78,13 +79,19 @@ def log_probs(
     return found
 
 
-def _read(model: PreTrainedModel, cache: Cache, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Log-probabilities (rows, tokens, vocabulary) in fp32 after each of these tokens."""
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
+def _read(
+    model: PreTrainedModel, cache: Cache, ids_BT: Tensor, mask_BT: Tensor, n_last: int
+) -> Tensor:
+    """Log-probabilities (rows, n_last, vocabulary) in fp32 after the last of these tokens."""
+    n_tokens = ids_BT.shape[1]
+    # By number: a slice is not contiguous, and PyTorch multiplies such bfloat16 rows 100 times slower.
+    last_T = torch.arange(n_tokens - n_last, n_tokens, device=model.device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -n_tokens:]
     logits_BTV = model(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
         position_ids=positions_BT.to(model.device),
         past_key_values=cache,
+        logits_to_keep=last_T,
     ).logits
     return logits_BTV.float().log_softmax(-1)
