@@ -187,8 +187,8 @@ def of_process() -> Session:
 
 def _documents_need(cfg: DictConfig) -> dict[str, Any]:
     needed = ("model", "document", "context", "prefix_fraction", "n_documents", "seed")
-    # At least N_QUESTIONS whatever n_agents is, so that cells share documents; a user's file has as many as it has.
-    own = cfg.document.get("questions") is not None
+    # At least N_QUESTIONS whatever n_agents is, so that cells share documents; files have as many as they have.
+    own = any(cfg.document.get(key) is not None for key in ("questions", "url"))
     n_questions = cfg.n_agents if own else max(N_QUESTIONS, cfg.n_agents)
     return plain(OmegaConf.masked_copy(cfg, needed)) | {"n_agents": n_questions}
 

@@ -42,7 +42,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings, and that every document has questions enough with known and different answers."""
     settings.check_context(cfg, 1024)
     settings.check_quality(cfg, session)
-    settings.check_whole(cfg, "n_wrong")
+    settings.check_whole(cfg, "n_wrong", least=0)
     check_padding(models.load_config(cfg.model), "use another model")
     found, about = session.documents(cfg), f"document={cfg.document.name}"
     if len(found) < 2:
@@ -112,9 +112,11 @@ def _add(
         zip(questions, scores, said, strict=True)
     ):
         place = about | {"agent": agent, "depth": question.depth, "n": 1}
-        rows.add("contains", float(contains(reply, question.answer)), "rate", **place)
+        right = any(contains(reply, text) for text in question.accepted)
+        rows.add("contains", float(right), "rate", **place)
         rows.add("answer_logprob", own, "nats", why="the model's logits are not finite", **place)
-        rows.add("choice_right", float(own > max(others)), "rate", **place)
+        chosen = float(own > max(others)) if others else None
+        rows.add("choice_right", chosen, "rate", why="n_wrong is 0", **place)
         told = {"document": about["sample"], "given": about["given"], "agent": agent}
         rows.answers.append(
             told | {"question": question.text, "gold": question.answer, "answer": reply}

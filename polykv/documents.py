@@ -37,12 +37,19 @@ class Question:
         answer: the correct answer, if known.
         text: the question without template.
         depth: where the document answers it, from 0 (its start) to 1, if known.
+        also: other answers that are right.
     """
 
     prompt: str
     answer: str | None
     text: str
     depth: float | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that are right; none if none is known."""
+        return () if self.answer is None else (self.answer, *self.also)
 
 
 @dataclass(frozen=True, eq=False)

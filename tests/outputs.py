@@ -1,7 +1,7 @@
 """What codecs and measurements make of fixed input, as committed in outputs.json: `python tests/outputs.py` writes it.
 
 An output that changes under an unchanged version would leave measured cells valid that are not: it is not written,
-and tests/test_outputs.py fails.
+and tests/test_versions.py fails.
 """
 
 import hashlib

@@ -79,7 +79,7 @@ def test_the_tables_and_figures_are_of_what_was_measured(measured):
     [
         ("n_documents=1", "raise n_documents"),
         ("n_wrong=5", "n_wrong"),
-        ("n_wrong=0", "n_wrong=0"),
+        ("n_wrong=-1", "n_wrong=-1"),
         ("weights=random", "random weights"),
         ("context=null", "context"),
     ],

@@ -138,6 +138,9 @@ def test_hub_models_and_data_are_pinned_to_a_commit():
         if cfg.trained_weights == "hub":
             assert COMMIT.fullmatch(cfg.revision), name
     assert COMMIT.fullmatch(config.load_group("document", "wikitext2_raw").revision)
+    for name in ("scbench", "longbench"):
+        url = config.load_group("document", name).url
+        assert COMMIT.fullmatch(url.partition("@")[2].partition("/")[0])
     from polykv.evaluation import bertscore, gsm8k
 
     for module in (gsm8k, bertscore):

@@ -9,12 +9,13 @@ N_QUESTIONS questions or more, so that as many agents ask different questions of
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from random import Random
 from typing import Any, ClassVar, Self
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from polykv import chat, windows
 from polykv.documents import (
@@ -99,7 +100,12 @@ class Task(ABC):
             draw = Random(f"{name}/{cfg.seed}/{number}")
             content = self.write(draw, max(N_QUESTIONS, cfg.n_agents))
             text, depths = placed(tokenizer, draw, content.statements, n_own, f"document={name}")
-            found.append(_document(cfg, tokenizer, text, content.asked, depths, n_own))
+            questions = [
+                Question(one.lead, one.answer, one.question, min(depths[i] for i in one.needs))
+                for one in content.asked
+            ]
+            own_BT = encode(tokenizer, text)[:, :n_own]
+            found.append(with_questions(cfg, tokenizer, own_BT, questions))
         return found
 
 
@@ -161,28 +167,27 @@ def _count(tokenizer: Any, sentence: str) -> int:
     return encode(tokenizer, f" {sentence}").shape[1]
 
 
-def _document(
-    cfg: DictConfig,
-    tokenizer: Any,
-    text: str,
-    asked: Sequence[Asked],
-    depths: Sequence[float],
-    n_own: int,
+def with_questions(
+    cfg: DictConfig, tokenizer: Any, own_BT: Tensor, questions: Sequence[Question]
 ) -> Document:
-    own_BT = encode(tokenizer, text)[:, :n_own]
+    """The document of a text (1, tokens), without BOS, all of which agents share.
+
+    The prompt of each of `questions` begins the reply; the document's ask in the model's format before it.
+    """
     ids_BT = opened(tokenizer, own_BT)
     if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
         shared = chat.Chat(tokenizer, chat.text_of(tokenizer, own_BT[0]))
-        prompts = [shared.prompt(one.question) + one.lead for one in asked]
+        prompts = [shared.prompt(one.text) + one.prompt for one in questions]
         asked_BT = shared.ids_BT
     else:
         template = question_template(cfg)
-        prompts = [f"{template.replace(SLOT, one.question)} {one.lead}" for one in asked]
+        prompts = [
+            f"{template.replace(SLOT, one.text)} {one.prompt}".rstrip(" ") for one in questions
+        ]
         asked_BT = ids_BT
-    questions = tuple(
-        Question(prompt, one.answer, one.question, min(depths[i] for i in one.needs))
-        for prompt, one in zip(prompts, asked, strict=True)
+    asked = tuple(
+        replace(one, prompt=prompt) for one, prompt in zip(questions, prompts, strict=True)
     )
     n_prefix = prefix_tokens(cfg.context, cfg.prefix_fraction)
     name = cfg.document.name
-    return Document(name, ids_BT, n_prefix, questions, asked_BT, len(opening(tokenizer)))
+    return Document(name, ids_BT, n_prefix, asked, asked_BT, len(opening(tokenizer)))
