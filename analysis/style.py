@@ -39,6 +39,7 @@ COLUMN, PAGE = 3.35, 7.0  # inches: one column, and both
 HEADING = 0.2  # inches that a heading takes
 ENTRY = 0.15  # inches that a line of a legend takes
 LETTERS = 13  # of a legend to an inch, its handle counted
+BOLD = 15  # letters of a heading to an inch
 SIZE = 7.0  # points, the smallest text of any figure
 # Where a decade of a log axis may have its numbers, coarsest first, and the fewest numbers that show it is log.
 DIGITS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))
@@ -128,6 +129,7 @@ def sheet(
 
     `share_y`: the panels of a row have one y axis, with its numbers at the first.
     """
+    headings = [fitted(heading, width) for heading in headings]
     panel = [height] * len(headings) if isinstance(height, float | int) else height
     above = [HEADING * (1 + heading.count("\n")) * bool(heading) for heading in headings]
     heights = [sum(pair) for pair in zip(panel, above, strict=True)]
@@ -138,6 +140,11 @@ def sheet(
             part.suptitle(heading, x=0.01, ha="left")
     rows = [part.subplots(1, across, squeeze=False, sharey=share_y)[0] for part in parts]
     return canvas, [list(row) for row in rows]
+
+
+def fitted(heading: str, width: float) -> str:
+    """A heading with its lines broken to fit so many inches."""
+    return "\n".join(textwrap.fill(line, int(BOLD * width)) for line in heading.splitlines())
 
 
 def grid(n: int, across: int, height: float) -> tuple[Canvas, list[Axes]]:

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from analysis.style import FEWEST, family, looks, plain_log
+from analysis.style import FEWEST, STYLE, family, looks, plain_log, sheet
 from polykv.config import available
 
 
@@ -34,4 +34,17 @@ def test_a_log_axis_has_numbers_enough_to_be_read_as_one(low, ratio):
     )
     decades = sum(low <= 10.0**n <= low * ratio for n in range(-6, 10))
     assert len(ax.yaxis.get_minorticklocs()) >= 8 * (decades - 1)
+    plt.close(canvas)
+
+
+def test_a_long_heading_is_broken_inside_the_canvas():
+    words = (
+        "qwen2.5-coder-0.5b (gguf:Q4_K_M@1d9614638d18 weights), MMMM agents, reader in_place; " * 4
+    )
+    with plt.style.context(STYLE):
+        canvas, _ = sheet([words.strip(), "short"], 1, 2.0)
+        canvas.draw_without_rendering()
+        long, short = (part._suptitle.get_window_extent() for part in canvas.subfigs)
+    assert long.x1 <= canvas.bbox.x1 and long.y1 <= canvas.bbox.y1
+    assert short.x1 < long.x1
     plt.close(canvas)
