@@ -34,7 +34,6 @@ from polykv.models import load_config
 from polykv.progress import track
 from polykv.recipe import Recipe
 from polykv.results import Rows
-from polykv.supported import counts_padding
 
 # key_bits, value_bits: of recipes composed by the preset kv_asymmetry.
 COLUMNS = {**write.BYTES, **write.SCORES, **write.ANSWERS,
@@ -91,7 +90,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_whole(cfg, "answers", least=0, instead=": the documents whose agents are asked")
     settings.check_quality(cfg, session)
     if cfg.together:
-        _check_padded(cfg)
+        settings.check_padded(cfg)
     if cfg.get("outside"):
         _check_scores_alone(cfg, "outside references")
         outside.new_cache(load_config(cfg.model), settings.plain(cfg.outside))
@@ -107,17 +106,6 @@ def check(cfg: DictConfig, session: Session) -> None:
             raise PolyKVError(
                 f"protocol={cfg.protocol} encodes with torch, not backend={cfg.backend}; leave backend out"
             )
-
-
-def _check_padded(cfg: DictConfig) -> None:
-    """Check that agents that score in one batch, each after padding of its own, score alike; raises PolyKVError."""
-    architecture = load_config(cfg.model)
-    if counts_padding(architecture, unshared=cfg.reader != "in_place"):
-        never = counts_padding(architecture, unshared=False)
-        raise PolyKVError(
-            f"reader={cfg.reader} pads agents that score together, and {architecture.model_type} counts padding as "
-            f"distance; use {'another model' if never else 'reader=in_place'}"
-        )
 
 
 def _check_scores_alone(cfg: DictConfig, of: str) -> None:

@@ -27,6 +27,7 @@ from polykv.supported import (
     check_length,
     check_model,
     check_rope,
+    counts_padding,
 )
 from polykv.tokens import encode
 
@@ -202,6 +203,17 @@ def check_full_attention(cfg: DictConfig, what: str = "") -> None:
     `what` begins the message: the setting, or by default the study.
     """
     check_every_token(models.load_config(cfg.model), what or f"study {cfg.study}")
+
+
+def check_padded(cfg: DictConfig) -> None:
+    """Check that agents of one batch, each after padding of its own, read the pool alike; raises PolyKVError."""
+    architecture = models.load_config(cfg.model)
+    if counts_padding(architecture, unshared=cfg.reader != "in_place"):
+        never = counts_padding(architecture, unshared=False)
+        raise PolyKVError(
+            f"reader={cfg.reader} pads agents that read together, and {architecture.model_type} counts padding as "
+            f"distance; use {'another model' if never else 'reader=in_place'}"
+        )
 
 
 def check_dequantizes(cfg: DictConfig) -> None:

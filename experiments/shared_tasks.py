@@ -16,7 +16,7 @@ from experiments import rows as write
 from experiments.session import Session
 from experiments.settings import answer_dtype
 from experiments.study import Study
-from polykv import chat, documents, models
+from polykv import chat, documents
 from polykv.attention import cascade
 from polykv.attention.cascade import attend_in_place, read_unshared
 from polykv.documents import Document
@@ -29,7 +29,6 @@ from polykv.progress import phase
 from polykv.recipe import Recipe
 from polykv.reference import documents as generated
 from polykv.results import Rows
-from polykv.supported import check_padding
 from polykv.tasks.given import DOCUMENT, NOTHING, OTHER
 from polykv.tokens import encode, opening
 
@@ -43,7 +42,7 @@ def check(cfg: DictConfig, session: Session) -> None:
     settings.check_context(cfg, 1024)
     settings.check_quality(cfg, session)
     settings.check_whole(cfg, "n_wrong", least=0)
-    check_padding(models.load_config(cfg.model), "use another model")
+    settings.check_padded(cfg)
     found, about = session.documents(cfg), f"document={cfg.document.name}"
     if len(found) < 2:
         raise PolyKVError(

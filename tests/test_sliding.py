@@ -27,6 +27,7 @@ from polykv.evaluation.concurrency import (
 )
 from polykv.evaluation.concurrency import pool_of as pool_for
 from polykv.evaluation.memory import DECODE_STEPS, resident_bytes
+from polykv.evaluation.retrieval import log_probs
 from polykv.geometry import Geometry
 from polykv.greedy import greedy
 from polykv.models import ModelSource, load_config, settle
@@ -246,6 +247,21 @@ def test_padding_before_all_tokens_changes_nothing(gemma):
     prompts = [ids_of(20), ids_of(5, seed=1)]
     together = greedy(gemma, DynamicCache(config=gemma.config), prompts, N_NEW)
     assert [one.tolist() for one in together] == [generated(gemma, one) for one in prompts]
+
+
+@pytest.mark.parametrize("n_prefix", [0, 3, 30])
+def test_answers_to_questions_of_one_batch_are_scored_as_alone(gemma, n_prefix):
+    prefix_T = ids_of(n_prefix)
+    questions = [ids_of(n, seed=n) for n in (W + 4, 2, W)]
+    answers = [[ids_of(n, seed=9 * n + i) for n in (3, 1, W + 2)] for i in range(3)]
+    with attend_in_place(gemma):
+        cache = pool_of(gemma, prefix_T).reader(3) if n_prefix else DynamicCache()
+        found = log_probs(gemma, cache, questions, answers)
+    for question_T, options, own in zip(questions, answers, found, strict=True):
+        for answer_T, got in zip(options, own, strict=True):
+            ids_BT = torch.cat([prefix_T, question_T, answer_T])[None]
+            told_TV = gemma(ids_BT).logits[0, -len(answer_T) - 1 : -1].log_softmax(-1)
+            assert got == pytest.approx(float(told_TV.gather(1, answer_T[:, None]).sum()), abs=1e-3)
 
 
 def test_another_window_is_refused(gemma, tokenizer):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
+from polykv.attention.cache import CascadeCache
 from polykv.documents import Question
 from polykv.supported import check_padding
 
@@ -54,8 +55,8 @@ def log_probs(
     Raises:
         PolyKVError: questions of different lengths for a model whose outputs depend on padding.
     """
-    check_padding(model.config)
     n_past, longest = cache.get_seq_length(), max(map(len, questions))
+    check_padding(model.config, unshared=n_past > 0 and not isinstance(cache, CascadeCache))
     ids_BT = torch.stack([F.pad(ids_T, (longest - len(ids_T), 0)) for ids_T in questions])
     mask_BT = torch.ones(len(questions), n_past + longest, dtype=torch.long)
     for row, ids_T in enumerate(questions):
