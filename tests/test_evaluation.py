@@ -1,6 +1,7 @@
 """Evaluators against what can be worked out by hand."""
 
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from polykv.evaluation.memory import (
     resident_bytes,
     synthetic_pool,
 )
-from polykv.evaluation.process import CpuMeter
+from polykv.evaluation.process import CpuMeter, keep_freed_memory
 from polykv.evaluation.statistics import document_interval, wilson
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
@@ -156,6 +157,25 @@ def test_the_cpu_meter_sees_what_is_kept_and_not_what_was_freed():
     kept = torch.ones(50_000_000, dtype=torch.uint8)
     assert 45e6 < meter.peak() < 65e6
     assert kept.sum() == 50_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc has the settings")
+def test_the_cpu_meter_sees_a_cache_that_grows_where_memory_was_freed_before():
+    keep_freed_memory()
+    sizes = range(2_000_000, 4_000_000, 200_000)
+    # A block between two others keeps what they leave from becoming one gap.
+    blocks = [(torch.ones(n, dtype=torch.uint8), torch.ones(100_000)) for n in sizes]
+    between = [block for _, block in blocks]
+    del blocks
+    meter = CpuMeter()
+    meter.start()
+    meter.reset_peak()
+    grows = torch.empty(0, dtype=torch.uint8)
+    for n in sizes:
+        grows = torch.cat([grows, torch.ones(n - len(grows), dtype=torch.uint8)])
+    # The last two of ten, which add up to 29 MB.
+    assert 7e6 < meter.peak() < 9e6
+    assert len(between) == len(sizes) and grows.sum() == len(grows)
 
 
 def test_resident_memory_is_measured_and_grows_with_unshared_caches():

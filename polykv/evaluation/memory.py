@@ -21,7 +21,7 @@ from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_length
 
-VERSION = 2  # of what is counted and how it is measured
+VERSION = 3  # of what is counted and how it is measured
 GB = 1e9
 DECODE_STEPS = 1  # enough for the peak: every step copies each layer to grow it
 WARMUP_TOKENS = 64
