@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from polykv import experts
 from polykv.errors import PolyKVError
 
 ATTENTION = "polykv_probe"  # name of the recording attention function in transformers' registry
@@ -71,11 +72,13 @@ class Probe:
 
     `attention_fault` is the end of an error message "MODEL ...", or None if the attention is causal softmax attention
     over the whole cache or a sliding window of it, for which another implementation can be substituted. It may cap its
-    scores (Gemma 2) and have attention sinks (gpt-oss), which the attention function gets as arguments.
+    scores (Gemma 2) and have attention sinks (gpt-oss), which the attention function gets as arguments. `experts` are
+    those of the layers that are mixtures, where they could be counted.
     """
 
     layers: tuple[LayerShape, ...]
     attention_fault: str | None
+    experts: tuple[experts.Experts, ...]
 
 
 class _RecordingLayer(DynamicLayer):
@@ -199,6 +202,7 @@ def _probe(config: PretrainedConfig) -> Probe:
                 config, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
             ).eval()
             model.set_attn_implementation(ATTENTION)
+            mixtures = experts.watch(model)
             ids_BT = torch.zeros(1, 1, dtype=torch.long)
             model(
                 input_ids=ids_BT,
@@ -215,9 +219,9 @@ def _probe(config: PretrainedConfig) -> Probe:
     shapes = tuple(_shape(name, index, layer) for index, layer in enumerate(layers))
     # Models that do not use the registry ignore set_attn_implementation.
     if model.config._attn_implementation != ATTENTION:
-        return Probe(shapes, "has its own attention function")
+        return Probe(shapes, "has its own attention function", tuple(mixtures))
     faults = (layer.fault for layer in layers if layer.fault)
-    return Probe(shapes, next(faults, None))
+    return Probe(shapes, next(faults, None), tuple(mixtures))
 
 
 def _shape(name: str, index: int, layer: _RecordingLayer) -> LayerShape:

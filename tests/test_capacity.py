@@ -86,6 +86,20 @@ def test_llama_3_1_8b_has_the_sizes_that_everybody_knows():
     assert tied.n_parameters == tied.n_multiplied == 494_032_768
 
 
+@pytest.mark.slow
+def test_gpt_oss_20b_has_the_sizes_that_are_published():
+    model = architecture("gpt-oss-20b")
+    assert model.n_parameters == 20_914_757_184
+    assert model.n_used(1) == 3_608_307_264  # "3.6B active": without the input embeddings
+    assert [(one.count, one.n_chosen) for one in model.experts] == [(32, 4)] * 24
+    # All experts are in memory; 15 agents read a share of them that the mean over their choices gives.
+    assert model.weights_bytes == 2 * 20_914_757_184
+    share = (model.n_used(15) - model.n_multiplied) / (
+        model.n_parameters - 579_133_440 - model.n_multiplied
+    )
+    assert share == pytest.approx(1 - 0.875**15)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_those_of_the_model(tied):
     model = tiny_model("llama", tie_word_embeddings=tied)

@@ -96,11 +96,25 @@ def assert_same(logits, expected):
 MIXTURES = [name for name, about in READABLE.items() if "mixture" in about["what"]]
 
 
-@pytest.mark.parametrize("name", ["mixtral", *slow(*sorted({*MIXTURES} - {"mixtral"}))])
-def test_capacity_refuses_mixtures_of_experts(name):
+@pytest.mark.parametrize(
+    "name", ["mixtral", "beam", *slow(*sorted({*MIXTURES} - {"mixtral", "beam"}))]
+)
+def test_capacity_counts_the_experts_that_a_token_uses(name):
     config = AutoConfig.for_model(READABLE[name].get("of", name), **READABLE[name]["config"])
-    with pytest.raises(PolyKVError, match="experts"):
-        Architecture.of(config, "float32")
+    model = AutoModelForCausalLM.from_config(config)
+    model(torch.tensor([[3]])).logits.square().sum().backward()
+    routed = {part: p for part, p in model.named_parameters() if ".experts." in part}
+    if not routed:  # of these few layers none has any
+        with pytest.raises(PolyKVError, match="experts"):
+            Architecture.of(config, "float32")
+        return
+    found = Architecture.of(config, "float32")
+    assert found.n_parameters == model.num_parameters()
+    # Only the experts that the token chose have a gradient.
+    used = [p[p.grad.flatten(1).any(1)].numel() for p in routed.values()]
+    assert found.n_used(1) - found.n_multiplied == sum(used) < found.n_used(2) - found.n_multiplied
+    every = sum(p.numel() for p in routed.values())
+    assert found.n_used(10_000) - found.n_multiplied == pytest.approx(every)
 
 
 # Of each way to place positions, share heads and keep a cache one; the others in `make test-all`.

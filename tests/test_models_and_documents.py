@@ -25,10 +25,12 @@ KNOWN = {
     "qwen2.5-0.5b": (24, 2, 64, 494),
     "gemma-3-270m": (18, 1, 256, 268),
     "gemma-3-27b": (62, 16, 128, 27009),  # without its vision encoder
+    "gpt-oss-20b": (24, 8, 64, 20915),
     "qwen3-8b": (36, 8, 128, 8191),
 }
-LARGE = {"gemma-3-27b", "qwen3-8b", "llama-3-8b", "llama-3.1-8b"}
-WINDOWS = {"gemma-3-270m": 512, "gemma-3-27b": 1024}  # of all layers but every sixth
+LARGE = {"gemma-3-27b", "gpt-oss-20b", "qwen3-8b", "llama-3-8b", "llama-3.1-8b"}
+# Of all layers but every sixth, or every second.
+WINDOWS = {"gemma-3-270m": (512, 6), "gemma-3-27b": (1024, 6), "gpt-oss-20b": (128, 2)}
 
 
 @pytest.mark.parametrize("name", [*sorted({*KNOWN} - LARGE), *slow(*sorted(LARGE))])
@@ -38,7 +40,8 @@ def test_geometry_in_the_yaml_is_the_architecture(name):
     architecture = load_config(config.load_group("model", name))
     layers, kv_heads, head_dim, millions = KNOWN[name]
     found = [(one.n_kv_heads, one.head_dim, one.window) for one in Geometry.of(architecture).layers]
-    windows = [WINDOWS.get(name) if (layer + 1) % 6 else None for layer in range(layers)]
+    window, full = WINDOWS.get(name, (None, 1))
+    windows = [window if (layer + 1) % full else None for layer in range(layers)]
     assert found == [(kv_heads, head_dim, window) for window in windows]
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(architecture).num_parameters()

@@ -20,6 +20,9 @@ max(bytes / bandwidth, operations / peak):
     prefix   N P t, or Q under in_place; 4 x query heads x head_dim x L operations per token and agent
     suffix   N S t (t again of what a layer keeps); operations as for the prefix
 
+Of a mixture of experts all are in memory. A step reads those that its tokens choose (`Experts.n_used`), and an agent's
+operations are those of the experts that its token chooses.
+
 The pool is read once for all agents, but every agent attends to all of it: under in_place the operations per byte grow
 with N until compute becomes the limit.
 """
@@ -34,8 +37,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from polykv.errors import PolyKVError
 from polykv.evaluation.hardware import Replica
+from polykv.experts import Experts
 from polykv.geometry import Geometry
 from polykv.models import pick_dtype
+from polykv.probe import probe
 from polykv.recipe import EXACT, Recipe
 
 VERSION = 2  # of the formulas
@@ -54,33 +59,37 @@ class Architecture:
     geometry: Geometry
     dtype: str  # of weights, full-precision caches and suffixes
     n_parameters: int
-    n_multiplied: int  # parameters read and multiplied in a step: all but the input embeddings
+    n_multiplied: int  # read and multiplied in every step: all but the input embeddings and experts
     attention_flops: int  # per query token and token attended to
     n_logits: int  # per query token: the size of the vocabulary
+    experts: tuple[Experts, ...] = ()
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: str) -> "Architecture":
         """Built from a transformers config, without weights (on the meta device).
 
         Raises:
-            PolyKVError: its cache does not have a plain geometry (polykv/geometry.py), or it is a mixture of experts.
+            PolyKVError: its cache does not have a plain geometry (polykv/geometry.py), or it is a mixture whose experts
+                cannot be counted.
         """
-        _check_dense(config)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = built.get_output_embeddings().weight
         tables = (m.weight for m in built.modules() if isinstance(m, nn.Embedding))
         looked_up = sum(table.numel() for table in tables if table is not head)
-        geometry = Geometry.of(config)
+        geometry, experts = Geometry.of(config), probe(config).experts
+        _check_counted(config, experts)
+        routed = sum(one.n_parameters for one in experts)
         n_heads = config.get_text_config(decoder=True).num_attention_heads
         widths = ((layer.n_heads or n_heads) * layer.head_dim for layer in geometry.layers)
         return cls(
             geometry=geometry,
             dtype=dtype,
             n_parameters=built.num_parameters(),
-            n_multiplied=built.num_parameters() - looked_up,
+            n_multiplied=built.num_parameters() - looked_up - routed,
             attention_flops=4 * sum(widths),
             n_logits=head.shape[0],
+            experts=experts,
         )
 
     @property
@@ -90,6 +99,10 @@ class Architecture:
     @property
     def weights_bytes(self) -> int:
         return self.n_parameters * self.itemsize
+
+    def n_used(self, n_tokens: Any) -> Any:
+        """Parameters read and multiplied in a step of `n_tokens`, on average (`Experts.n_used`)."""
+        return self.n_multiplied + sum(one.n_used(n_tokens) for one in self.experts)
 
     @property
     def token_bytes(self) -> int:
@@ -115,13 +128,14 @@ class Architecture:
         return self.attention_flops * kept / sum(one.head_dim for one in layers)
 
 
-def _check_dense(config: PretrainedConfig) -> None:
+def _check_counted(config: PretrainedConfig, experts: tuple[Experts, ...]) -> None:
     about = config.get_text_config(decoder=True).to_dict().items()
-    if found := {k: v for k, v in about if "experts" in k and type(v) is int and v > 1}:
+    named = {k: v for k, v in about if "experts" in k and type(v) is int and v > 1}
+    if named and not experts:
         raise PolyKVError(
-            f"the config of {config.model_type} has {', '.join(f'{k}={v}' for k, v in found.items())}: in a mixture of "
-            "experts the bytes and operations of a step depend on the experts that its tokens choose, which the "
-            "formulas of capacity do not have; measure it with experiment=concurrency"
+            f"the config of {config.model_type} has {', '.join(f'{k}={v}' for k, v in named.items())}, but how many of "
+            "its experts a token uses could not be counted, which the formulas of capacity need; measure it with "
+            "experiment=concurrency"
         )
 
 
@@ -217,9 +231,9 @@ class DecodeWorkload:
         """The largest number of agents on any replica."""
         return -(-n_agents // self.replica.count)
 
-    def read_bytes(self, reader: str, n_agents: Count) -> tuple[int, Any, Any]:
+    def read_bytes(self, reader: str, n_agents: Count) -> tuple[Any, Any, Any]:
         """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes)."""
-        weights = self.model.n_multiplied * self.model.itemsize
+        weights = self.model.n_used(n_agents) * self.model.itemsize
         if reader == "in_place":
             suffix = self.model.kept_bytes(self.n_suffix, in_place=True)
             return weights, self.pool_bytes, suffix * n_agents
@@ -236,7 +250,7 @@ class DecodeWorkload:
         else:
             suffix = self.model.flops(self.n_suffix)
             prefix = self.model.flops(n_prefix + self.n_suffix) - suffix
-        flops = (2 * self.model.n_multiplied, prefix, suffix)
+        flops = (2 * self.model.n_used(1), prefix, suffix)
         parts = zip(self.read_bytes(reader, here), flops, strict=True)
         return Step(*(self._roofline(n_bytes, here * per_agent) for n_bytes, per_agent in parts))
 
