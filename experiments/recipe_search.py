@@ -15,6 +15,7 @@ from experiments import compare, settings
 from experiments import rows as write
 from experiments.session import Session
 from experiments.study import Study
+from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
 from polykv.results import Rows
@@ -33,6 +34,12 @@ def check(cfg: DictConfig, session: Session) -> None:
     if find_spec("optuna") is None:
         raise PolyKVError("experiment=recipe_search needs optuna; pip install '.[search]'")
     settings.check_whole(cfg, "n_trials")
+    recipe = Recipe.from_config(cfg.recipe)
+    if any(isinstance(codec, Identity) for codec in (recipe.key, recipe.value)):
+        raise PolyKVError(
+            f"recipe={recipe.name} stores keys or values in full precision, so that their layers have no bits to "
+            "search; use a recipe that quantizes both, such as recipe=uniform_rotated"
+        )
     for bits in cfg.widths:
         Recipe.from_config(OmegaConf.merge(cfg.recipe, {"layer_bits": [[bits, bits]]}))
     if not isinstance(cfg.budget_bits, int | float) or cfg.budget_bits <= min(cfg.widths):

@@ -43,7 +43,8 @@ def test_search_keeps_the_budget_beats_no_table_it_tried_and_resumes(checkpoint,
 
 
 @pytest.mark.parametrize(
-    ("override", "said"), [("budget_bits=1", "budget_bits"), ("n_trials=0", "n_trials"), ("widths=[2,99]", "bits=99")]
+    ("override", "said"), [("budget_bits=1", "budget_bits"), ("n_trials=0", "n_trials"), ("widths=[2,99]", "bits=99"),
+                          ("recipe=streaming_4", "recipe=uniform_rotated")]
 )  # fmt: skip
 def test_search_refuses_what_cannot_be_had(override, said, checkpoint, tmp_path):
     pytest.importorskip("optuna")
