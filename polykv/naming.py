@@ -51,15 +51,20 @@ def labels(cfg: DictConfig) -> dict[str, str]:
 def label(group: str, chosen: DictConfig) -> str:
     """The name of `chosen`, with the settings that differ from the YAML of that name.
 
+    A file or folder that is given the name of a model with other weights, as `model=gguf model.name=smollm2-135m`, is
+    compared with the YAML of its kind, gguf: `smollm2-135m model.gguf`.
     Without such a YAML (for a recipe that an experiment composes, such as k8v4) it is the name with its exemptions.
     """
     no_exemptions = {"exempt": dict.fromkeys(chosen.exempt, 0)} if "exempt" in chosen else {}
-    base = _yaml(group, chosen.name) or OmegaConf.merge(chosen, no_exemptions)
+    base = _yaml(group, chosen.name)
+    if base is not None and base.get("trained_weights") != chosen.get("trained_weights"):
+        base = _yaml(group, chosen.trained_weights)
+    base = base or OmegaConf.merge(chosen, no_exemptions)
     settings, defaults = flat(OmegaConf.to_container(chosen)), flat(OmegaConf.to_container(base))
     additions: list[str] = []
     for name in sorted(settings.keys() | defaults.keys()):
         value, default = settings.get(name, UNSET), defaults.get(name, UNSET)
-        if value == default or name in LEFT_OUT.get(group, ()):
+        if value == default or name in ("name", *LEFT_OUT.get(group, ())):
             continue
         if default == OPEN:
             additions.insert(0, f" {text(value)}")

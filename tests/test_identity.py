@@ -337,6 +337,12 @@ def test_a_label_says_what_is_not_the_yaml(overrides, found):
     assert labels(*overrides) == found
 
 
+def test_a_file_with_the_name_of_a_model_is_that_name_and_the_file():
+    cfg = config.load_group("model", "gguf")
+    cfg.update(name="smollm2-135m", path="/a/q4.gguf", question_style="plain")
+    assert naming.label("model", cfg) == "smollm2-135m q4.gguf+question_style=plain"
+
+
 def test_files_are_named_in_labels_and_rows(checkpoint, tmp_path):
     text = tmp_path / "my report.txt"
     text.write_text("a text")
