@@ -67,25 +67,25 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         "inverse": policy.inverse,
         "tiers": "/".join(map(str, policy.tiers)),
     }
-    add_divergence(rows, _last(cfg, session, policy), **about)
+    add_divergence(rows, _last(cfg, session, policy, "forced"), **about)
     for name, baseline in cfg.baselines.items():
-        found = _baseline(cfg, session, Policy.from_config(baseline))
+        found = _baseline(cfg, session, name, Policy.from_config(baseline))
         add_divergence(rows, found, policy=name, baseline=name)
     return rows
 
 
-def _baseline(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
+def _baseline(cfg: DictConfig, session: Session, name: str, policy: Policy) -> list[Comparison]:
     """Last answers of a baseline's relays, cached for all cells that are compared with it."""
     kept = session.kept("relays of baselines", shared_needs(cfg), dict, of=(FP16_RELAYS,))
     key = (policy, cfg.budget_bits, cfg.reseal, cfg.n_forced)
     if key not in kept:
-        kept[key] = _last(cfg, session, policy)
+        kept[key] = _last(cfg, session, policy, f"baseline-{name}")
     return kept[key]
 
 
-def _last(cfg: DictConfig, session: Session, policy: Policy) -> list[Comparison]:
+def _last(cfg: DictConfig, session: Session, policy: Policy, part: str) -> list[Comparison]:
     """The last answers of relays, which come after all handoffs."""
-    (relays,) = forced(cfg, session, policy)
+    (relays,) = forced(cfg, session, policy, part=part)
     return [turns[-1] for turns in relays]
 
 

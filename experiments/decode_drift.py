@@ -87,8 +87,11 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     model, _ = session.model(cfg)
     recipe, length = Recipe.from_config(cfg.recipe), math.ceil(cfg.max_new_tokens / BLOCKS)
     replies = track(_replies(cfg, session), f"replies under {recipe.name}")
-    for sample, (reply, full_TV) in enumerate(replies):
+    full = load_recipe("full")
+    for sample, reply in enumerate(replies):
         about = {"sample": sample, "text": reply.digest}
+        # Once more for every recipe: those of all replies, kept for all recipes, take gigabytes on a large vocabulary.
+        full_TV = log_probs(model, reply, full)
         found = drift(model, reply, full_TV, recipe, cfg.page_tokens, cfg.backend)
         _add(rows, found["exact"], ("nll_full",), length, **about)
         _add(rows, found["exact"], METRICS, length, mode="exact", **about)
@@ -114,16 +117,14 @@ def _add(
             rows.add(metric, mean, UNITS[metric], why=why, n=len(part), **place, **about)
 
 
-def _replies(cfg: DictConfig, session: Session) -> list[tuple[Reply, Tensor]]:
-    """The uncompressed run's replies, each with the log-probabilities (tokens, vocabulary) that it gives them."""
+def _replies(cfg: DictConfig, session: Session) -> list[Reply]:
+    """The uncompressed run's replies."""
 
-    def make() -> list[tuple[Reply, Tensor]]:
+    def make() -> list[Reply]:
         model, tokenizer = session.model(cfg)
         stops = () if cfg.ignore_end else end_tokens(model, tokenizer)
         phase("writing replies")
-        found = write_replies(model, _prompts(cfg, tokenizer), cfg.max_new_tokens, stops)
-        full = load_recipe("full")
-        return [(reply, log_probs(model, reply, full)) for reply in track(found, "scoring")]
+        return write_replies(model, _prompts(cfg, tokenizer), cfg.max_new_tokens, stops)
 
     needs = settings.plain(OmegaConf.masked_copy(cfg, SHARED))
     return session.kept(REPLIES, needs, make, of=(MODEL,))

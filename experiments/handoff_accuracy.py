@@ -29,7 +29,6 @@ from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
 from polykv.evaluation.per_token import same_top1
 from polykv.greedy import end_tokens
-from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.policy import OTHER_PROBLEM, Policy
 from polykv.handoff.relay import RESEALS, prompts_of, text_of
 from polykv.handoff.tasks import Task
@@ -42,8 +41,7 @@ RELAY = {"n_hops": int, "reseal": str}
 # hop: handoffs so far, 0 for the first agent, whose answer precedes all cards.
 # extraction: how the number is read from an answer, one of gsm8k.EXTRACTIONS.
 COLUMNS = {**RELAY, "hop": int, "extraction": str}
-CARDS = (mixed, allocate, signals)
-MADE_BY = (*CARDS, tasks, relay, gsm8k, continuation, same_top1)
+MADE_BY = (*relays.MADE_BY, continuation, same_top1)
 SETTINGS = (*relays.SHARED, "weights", "policy", "budget_bits", "reseal", "n_forced")
 
 
@@ -122,7 +120,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
     exact = fp16_relays(cfg, session)
     name = f"relays under {policy.name}"
-    found = exact if policy == FP16 else played(cfg, session, policy, name)
+    found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
     add_bits(rows, found, cfg)
     add_answers(rows, found, exact, cfg, session)
     ways = {"kl": ALL}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from experiments import rows as write
 from experiments import settings
-from experiments.handoff_accuracy import CARDS, check_budget, settle_key
-from experiments.relays import key_of
+from experiments.handoff_accuracy import check_budget, settle_key
+from experiments.relays import CARDS, key_of
 from experiments.session import Session
 from experiments.study import Study
 from polykv import config, kernels, loading, models

@@ -64,6 +64,7 @@ class Reporter:
     def __init__(self, out: TextIO = sys.stderr) -> None:
         self._out, self._terminal = out, out.isatty()
         self._phase, self._since = Phase("starting"), time.monotonic()
+        self._first = 0.0  # steps of the phase that were done before it began
         self._began = self._said = self._since
         self._cells: Cells | None = None
         self._n_ended, self._last_ended = 0, 0.0
@@ -109,7 +110,7 @@ class Reporter:
             changed = phase.name != self._phase.name
             self._phase = phase
             if changed:
-                self._since = time.monotonic()
+                self._since, self._first = time.monotonic(), phase.done
                 if not self._terminal and self._cells:
                     self._write(self._line())
 
@@ -140,8 +141,8 @@ class Reporter:
             phase.name
             + (f" {min(int(phase.done) + 1, phase.total)}/{phase.total}" if phase.total else "")
         )
-        if phase.items and phase.done:
-            per_minute = 60 * phase.done / (time.monotonic() - self._since)
+        if phase.items and phase.done > self._first:
+            per_minute = 60 * (phase.done - self._first) / (time.monotonic() - self._since)
             parts.append(f"{per_minute:.1f} {phase.items} a minute")
         return ", ".join(parts) + self._left()
 
@@ -152,8 +153,9 @@ class Reporter:
             per_cell = (self._last_ended - self._cells.started) / self._n_ended
             left = per_cell * (len(self._cells.names) - self._n_ended) - (now - self._last_ended)
             return f", about {max(left, 0):.0f} s left"
-        if phase.total and phase.done:
-            left = (now - self._since) / phase.done * (phase.total - phase.done)
+        if phase.total and phase.done > self._first:
+            per_step = (now - self._since) / (phase.done - self._first)
+            left = per_step * (phase.total - phase.done)
             return f", about {left:.0f} s left of it"
         return ""
 

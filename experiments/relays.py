@@ -5,7 +5,7 @@ relay, in `model.dtype`, since bfloat16 alone moves KL by as much as a card.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -16,15 +16,18 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from experiments import settings
+from experiments.relay_arrays import Played, of_compared, of_played, to_compared, to_played
 from experiments.session import MODEL, Session
+from polykv import versions
+from polykv.evaluation import gsm8k
 from polykv.evaluation.continuation import Comparison
+from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.policy import NOTHING, OTHER_PROBLEM, OWN, RANDOM_TOKENS, Policy
 from polykv.handoff.relay import (
     RESEALS,
     Answered,
     Handoff,
     OnReply,
-    Turn,
     divergence,
     first_turns,
     force,
@@ -33,7 +36,8 @@ from polykv.handoff.relay import (
 )
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
-from polykv.progress import phase, track
+from polykv.parts import Arrays, Parts
+from polykv.progress import phase
 
 # Settings that the fp16 relays depend on; cells that agree in them share the relays.
 SHARED = (
@@ -43,17 +47,11 @@ FP16 = Policy("fp16", store="float16")  # the reference of all policies, indepen
 FP16_RELAYS = "fp16 relays"
 # Of the first agents' caches that are kept; the first turns beyond it are played again by every cell.
 KEPT_BYTES = 2 << 30
+CARDS = (mixed, allocate, signals)
+MADE_BY = (*CARDS, tasks, relay, gsm8k)  # the modules on whose VERSION the relays depend
 Way = tuple[int | None, int]  # `n_handoffs` and `n_passes` of relay.force
 ALL: Way = (None, 1)  # every handoff of the relay takes place, once
 PROBLEMS = "problems"  # what progress counts
-
-
-@dataclass(frozen=True)
-class Played:
-    """The relay of one problem: its turns, and the bits of each of its cards (`Handoff.bits`)."""
-
-    turns: list[Turn]
-    bits: list[tuple[float, float]]
 
 
 def tasks_of(cfg: DictConfig) -> list[Task]:
@@ -77,23 +75,37 @@ def shared_needs(cfg: DictConfig) -> Any:
     return settings.plain(OmegaConf.masked_copy(cfg, SHARED))
 
 
-def played(cfg: DictConfig, session: Session, policy: Policy, name: str) -> list[Played]:
-    """The relays of all problems under a policy, in batches of `batch`; progress is shown as `name`."""
-    tasks, loaded, done = tasks_of(cfg), session.answering(cfg), count(1)
+def played(
+    cfg: DictConfig, session: Session, policy: Policy, name: str, parts: Parts
+) -> list[Played]:
+    """The relays of all problems under a policy, in batches of `batch`, each one of the `parts`.
+
+    Progress is shown as `name`.
+    """
+    found: list[Played] = []
+    for start in range(0, cfg.n_problems, cfg.batch):
+        make = partial(_batch, cfg, session, policy, name, start)
+        found += to_played(parts.kept(f"played-{start}", make), cfg.n_hops + 1)
+    return found
+
+
+def _batch(cfg: DictConfig, session: Session, policy: Policy, name: str, start: int) -> Arrays:
+    """The relays of the batch that begins with problem number `start`."""
+    problems, loaded = tasks_of(cfg), session.answering(cfg)
     n_turns = cfg.n_hops + 1
+    done = count(start * n_turns + 1)
 
     def on_reply() -> None:
-        phase(name, next(done) / n_turns, len(tasks), PROBLEMS)
+        phase(name, next(done) / n_turns, len(problems), PROBLEMS)
 
-    found = []
-    phase(name, 0, len(tasks), PROBLEMS)
-    for start in range(0, len(tasks), cfg.batch):
-        together = tasks[start : start + cfg.batch]
-        handoffs = [_handoff(cfg, session, loaded, policy, start + n) for n in range(len(together))]
-        first = _first(cfg, session, start, together, on_reply)
-        turns = play(together, handoffs, style_of(cfg), on_reply, first)
-        found += [Played(own, handoff.bits) for own, handoff in zip(turns, handoffs, strict=True)]
-    return found
+    phase(name, start, len(problems), PROBLEMS)
+    together = problems[start : start + cfg.batch]
+    handoffs = [_handoff(cfg, session, loaded, policy, start + n) for n in range(len(together))]
+    first = _first(cfg, session, start, together, on_reply)
+    turns = play(together, handoffs, style_of(cfg), on_reply, first)
+    return of_played(
+        [Played(own, handoff.bits) for own, handoff in zip(turns, handoffs, strict=True)]
+    )
 
 
 def _first(
@@ -122,27 +134,48 @@ def _nbytes(cache: Cache) -> int:
 
 
 def fp16_relays(cfg: DictConfig, session: Session) -> list[Played]:
-    """The relays under fp16 cards."""
-    make = partial(played, _under_fp16(cfg), session, FP16, FP16_RELAYS)
-    return session.kept(FP16_RELAYS, shared_needs(cfg), make, of=(MODEL,))
+    """The relays under fp16 cards, saved for all cells that agree in SHARED."""
+    needs = shared_needs(cfg)
+    given = needs | {"weights": cfg.weights}
+    parts = session.parts.shared(
+        "fp16_relays", {"settings": given, "versions": versions.of(given, MADE_BY)}
+    )
+    make = partial(played, _under_fp16(cfg), session, FP16, FP16_RELAYS, parts)
+    return session.kept(FP16_RELAYS, needs, make, of=(MODEL,))
 
 
 def forced(
-    cfg: DictConfig, session: Session, policy: Policy, ways: Sequence[Way] = (ALL,)
+    cfg: DictConfig,
+    session: Session,
+    policy: Policy,
+    ways: Sequence[Way] = (ALL,),
+    part: str = "forced",
 ) -> list[list[list[Comparison]]]:
     """Answers on the tokens of the fp16 relays, compared token by token with those under fp16 cards.
 
-    Returns a list by way, by problem (the first `n_forced`) and by turn.
+    Returns a list by way, by problem (the first `n_forced`) and by turn. Each problem is a part of the cell; `part`
+    begins its name.
     """
-    relays = fp16_relays(cfg, session)[: cfg.n_forced]
-    loaded = session.model(cfg)
     found: list[list[list[Comparison]]] = [[] for _ in ways]
-    for sample, relay in enumerate(track(relays, f"replaying under {policy.name}", PROBLEMS)):
-        exact = force(relay.turns, _handoff(_under_fp16(cfg), session, loaded, FP16, sample))
-        for own, way in zip(found, ways, strict=True):
-            other = force(relay.turns, _handoff(cfg, session, loaded, policy, sample), *way)
-            own.append(divergence(relay.turns, exact, other))
+    for sample in range(min(cfg.n_forced, cfg.n_problems)):
+        make = partial(_replayed, cfg, session, policy, ways, sample)
+        arrays = session.parts.kept(f"{part}-{sample}", make)
+        compared = to_compared(arrays, len(ways), cfg.n_hops + 1)
+        for own, turns in zip(found, compared, strict=True):
+            own.append(turns)
     return found
+
+
+def _replayed(
+    cfg: DictConfig, session: Session, policy: Policy, ways: Sequence[Way], sample: int
+) -> Arrays:
+    """The replays of problem number `sample`, compared with that under fp16 cards."""
+    relays, loaded = fp16_relays(cfg, session)[: cfg.n_forced], session.model(cfg)
+    phase(f"replaying under {policy.name}", sample, len(relays), PROBLEMS)
+    script = relays[sample].turns
+    exact = force(script, _handoff(_under_fp16(cfg), session, loaded, FP16, sample))
+    others = [force(script, _handoff(cfg, session, loaded, policy, sample), *way) for way in ways]
+    return of_compared(divergence(script, exact, others))
 
 
 def _under_fp16(cfg: DictConfig) -> DictConfig:

@@ -3,7 +3,8 @@
 A sweep runs cells that share them one after the other (experiments/sweep.py), so that each is computed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -19,6 +20,7 @@ from polykv.documents import N_QUESTIONS, Document, load_documents
 from polykv.evaluation import online
 from polykv.evaluation.process import keep_freed_memory
 from polykv.evaluation.readings import Reading
+from polykv.parts import Parts
 from polykv.pool import SharedKVPool, prefill
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
@@ -48,10 +50,21 @@ class Session:
 
     Attributes:
         storage_failed: why the results folder could not be written; the remaining cells are then skipped.
+        parts: where the running cell saves its finished parts; by default nowhere.
     """
 
     storage_failed: str = ""
+    parts: Parts = Parts()
     _held: dict[str, _Kept] = field(default_factory=dict)
+
+    @contextmanager
+    def saving(self, parts: Parts) -> Iterator[None]:
+        """Context in which a cell saves its finished parts there."""
+        self.parts = parts
+        try:
+            yield
+        finally:
+            self.parts = Parts()
 
     def kept(
         self, what: str, needs: Any, make: Callable[[], Thing], of: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
 """One cell of a sweep: prepared, measured, and recorded as done or failed.
 
-A sweep's only state is its results folder: `cells/` has the finished cells, `failed/` the reasons of the others. So
-any launcher can run the cells, in any number of processes and machines.
+A sweep's only state is its results folder: `cells/` has the finished cells, `failed/` the reasons of the others, and
+`parts/` the finished parts of those that were stopped. So any launcher can run the cells, in any number of processes
+and machines.
 """
 
 import traceback
@@ -116,12 +117,14 @@ def run_cell(cell: Cell) -> Outcome:
     If the results folder cannot be written, the remaining cells of this process are skipped.
     """
     from experiments.session import of_process  # imports torch, which `run.py --help` does without
+    from polykv.parts import Parts
 
     session = of_process()
     if session.storage_failed:
         return Outcome(cell.identity, "failed", session.storage_failed)
     results_dir, name = cell.settled.results_dir, cell.study.name
     store = Store(results_dir)
+    parts = Parts(store.root, cell.identity, {"cell": cell.identity})
     log = failure_path(results_dir, name, cell.identity)
     try:
         with store.claim(name, cell.identity) as mine:
@@ -130,10 +133,12 @@ def run_cell(cell: Cell) -> Outcome:
             log.unlink(missing_ok=True)
             # Another process may have finished it since the sweep was planned.
             if not store.done(name, cell.identity):
-                rows = cell.study.run(cell.settled, session)
+                with session.saving(parts):
+                    rows = cell.study.run(cell.settled, session)
                 config = OmegaConf.to_container(cell.settled)
                 done = store.write(cell.study.declaration(), cell.identity, config, rows)
                 tracking.record(cell.settled, done)
+            parts.remove()
     except StoreError as error:
         session.storage_failed = str(error)
         return Outcome(cell.identity, "failed", session.storage_failed)

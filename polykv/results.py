@@ -176,7 +176,7 @@ class Store:
             yield False
             return
         except OSError as error:
-            raise _unwritable(path.parent, error) from error
+            raise unwritable(path.parent, error) from error
         try:
             _clear(path)
             yield True
@@ -203,7 +203,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             cellfile.write_atomically(path, cellfile.compose(done))
         except OSError as error:
-            raise _unwritable(path.parent, error) from error
+            raise unwritable(path.parent, error) from error
         return done
 
     def check_writable(self) -> None:
@@ -221,10 +221,10 @@ class Store:
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
-            raise _unwritable(self.root, error) from error
+            raise unwritable(self.root, error) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> StoreError:
+def unwritable(folder: Path, error: OSError) -> StoreError:
     return StoreError(
         f"cannot write into {folder} ({error.strerror or error}); free space or set results_dir to a "
         "writable folder, then run again: finished cells are kept"
@@ -244,7 +244,7 @@ def _clear(path: Path) -> None:
             warning = f"{path} is damaged ({reason}); renamed to {aside.name} and measured again"
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error) from error
 
 
 def load_rows(root: str | Path, study: str = "") -> tuple[pd.DataFrame, list[str]]:

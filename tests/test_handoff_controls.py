@@ -43,7 +43,7 @@ def test_a_receiver_reads_the_donors_tokens_before_its_own_turn(model, tokenizer
     donor, _ = relay_of(model, tokenizer, OTHER)
     given = [ids_of(donor[:1]), ids_of(donor[:2])]
     own, way = relay_of(model, tokenizer, OWN, given)
-    found = force(own, way)
+    found = list(force(own, way))
     for number, ids_T in enumerate(given, start=1):
         turn = own[number]
         whole_T = torch.cat([ids_T, turn.prompt_T, turn.answer_T])

@@ -1,5 +1,6 @@
 """Relays, tasks, GSM8K's extractions and tests, and the time to first token."""
 
+import gc
 import json
 import random
 from decimal import Decimal
@@ -43,7 +44,8 @@ def handoff(model, tokenizer, policy, budget=4.0, reseal="append"):
 def kl(model, tokenizer, script, policy, budget=4.0, reseal="append"):
     exact = force(script, handoff(model, tokenizer, "full"))
     other = force(script, handoff(model, tokenizer, policy, budget, reseal))
-    return [float(c.kl.mean()) for c in divergence(script, exact, other)]
+    (found,) = divergence(script, exact, [other])
+    return [float(c.kl.mean()) for c in found]
 
 
 @pytest.mark.parametrize("reseal", ("append", "requantize"))
@@ -103,6 +105,24 @@ def test_a_relay_beyond_the_models_positions_is_refused(tokenizer):
     small = tiny_model("llama", max_position_embeddings=64)
     with pytest.raises(PolyKVError, match="the relay needs"):
         play([TASK], [handoff(small, tokenizer, "full")])
+
+
+def test_of_each_replay_one_turn_at_a_time_is_in_memory(model, tokenizer):
+    (script,) = play([TASK], [handoff(model, tokenizer, "full")])
+    vocabulary, seen = model.config.vocab_size, []
+
+    def count(*_):
+        live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        seen.append(sum(x.shape[-1:] == (vocabulary,) and x.dim() == 2 for x in live))
+
+    hook = model.register_forward_hook(count)
+    try:
+        replays = [force(script[:3], handoff(model, tokenizer, "full")) for _ in range(2)]
+        divergence(script[:3], replays[0], replays[1:])
+    finally:
+        hook.remove()
+    assert len(seen) == 6
+    assert max(seen) == 1  # what the others are compared with
 
 
 def test_reference_tasks_are_right_held_out_and_grow_by_turns():
@@ -350,7 +370,7 @@ def test_depth_alone_costs_nothing_under_append(reseal, model, tokenizer):
     (script,) = play([TASK], [handoff(model, tokenizer, "full")])
     options = (model, tokenizer, "topology", 3.0, reseal)
     exact = force(script, handoff(model, tokenizer, "full"))
-    last = [force(script, handoff(*options), 1, passes)[-1] for passes in (1, 5)]
-    once, five = (float(divergence(script, exact, [*exact[:-1], x])[-1].kl.mean()) for x in last)
+    others = [force(script, handoff(*options), 1, passes) for passes in (1, 5)]
+    once, five = (float(turns[-1].kl.mean()) for turns in divergence(script, exact, others))
     assert once > 0
     assert five == once if reseal == "append" else five >= 0

@@ -26,7 +26,7 @@ from experiments import polykv_memory, processes, progress, session, sweep, trac
 from hydra_plugins.cell_sweeper import Job, Plan, deal
 from polykv.config import CONF, REPO
 from polykv.errors import PolyKVError
-from polykv.progress import track
+from polykv.progress import phase, track
 from polykv.results import Rows, Store, load_rows
 
 # 24 cells of about 0.05 s each: long enough to kill a worker within them.
@@ -318,6 +318,19 @@ def test_a_pipe_is_not_silent_for_five_seconds(monkeypatch):
     assert any("scoring 2/2" in line and "left" in line for line in lines)
     (rate,) = {*re.findall(r"scoring 2/2, ([\d.]+) texts a minute", lines[-1])}
     assert 0 < float(rate) < 300  # one in the first 0.2 seconds
+
+
+def test_steps_done_before_a_run_do_not_count_into_its_rate(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    with progress.Reporter(out):
+        phase("scoring", 5, 10, "texts")
+        time.sleep(0.2)
+        phase("scoring", 6, 10, "texts")
+        time.sleep(0.1)
+    rates = re.findall(r"scoring 7/10, ([\d.]+) texts a minute", out.getvalue())
+    assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
 
 
 NATIVE = """

@@ -110,7 +110,7 @@ def compare(full_TV: Tensor, other_TV: Tensor, rest_BT: Tensor) -> Comparison:
     to the divergence; one with probability 0 in the other run only makes it infinite.
     """
     labels_T1 = rest_BT[0, 1:].to(full_TV.device).unsqueeze(1)
-    terms_TV = full_TV.exp() * (full_TV - other_TV)
+    terms_TV = full_TV.exp().mul_(full_TV - other_TV)
     kl_T = terms_TV.masked_fill_(full_TV == -torch.inf, 0).sum(dim=-1)
     return Comparison(
         nll_full=_numpy(-full_TV.gather(1, labels_T1).squeeze(1)),

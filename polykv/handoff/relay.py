@@ -4,7 +4,7 @@ Each card is serialized and parsed, so that every handoff is verified as it woul
 several problems are played together, in batches; each still has cards of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +78,11 @@ class Handoff:
             cache = DynamicCache(config=self.model.config)
             if not len(ids_T):
                 return cache
-            _read(self.model, cache, ids_T)
+            _read(self.model, cache, ids_T, logits_to_keep=1)
         if self.policy.store == "text":
-            return _read(self.model, DynamicCache(config=self.model.config), ids_T)[0]
+            cache = DynamicCache(config=self.model.config)
+            _read(self.model, cache, ids_T, logits_to_keep=1)
+            return cache
         sealed = (cache, ids_T, self.model, self.tokenizer, self.policy, self.budget_bits, topology)
         if self.card is not None and self.reseal == "append":
             card = self.card.append(*sealed, seed=self.seed)
@@ -189,11 +191,12 @@ def prompts_of(
     return prompts
 
 
-@torch.no_grad()
 def force(
     script: Sequence[Turn], handoff: Handoff, n_handoffs: int | None = None, n_passes: int = 1
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Replay a relay on the tokens of `script`; per turn, the answer's log-probabilities (tokens, vocabulary) in fp32.
+
+    A turn is replayed when it is asked for, so that its log-probabilities can be dropped before those of the next.
 
     Args:
         n_handoffs: only this many handoffs, the last ones, take place, as if one agent had taken all turns before
@@ -202,24 +205,28 @@ def force(
     """
     cache: Cache = DynamicCache(config=handoff.model.config)
     first = 1 if n_handoffs is None else len(script) - n_handoffs
-    found = []
     for number, turn in enumerate(script):
         for _ in range(n_passes if number >= first else 0):
             topology = Topology(len(script[0].prompt_T), len(script) - number)
             cache = handoff(cache, ids_of(script[:number]), topology)
-        cache, logits_TV = _read(handoff.model, cache, ids_of([turn]))
-        found.append(logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1))
-    return found
+        yield _answer_log_probs(handoff.model, cache, turn)
 
 
 def divergence(
-    script: Sequence[Turn], exact: Sequence[Tensor], other: Sequence[Tensor]
-) -> list[Comparison]:
-    """Per turn, the comparison of two outputs of `force` on one script; turn h comes after h handoffs."""
-    return [
-        compare(p, q, torch.cat([turn.prompt_T[-1:], turn.answer_T])[None])
-        for turn, p, q in zip(script, exact, other, strict=True)
-    ]
+    script: Sequence[Turn], exact: Iterator[Tensor], others: Sequence[Iterator[Tensor]]
+) -> list[list[Comparison]]:
+    """For each of `others`, its comparison with `exact` by turn; turn h comes after h handoffs.
+
+    All are replays of one script (`force`). They advance together, so that of each at most one turn is in memory.
+    """
+    found: list[list[Comparison]] = [[] for _ in others]
+    for turn in script:
+        exact_TV = next(exact)
+        ids_BT = torch.cat([turn.prompt_T[-1:], turn.answer_T])[None]
+        for own, other in zip(found, others, strict=True):
+            own.append(compare(exact_TV, next(other), ids_BT))
+        del exact_TV  # before the next is computed; zip(script, exact) would hold it
+    return found
 
 
 def text_of(turn: Turn, tokenizer: Any) -> str:
@@ -243,6 +250,13 @@ def ids_of(turns: Sequence[Turn]) -> Tensor:
     return torch.cat([part for turn in turns for part in (turn.prompt_T, turn.answer_T)])
 
 
-def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor) -> tuple[Cache, Tensor]:
-    """Read tokens; returns (the grown cache, logits (tokens, vocabulary))."""
-    return cache, model(input_ids=ids_T[None].to(model.device), past_key_values=cache).logits[0]
+@torch.no_grad()
+def _answer_log_probs(model: PreTrainedModel, cache: Cache, turn: Turn) -> Tensor:
+    """Log-probabilities (tokens, vocabulary) in fp32 of a turn's answer; `cache` grows by the turn."""
+    logits_TV = _read(model, cache, ids_of([turn])).logits[0]
+    return logits_TV[len(turn.prompt_T) - 1 : -1].float().log_softmax(-1)
+
+
+def _read(model: PreTrainedModel, cache: Cache, ids_T: Tensor, **options: Any) -> Any:
+    """Read tokens (tokens,) into the cache; the model's output."""
+    return model(input_ids=ids_T[None].to(model.device), past_key_values=cache, **options)
