@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from polykv.results import StoreError, provenance, unwritable
 
 Arrays = Mapping[str, np.ndarray]
 NEEDS = "needs"  # the array with what the others depend on, as JSON
+SOURCE = (".py", ".h", ".cpp")
 DIGEST_BYTES = 32  # at the beginning of the file
 
 
@@ -80,7 +82,18 @@ def _made_on() -> dict[str, Any]:
     """The code, packages and machine of this process, on which rounding and with it greedy text depends."""
     made = {key: value for key, value in provenance().items() if key != "created_at"}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return made | {"processor": torch.backends.cpu.get_cpu_capability(), "gpu": device}
+    processor = torch.backends.cpu.get_cpu_capability()
+    return made | {"source": _source(), "processor": processor, "gpu": device}
+
+
+@cache
+def _source() -> str:
+    """SHA-256 of the source files: the commit does not tell one uncommitted edit from another."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for folder in (here, here.parent / "experiments"):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCE):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path, needs: Mapping[str, Any]) -> Arrays:
