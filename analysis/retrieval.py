@@ -4,7 +4,7 @@ A task at one length can separate recipes only if the uncompressed cache answers
 document: the ceiling and floor rule (`Task.why_not`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.handoff_accuracy import difference
 from analysis.points import RUN, groups
-from analysis.statistics import BASELINE, BYTES, Value, newest
+from analysis.statistics import BASELINE, BYTES, Value, newest, once_per_frame
 from polykv.evaluation.statistics import detectable, mcnemar, skewed_interval, wilson
 from polykv.tasks.given import DOCUMENT, NOTHING
 
@@ -106,8 +106,15 @@ class Task:
 
     def given(self, recipe: str, given: str) -> pd.DataFrame:
         """The answers under a recipe when this was given, by question."""
-        mine = self.rows[(self.rows["recipe"] == recipe) & (self.rows["given"] == given)]
-        return mine.set_index(KEY)[[*METRICS, "depth"]].sort_index()
+        return self._by_recipe.get((recipe, given), self._indexed[:0])[[*METRICS, "depth"]]
+
+    @cached_property
+    def _indexed(self) -> pd.DataFrame:
+        return self.rows.set_index(KEY).sort_index()
+
+    @cached_property
+    def _by_recipe(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return dict(iter(self._indexed.groupby(["recipe", "given"])))
 
     @cached_property
     def recipes(self) -> list[str]:
@@ -214,12 +221,15 @@ def left_out(tasks: Sequence[Task]) -> str:
     return f"{len(tasks) - len(grey)} of {len(tasks)} tasks and lengths can separate recipes.{tail}"
 
 
-def by_run(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[Task]]]:
+@once_per_frame
+def by_run(rows: pd.DataFrame) -> list[tuple[dict[str, Any], list[Task]]]:
     """(OF_RUN and settings in which cells differ, tasks by name and length) of each run; of cells alike the newest."""
+    found = []
     for run, mine in groups(rows, *OF_RUN):
         settings = {name: value for name, value in run.items() if name not in RUN}
         tasks = [_task(about | settings, part) for about, part in groups(mine, *PLACE, sort=True)]
-        yield run, tasks
+        found.append((run, tasks))
+    return found
 
 
 def _task(about: Mapping[str, Any], rows: pd.DataFrame) -> Task:
