@@ -5,11 +5,16 @@ SCBench (arXiv 2412.10319) asks several questions of one context: `context` and 
 context are put together. Longer contexts lose their middle, as in LongBench's evaluation (section 4.1).
 """
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import fsspec
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import DictConfig
 
 from polykv import hub, windows
@@ -70,18 +75,25 @@ def _still_answered(questions: list[Question], whole: str, kept: str) -> list[Qu
 
 
 def _file(document: DictConfig) -> str:
-    """The file or URL to read.
+    """The file to read, or the URL of one in an archive; from the hub it is downloaded once.
 
     Raises:
         PolyKVError: the hub cannot be reached.
     """
     if document.path is not None:
         return str(Path(document.path).expanduser())
-    url = document.url.format(task=document.task)
-    repo, _, rest = url.split(HUB)[1].partition("@")
+    archive, place, file = document.url.format(task=document.task).partition(HUB)
+    if not place:
+        return archive
+    user, repo, name = file.split("/", 2)
+    repo, _, revision = repo.partition("@")
     remedy = "give a copy of the file: document.path=/path/to/file.jsonl"
-    hub.check_reachable(repo, "dataset", remedy, rest.split("/")[0])
-    return url
+    hub.check_reachable(f"{user}/{repo}", "dataset", remedy, revision)
+    try:
+        local = hf_hub_download(f"{user}/{repo}", name, repo_type="dataset", revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise PolyKVError(f"cannot download {place}{file} ({error}); {remedy}") from None
+    return archive + local
 
 
 @lru_cache(maxsize=4)
@@ -91,28 +103,30 @@ def asked_of(path: str) -> dict[str, list[Question]]:
     Raises:
         PolyKVError: a file that cannot be read, or a line of another form.
     """
-    from datasets import load_dataset  # takes seconds to import
-    from datasets.exceptions import DatasetGenerationError
-
     try:
-        lines = load_dataset("json", data_files=path, split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise PolyKVError(f"{path} is not JSON, one object a line: {error}") from None
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            lines = file.readlines()
+    except (OSError, UnicodeDecodeError, BadZipFile) as error:
+        raise PolyKVError(f"cannot read {path}: {error}") from None
     found: dict[str, list[Question]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
+            line = json.loads(text)
             turns = line["multi_turns"] if line.get("multi_turns") else [line]
             asked = [_asked(turn) for turn in turns]
             found.setdefault(line["context"], []).extend(asked)
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise PolyKVError(
-                f"line {number} of {path} has no `context` with `multi_turns`, a list of `input` and "
-                "`answer`, nor with `input` and `answers`"
+                f"line {number} of {path} is no JSON object with `context` and `multi_turns`, a list of `input` and "
+                "`answer`, nor with `context`, `input` and `answers`"
             ) from None
     return found
 
 
 def _asked(turn: dict[str, Any]) -> Question:
     told = turn["answers"] if turn.get("answers") else turn["answer"]
-    first, *others = [told] if isinstance(told, str) else told
+    found = told if isinstance(told, list) else [told]
+    if not all(isinstance(answer, str | int | float) for answer in found):
+        raise TypeError
+    first, *others = map(str, found)
     return Question("", first, turn["input"].strip(), also=tuple(others))

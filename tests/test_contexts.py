@@ -1,12 +1,13 @@
 """Contexts with questions in the forms of SCBench and LongBench."""
 
 import json
+import zipfile
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from polykv import config
+from polykv import config, contexts
 from polykv.documents import load_documents
 from polykv.errors import PolyKVError
 from polykv.tokens import encode
@@ -14,9 +15,9 @@ from polykv.tokens import encode
 FACTS = {"Anna": "4127", "Bruno": "5230", "Clara": "6339"}
 
 
-def loaded(tokenizer, path, name="scbench", context=300, n_agents=3):
+def loaded(tokenizer, path, name="scbench", context=300, n_agents=3, **options):
     settings = {
-        "document": {**config.load_group("document", name), "path": path and str(path)},
+        "document": {**config.load_group("document", name), "path": path and str(path), **options},
         "model": {"question_style": "plain", "question_template": "\n\nQ: {question}\nA:"},
         "context": context,
         "n_agents": n_agents,
@@ -82,7 +83,42 @@ def test_too_few_questions_or_tokens_are_refused_with_what_there_is(
         loaded(tokenizer, scbench, context=context, n_agents=n_agents)
 
 
-@pytest.mark.parametrize("line", ["no JSON", '{"context": "a"}', '{"input": "a", "answers": []}'])
+def test_answers_may_be_numbers_and_a_url_may_name_a_file_of_an_archive(tokenizer, tmp_path):
+    line = {"context": text_of(0), "multi_turns": [{"input": "Anna?", "answer": 4127}]}
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/kv.jsonl", json.dumps(line) + "\n")
+    url = f"zip://data/{{task}}.jsonl::{tmp_path}/data.zip"
+    (one,) = loaded(tokenizer, None, n_agents=1, url=url)
+    assert [question.answer for question in one.questions] == ["4127"]
+
+
+def test_files_of_the_hub_are_downloaded_at_their_commit(tokenizer, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append((repo, name, options["repo_type"], options["revision"]))
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            line = {"context": text_of(0), "input": "Anna?", "answers": ["4127"]}
+            archive.writestr("data/multifieldqa_en.jsonl", json.dumps(line) + "\n")
+        return str(tmp_path / "data.zip")
+
+    monkeypatch.setattr(contexts.hub, "check_reachable", lambda *what: None)
+    monkeypatch.setattr(contexts, "hf_hub_download", download)
+    (one,) = loaded(tokenizer, None, "longbench", n_agents=1)
+    ((repo, name, kind, revision),) = asked
+    assert (repo, name, kind) == ("THUDM/LongBench", "data.zip", "dataset") and len(revision) == 40
+    assert [question.answer for question in one.questions] == ["4127"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        '{"context": "a"}',
+        '{"input": "a", "answers": []}',
+        '{"context": "a", "input": "b", "answer": null}',
+    ],
+)
 def test_a_file_of_another_form_is_refused(tokenizer, tmp_path, line):
     path = tmp_path / "other.jsonl"
     path.write_text(line + "\n")

@@ -53,8 +53,7 @@ def loads(node: ast.Call) -> str | None:
         own = before == "auto"  # the one wrapper that passes on what it was given
         if class_ not in NO_WEIGHTS and not own and constant(node, "use_safetensors") is not True:
             return "use_safetensors=True is missing"
-    # "json" is the reader of datasets for files, no repository; the URLs in conf/document are pinned (below).
-    if name in FROM_HUB and arguments[:1] != ["'json'"] and not constant(node, "revision"):
+    if name in FROM_HUB and not constant(node, "revision"):
         return "revision= is missing"
     if name == "BERTScorer" and not (constant(node, "num_layers") and constant(node, "model_type")):
         return "bert-score pins nothing: give it a folder and num_layers"

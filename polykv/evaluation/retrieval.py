@@ -85,7 +85,7 @@ def _read(
 ) -> Tensor:
     """Log-probabilities (rows, n_last, vocabulary) in fp32 after the last of these tokens."""
     n_tokens = ids_BT.shape[1]
-    # By number: a slice is not contiguous, and PyTorch multiplies such bfloat16 rows 100 times slower.
+    # Indices, not a slice, whose rows are not contiguous: PyTorch multiplies those in bfloat16 100 times slower.
     last_T = torch.arange(n_tokens - n_last, n_tokens, device=model.device)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -n_tokens:]
     logits_BTV = model(

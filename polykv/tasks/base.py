@@ -172,7 +172,8 @@ def with_questions(
 ) -> Document:
     """The document of a text (1, tokens), without BOS, all of which agents share.
 
-    The prompt of each of `questions` begins the reply; the document's ask in the model's format before it.
+    `questions` have the beginning of the reply as their prompt. The document's have the question before it, in the
+    model's format.
     """
     ids_BT = opened(tokenizer, own_BT)
     if chat.is_wanted(cfg.model.get("question_style", "plain"), tokenizer):
