@@ -69,11 +69,12 @@ def write(
 
 
 def _write_figure(rows: pd.DataFrame, name: str, pictures: Path, kinds: list[str]) -> str:
-    """Write a figure and its LaTeX caption; return why it cannot be drawn, or ""."""
+    """Write a figure and its caption in LaTeX and Markdown; return why it cannot be drawn, or ""."""
     drawn = pieces("FIGURES")[name](rows) if kinds else None
     if isinstance(drawn, Picture):
         save(drawn.canvas, pictures / name, kinds)
-        (pictures / f"{name}.tex").write_text(f"{render.tex(drawn.caption)}\n", encoding="utf-8")
+        for ending, caption in (("tex", render.tex(drawn.caption)), ("md", drawn.caption)):
+            (pictures / f"{name}.{ending}").write_text(f"{caption}\n", encoding="utf-8")
     return drawn if isinstance(drawn, str) else ""
 
 

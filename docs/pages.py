@@ -12,15 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from omegaconf import OmegaConf
 
-from analysis import render
 from analysis.catalog import pieces
 from analysis.load import Results, load
-from analysis.style import Picture
 from experiments.study import Study
 from polykv.archive import ROWS
 
@@ -86,34 +83,26 @@ def study(declared: Study, folders: Mapping[str, Results], figures: Path) -> str
 
 def _shown(name: str, folder: str, results: Results, figures: Path) -> dict[str, Any]:
     """A study in a committed folder: how it was run, and the figures and tables that are committed there."""
-    kept = {
-        kind: {path.stem for path in (RESULTS / folder / kind).glob("*")}
-        for kind in ("figures", "tables")
-    }
-    rows = results.rows[results.rows["study"] == name]
-    found: dict[str, Any] = {
+
+    def paths(kind: str, ending: str) -> list[Path]:
+        """Those of the study, in the catalog's order."""
+        mine = [piece.name for piece in pieces(kind).values() if name in piece.studies]
+        found = (RESULTS / folder / kind.lower() / f"{each}{ending}" for each in mine)
+        return [path for path in found if path.exists()]
+
+    pictures, tables = paths("FIGURES", ".png"), paths("TABLES", ".md")
+    for path in pictures:
+        figures.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, figures)
+    texts = {path: path.read_text(encoding="utf-8") for path in tables}
+    longer = [path for path, text in texts.items() if text.count("\n") > LONGEST]
+    return {
         "folder": folder,
-        "runs": runs(rows),
-        "figures": {},
-        "tables": [],
-        "longer": [],
+        "runs": runs(results.rows[results.rows["study"] == name]),
+        "figures": {path.stem: path.with_suffix(".md").read_text("utf-8") for path in pictures},
+        "tables": [text for path, text in texts.items() if path not in longer],
+        "longer": [path.relative_to(REPO) for path in longer],
     }
-    for piece in pieces("FIGURES").values():
-        shown = piece.name in kept["figures"] and name in piece.studies
-        if shown and isinstance(drawn := piece(rows), Picture):
-            figures.mkdir(parents=True, exist_ok=True)
-            shutil.copy(RESULTS / folder / "figures" / f"{piece.name}.png", figures)
-            plt.close(drawn.canvas)
-            found["figures"][piece.name] = drawn.caption
-    for piece in pieces("TABLES").values():
-        if piece.name not in kept["tables"] or name not in piece.studies:
-            continue
-        text = (RESULTS / folder / "tables" / f"{piece.name}.md").read_text(encoding="utf-8")
-        if text.count("\n") > LONGEST:
-            found["longer"].append(f"results/{folder}/tables/{piece.name}.md")
-        elif (table := piece(rows)) and render.measured(table).rows:
-            found["tables"].append(render.markdown(render.measured(table)))
-    return found
 
 
 def study_of(preset: str) -> str:
