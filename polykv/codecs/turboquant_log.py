@@ -56,11 +56,17 @@ class TurboQuantLog(Codec):
         norm = log_codes(_rms(x_BHTD), shared["largest"])
         y_BHTD = self.rotate(x_BHTD.float(), {})
         y_BHTD /= log_values(norm, shared["largest"]).clamp_min(SMALLEST)
-        return {"codes": pack(codes_of(y_BHTD, self.bits), self.bits), "norm": norm}
+        return {"codes": pack(self._codes(y_BHTD), self.bits), "norm": norm}
 
     def _dequantize(self, tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-        y_BHTD = levels_of(unpack(tensors["codes"], self.bits, dim), self.bits)
+        y_BHTD = self._levels(unpack(tensors["codes"], self.bits, dim))
         return y_BHTD.mul_(log_values(tensors["norm"], tensors["largest"]))
+
+    def _codes(self, y_BHTD: Tensor) -> Tensor:
+        return codes_of(y_BHTD, self.bits)
+
+    def _levels(self, codes_BHTD: Tensor) -> Tensor:
+        return levels_of(codes_BHTD, self.bits)
 
 
 def _rms(x_BHTD: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class WaterfillKey(Codec):
         for row, places in enumerate(_places(shared["widths"], n_blocks)):
             y_TNb = y_BHTnb[row].transpose(0, 1).flatten(1, 2)
             for bits, (blocks, columns) in places.items():
-                packed = bitpack.pack(codes_of(y_TNb[:, blocks], bits), bits)
+                packed = bitpack.pack(self._codes(y_TNb[:, blocks], bits), bits)
                 codes[row, 0][:, columns] = packed.flatten(1)
         return {"codes": codes, "norm": norm}
 
@@ -193,12 +193,18 @@ class WaterfillKey(Codec):
             y_TNb = norm.new_empty(n_tokens, heads * n_blocks, BLOCK)
             for bits, (blocks, columns) in places.items():
                 stream = codes[row, 0][:, columns].unflatten(1, (len(blocks), -1))
-                y_TNb[:, blocks] = levels_of(bitpack.unpack(stream, bits, BLOCK), bits)
+                y_TNb[:, blocks] = self._levels(bitpack.unpack(stream, bits, BLOCK), bits)
             y_BHTnb[row] = y_TNb.unflatten(1, (heads, n_blocks)).transpose(0, 1)
         y_BHTnb *= (tensors["block_rms"].float() * norm).unsqueeze(-1)
         mean_BHTD = turned_mean(tensors["mean"], rope) * tensors["scale"].float()
         mean_BHTnb = _in_blocks(mean_BHTD, tensors["order"].long()) @ self._hadamard(norm.device)
         return (y_BHTnb + mean_BHTnb).flatten(-2)
+
+    def _codes(self, y: Tensor, bits: int) -> Tensor:
+        return codes_of(y, bits)
+
+    def _levels(self, codes: Tensor, bits: int) -> Tensor:
+        return levels_of(codes, bits)
 
     def rotate(self, x_BHTD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Queries for products with rotated keys: divided by the scale, since keys are multiplied by it."""

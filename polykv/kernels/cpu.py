@@ -1,5 +1,5 @@
-"""Vectorized CPU kernels for Int8, Q8_0, TurboQuantMSE and Uniform; attention also for Identity, TurboQuantLog and
-WaterfillKey.
+"""Vectorized CPU kernels for Int8, Q8_0, TurboQuantMSE and Uniform; attention also for Identity, LOG_KEYS and
+LOG_VALUES.
 
 The arithmetic is C++ (csrc/), compiled once on this machine and called through ctypes with the addresses of tensors.
 Where a function returns None, the caller takes the torch path, which also raises the errors.
@@ -19,6 +19,7 @@ from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.q8_0 import Q8_0
+from polykv.codecs.trellis import TrellisKey, TrellisValue
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
@@ -31,6 +32,7 @@ from polykv.segment import Segment
 # Up to MAX_DIM of csrc/rotate.h.
 DIMS = range(16, 257, 16)
 BITS = {TurboQuantMSE: (2, 3, 4), Uniform: (2, 3, 4, 8)}
+LOG_KEYS, LOG_VALUES = (WaterfillKey, TrellisKey), (TurboQuantLog, TrellisValue)
 BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 
 # Work per thread, below which starting another one costs more than it saves.
@@ -76,7 +78,7 @@ def encode(codec: Codec, x_BHTD: Tensor, context: LayerContext = NOTHING) -> Pac
     if isinstance(codec, Identity):
         return _cast(codec, x_BHTD, shape) if _readable(x_BHTD) else None
     threads = _threads(x_BHTD.numel() // VALUES_PER_THREAD)
-    if type(codec) is TurboQuantLog or type(codec) is WaterfillKey:
+    if isinstance(codec, TurboQuantLog | WaterfillKey) and type(codec) in (*LOG_KEYS, *LOG_VALUES):
         if dim not in DIMS or not _readable(x_BHTD):
             return None
         return cpu_log.encode(loaded_library(), codec, x_BHTD, context, threads)
@@ -118,9 +120,7 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
         return None
     if q_HQD.dtype not in DTYPES or queries == 0 or key.shape[2] == 0:
         return None
-    if not (
-        _attends(segment.key_codec, key, WaterfillKey) and _attends(segment.value_codec, value)
-    ):
+    if not (_attends(segment.key_codec, key, *LOG_KEYS) and _attends(segment.value_codec, value)):
         return None
     if not _readable(q_HQD, *key.tensors.values(), *value.tensors.values()):
         return None
@@ -176,7 +176,7 @@ def _takes(codec: Any, shape: Shape) -> bool:
 
 def _attends(codec: Any, packed: Packed, *more: type) -> bool:
     """Whether attention takes a codec; `more` are kinds that keys may have and values may not."""
-    if type(codec) in (TurboQuantLog, *more):
+    if type(codec) in (*LOG_VALUES, *more):
         shared = [tensor for tensor in packed.tensors.values() if tensor.shape[2] == 1]
         rope = packed.context.rope
         tables = [] if rope is None else [rope.cos_TP, rope.sin_TP]

@@ -18,6 +18,7 @@ from polykv.codecs.identity import Identity
 from polykv.codecs.int8 import Int8
 from polykv.codecs.normal import log_values
 from polykv.codecs.rotation import random_signs
+from polykv.codecs.trellis import WIDEST, TrellisKey, TrellisValue, levels_of
 from polykv.codecs.turboquant import TurboQuantMSE
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.uniform import Uniform
@@ -56,7 +57,7 @@ class PackedStruct(ctypes.Structure):
         ("levels", ctypes.c_void_p),
         ("boundaries", ctypes.c_void_p),
         ("signs", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("log_values", "largest")),
+        *((name, ctypes.c_void_p) for name in ("trellis", "log_values", "largest")),
         *((name, ctypes.c_void_p) for name in ("mean", "channel_scale", "block_rms")),
         *((name, ctypes.c_void_p) for name in ("order", "widths", "cos", "sin", "first", "second")),
         ("pairs", ctypes.c_int64),
@@ -153,6 +154,8 @@ def _log_struct_of(codec: TurboQuantLog | WaterfillKey, packed: Packed) -> Packe
     levels, boundaries, norms = _log_tables()
     told.levels, told.boundaries = levels.data_ptr(), boundaries.data_ptr()
     told.log_values = norms.data_ptr()
+    if isinstance(codec, TrellisKey | TrellisValue):
+        told.trellis = _trellis_levels().data_ptr()
     told.largest = kept["largest"].data_ptr()
     if isinstance(codec, TurboQuantLog):
         told.kind, told.bits = TURBOQUANT_LOG, codec.bits
@@ -197,6 +200,12 @@ def _log_tables() -> tuple[Tensor, Tensor, Tensor]:
             boundaries[bits, 1 << i : 2 << i] = torch.tensor(book.boundaries[step // 2 - 1 :: step])
     one = torch.ones(1, dtype=torch.float16, device="cpu")
     return levels, boundaries, log_values(torch.arange(256, device="cpu"), one)
+
+
+@cache
+def _trellis_levels() -> Tensor:
+    """The levels of all widths, one after the other."""
+    return torch.cat([levels_of(bits) for bits in range(1, WIDEST + 1)])
 
 
 @cache

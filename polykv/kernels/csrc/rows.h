@@ -25,6 +25,7 @@ struct Packed {
     const float* signs;                // of the rotation, or null
     // TURBOQUANT_LOG and WATERFILL: `levels` holds the codebooks of 0 to 7 bits, `boundaries` theirs in the order of
     // a search by halves: 2^i from entry 2^i on for the bit number i of a code; `scale` a byte per norm.
+    const float* trellis;     // or the levels of trellis codes of 1 to 6 bits, one width after the other (trellis.h)
     const float* log_values;  // of those bytes, over the largest norm of the head
     uint16_t* largest;        // fp16, of each head
     // WATERFILL, of each head:

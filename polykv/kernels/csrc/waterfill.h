@@ -1,9 +1,9 @@
-// Rows of WaterfillKey and TurboQuantLog (polykv/codecs): blocks of 16 codes of 1 to 7 bits, norms as 8-bit logarithms.
+// Rows of WaterfillKey and TurboQuantLog (polykv/codecs) and their trellis-coded variants: blocks of 16 codes of 1 to 7
+// bits, norms as 8-bit logarithms.
 #pragma once
 
-#include "rows.h"
+#include "trellis.h"
 
-constexpr int CODES = 16;  // in a block
 constexpr int MAX_BLOCKS = MAX_DIM / CODES;
 
 // The two halves of a block, eight codes each, in the low bits; above them is anything. Reads no further than the block.
@@ -52,6 +52,20 @@ template <bool ADD>
 constexpr BlockRows BLOCK_ROWS[] = {nullptr,            block_rows<1, ADD>, block_rows<2, ADD>, block_rows<3, ADD>,
                                     block_rows<4, ADD>, block_rows<5, ADD>, block_rows<6, ADD>, block_rows<7, ADD>};
 
+template <bool ADD>
+constexpr BlockRows TRELLIS_ROWS[] = {nullptr,              trellis_rows<1, ADD>, trellis_rows<2, ADD>, trellis_rows<3, ADD>,
+                                      trellis_rows<4, ADD>, trellis_rows<5, ADD>, trellis_rows<6, ADD>};
+
+// How blocks of this many bits are decoded, and by which levels.
+template <bool ADD>
+static inline BlockRows rows_of(const Packed& p, int bits) {
+    return p.trellis ? TRELLIS_ROWS<ADD>[bits] : BLOCK_ROWS<ADD>[bits];
+}
+
+static inline const float* levels_of(const Packed& p, int bits) {
+    return p.trellis ? p.trellis : p.levels + bits * LEVELS;
+}
+
 // The norms of `n` tokens of (batch, head) number `head`.
 static inline void log_norms(const Packed& p, int64_t head, int64_t first, int n, float* norm) {
     const uint8_t* code = head_of(p.scale, p.scale_strides, p, head) + first * p.scale_strides[2];
@@ -65,7 +79,7 @@ static void turboquant_log_rows(const Packed& p, int64_t head, int64_t first, in
     const uint8_t* codes = head_of(p.codes, p.code_strides, p, head) + first * p.code_strides[2];
     const int dim = int(p.dim);
     for (int i = 0; i < dim; i += CODES, codes += 2 * p.bits)
-        BLOCK_ROWS<false>[p.bits](codes, p.code_strides[2], p.levels + p.bits * LEVELS, nullptr, 1.0f, n, dim, out + i);
+        rows_of<false>(p, p.bits)(codes, p.code_strides[2], levels_of(p, p.bits), nullptr, 1.0f, n, dim, out + i);
     log_norms(p, head, first, n, factor);
 }
 
@@ -162,8 +176,7 @@ static void waterfill_rows(const Packed& p, const Plan& plan, int64_t head, int6
     else for (int t = 0; t < n; t++) memcpy(out + t * dim, plan.fixed, sizeof(float) * dim);
     log_norms(p, head, first, n, factor);
     for (int j = 0; j < dim / CODES; j++)
-        BLOCK_ROWS<true>[plan.width[j]](codes + plan.offset[j], p.code_strides[2],
-                                 p.levels + plan.width[j] * LEVELS, factor, plan.rms[j], n, dim,
-                                 out + j * CODES);
+        rows_of<true>(p, plan.width[j])(codes + plan.offset[j], p.code_strides[2], levels_of(p, plan.width[j]),
+                                        factor, plan.rms[j], n, dim, out + j * CODES);
     for (int t = 0; t < n; t++) factor[t] = 1.0f;
 }

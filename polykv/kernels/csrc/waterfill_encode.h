@@ -129,6 +129,8 @@ static void encode_block(const float* y, int dim, const float* factor, float sca
 using EncodeBlock = void (*)(const float*, int, const float*, float, int, const float*, uint8_t*, int64_t);
 constexpr EncodeBlock ENCODE_BLOCK[] = {nullptr,         encode_block<1>, encode_block<2>, encode_block<3>,
                                         encode_block<4>, encode_block<5>, encode_block<6>, encode_block<7>};
+constexpr EncodeBlock ENCODE_TRELLIS[] = {nullptr,           encode_trellis<1>, encode_trellis<2>, encode_trellis<3>,
+                                          encode_trellis<4>, encode_trellis<5>, encode_trellis<6>};
 
 // The codes of TOKENS norms; as log_codes of normal.py.
 static inline void log_codes(const float* rms, float largest, uint8_t* codes) {
@@ -165,8 +167,9 @@ struct Coding {
         for (int j = 0; j < to.dim / CODES; j++) {
             const int width = plan ? plan->width[j] : to.bits, offset = plan ? plan->offset[j] : 2 * width * j;
             const float scale = plan ? 1.0f / std::fmax(plan->rms[j], SMALLEST) : 1.0f;
-            ENCODE_BLOCK[width](y + j * CODES, int(to.dim), factor, scale, n, to.boundaries + width * LEVELS,
-                                out + offset, to.code_strides[2]);
+            const float* table = to.trellis ? to.trellis : to.boundaries + width * LEVELS;
+            (to.trellis ? ENCODE_TRELLIS : ENCODE_BLOCK)[width](y + j * CODES, int(to.dim), factor, scale, n, table,
+                                                                out + offset, to.code_strides[2]);
         }
     }
 
