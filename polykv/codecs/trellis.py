@@ -28,7 +28,7 @@ LEVELS = Path(__file__).parents[1] / "data" / "trellis.json"
 SCALE = 10_000  # levels are stored as integers
 SEEDS = 4  # of which the best is kept
 WIDEST = 6  # bits
-COSTS = 1 << 13  # computed at once
+COSTS = 1 << 17  # computed at once, but no more than half as many as values to encode
 
 
 def window(bits: int) -> int:
@@ -118,7 +118,7 @@ def encode(y: Tensor, bits: int) -> Tensor:
     levels = levels_of(bits).to(y.device)
     y_NT = y.float().reshape(-1, y.shape[-1])
     codes = torch.empty(y_NT.shape, dtype=torch.uint8, device=y.device)
-    step = max(COSTS >> window(bits), 1)
+    step = max(min(COSTS, y_NT.numel() // 2) >> window(bits), 1)
     for start in range(0, len(y_NT), step):
         codes[start : start + step] = _ring(y_NT[start : start + step], levels, bits)
     return codes.view(y.shape)
@@ -139,22 +139,21 @@ def _ring(y_NT: Tensor, levels: Tensor, bits: int) -> Tensor:
 
 def _path(y_NT: Tensor, levels: Tensor, bits: int, seam_N: Tensor | None = None) -> Tensor:
     """The windows (N, T) of least squared error; with `seam_N` the bits before the first and at the end are these."""
-    n_keys = len(levels) >> bits
-    # A window is (key, code): the key is the bits that the window before left. Those that leave the same, in a row.
-    arrivals = torch.arange(len(levels), device=y_NT.device).view(-1, n_keys).T.contiguous()
-    before, levels_SK = arrivals >> bits, levels[arrivals]
-    cost = y_NT.new_zeros(len(y_NT), n_keys)
+    # A window is (key, code): the key is what the window before left, its lower bits are what it leaves. So those that
+    # leave a key k are k, k + n_keys, k + 2 * n_keys, ...
+    n, n_keys = len(y_NT), len(levels) >> bits
+    cost = y_NT.new_zeros(n, n_keys)
     if seam_N is not None:
         cost = cost.fill_(torch.inf).scatter_(1, seam_N.unsqueeze(1), 0)
     choices = []
     for y_N in y_NT.unbind(1):
-        error = (y_N.view(-1, 1, 1) - levels_SK).square_()
-        cost, choice = error.add_(cost[:, before]).min(-1)
+        error = (y_N.unsqueeze(1) - levels).square_()
+        error.view(n, n_keys, -1).add_(cost.unsqueeze(2))
+        cost, choice = error.view(n, -1, n_keys).min(1)
         choices.append(choice.to(torch.uint8))
     key = cost.argmin(1, keepdim=True) if seam_N is None else seam_N.unsqueeze(1)
     windows = []
     for choice in reversed(choices):
-        # Arrival number j at a key is the window key + j * n_keys.
         windows.append(key + choice.gather(1, key).long() * n_keys)
         key = windows[-1] >> bits
     return torch.cat(windows[::-1], 1)
