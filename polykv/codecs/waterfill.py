@@ -105,7 +105,8 @@ class WaterfillKey(Codec):
         sigma = (torch.stack(sums).sum(0) / n_tokens).sqrt().float()
         shared = {"mean": mean} | self._plan(sigma, rope, query_rms)
         largest = [
-            _rms(self._whitened(x_BHTD, shared, part)).amax(2, True) for x_BHTD, part in pairs
+            self._norms(self._whitened(x_BHTD, shared, part)).amax(2, True)
+            for x_BHTD, part in pairs
         ]
         return shared | {"largest": torch.stack(largest).amax(0).half()}
 
@@ -165,7 +166,7 @@ class WaterfillKey(Codec):
         query_rms: Tensor | None = None,
     ) -> dict[str, Tensor]:
         y_BHTnb = self._whitened(x_BHTD, shared, rope)
-        norm = log_codes(_rms(y_BHTnb), shared["largest"])
+        norm = log_codes(self._norms(y_BHTnb), shared["largest"])
         y_BHTnb /= log_values(norm, shared["largest"]).clamp_min(SMALLEST).unsqueeze(-1)
         batch, heads, n_tokens, n_blocks, _ = y_BHTnb.shape
         size = (batch, 1, n_tokens, self.code_bytes(heads, x_BHTD.shape[-1]))
@@ -200,6 +201,10 @@ class WaterfillKey(Codec):
         mean_BHTnb = _in_blocks(mean_BHTD, tensors["order"].long()) @ self._hadamard(norm.device)
         return (y_BHTnb + mean_BHTnb).flatten(-2)
 
+    def _norms(self, y_BHTnb: Tensor) -> Tensor:
+        """What the blocks of a token are divided by: their RMS (B, H, T, 1)."""
+        return y_BHTnb.square().mean((-2, -1)).sqrt().unsqueeze(-1)
+
     def _codes(self, y: Tensor, bits: int) -> Tensor:
         return codes_of(y, bits)
 
@@ -232,11 +237,6 @@ def _in_blocks(x_BHTD: Tensor, order_BH1D: Tensor) -> Tensor:
     """(B, H, T, n, 16): the channels in order, filled up with zeros."""
     sorted_BHTD = x_BHTD.gather(-1, order_BH1D.expand_as(x_BHTD))
     return F.pad(sorted_BHTD, (0, -x_BHTD.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-
-
-def _rms(y_BHTnb: Tensor) -> Tensor:
-    """Of each token over its blocks: (B, H, T, 1)."""
-    return y_BHTnb.square().mean((-2, -1)).sqrt().unsqueeze(-1)
 
 
 def _places(widths: Tensor, n_blocks: int) -> list[dict[int, tuple[Tensor, Tensor]]]:

@@ -7,6 +7,8 @@
 
 constexpr int CODES = 16;  // in a block
 
+constexpr float REACH = 3.5f;  // of a key's largest value over what its blocks are divided by
+
 // Bits that a level depends on, the number of levels, and where theirs start in the table of all widths.
 constexpr int window_of(int bits) { return bits < 3 ? 8 : bits + 5; }
 constexpr int n_windows(int bits) { return 1 << window_of(bits); }

@@ -145,6 +145,14 @@ static inline void log_codes(const float* rms, float largest, uint8_t* codes) {
     }
 }
 
+// The largest value of a token's blocks, each over its RMS.
+static inline float largest_of(const Plan& plan, int dim, const float* y) {
+    float largest = 0.0f;
+    for (int i = 0; i < dim; i++)
+        largest = std::fmax(largest, std::fabs(y[i]) / std::fmax(plan.rms[i / CODES], SMALLEST));
+    return largest;
+}
+
 // The last two passes over a head's tokens: their RMS and the largest of them, and then (`write`) their codes.
 struct Coding {
     const Input& x;
@@ -217,12 +225,13 @@ struct Coding {
                 const Floats key = load_floats(from + c * bytes_of(x.dtype), x.dtype);
                 const Floats rest = key - turns.turned<DIM>(mean, cos, sin, c);
                 const Floats v = rest * load<Floats>(weight + c);
-                if (write) store(row + c, rest);
-                else sum += v * v;
+                if (write || to.trellis) store(row + c, rest);
+                sum += v * v;
             }
-            if (!write) return std::sqrt(sum_lanes(sum) / dim);
+            const float rms = std::sqrt(sum_lanes(sum) / dim);
+            if (!write && !to.trellis) return rms;
             blocks(row, order, gain, dim, y);
-            return 0.0f;
+            return to.trellis && !write ? std::fmax(rms, largest_of(plan, dim, y) / REACH) : rms;
         });
     }
 
