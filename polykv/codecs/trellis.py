@@ -41,8 +41,8 @@ def window(bits: int) -> int:
 class TrellisKey(WaterfillKey):
     """WaterfillKey whose blocks are trellis-coded, in as many bytes, and whose outliers are not clipped.
 
-    The norm of a token is its largest value over 3.5, if that is more than its RMS: on Gemma-3-270M, whose heads have 16
-    blocks, a few tokens have values of 8 times their RMS in the blocks that matter most.
+    The norm of a token is its largest value over 3.5, if that is more than its RMS: on Gemma-3-270M, whose heads have
+    16 blocks, a few tokens have values of 8 times their RMS in the blocks that matter most.
 
     No block has more than 6 bits. The squared error of normal values at 2, 3 and 4 bits is .76, .66 and .62 times that
     of Lloyd-Max levels.
