@@ -50,7 +50,7 @@ def new_rows(cfg: DictConfig, session: Session, columns: Mapping[str, type], **a
 def add_ratio(rows: Rows, pool: SharedKVPool, synthetic: bool = False) -> None:
     """compression_ratio: fp16 bits over payload bits (nominal), and fp16 bytes over all bytes kept (stored).
 
-    full_layers_ratio: the same of the layers of full attention alone, where others have sliding windows.
+    full_layers_ratio: the same of the layers of full attention alone, where others have sliding windows or states.
     """
     about = {"head_dim": pool.head_dim, "n_tokens": pool.n_tokens, "synthetic": synthetic}
     ratios = {"nominal": pool.nominal_ratio, "stored": pool.stored_ratio}

@@ -198,7 +198,7 @@ def check_hub(
 
 
 def check_full_attention(cfg: DictConfig, what: str = "") -> None:
-    """Check that the model has no sliding windows, where those are not measured; raises PolyKVError.
+    """Check that the model has neither sliding windows nor states, where those are not measured; raises PolyKVError.
 
     `what` begins the message: the setting, or by default the study.
     """
@@ -211,8 +211,8 @@ def check_padded(cfg: DictConfig) -> None:
     if counts_padding(architecture, unshared=cfg.reader != "in_place"):
         never = counts_padding(architecture, unshared=False)
         raise PolyKVError(
-            f"reader={cfg.reader} pads agents that read together, and {architecture.model_type} counts padding as "
-            f"distance; use {'another model' if never else 'reader=in_place'}"
+            f"reader={cfg.reader} pads agents that read together, and {architecture.model_type} counts padding; "
+            f"use {'another model' if never else 'reader=in_place'}"
         )
 
 

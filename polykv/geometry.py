@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
 from polykv.errors import PolyKVError
@@ -16,7 +17,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Geometry":
-        """The geometry of an architecture with layers of full or sliding-window attention.
+        """The geometry of an architecture whose layers have full or sliding-window attention, or a state.
 
         Raises:
             PolyKVError: its cache holds something else, or disagrees with its config.
@@ -34,8 +35,8 @@ class Geometry:
         """Compare with the attributes of the config, where it has them."""
         found = {
             "num_hidden_layers": {self.n_layers},
-            "num_key_value_heads": {layer.n_kv_heads for layer in self.layers},
-            "head_dim": {layer.head_dim for layer in self.layers},
+            "num_key_value_heads": {layer.n_kv_heads for layer in self.attending},
+            "head_dim": {layer.head_dim for layer in self.attending},
         }
         for name, values in found.items():
             try:
@@ -53,6 +54,15 @@ class Geometry:
         return len(self.layers)
 
     @property
+    def attending(self) -> tuple[LayerShape, ...]:
+        """The layers that keep keys and values."""
+        return tuple(layer for layer in self.layers if layer.state is None)
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the states of the other layers, whatever the number of tokens, in a model of this dtype."""
+        return sum(one.nbytes(dtype) for layer in self.layers for one in layer.state or ())
+
+    @property
     def values_per_token(self) -> int:
         """Number of values per token: keys and values of all layers and heads."""
         return 2 * sum(layer.n_kv_heads * layer.head_dim for layer in self.layers)
@@ -65,17 +75,17 @@ class Geometry:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer; None for full attention."""
+        """The window of each layer; None for full attention and for a layer with a state."""
         return tuple(layer.window for layer in self.layers)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(kv heads, head_dim), the same in all layers.
+        """(kv heads, head_dim), the same in all layers that have any.
 
         Raises:
             PolyKVError: the layers differ.
         """
-        shapes = {(layer.n_kv_heads, layer.head_dim) for layer in self.layers}
+        shapes = {(layer.n_kv_heads, layer.head_dim) for layer in self.attending}
         if len(shapes) > 1:
             raise PolyKVError(
                 f"layers differ in (kv heads, head_dim): {sorted(shapes)}; use a model with equal layers"

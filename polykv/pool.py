@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
@@ -24,6 +24,7 @@ from polykv.greedy import greedy
 from polykv.prefill import prefill
 from polykv.probe import kept_tokens
 from polykv.recipe import Recipe
+from polykv.recurrent import STATES, State, StateLayer
 from polykv.segment import Segment, decode_segments
 from polykv.supported import (
     check_cache,
@@ -36,44 +37,57 @@ from polykv.supported import (
 from polykv.tokens import encode
 
 READERS = ("dequantize", "in_place")
+Kept = (
+    tuple[Tensor, Tensor] | State
+)  # what a layer keeps: keys and values, each (batch, kv_heads, tokens, head_dim)
 COPIES = 2 << 30  # bytes of full-precision caches in a batch of agents
 
 
 class SharedKVPool:
     """A document's KV cache, compressed under a recipe; made by `from_text`, `from_cache` or `from_layers`.
 
+    Layers of linear attention, convolution or recurrence keep their state (polykv/recurrent.py), which is not
+    compressed. A recipe's numbers of layers (`layer_bits`, exempt first and last ones) count these layers as well.
+
+    Attributes:
+        n_values: keys' and values' numbers.
+        state_bytes: bytes of all states.
+
     `backend` encodes the cache and attends to it: "auto", "torch", "cpu" or "triton" (polykv/kernels).
     """
 
     def __init__(
         self,
-        layers: Sequence[Sequence[Segment]],
+        layers: Sequence[Sequence[Segment] | State],
         recipe: Recipe,
         backend: str = "torch",
-        contexts: Sequence[LayerContext] = (),
+        contexts: Sequence[LayerContext | None] = (),
         windows: Sequence[int | None] = (),
         n_tokens: int | None = None,
     ) -> None:
-        """A pool of segments by layer; for `windows` and `n_tokens` see `from_layers`."""
-        if not layers:
-            raise PolyKVError("the cache holds no layers; prefill the document first")
-        self._layers = tuple(tuple(segments) for segments in layers)
+        """A pool of segments or a state by layer; for `windows` and `n_tokens` see `from_layers`."""
+        self._layers = tuple(one if isinstance(one, State) else tuple(one) for one in layers)
+        first = next((one for one in self._layers if not isinstance(one, State)), None)
+        if first is None:
+            raise PolyKVError("the cache holds no layers with keys; prefill the document first")
         self.windows = tuple(windows) or (None,) * len(self._layers)
         self.recipe = recipe
         # For the pools that are made of an uncompressed one; its segments hold what a codec asked for.
         self.contexts = tuple(contexts) if recipe.is_full else ()
         self.chat: Chat | None = None
-        self.device = next(iter(self._layers[0][0].key.tensors.values())).device
+        self.device = next(iter(first[0].key.tensors.values())).device
         self.backend = kernels.pick_backend(backend, self.device)
-        self.n_tokens: int = n_tokens or sum(segment.n_tokens for segment in self._layers[0])
-        self.dtype: torch.dtype = self._layers[0][0].key.dtype
+        self.n_tokens: int = n_tokens or sum(segment.n_tokens for segment in first)
+        self.dtype: torch.dtype = first[0].key.dtype
+        self.head_dim: int = first[0].key.shape[3]
+        self.state_bytes: int = sum(one.nbytes for one in self._layers if isinstance(one, State))
         self.n_values: int = sum(
             torch.Size(packed.shape).numel()
             for segment in self._segments()
             for packed in (segment.key, segment.value)
         )
         if recipe.keep:  # those of all tokens, so that ratios are to the whole cache
-            n_kept = sum(segment.n_tokens for segment in self._layers[0])
+            n_kept = sum(segment.n_tokens for segment in first)
             self.n_values = self.n_values // n_kept * self.n_tokens
 
     @classmethod
@@ -105,13 +119,14 @@ class SharedKVPool:
 
     @classmethod
     def from_cache(cls, cache: Cache, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
-        """Compress a transformers cache of layers of full or sliding-window attention, which is not modified.
+        """Compress a transformers cache, which is not modified.
 
-        Of a sliding-window layer the tokens are kept that the next token would see, as transformers keeps them.
+        Of a sliding-window layer the tokens are kept that the next token would see, as transformers keeps them; of a
+        layer of linear attention, convolution or recurrence a copy of its state.
 
         Raises:
-            PolyKVError: hybrid, MLA, static, quantized or encoder-decoder caches; a recipe that needs to know more of
-                the model, and a cache that does not come from `polykv.prefill.prefill`.
+            PolyKVError: layers of two kinds at once, MLA, static, quantized or encoder-decoder caches; a recipe that
+                needs to know more of the model, and a cache that does not come from `polykv.prefill.prefill`.
         """
         check_cache(cache)
         contexts = getattr(cache, "contexts", ())
@@ -120,7 +135,9 @@ class SharedKVPool:
         windows = [window_of(layer) for layer in cache.layers]
         # Cloned, as a view keeps all tokens of the prefill alive.
         layers = (
-            (layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone())
+            State.of(layer)
+            if type(layer) in STATES
+            else (layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone())
             if (kept := kept_tokens(n_tokens, window)) < n_tokens
             else (layer.keys, layer.values)
             for layer, window in zip(cache.layers, windows, strict=True)
@@ -131,15 +148,15 @@ class SharedKVPool:
     @classmethod
     def from_layers(
         cls,
-        layers: Iterable[tuple[Tensor, Tensor]],
+        layers: Iterable[Kept],
         recipe: Recipe,
         n_layers: int | None = None,
         backend: str = "auto",
-        contexts: Sequence[LayerContext] = (),
+        contexts: Sequence[LayerContext | None] = (),
         windows: Sequence[int | None] = (),
         n_tokens: int | None = None,
     ) -> "SharedKVPool":
-        """Compress (keys, values) layer by layer, each (batch, kv_heads, tokens, head_dim).
+        """Compress (keys, values) layer by layer, each (batch, kv_heads, tokens, head_dim); states are kept.
 
         Args:
             layers: may be a generator, so that only one layer exists at full size at a time; then give `n_layers`.
@@ -147,21 +164,26 @@ class SharedKVPool:
                 enough to count bytes.
             windows: the sliding window of each layer, None for full attention; empty: all have full attention. Of a
                 layer with a window, `layers` has the last tokens only (`polykv.probe.kept_tokens`).
-            n_tokens: tokens of the document; None: those of the first layer. Needed if that one has a window.
+            n_tokens: tokens of the document; None: those of the first layer with keys. Needed if that one has a window.
 
         Raises:
-            PolyKVError: a tensor that the recipe's codec cannot encode (names the layer, and keys or values), or a
-                number of tokens that does not fit the window.
+            PolyKVError: a tensor that the recipe's codec cannot encode (names the layer, and keys or values), a number
+                of tokens that does not fit the window, or a recipe that drops tokens, which states have read.
         """
         if n_layers is None:
             layers = list(layers)
             n_layers = len(layers)
         windows = tuple(windows) or (None,) * n_layers
-        encoded: list[list[Segment]] = []
+        encoded: list[list[Segment] | State] = []
         # Not enumerate, which keeps a reference to a layer while the next is made.
-        for k_BHTD, v_BHTD in layers:
+        for kept in layers:
+            if isinstance(kept, State):
+                recipe.check_keeps_all("a model whose states have read them")
+                encoded.append(kept)
+                continue
+            k_BHTD, v_BHTD = kept
             index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
-            context = contexts[index] if contexts else NOTHING
+            context = (contexts[index] if contexts else None) or NOTHING
             n_tokens = n_tokens or k_BHTD.shape[2]
             n_left = n_tokens - k_BHTD.shape[2]
             if k_BHTD.shape[2] != kept_tokens(n_tokens, windows[index]):
@@ -174,11 +196,11 @@ class SharedKVPool:
                 encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, *place))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
-            del k_BHTD, v_BHTD
+            del kept, k_BHTD, v_BHTD
         return cls(encoded, recipe, backend, contexts, windows, n_tokens)
 
     def _segments(self) -> Iterator[Segment]:
-        return (segment for segments in self._layers for segment in segments)
+        return (one for kept in self._layers if not isinstance(kept, State) for one in kept)
 
     @property
     def n_layers(self) -> int:
@@ -186,14 +208,9 @@ class SharedKVPool:
         return len(self._layers)
 
     @property
-    def head_dim(self) -> int:
-        """Size of a head's vectors."""
-        return self._layers[0][0].key.shape[3]
-
-    @property
     def stored_bytes(self) -> int:
-        """Bytes of all stored tensors: codes, scales, norms."""
-        return sum(segment.nbytes for segment in self._segments())
+        """Bytes of all stored tensors: codes, scales, norms, states."""
+        return sum(segment.nbytes for segment in self._segments()) + self.state_bytes
 
     @property
     def nominal_ratio(self) -> float:
@@ -202,27 +219,42 @@ class SharedKVPool:
 
     @property
     def stored_ratio(self) -> float:
-        """fp16 bytes of the cache over `stored_bytes`."""
-        return 2 * self.n_values / self.stored_bytes
+        """Bytes of the cache, its keys and values in fp16 and its states as they are, over `stored_bytes`."""
+        return (2 * self.n_values + self.state_bytes) / self.stored_bytes
 
     @property
     def full_layers_ratios(self) -> tuple[float, float] | None:
         """(nominal, stored) ratio of the layers of full attention alone; None if all layers are, or none is."""
-        full = [index for index, window in enumerate(self.windows) if window is None]
-        if len(full) in (0, self.n_layers):
+        segments = {
+            index: kept
+            for index, (kept, window) in enumerate(zip(self._layers, self.windows, strict=True))
+            if window is None and not isinstance(kept, State)
+        }
+        if len(segments) in (0, self.n_layers):
             return None
-        codecs = [one for index in full for one in self.recipe.codecs(index, self.n_layers)]
-        segments = [one for index in full for one in self._layers[index]]
+        codecs = [one for index in segments for one in self.recipe.codecs(index, self.n_layers)]
+        full = [one for kept in segments.values() for one in kept]
         n_bits = sum(codec.payload_bits(self.dtype) for codec in codecs)
-        n_values = sum(2 * torch.Size(one.key.shape).numel() for one in segments)
-        return 16 * len(codecs) / n_bits, 2 * n_values / sum(one.nbytes for one in segments)
+        n_values = sum(2 * torch.Size(one.key.shape).numel() for one in full)
+        return 16 * len(codecs) / n_bits, 2 * n_values / sum(one.nbytes for one in full)
+
+    def kept(self) -> Iterator[Kept]:
+        """What each layer keeps: its keys and values (`decode_layer`), or its state."""
+        for index, kept in enumerate(self._layers):
+            yield kept if isinstance(kept, State) else self.decode_layer(index)
 
     def decode_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim), in the cache's dtype.
 
         Of a sliding-window layer, of its last tokens (`polykv.probe.kept_tokens`).
+
+        Raises:
+            PolyKVError: a layer with a state.
         """
-        return decode_segments(self._layers[index])
+        kept = self._layers[index]
+        if isinstance(kept, State):
+            raise PolyKVError(f"layer {index} keeps a state and no keys; take another layer")
+        return decode_segments(kept)
 
     def under(self, recipe: Recipe, backend: str = "auto") -> "SharedKVPool":
         """A pool of this pool's decoded cache under another recipe or backend.
@@ -236,26 +268,28 @@ class SharedKVPool:
             return self
         self.recipe.check_keeps_all("a pool under another recipe or backend")
         _check_known(recipe, self.contexts)
-        layers = (self.decode_layer(index) for index in range(self.n_layers))
         about = (self.contexts, self.windows, self.n_tokens)
-        return SharedKVPool.from_layers(layers, recipe, self.n_layers, backend, *about)
+        return SharedKVPool.from_layers(self.kept(), recipe, self.n_layers, backend, *about)
 
     def dequantize(self, n_agents: int = 1) -> DynamicCache:
         """A full-precision DynamicCache with a row for each of `n_agents`, ready to continue the document.
 
-        Rows are views of one decoded copy until the first tokens are appended, which copies them.
+        Rows are views of one decoded copy until the first tokens are appended, which copies them; states are shared
+        with the pool until then.
         """
-        layers = (self.decode_layer(index) for index in range(self.n_layers))
         rows = (
-            (k_BHTD.expand(n_agents, -1, -1, -1), v_BHTD.expand(n_agents, -1, -1, -1))
-            for k_BHTD, v_BHTD in layers
+            kept.layer(n_agents)
+            if isinstance(kept, State)
+            else tuple(x.expand(n_agents, -1, -1, -1) for x in kept)
+            for kept in self.kept()
         )
         return unshared_cache(rows, self.windows, self.n_tokens)
 
     def reader(self, n_agents: int) -> CascadeCache:
         """A cache in which `n_agents` attend to this pool in place, within `attend_in_place(model)`.
 
-        It references the pool's tensors and stores only the agents' own tokens.
+        It references the pool's tensors and stores only the agents' own tokens, and their own states once they have
+        read any.
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -273,7 +307,8 @@ class SharedKVPool:
         """Greedy answers of agents, one per query; a query continues the document directly, or in chat format.
 
         With read mode `reader` "dequantize" each agent has a full-precision cache, in batches of up to COPIES bytes;
-        with "in_place" all agents attend to the compressed copy in one batch.
+        with "in_place" all agents attend to the compressed copy in one batch. Where padding would change answers, a
+        batch has queries of one length only.
 
         Raises:
             PolyKVError: an unknown read mode, an empty query, max_new_tokens < 1, more tokens than the model has
@@ -287,28 +322,25 @@ class SharedKVPool:
         queries_ids = encode_queries(model, tokenizer, queries, self.n_tokens, max_new_tokens)
         if not queries_ids:
             return []
-        if reader == "dequantize":
-            answers: dict[int, str] = {}
-            with read_unshared(model):
-                for part in self._batches(model, queries_ids):
-                    cache = self.dequantize(len(part))
-                    ids = [queries_ids[number] for number in part]
-                    said = generate(model, tokenizer, cache, ids, max_new_tokens)
-                    answers |= dict(zip(part, said, strict=True))
-            return [answers[number] for number in range(len(queries))]
-        cache = self.reader(len(queries_ids))
-        with attend_in_place(model):
-            return generate(model, tokenizer, cache, queries_ids, max_new_tokens)
+        unshared = reader == "dequantize"
+        answers: dict[int, str] = {}
+        with read_unshared(model) if unshared else attend_in_place(model):
+            for part in self._batches(model, queries_ids, unshared):
+                cache = self.dequantize(len(part)) if unshared else self.reader(len(part))
+                ids = [queries_ids[number] for number in part]
+                said = generate(model, tokenizer, cache, ids, max_new_tokens)
+                answers |= dict(zip(part, said, strict=True))
+        return [answers[number] for number in range(len(queries))]
 
-    def _batches(self, model: PreTrainedModel, queries_ids: Sequence[Tensor]) -> Iterator[Any]:
-        """The numbers of the queries that are answered together from unshared caches.
-
-        Of one length, if padding between pool and query would change the answer.
-        """
-        batch = max(COPIES // (self.n_values * self.dtype.itemsize), 1)
+    def _batches(
+        self, model: PreTrainedModel, queries_ids: Sequence[Tensor], unshared: bool
+    ) -> Iterator[Any]:
+        """The numbers of the queries that are answered together: of one length, if padding would change the answer."""
+        copied = self.n_values * self.dtype.itemsize + self.state_bytes
+        batch = max(COPIES // copied, 1) if unshared else len(queries_ids)
         numbers = range(len(queries_ids))
         groups: Any = [numbers]
-        if counts_padding(model.config, unshared=True):
+        if counts_padding(model.config, unshared):
             lengths = sorted({len(ids_T) for ids_T in queries_ids})
             groups = [[n for n in numbers if len(queries_ids[n]) == length] for length in lengths]
         for group in groups:
@@ -317,20 +349,33 @@ class SharedKVPool:
 
 
 def unshared_cache(
-    layers: Iterable[tuple[Tensor, Tensor]],
+    layers: Iterable[tuple[Tensor, ...] | StateLayer | DummyLayer],
     windows: Sequence[int | None] = (),
     n_tokens: int | None = None,
 ) -> DynamicCache:
-    """A DynamicCache of (keys, values); for `windows` and `n_tokens` see `SharedKVPool.from_layers`.
+    """A DynamicCache of (keys, values), and of layers with a state as they are.
+
+    For `windows` and `n_tokens` see `SharedKVPool.from_layers`.
 
     Of `n_tokens` tokens layers may have fewer: the others were dropped.
     """
     # transformers takes a third tensor, the window.
     pairs = zip(layers, windows or repeat(None), strict=bool(windows))
-    given = ((*layer, torch.tensor(window)) if window else layer for layer, window in pairs)
-    cache = DynamicCache(given)
+    states: dict[int, StateLayer | DummyLayer] = {}
+
+    def given() -> Iterator[Any]:
+        for number, (layer, window) in enumerate(pairs):
+            if not isinstance(layer, tuple):
+                states[number] = layer
+                yield None, None
+            else:
+                yield (*layer, torch.tensor(window)) if window else layer
+
+    cache = DynamicCache(given())
     for number, layer in enumerate(cache.layers):
-        if layer.is_sliding:
+        if number in states:
+            cache.layers[number] = states[number]
+        elif layer.is_sliding:
             layer.cumulative_length = n_tokens
         elif n_tokens and (n_dropped := n_tokens - layer.get_seq_length()):
             cache.layers[number] = ThinnedLayer(n_dropped)
@@ -354,9 +399,9 @@ class ThinnedLayer(DynamicLayer):
         return super().get_seq_length() + query_length, self._n_dropped
 
 
-def _check_known(recipe: Recipe, contexts: Sequence[LayerContext]) -> None:
+def _check_known(recipe: Recipe, contexts: Sequence[LayerContext | None]) -> None:
     needs = recipe.keep.needs if recipe.keep else ()
-    if any(getattr(context, name) is None for name in needs for context in contexts):
+    if any(getattr(context, name) is None for name in needs for context in contexts if context):
         raise PolyKVError(
             f"recipe {recipe.name!r} chooses tokens by the model's {' and '.join(needs)}, which only sdpa shows; "
             "load the model with attn_implementation=sdpa, or use another recipe"

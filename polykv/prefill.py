@@ -35,12 +35,12 @@ class PrefilledCache(DynamicCache):
     """The DynamicCache that `prefill` returns, with what it found out about the layers."""
 
     watch: "Watch | None" = None  # while the model runs
-    found: tuple[LayerContext, ...] = ()
+    found: tuple[LayerContext | None, ...] = ()
     n_prefilled = 0
 
     @property
-    def contexts(self) -> tuple[LayerContext, ...]:
-        """What codecs may know of each layer and the tokens that it keeps.
+    def contexts(self) -> tuple[LayerContext | None, ...]:
+        """What codecs may know of each layer and the tokens that it keeps; None for a layer with a state.
 
         Empty once the cache has grown, as later angles are not known.
         """
@@ -48,7 +48,7 @@ class PrefilledCache(DynamicCache):
         if self.get_seq_length() != n_tokens:
             return ()
         return tuple(
-            context if kept == n_tokens else context.narrow(n_tokens - kept, n_tokens)
+            context.narrow(n_tokens - kept, n_tokens) if context and kept < n_tokens else context
             for context, layer in zip(self.found, self.layers, strict=False)
             if (kept := kept_tokens(n_tokens, window_of(layer)))
         )
@@ -73,7 +73,8 @@ def prefill(model: PreTrainedModel, ids_BT: Tensor) -> PrefilledCache:
         raise PolyKVError("the document is empty; give at least one token of text")
     check_length(model.config, ids_BT.shape[1], "the document")
     cache = PrefilledCache(config=model.config)
-    cache.found, cache.n_prefilled = watched(model, ids_BT, cache).contexts(), ids_BT.shape[1]
+    seen = watched(model, ids_BT, cache)
+    cache.found, cache.n_prefilled = seen.contexts(len(cache.layers)), ids_BT.shape[1]
     return cache
 
 
@@ -93,7 +94,8 @@ def reread(
         past = PrefilledCache(
             [(layer.keys[:, :, :start], layer.values[:, :, :start]) for layer in cache.layers]
         )
-    return watched(model, ids_T[None, start:].long(), past).contexts()
+    seen = watched(model, ids_T[None, start:].long(), past)
+    return tuple(context for context in seen.contexts(len(past.layers)) if context)
 
 
 def watched(model: PreTrainedModel, ids_BT: Tensor, cache: PrefilledCache) -> "Watch":
@@ -162,9 +164,9 @@ class Watch(TorchFunctionMode):
             self._used |= any(arg is self._given[1][0] for arg in args)
         return func(*args, **kwargs)
 
-    def contexts(self) -> tuple[LayerContext, ...]:
-        """What was recorded, by layer."""
-        return tuple(self._found[layer] for layer in sorted(self._found))
+    def contexts(self, n_layers: int) -> tuple[LayerContext | None, ...]:
+        """What was recorded of each layer; None of those that wrote no keys."""
+        return tuple(map(self._found.get, range(n_layers)))
 
     def _rope(self, head_dim: int) -> Rope | None:
         """The rotation by the last angles; layers that get the same angles share it."""

@@ -19,13 +19,20 @@ from transformers import (
     DynamicCache,
     PretrainedConfig,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from polykv import experts
 from polykv.errors import PolyKVError
+from polykv.recurrent import STATES, StateShape, shapes
 
 ATTENTION = "polykv_probe"  # name of the recording attention function in transformers' registry
+# Families (types of the text's config) with layers of linear attention, convolution or recurrence whose states
+# transformers continues exactly, also with several tokens at once (tests/test_families.py). Jamba, say, does not.
+CONTINUES = {
+    "granitemoehybrid", "lfm2", "lfm2_moe", "lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next",
+}  # fmt: skip
 FAR_POSITION = 1 << 20  # with full attention, a query this far away still sees token 0
 # Arguments that attention in place does not support, and the end of an error message "MODEL ...".
 UNSUPPORTED = {
@@ -40,13 +47,15 @@ class LayerShape:
 
     `window`: None for full attention; a sliding-window layer's token sees the last `window` tokens, itself included.
     `n_heads` is the number of query heads, or None if the model did not call the recording attention function. It does
-    not affect the cache, so equality ignores it.
+    not affect the cache, so equality ignores it. A layer of linear attention, or one that keeps nothing, has no heads
+    but a `state`, which is None for all others.
     """
 
     n_kv_heads: int
     head_dim: int
     n_heads: int | None = field(default=None, compare=False)
     window: int | None = None
+    state: tuple[StateShape, ...] | None = None
 
     def kept(self, n_tokens: int, in_place: bool = False) -> int:
         """How many of `n_tokens` tokens the layer keeps: those that a later token can see.
@@ -173,11 +182,12 @@ _probes: dict[str, Probe] = {}  # by the config's JSON, since configs are not ha
 def probe(config: PretrainedConfig) -> Probe:
     """The probe of an architecture; results are cached for the life of the process.
 
-    All layers must use full or sliding-window attention, which `check_model` (polykv/supported.py) checks first.
+    All layers must have full or sliding-window attention, or a state, which `check_model` (polykv/supported.py) checks
+    first.
 
     Raises:
-        PolyKVError: the model cannot read one token with a cache, is not causal, or does not cache exactly one key and
-            one value of the same shape for that token in each layer.
+        PolyKVError: the model does not continue its states exactly, cannot read one token with a cache, is not causal,
+            or does not cache exactly one key and one value of the same shape for that token in each attention layer.
     """
     key = config.to_json_string()
     if key not in _probes:
@@ -192,14 +202,19 @@ def _probe(config: PretrainedConfig) -> Probe:
     config.quantization_config = None
     # Looping over the experts that the router chose would need its output, which has no data on the meta device.
     config._experts_implementation = "batched_mm"
-    windows = [
-        getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers
+    layers = [
+        one if type(one) in STATES else _RecordingLayer(getattr(one, "sliding_window", None))
+        for one in DynamicCache(config=config).layers
     ]
-    layers = [_RecordingLayer(window) for window in windows]
+    # Of a state, those tensors that are not in bfloat16 then have one dtype in all models.
+    dtype = torch.float32
+    if not all(isinstance(layer, _RecordingLayer) for layer in layers):
+        _check_continues(config)
+        dtype = torch.bfloat16
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
+                config, trust_remote_code=False, dtype=dtype, attn_implementation="eager"
             ).eval()
             model.set_attn_implementation(ATTENTION)
             mixtures = experts.watch(model)
@@ -216,12 +231,37 @@ def _probe(config: PretrainedConfig) -> Probe:
         raise PolyKVError(
             f"{name} cannot be read one token at a time with a cache ({first_line}); use another model"
         ) from error
-    shapes = tuple(_shape(name, index, layer) for index, layer in enumerate(layers))
+    found = tuple(
+        _shape(name, index, layer)
+        if isinstance(layer, _RecordingLayer)
+        else _state(name, index, layer)
+        for index, layer in enumerate(layers)
+    )
     # Models that do not use the registry ignore set_attn_implementation.
     if model.config._attn_implementation != ATTENTION:
-        return Probe(shapes, "has its own attention function", tuple(mixtures))
-    faults = (layer.fault for layer in layers if layer.fault)
-    return Probe(shapes, next(faults, None), tuple(mixtures))
+        return Probe(found, "has its own attention function", tuple(mixtures))
+    faults = (fault for layer in layers if (fault := getattr(layer, "fault", None)))
+    return Probe(found, next(faults, None), tuple(mixtures))
+
+
+def _check_continues(config: PretrainedConfig) -> None:
+    """Check that a model with states is one that goes on from them with several tokens at once; raises PolyKVError."""
+    if config.get_text_config(decoder=True).model_type not in CONTINUES:
+        raise PolyKVError(
+            f"{config.model_type} has layers of linear attention, or that share a cache, and transformers does not "
+            f"continue them exactly; use a model of {', '.join(sorted(CONTINUES))}, or one all of whose layers have "
+            "full or sliding-window attention"
+        )
+
+
+def _state(name: str, index: int, layer: Any) -> LayerShape:
+    """The shape of a layer with a state; raises PolyKVError if the model left it empty."""
+    found = shapes(layer, torch.bfloat16)
+    if not found and not isinstance(layer, DummyLayer):
+        raise PolyKVError(
+            f"{name} keeps nothing in layer {index} of its cache after reading a token; use another model"
+        )
+    return LayerShape(0, 0, state=found)
 
 
 def _shape(name: str, index: int, layer: _RecordingLayer) -> LayerShape:

@@ -1,4 +1,4 @@
-"""Checks of which caches and models are supported: full or sliding-window attention, within the model's positions.
+"""Checks of which caches and models are supported, by the kinds of their layers, within the model's positions.
 
 tests/test_families.py verifies them on the model families of transformers; docs/families.yaml lists the results.
 """
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.probe import kept_tokens, probe
+from polykv.recurrent import STATES
 
 # Encoders that transformers can run as decoders. They attend in both directions by default (is_decoder), and most count
 # positions from the padding, so that an agent's answer would depend on the other queries.
@@ -26,7 +27,8 @@ LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def check_cache(cache: Cache) -> None:
-    """Check that a cache consists of layers of full or sliding-window attention that have seen the same tokens.
+    """Check that a cache consists of layers of full or sliding-window attention that have seen the same tokens, and of
+    layers with a state.
 
     Raises:
         PolyKVError: names the first layer that is not supported.
@@ -35,11 +37,17 @@ def check_cache(cache: Cache) -> None:
         raise PolyKVError("encoder-decoder caches cannot be pooled; use a decoder-only model")
     for index, layer in enumerate(cache.layers):
         # Other subclasses of DynamicLayer (hybrid, quantized) do not hold tokens as they are.
-        if type(layer) not in LAYERS:
+        if type(layer) not in LAYERS + STATES:
             raise PolyKVError(
-                f"layer {index} is a {type(layer).__name__}, not full or sliding-window attention with a "
+                f"layer {index} is a {type(layer).__name__}, not full, sliding-window or linear attention with a "
                 "DynamicCache; use a model all of whose layers are"
             )
+        if type(layer) in STATES:
+            if type(layer) is not DummyLayer and not all(layer.has_previous_state.values()):
+                raise PolyKVError(
+                    f"layer {index} of the cache has no state; prefill at least one token"
+                )
+            continue
         n_tokens = layer.get_seq_length()
         if n_tokens == 0:
             raise PolyKVError(f"layer {index} of the cache is empty; prefill at least one token")
@@ -56,19 +64,26 @@ def check_cache(cache: Cache) -> None:
                 f"{tuple(layer.values.shape)} (multi-head latent attention?); "
                 "use a model whose keys and values have one shape"
             )
+    if cache.layers and not any(type(layer) in LAYERS for layer in cache.layers):
+        raise PolyKVError(_nothing_to_compress("the cache"))
 
 
-def window_of(layer: DynamicLayer) -> int | None:
-    """The window of a cache's layer; None for full attention."""
+def _nothing_to_compress(what: str) -> str:
+    return f"{what} has no layer of attention, and so nothing to compress; use a model with some"
+
+
+def window_of(layer: Any) -> int | None:
+    """The window of a cache's layer; None for full attention and for a layer with a state."""
     return getattr(layer, "sliding_window", None)
 
 
 def check_model(model_config: Any) -> None:
-    """Check that an architecture's cache is that of full or sliding-window attention.
+    """Check that an architecture's cache is that of full or sliding-window attention, with or without states.
 
     Raises:
-        PolyKVError: encoders, encoder-decoders, latent attention (MLA), attention within chunks, hybrid layers, layers
-            that share a cache, or layers that do not store every token's keys and values.
+        PolyKVError: encoders, encoder-decoders, latent attention (MLA), attention within chunks, layers of two kinds at
+            once, states from which the model does not continue, no attention at all, layers that share a cache, or
+            layers that do not store every token's keys and values.
     """
     name = model_config.model_type
     text_config = model_config.get_text_config(decoder=True)
@@ -80,11 +95,13 @@ def check_model(model_config: Any) -> None:
     except Exception as error:
         raise PolyKVError(f"{name} has no cache that transformers can build: {error}") from error
     for index, layer in enumerate(cache.layers):
-        if type(layer) not in LAYERS:
+        if type(layer) not in LAYERS + STATES:
             raise PolyKVError(
-                f"{name} has a {type(layer).__name__} at layer {index} (linear or hybrid attention, or a cache that "
-                "layers share); use a model whose layers have full or sliding-window attention"
+                f"{name} has a {type(layer).__name__} at layer {index} (two kinds of attention at once, or an index); "
+                "use a model each of whose layers has full, sliding-window or linear attention"
             )
+    if not any(type(layer) in LAYERS for layer in cache.layers):
+        raise PolyKVError(_nothing_to_compress(name))
     # transformers caches attention within chunks as it does sliding windows.
     if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()) or getattr(
         text_config, "attention_chunk_size", None
@@ -106,16 +123,32 @@ def check_model(model_config: Any) -> None:
 
 
 def check_every_token(model_config: Any, what: str) -> None:
-    """Check that all layers attend to every token, for what sliding windows are not implemented.
+    """Check that all layers attend to every token, for what neither sliding windows nor states are implemented.
 
     Raises:
-        PolyKVError: the model has sliding windows; the message begins with `what`.
+        PolyKVError: the model has sliding windows or states; the message begins with `what`.
     """
+    check_attends(model_config, what)
     if any(Geometry.of(model_config).windows):
         raise PolyKVError(
             f"{what} takes models whose layers all attend to every token, and {model_config.model_type} has sliding "
             "windows; use another model"
         )
+
+
+def check_attends(model_config: Any, what: str) -> None:
+    """Check that all layers keep keys and values, for what states are not implemented.
+
+    Raises:
+        PolyKVError: the model has layers with a state, or with nothing; the message begins with `what`.
+    """
+    for index, layer in enumerate(Geometry.of(model_config).layers):
+        if layer.state is not None:
+            raise PolyKVError(
+                f"{what} takes models all of whose layers are attention, and layer {index} of "
+                f"{model_config.model_type} keeps a state (linear attention, convolution or recurrence); use another "
+                "model"
+            )
 
 
 def check_windows(model_config: Any, windows: tuple[int | None, ...]) -> None:
@@ -201,10 +234,11 @@ def counts_padding(model_config: Any, unshared: bool) -> bool:
     """Whether padding between cached tokens and a query changes the model's output.
 
     `unshared`: the cache is not read in place. Sliding windows then count the padding: transformers' masks and caches
-    count columns, those of attention in place tokens.
+    count columns, those of attention in place tokens. A state reads padding like tokens (zeros, but it decays).
     """
-    windowed = unshared and any(Geometry.of(model_config).windows)
-    return windowed or model_config.model_type in COUNT_PADDING
+    geometry = Geometry.of(model_config)
+    counted = unshared and any(geometry.windows) or len(geometry.attending) < geometry.n_layers
+    return counted or model_config.model_type in COUNT_PADDING
 
 
 def check_padding(
@@ -219,5 +253,5 @@ def check_padding(
     """
     if counts_padding(model_config, unshared):
         raise PolyKVError(
-            f"{model_config.model_type} counts the padding of a shorter query as distance; {remedy}"
+            f"{model_config.model_type} counts the padding of a shorter query; {remedy}"
         )

@@ -79,7 +79,8 @@ def test_quantized_weights_and_other_attention_change_nothing():
     config._attn_implementation = "eager"
     before = asdict(Geometry.of(config)), config.to_dict()
     assert (
-        before[0]["layers"] == ({"n_kv_heads": 2, "head_dim": 8, "n_heads": 4, "window": None},) * 3
+        before[0]["layers"]
+        == ({"n_kv_heads": 2, "head_dim": 8, "n_heads": 4, "window": None, "state": None},) * 3
     )
     assert config.to_dict() == before[1] and config._attn_implementation == "eager"
 

@@ -109,7 +109,9 @@ def test_exempt_tokens_and_layers_stay_exact():
         ("mistral", {"sliding_window": 1}, r"windows of \[1\]"),
         ("deepseek_v3", {}, "MLA"),
         ("t5", {}, "encoder-decoder"),
-        ("jamba", {}, "linear or hybrid"),
+        ("jamba", {}, "linear attention"),
+        ("falcon_h1", {}, "AndFullAttention"),
+        ("mamba", {}, "nothing to compress"),
     ],
 )
 def test_unsupported_architectures_are_refused(architecture, options, reason):

@@ -1,6 +1,7 @@
 """CascadeCache: a transformers cache of agents that read one pool in place.
 
 Its layers reference the pool's compressed segments (the prefix) and store only each agent's own tokens (the suffix).
+Layers with a state copy it for each agent when the model first asks for it (polykv/recurrent.py).
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from polykv.errors import PolyKVError
+from polykv.recurrent import State, StateLayer
 from polykv.segment import Segment
 
 
@@ -159,12 +161,13 @@ class CascadeCache(Cache):
     """Cache of N agents that share one compressed prefix, to be used within `attend_in_place(model)`.
 
     `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow, in the model's own dtype. Beam search,
-    cropping, and repeating or selecting agents act on the suffixes; `reset` drops them.
+    cropping, and repeating or selecting agents act on the suffixes and states; `reset` drops them. With states there is
+    no cropping, and beam search needs `batch_repeat_interleave(num_beams)` first.
     """
 
     def __init__(
         self,
-        layers: Sequence[Sequence[Segment]],
+        layers: Sequence[Sequence[Segment] | State],
         n_agents: int,
         backend: str = "torch",
         n_prefix: int | None = None,
@@ -174,7 +177,7 @@ class CascadeCache(Cache):
         """A cache without suffixes.
 
         Args:
-            layers: the segments of each layer, with batch size 1.
+            layers: the segments of each layer, or its state, with batch size 1.
             backend: the code that attends to them (polykv/kernels).
             n_prefix: tokens of the prefix; None: those of the segments.
             windows: of each layer; empty: all have full attention.
@@ -183,7 +186,7 @@ class CascadeCache(Cache):
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
         """
-        batch = layers[0][0].key.shape[0]
+        batch = next(one[0].key.shape[0] for one in layers if not isinstance(one, State))
         if batch != 1:
             raise PolyKVError(
                 f"this pool has batch size {batch}; agents share a pool of batch size 1"
@@ -194,7 +197,10 @@ class CascadeCache(Cache):
         each = zip(layers, windows or nothing, orders or nothing, strict=True)
         super().__init__(
             layers=[
-                CascadeLayer(one, backend, n_prefix, window, order) for one, window, order in each
+                one.layer(n_agents)
+                if isinstance(one, State)
+                else CascadeLayer(one, backend, n_prefix, window, order)
+                for one, window, order in each
             ]
         )
         self.n_agents = n_agents
@@ -217,6 +223,21 @@ class CascadeCache(Cache):
         self._last_updated = self.layers[layer_idx]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def reset(self) -> None:
+        """Drop the suffixes, and return to the pool's states."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, StateLayer):
+                self.layers[index] = layer.state.layer(self.n_agents)
+            else:
+                layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens of every suffix (`CascadeLayer.crop`); raises PolyKVError, also if there are states."""
+        for layer in self.layers:  # before any layer is cropped
+            if isinstance(layer, StateLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def _check(self, k_BHTD: Tensor, index: int) -> None:
         """Check that new keys fit layer `index` of the pool and the number of agents; raises PolyKVError."""
         if index >= len(self.layers):
@@ -224,6 +245,11 @@ class CascadeCache(Cache):
                 f"the pool has {len(self.layers)} layers, fewer than the model; read it with the model that wrote it"
             )
         layer = self.layers[index]
+        if not isinstance(layer, CascadeLayer):
+            raise PolyKVError(
+                f"layer {index} of the pool keeps a state, and the model's has attention; read a pool with the model "
+                "that wrote it"
+            )
         pooled = layer.segments[0].key
         batch, heads, _, dim = k_BHTD.shape
         _, pool_heads, _, pool_dim = pooled.shape

@@ -10,8 +10,10 @@ and values per token in full precision, Q bytes of the pool and L equal layers, 
 
 or, if that is more, one copy of everything and N rows of logits, which exist when no tensor grows. A layer with a
 sliding window keeps its last tokens only: of unshared caches, t counts those, and the prefix is what the suffix leaves
-of the window. Under in_place it reads the stored part of the prefix and the last tokens of the suffix. Of a recipe that
-drops tokens, P counts all tokens under unshared, and the kept ones under dequantize and in_place.
+of the window. Under in_place it reads the stored part of the prefix and the last tokens of the suffix. A layer with a
+state (linear attention, convolution, recurrence) has no t: the pool keeps its state once, and every agent one of its
+own, which a step reads and writes. Of a recipe that drops tokens, P counts all tokens under unshared, and the kept ones
+under dequantize and in_place.
 
 A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
 max(bytes / bandwidth, operations / peak):
@@ -22,6 +24,8 @@ max(bytes / bandwidth, operations / peak):
 
 Of a mixture of experts all are in memory. A step reads those that its tokens choose (`Experts.n_used`), and an agent's
 operations are those of the experts that its token chooses.
+
+Operations of a recurrence, a few per value of a state, are not counted.
 
 The pool is read once for all agents, but every agent attends to all of it: under in_place the operations per byte grow
 with N until compute becomes the limit.
@@ -111,15 +115,23 @@ class Architecture:
 
     def kept_bytes(self, n_tokens: int, in_place: bool = False) -> int:
         """Bytes of a DynamicCache of `n_tokens`, or of what an agent `in_place` keeps of so many of its own."""
-        return self.geometry.values(n_tokens, in_place) * self.itemsize
+        return self.geometry.values(n_tokens, in_place) * self.itemsize + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the layers' states."""
+        return self.geometry.state_bytes(pick_dtype(self.dtype))
 
     def grown_bytes(self, n_tokens: int, in_place: bool = False) -> int:
-        """`kept_bytes` at the peak of a step: a tensor exists twice while it grows, and later there are logits."""
+        """`kept_bytes` at the peak of a step: a tensor exists twice while it changes, and later there are logits."""
         grows = max(
             one.n_kv_heads * one.head_dim * one.kept(n_tokens, in_place)
             for one in self.geometry.layers
         )
-        return self.kept_bytes(n_tokens, in_place) + max(grows, self.n_logits) * self.itemsize
+        written = (one.state or () for one in self.geometry.layers)
+        state = max((x.nbytes(pick_dtype(self.dtype)) for one in written for x in one), default=0)
+        largest = max(max(grows, self.n_logits) * self.itemsize, state)
+        return self.kept_bytes(n_tokens, in_place) + largest
 
     def flops(self, n_tokens: int, in_place: bool = False) -> float:
         """Operations of attention per query token to the tokens that the layers keep of `n_tokens`."""
@@ -143,11 +155,14 @@ def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
     """`SharedKVPool.stored_bytes` of a document of `n_tokens`, by the codecs' formulas, exact to the byte.
 
     Raises:
-        PolyKVError: the recipe drops tokens and the model has sliding windows, which pools refuse as well.
+        PolyKVError: the recipe drops tokens and the model has sliding windows or states, which pools refuse as well.
     """
     geometry, dtype = model.geometry, pick_dtype(model.dtype)
-    total = 0
+    total = model.state_bytes
     for layer, shape in enumerate(geometry.layers):
+        if shape.state is not None:
+            recipe.check_keeps_all("a model whose states have read them")
+            continue
         n_kept, n_left = recipe.n_kept(n_tokens), None
         if shape.window is not None:
             recipe.check_keeps_all("a layer with a sliding window")
@@ -232,14 +247,16 @@ class DecodeWorkload:
         return -(-n_agents // self.replica.count)
 
     def read_bytes(self, reader: str, n_agents: Count) -> tuple[Any, Any, Any]:
-        """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes)."""
-        weights = self.model.n_used(n_agents) * self.model.itemsize
-        if reader == "in_place":
-            suffix = self.model.kept_bytes(self.n_suffix, in_place=True)
-            return weights, self.pool_bytes, suffix * n_agents
-        suffix = self.model.kept_bytes(self.n_suffix)
-        prefix = self.model.kept_bytes(self._n_read(reader) + self.n_suffix) - suffix
-        return weights, prefix * n_agents, suffix * n_agents
+        """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes and states, both ways)."""
+        weights, state = self.model.n_used(n_agents) * self.model.itemsize, self.model.state_bytes
+        in_place = reader == "in_place"
+        suffix = self.model.kept_bytes(self.n_suffix, in_place)
+        if in_place:
+            prefix: Any = self.pool_bytes - state
+        else:
+            prefix = self.model.kept_bytes(self._n_read(reader) + self.n_suffix) - suffix
+            prefix = prefix * n_agents
+        return weights, prefix, (suffix + state) * n_agents
 
     def step(self, reader: str, n_agents: Count) -> Step:
         """A decode step of `n_agents` spread over all replicas: that of the fullest one."""

@@ -22,9 +22,9 @@ from polykv.evaluation.ttft import Clock
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
 from polykv.pool import READERS as POOL_READERS
-from polykv.pool import SharedKVPool, prefill, unshared_cache
-from polykv.probe import LayerShape
+from polykv.pool import Kept, SharedKVPool, prefill, unshared_cache
 from polykv.recipe import Recipe
+from polykv.recurrent import STATES, State, layer_bytes
 
 VERSION = 1  # of how steps are timed
 READERS = ("unshared", *POOL_READERS)
@@ -33,7 +33,7 @@ WARMUP = 2  # steps of each round that are not counted
 # Parameters x tokens. Larger prefills take minutes on a CPU, and neither bytes nor times depend on the content.
 PREFILL_LIMIT = 1e11
 
-Layers = Sequence[tuple[Tensor, Tensor]]
+Layers = Sequence[Kept]
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def _times(
 
 def prefix_layers(
     source: ModelSource, model: PreTrainedModel, n_tokens: int
-) -> tuple[Layers, Sequence[LayerContext]]:
-    """Keys and values of each layer, each (1, kv_heads, tokens, head_dim), and what codecs may know of it (nothing if
-    synthetic): see `is_prefilled`. Layers with a sliding window have the last tokens only.
+) -> tuple[Layers, Sequence[LayerContext | None]]:
+    """Keys and values of each layer, each (1, kv_heads, tokens, head_dim), or its state, and what codecs may know of it
+    (nothing if synthetic): see `is_prefilled`. Layers with a sliding window have the last tokens only.
     """
     if not is_prefilled(source, n_tokens):
         geometry = Geometry.of(model.config)
@@ -113,7 +113,11 @@ def prefix_layers(
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(model.config.vocab_size, (1, n_tokens), generator=generator)
     cache = prefill(model, ids_BT)
-    return [(layer.keys, layer.values) for layer in cache.layers], cache.contexts
+    layers: Layers = [
+        State.of(layer) if type(layer) in STATES else (layer.keys, layer.values)
+        for layer in cache.layers
+    ]
+    return layers, cache.contexts
 
 
 def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
@@ -123,19 +127,24 @@ def is_prefilled(source: ModelSource, n_tokens: int) -> bool:
 
 def synthetic_layers(
     geometry: Geometry, n_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gaussian keys and values of each layer, each (1, kv_heads, tokens, head_dim), generated lazily.
+) -> Iterator[Kept]:
+    """Gaussian keys and values of each layer, each (1, kv_heads, tokens, head_dim), or a state, generated lazily.
 
     Layers with a sliding window have the last tokens only.
     """
     generator = torch.Generator(device).manual_seed(0)
 
-    def gaussian(layer: LayerShape) -> Tensor:
-        shape = (1, layer.n_kv_heads, layer.kept(n_tokens), layer.head_dim)
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+    def gaussian(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
 
     for layer in geometry.layers:
-        yield gaussian(layer), gaussian(layer)
+        if layer.state is not None:
+            yield State(
+                {one.key: gaussian(one.shape).to(one.dtype or dtype) for one in layer.state}
+            )
+            continue
+        shape = (1, layer.n_kv_heads, layer.kept(n_tokens), layer.head_dim)
+        yield gaussian(shape).to(dtype), gaussian(shape).to(dtype)
 
 
 def pool_of(
@@ -143,7 +152,7 @@ def pool_of(
     layers: Layers,
     recipe: Recipe,
     backend: str,
-    contexts: Sequence[LayerContext] = (),
+    contexts: Sequence[LayerContext | None] = (),
     windows: Sequence[int | None] = (),
     n_tokens: int | None = None,
 ) -> SharedKVPool | None:
@@ -179,10 +188,11 @@ def caches_of(
         windows, n_tokens = pool.windows, pool.n_tokens
 
     def copies() -> DynamicCache:
-        full = layers if reader == "unshared" else map(pool.decode_layer, range(pool.n_layers))
         rows = (
-            (keys.repeat_interleave(batch, 0), values.repeat_interleave(batch, 0))
-            for keys, values in full
+            kept.layer(batch, copied=True)
+            if isinstance(kept, State)
+            else tuple(x.repeat_interleave(batch, 0) for x in kept)
+            for kept in (layers if reader == "unshared" else pool.kept())
         )
         return unshared_cache(rows, windows, n_tokens)
 
@@ -191,10 +201,8 @@ def caches_of(
 
 def kept_bytes(pool: SharedKVPool | None, caches: Sequence[Cache]) -> int:
     """Bytes of the pool's tensors and of the agents' caches (none at first with `in_place`)."""
-    own = [layer for cache in caches for layer in cache.layers if layer.is_initialized]
-    return (pool.stored_bytes if pool else 0) + sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in own
-    )
+    own = sum(layer_bytes(layer) for cache in caches for layer in cache.layers)
+    return (pool.stored_bytes if pool else 0) + own
 
 
 def decode(

@@ -33,10 +33,11 @@ def paper_bytes(geometry: Geometry, n_tokens: int, n_agents: int, ratio: float |
     """Bytes as in PolyKV's table: fp32 caches of the prefilled tokens, or one such cache over `ratio` for a pool.
 
     15 agents x 5,035 tokens x 262,144 B = 19.798 GB, and 5,035 x 262,144 B / 2.909 = 0.454 GB for llama-3-8b
-    (32 layers, 8 kv heads, head_dim 128). `ratio` None: unshared caches. Layers with a sliding window keep its tokens.
+    (32 layers, 8 kv heads, head_dim 128). `ratio` None: unshared caches. Layers with a sliding window keep its
+    tokens, and states are not compressed.
     """
-    one_cache = geometry.values(n_tokens) * 4
-    return one_cache * n_agents if ratio is None else one_cache / ratio
+    one_cache, state = geometry.values(n_tokens) * 4, geometry.state_bytes(torch.float32)
+    return (one_cache + state) * n_agents if ratio is None else one_cache / ratio + state
 
 
 def synthetic_pool(
@@ -106,9 +107,11 @@ def check_fits(source: ModelSource, reader: str, n_tokens: int, n_agents: int, d
             f"not measured: {source.name} has {n_weights / 1e9:.1f} billion parameters, which a CPU decodes "
             "too slowly; measure on a GPU"
         )
-    # The pool, the cache it is made from and one copy per agent, plus 20 % for the temporaries of a step.
-    copies = 2 + (0 if reader == "in_place" else n_agents)
-    cache = Geometry.of(source.config()).values(n_tokens) * itemsize * copies
+    # The pool, the cache it is made from and one copy per agent, plus 20 % for the temporaries of a step. Agents always
+    # have states of their own.
+    copies, geometry = 2 + (0 if reader == "in_place" else n_agents), Geometry.of(source.config())
+    cache = geometry.values(n_tokens) * itemsize * copies
+    cache += geometry.state_bytes(pick_dtype(source.dtype)) * (2 + n_agents)
     need = 1.2 * (n_weights * itemsize + cache)
     have = torch.cuda.mem_get_info()[0] if on_cuda else psutil.virtual_memory().available
     if need > have:

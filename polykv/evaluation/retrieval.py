@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from polykv.attention.cache import CascadeCache
 from polykv.documents import Question
-from polykv.supported import check_padding
+from polykv.supported import check_attends, check_padding
 
 VERSION = 1  # of candidates and their log-probabilities
 
@@ -53,9 +53,10 @@ def log_probs(
         answers: ids (tokens,) of the candidates of each question.
 
     Raises:
-        PolyKVError: questions of different lengths for a model whose outputs depend on padding.
+        PolyKVError: a model whose outputs depend on padding, or whose states cannot drop an answer.
     """
     n_past, longest = cache.get_seq_length(), max(map(len, questions))
+    check_attends(model.config, "reading one answer after another")
     check_padding(model.config, unshared=n_past > 0 and not isinstance(cache, CascadeCache))
     ids_BT = torch.stack([F.pad(ids_T, (longest - len(ids_T), 0)) for ids_T in questions])
     mask_BT = torch.ones(len(questions), n_past + longest, dtype=torch.long)

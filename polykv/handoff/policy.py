@@ -15,6 +15,7 @@ from polykv.geometry import Geometry
 from polykv.handoff.mixed import TIERS
 from polykv.handoff.signals import DEMAND, IMPORTANCE, OF_TOKENS, Sender, combined
 from polykv.recipe import codec_of
+from polykv.supported import check_attends
 
 # mixed: bits by token under a budget; codecs: all tokens alike under it; float16, model: every token in fp16, or in the
 # model's own dtype; text: no card, the receiver reads the text again.
@@ -95,11 +96,12 @@ class Policy:
         return self.store in ("mixed", "codecs")
 
     def check_windows(self, model_config: Any) -> None:
-        """Check that a model has no sliding windows, if the policy cannot store the caches of one that has.
+        """Check that a model has no states, and no sliding windows if the policy cannot store their caches.
 
         Raises:
             PolyKVError: names what of the policy takes full attention only.
         """
+        check_attends(model_config, f"a card (policy {self.name!r})")
         signals = self.importance + (self.demand if self.alpha < 1 else ())
         needs = [f"signal {name}" for name in signals if name not in OF_TOKENS]
         needs += [f"store {self.store}"] if self.store == "codecs" else []

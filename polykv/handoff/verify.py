@@ -16,6 +16,7 @@ from polykv.geometry import Geometry
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
 from polykv.supported import (
+    check_attends,
     check_cache,
     check_length,
     check_windows,
@@ -45,6 +46,7 @@ def check_metadata(metadata: CardMetadata, model: PreTrainedModel) -> None:
         PolyKVError: names what does not match.
     """
     g = Geometry.of(model.config)
+    check_attends(model.config, "a card")
     check_windows(model.config, tuple(metadata.windows or (None,) * metadata.n_layers))
     n_left = max(metadata.n_tokens - layer.kept(metadata.n_tokens) for layer in g.layers)
     if metadata.n_left != n_left:
