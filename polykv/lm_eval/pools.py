@@ -31,7 +31,8 @@ class Pools:
         )
         self._n_pools += 1
         self._n_tokens += pool.n_tokens
-        self._n_values += pool.n_values
+        # States count as fp16 values of as many bytes, as in `stored_ratio`.
+        self._n_values += pool.n_values + pool.state_bytes // 2
         self._n_bytes += pool.stored_bytes
         return pool
 
