@@ -58,6 +58,11 @@ class Geometry:
         """The layers that keep keys and values."""
         return tuple(layer for layer in self.layers if layer.state is None)
 
+    @property
+    def stateful(self) -> tuple[int, ...]:
+        """The numbers of the layers that keep a state, or nothing."""
+        return tuple(n for n, layer in enumerate(self.layers) if layer.state is not None)
+
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the states of the other layers, whatever the number of tokens, in a model of this dtype."""
         return sum(one.nbytes(dtype) for layer in self.layers for one in layer.state or ())

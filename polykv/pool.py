@@ -349,11 +349,11 @@ class SharedKVPool:
 
 
 def unshared_cache(
-    layers: Iterable[tuple[Tensor, ...] | StateLayer | DummyLayer],
+    layers: Iterable[tuple[Tensor, ...] | State | StateLayer | DummyLayer],
     windows: Sequence[int | None] = (),
     n_tokens: int | None = None,
 ) -> DynamicCache:
-    """A DynamicCache of (keys, values), and of layers with a state as they are.
+    """A DynamicCache of (keys, values), and of states or layers that continue one.
 
     For `windows` and `n_tokens` see `SharedKVPool.from_layers`.
 
@@ -366,7 +366,7 @@ def unshared_cache(
     def given() -> Iterator[Any]:
         for number, (layer, window) in enumerate(pairs):
             if not isinstance(layer, tuple):
-                states[number] = layer
+                states[number] = layer.layer(1) if isinstance(layer, State) else layer
                 yield None, None
             else:
                 yield (*layer, torch.tensor(window)) if window else layer

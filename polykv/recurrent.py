@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
 from polykv.errors import PolyKVError
@@ -150,6 +151,11 @@ STATES = (
     StateLayer,
     DummyLayer,
 )  # cache layers that keep a state, or nothing
+
+
+def attending(cache: Cache) -> list[Any]:
+    """The layers of a cache that keep keys and values."""
+    return [layer for layer in cache.layers if type(layer) not in STATES]
 
 
 def _tensors(layer: Any) -> list[tuple[Key, Tensor]]:

@@ -142,13 +142,11 @@ def check_attends(model_config: Any, what: str) -> None:
     Raises:
         PolyKVError: the model has layers with a state, or with nothing; the message begins with `what`.
     """
-    for index, layer in enumerate(Geometry.of(model_config).layers):
-        if layer.state is not None:
-            raise PolyKVError(
-                f"{what} takes models all of whose layers are attention, and layer {index} of "
-                f"{model_config.model_type} keeps a state (linear attention, convolution or recurrence); use another "
-                "model"
-            )
+    if stateful := Geometry.of(model_config).stateful:
+        raise PolyKVError(
+            f"{what} takes models all of whose layers are attention, and layer {stateful[0]} of "
+            f"{model_config.model_type} keeps a state (linear attention, convolution or recurrence); use another model"
+        )
 
 
 def check_windows(model_config: Any, windows: tuple[int | None, ...]) -> None:
@@ -237,8 +235,8 @@ def counts_padding(model_config: Any, unshared: bool) -> bool:
     count columns, those of attention in place tokens. A state reads padding like tokens (zeros, but it decays).
     """
     geometry = Geometry.of(model_config)
-    counted = unshared and any(geometry.windows) or len(geometry.attending) < geometry.n_layers
-    return counted or model_config.model_type in COUNT_PADDING
+    counted = unshared and any(geometry.windows) or geometry.stateful
+    return bool(counted) or model_config.model_type in COUNT_PADDING
 
 
 def check_padding(

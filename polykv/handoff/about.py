@@ -20,13 +20,21 @@ from polykv.handoff.payload import Payload
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Sender
 from polykv.probe import kept_tokens
+from polykv.recurrent import attending
 
 MOST = 1 << 31  # bound of all counts; limits of the model are checked in verify.py
 LABEL = 128  # characters of a label at most
 LABELS = ("policy", "sender", "receiver", "session")
 # Left out of the file if so.
-OPTIONAL = {"receiver": "", "session": "", "payload": "mixed", "windows": None, "n_left": 0}
-PAYLOADS = ("mixed", "waterfill", "windowed")  # Payload.kind (polykv/handoff/payload.py)
+OPTIONAL = {
+    "receiver": "", "session": "", "payload": "mixed", "windows": None, "n_left": 0, "states": None,
+}  # fmt: skip
+PAYLOADS = (
+    "mixed",
+    "waterfill",
+    "windowed",
+    "stateful",
+)  # Payload.kind (polykv/handoff/payload.py)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -37,8 +45,9 @@ class CardMetadata:
     `model` and `tokenizer` are fingerprints. `exact` is the dtype of the 16-bit tier (None: the model's own). `policy`,
     `sender`, `receiver` and `session` are labels: printable, and safe as file names. `payload` says how the tensors are
     read. `windows` has the sliding window of each layer, None for full attention, and is None if all layers have that;
-    layers with a window lack the first `n_left` of the `n_tokens`, which no later token sees. Only a signature proves
-    that the metadata are genuine (`polykv.handoff.signing`).
+    layers with a window lack the first `n_left` of the `n_tokens`, which no later token sees. `states` has the numbers
+    of the layers that keep a state and no tokens, None if there are none. Only a signature proves that the metadata are
+    genuine (`polykv.handoff.signing`).
 
     Raises:
         PolyKVError: an invalid label, number or digest.
@@ -64,10 +73,12 @@ class CardMetadata:
     payload: str = "mixed"
     windows: list[int | None] | None = None
     n_left: int = 0
+    states: list[int] | None = None
 
     _TYPES = {"int": (int,), "str": (str,), "str | None": (str, NoneType)} | {
         "float | None": (float, NoneType),
         "list[int | None] | None": (list, NoneType),
+        "list[int] | None": (list, NoneType),
     }
 
     def __post_init__(self) -> None:
@@ -80,6 +91,15 @@ class CardMetadata:
         windows = self.windows or []
         known &= all(w is None or type(w) is int and 2 <= w < MOST for w in windows)
         known &= len(windows) in (0, self.n_layers) and (self.payload == "windowed") == any(windows)
+        states = self.states or []
+        known &= all(type(number) is int for number in states) and (
+            self.payload == "stateful"
+        ) == bool(states)
+        known = (
+            known
+            and states == sorted({*states} & {*range(self.n_layers)})
+            and len(states) < self.n_layers
+        )
         if not all(1 <= n < MOST for n in (*sizes, self.hop)) or not known:
             raise PolyKVError("the card's geometry, hop or dtype is invalid; seal it again")
         if not 0 <= self.position_offset < MOST:
@@ -139,7 +159,7 @@ class CardMetadata:
             n_layers=g.n_layers,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            dtype=DTYPE_NAMES[sending.cache.layers[0].keys.dtype],
+            dtype=DTYPE_NAMES[attending(sending.cache)[0].keys.dtype],
             exact=payload.exact,
             group_size=payload.group_size,
             n_tokens=n_tokens,
@@ -151,6 +171,7 @@ class CardMetadata:
             payload=payload.kind,
             windows=list(g.windows) if any(g.windows) else None,
             n_left=max(n_tokens - layer.kept(n_tokens) for layer in g.layers),
+            states=list(g.stateful) or None,
             **labels,
         )
 
@@ -179,12 +200,12 @@ class CardMetadata:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of all keys, and of all values, without windows: (1, layers * heads, tokens, head_dim)."""
+        """Shape of all keys, and of all values, without windows and states: (1, layers * heads, tokens, head_dim)."""
         return (1, self.n_layers * self.n_kv_heads, self.n_tokens, self.head_dim)
 
     @property
     def n_values(self) -> int:
         """Number of cached values, keys and values together."""
-        windows = self.windows or [None] * self.n_layers
+        windows = self.windows or [None] * (self.n_layers - len(self.states or ()))
         n_kept = sum(kept_tokens(self.n_tokens, window) for window in windows)
         return 2 * n_kept * self.n_kv_heads * self.head_dim

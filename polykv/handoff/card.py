@@ -27,9 +27,11 @@ from polykv.handoff.payload import MixedPayload, Payload
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
+from polykv.handoff.stateful import StatefulPayload
 from polykv.handoff.waterfilled import WaterfillPayload
 from polykv.handoff.windowed import WindowedPayload
 from polykv.pool import unshared_cache
+from polykv.recurrent import State
 
 ALONE = Topology()
 
@@ -88,12 +90,14 @@ class CacheCard:
         backend = kernels.pick_backend(backend, model.device)
         sending = Sender(model, cache, ids_T, topology, seed)
         options = (sending, policy, budget_bits, backend)
-        windows = Geometry.of(model.config).windows
+        geometry = Geometry.of(model.config)
         payload: Payload
         if policy.store == "codecs":
             payload = WaterfillPayload.seal(*options, position_offset)
-        elif any(windows):
-            payload = WindowedPayload.seal(*options, windows)
+        elif any(geometry.windows):
+            payload = WindowedPayload.seal(*options, geometry.windows)
+        elif geometry.stateful:
+            payload = StatefulPayload.seal(*options)
         else:
             payload = MixedPayload.seal(*options)
         labels = {"sender": sender, "receiver": receiver, "session": session}
@@ -219,8 +223,8 @@ class CacheCard:
         """
         stores.write(path, self.to_bytes(key))
 
-    def decode(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype.
+    def decode(self) -> Sequence[tuple[Tensor, Tensor] | State]:
+        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype; or its state.
 
         Of layers with a sliding window, those of its last tokens.
         """
@@ -258,8 +262,8 @@ class CacheCard:
 
     @property
     def mean_bits(self) -> float:
-        """Stored bits per cached value, including metadata."""
-        return 8 * self.nbytes / self.metadata.n_values
+        """Stored bits per cached value, including metadata; states count as fp16 values of as many bytes."""
+        return 8 * self.nbytes / (self.metadata.n_values + self.payload.state_bytes // 2)
 
     @property
     def digest(self) -> str:
@@ -315,6 +319,11 @@ def _payload_of(
         of_text = (metadata.n_kv_heads, *shape[2:])
         windows = tuple(metadata.windows or ())
         return WindowedPayload.rebuild(kept, codec, windows, of_text, dtype)
+    if metadata.payload == StatefulPayload.kind:
+        codec = MixedCodec(metadata.exact, metadata.group_size, backend)
+        of_text = (metadata.n_kv_heads, *shape[2:])
+        layers = Geometry.of(model.config).layers
+        return StatefulPayload.rebuild(kept, codec, layers, of_text, dtype)
     by_layer = (metadata.n_layers, metadata.n_kv_heads, *shape[2:])
     place = (model, metadata.position_offset, backend)
     payload = WaterfillPayload.rebuild(kept, metadata.budget_bits, by_layer, dtype, *place)

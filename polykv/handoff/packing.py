@@ -21,6 +21,7 @@ from polykv.handoff.allocate import allocate
 from polykv.handoff.mixed import EXACT_TIER, TIERS, Mixed, MixedCodec
 from polykv.handoff.policy import OWN, Policy
 from polykv.handoff.signals import SINKS, Sender
+from polykv.recurrent import attending
 
 LOW = 4  # bits, below which the sender is warned
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -46,7 +47,7 @@ def exact_dtype(policy: Policy, cache: Cache) -> str | None:
     check_makes_card(policy)
     if policy.store == "model":
         return None
-    own = DTYPE_NAMES[cache.layers[0].keys.dtype]
+    own = DTYPE_NAMES[attending(cache)[0].keys.dtype]
     # bf16 has the size of fp16; a cast would only add errors and overflows.
     return own if policy.store == "mixed" and own == "bfloat16" else "float16"
 

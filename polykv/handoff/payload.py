@@ -1,6 +1,7 @@
 """What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (waterfilled.py).
 
-The cache of a model with sliding windows is two MixedPayloads (windowed.py).
+The cache of a model with sliding windows is two MixedPayloads (windowed.py), that of one with states a MixedPayload and
+the states (stateful.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from polykv.handoff.packing import exact_dtype, nominal_bits, pack
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import SINKS, Sender
 from polykv.probe import kept_tokens
+from polykv.recurrent import State, attending
 from polykv.segment import Segment
 
 SIDES = ("key", "value")
@@ -47,6 +49,11 @@ class Payload(ABC):
         """Bytes of all tensors, and of what else is stored."""
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of states, which are not compressed."""
+        return 0
+
+    @property
     @abstractmethod
     def nominal_bits(self) -> float:
         """Mean payload bits per cached value of the tokens after the sinks, which a budget bounds."""
@@ -64,12 +71,12 @@ class Payload(ABC):
         """All stored tensors by name: `key.NAME` and `value.NAME`."""
 
     @abstractmethod
-    def decode(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype."""
+    def decode(self) -> Sequence[tuple[Tensor, Tensor] | State]:
+        """Keys and values of every layer, each (1, kv_heads, tokens, head_dim), in the model's dtype; or its state."""
 
     @abstractmethod
-    def segments(self) -> Sequence[Sequence[Segment]]:
-        """By layer, what attention in place reads; views of the payload where possible."""
+    def segments(self) -> Sequence[Sequence[Segment] | State]:
+        """By layer, what attention in place reads, or its state; views of the payload where possible."""
 
     def orders(self) -> Sequence[Tensor | None]:
         """By layer, `CascadeLayer.order`; empty if no layer has a window."""
@@ -78,7 +85,7 @@ class Payload(ABC):
 
 @dataclass(frozen=True, eq=False)
 class MixedPayload(Payload):
-    """Keys and values at mixed precision by token: of all layers, or of those that have the same window.
+    """Keys and values at mixed precision by token: of all layers, or of those that attend alike.
 
     `numbers` are the layers (None: all), `n_left` the tokens that have left their `window` and are not there.
     """
@@ -107,7 +114,7 @@ class MixedPayload(Payload):
         codec = MixedCodec(exact_dtype(policy, sender.cache), backend=backend)
         n_left = sender.n_tokens - kept_tokens(sender.n_tokens, window)
         key, value = pack(sender, policy, codec, budget_bits, None, numbers, n_left)
-        n_kv_heads = sender.cache.layers[0].keys.shape[1]
+        n_kv_heads = attending(sender.cache)[0].keys.shape[1]
         return cls(key, value, codec, n_kv_heads, numbers, window, n_left)
 
     @classmethod

@@ -96,19 +96,22 @@ class Policy:
         return self.store in ("mixed", "codecs")
 
     def check_windows(self, model_config: Any) -> None:
-        """Check that a model has no states, and no sliding windows if the policy cannot store their caches.
+        """Check that a model has no sliding windows or states, if the policy cannot store the caches of one that has.
 
         Raises:
-            PolyKVError: names what of the policy takes full attention only.
+            PolyKVError: names what of the policy takes full attention only, or windows and states in one model.
         """
-        check_attends(model_config, f"a card (policy {self.name!r})")
+        geometry = Geometry.of(model_config)
+        if any(geometry.windows):
+            check_attends(model_config, "a card of sliding windows")
         signals = self.importance + (self.demand if self.alpha < 1 else ())
         needs = [f"signal {name}" for name in signals if name not in OF_TOKENS]
         needs += [f"store {self.store}"] if self.store == "codecs" else []
-        if needs and any(Geometry.of(model_config).windows):
+        if needs and (any(geometry.windows) or geometry.stateful):
             raise PolyKVError(
                 f"policy {self.name!r} has {needs[0]}, for models whose layers all attend to every token, and "
-                f"{model_config.model_type} has sliding windows; use policy uniform, fp16 or full"
+                f"{model_config.model_type} has {'states' if geometry.stateful else 'sliding windows'}; use policy "
+                "uniform, fp16 or full"
             )
 
     def score(self, sender: Sender) -> np.ndarray:

@@ -15,8 +15,8 @@ from polykv.errors import PolyKVError
 from polykv.geometry import Geometry
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import MAX_HEADER
+from polykv.recurrent import STATES, attending
 from polykv.supported import (
-    check_attends,
     check_cache,
     check_length,
     check_windows,
@@ -34,9 +34,11 @@ def largest(model: PreTrainedModel) -> float:
     n_tokens = max_positions(model.config)
     if n_tokens is None:
         return math.inf
-    n_values = Geometry.of(model.config).values_per_token
+    g = Geometry.of(model.config)
+    n_values = g.values_per_token
     # Mean and spread each have half as many values as a token, in fp16.
-    return 8 + MAX_HEADER + 2 * n_values + n_tokens * (TOKEN_BYTES + VALUE_BYTES * n_values)
+    fixed = 8 + MAX_HEADER + 2 * n_values + g.state_bytes(model.dtype)
+    return fixed + n_tokens * (TOKEN_BYTES + VALUE_BYTES * n_values)
 
 
 def check_metadata(metadata: CardMetadata, model: PreTrainedModel) -> None:
@@ -46,14 +48,15 @@ def check_metadata(metadata: CardMetadata, model: PreTrainedModel) -> None:
         PolyKVError: names what does not match.
     """
     g = Geometry.of(model.config)
-    check_attends(model.config, "a card")
     check_windows(model.config, tuple(metadata.windows or (None,) * metadata.n_layers))
     n_left = max(metadata.n_tokens - layer.kept(metadata.n_tokens) for layer in g.layers)
     if metadata.n_left != n_left:
         raise PolyKVError(
             f"it says that {metadata.n_left} tokens have left its windows, not {n_left}"
         )
-    if (metadata.n_layers, metadata.n_kv_heads, metadata.head_dim) != (g.n_layers, *g.shape):
+    if (metadata.n_layers, metadata.n_kv_heads, metadata.head_dim) != (g.n_layers, *g.shape) or (
+        tuple(metadata.states or ()) != g.stateful
+    ):
         raise PolyKVError("its layers, heads or head_dim are not those of the model")
     check_length(model.config, metadata.position_offset + metadata.n_tokens, "the card")
 
@@ -85,10 +88,12 @@ def checked_ids(
     check_cache(cache)
     check_windows(model.config, tuple(window_of(layer) for layer in cache.layers))
     ids_T = torch.as_tensor(token_ids, dtype=torch.int32, device="cpu").reshape(-1)
-    keys, g = cache.layers[0].keys, Geometry.of(model.config)
+    keys, g = attending(cache)[0].keys, Geometry.of(model.config)
     n_kv_heads, head_dim = g.shape
     shape = (*keys.shape[:2], cache.get_seq_length(), keys.shape[3])
-    if (len(cache.layers), *shape) != (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim):
+    stateful = tuple(n for n, layer in enumerate(cache.layers) if type(layer) in STATES)
+    expected = (g.n_layers, 1, n_kv_heads, len(ids_T), head_dim)
+    if (len(cache.layers), *shape) != expected or stateful != g.stateful:
         raise PolyKVError(
             f"a cache of {len(cache.layers)} layers of {shape} does not fit "
             f"{len(ids_T)} token ids and {model.config.model_type} with {g.n_layers} layers, "
