@@ -32,7 +32,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from polykv import cache_folder, checkpoint, gguf_header
 from polykv.errors import PolyKVError
 from polykv.gguf_header import Header
-from polykv.supported import check_model
+from polykv.supported import check_attends, check_model
 
 VERSION = 1  # of the conversion's output: files are converted again when it is raised
 CHECKPOINT = "use model=local with the original checkpoint"
@@ -92,6 +92,7 @@ def converted(path: Path) -> Path:
         return place
     config, tokenizer = load_config(path), load_tokenizer(path)
     check_model(config)
+    check_attends(config, "model=gguf")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):

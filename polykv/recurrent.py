@@ -48,11 +48,6 @@ class State:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors.values())
 
-    @property
-    def batch(self) -> int:
-        """Number of documents."""
-        return next((len(x) for x in self.tensors.values()), 1)
-
     def layer(self, n_agents: int, copied: bool = False) -> "StateLayer | DummyLayer":
         """A cache layer of `n_agents` that continue it; `copied`: whether they have copies from the start."""
         if not self.tensors:

@@ -238,6 +238,13 @@ def cut(at):
     return lambda write, path: path.write_bytes(write().read_bytes()[:at])
 
 
+LFM2 = {
+    "lfm2.block_count": 3, "lfm2.context_length": 64, "lfm2.embedding_length": 32, "lfm2.feed_forward_length": 48,
+    "lfm2.attention.head_count": 4, "lfm2.attention.head_count_kv": [0, 2, 0], "lfm2.shortconv.l_cache": 3,
+    "lfm2.attention.layer_norm_rms_epsilon": 1e-5, "lfm2.rope.freq_base": 1e6, "lfm2.vocab_size": 300,
+}  # fmt: skip
+
+
 HOSTILE = {
     "an empty file": (lambda write, path: path.write_bytes(b""), "not a GGUF file"),
     "a text": (lambda write, path: path.write_text("a text\n" * 99), "not a GGUF file"),
@@ -254,6 +261,8 @@ HOSTILE = {
     "a Gemma 3 with another rotary base in its windows": (
         lambda write, path: write({"general.architecture": "gemma3", "gemma3.attention.sliding_window": 64,
                                    "gemma3.rope.freq_base_swa": 5e5}), "gemma3.*rope.freq_base_swa"),
+    "convolutions beside attention": (
+        lambda write, path: write({"general.architecture": "lfm2", **LFM2}), "model=gguf.*lfm2 keeps a state"),
     "a vision projector": (
         lambda write, path: write({"general.architecture": "clip"}), "vision projector"),
     "a projector by its type": (

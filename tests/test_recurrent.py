@@ -249,13 +249,15 @@ def test_padding_between_pool_and_query_changes_logits_in_transformers(qwen):
     expected = qwen(query_T[None], past_key_values=pool.dequantize()).logits
     mask_BT = torch.ones(1, N_PREFIX + 5, dtype=torch.long)
     mask_BT[:, N_PREFIX : N_PREFIX + 2] = 0
-    padded = qwen(
-        torch.nn.functional.pad(query_T, (2, 0))[None],
-        attention_mask=mask_BT,
-        position_ids=(mask_BT.cumsum(-1) - 1)[:, N_PREFIX:],
-        past_key_values=pool.dequantize(),
-    ).logits[:, 2:]
+    padded_BT = torch.nn.functional.pad(query_T, (2, 0))[None]
+    options = {
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(-1) - 1)[:, N_PREFIX:],
+    }
+    padded = qwen(padded_BT, past_key_values=pool.dequantize(), **options).logits[:, 2:]
     assert (padded - expected).abs().max() > 1e-2 * expected.abs().max()
+    with attend_in_place(qwen), pytest.raises(PolyKVError, match="states of other layers"):
+        qwen(padded_BT, past_key_values=pool.reader(1), **options)
 
 
 def test_what_states_do_not_allow_is_refused(qwen, tokenizer, llama):

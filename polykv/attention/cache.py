@@ -20,15 +20,18 @@ class PrefixOffset(int):
     """The offset of a CascadeLayer's mask, by which the mask function knows it (polykv/attention/cascade.py).
 
     An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix, and `n_dropped` that of the first
-    tokens of the suffixes that the layer no longer has.
+    tokens of the suffixes that the layer no longer has. `beside_states`: other layers of the cache keep a state.
     """
 
     n_prefix: int
     n_dropped: int
+    beside_states: bool
 
-    def __new__(cls, offset: int, n_prefix: int, n_dropped: int = 0) -> "PrefixOffset":
+    def __new__(
+        cls, offset: int, n_prefix: int, n_dropped: int = 0, beside_states: bool = False
+    ) -> "PrefixOffset":
         self = super().__new__(cls, offset)
-        self.n_prefix, self.n_dropped = n_prefix, n_dropped
+        self.n_prefix, self.n_dropped, self.beside_states = n_prefix, n_dropped, beside_states
         return self
 
 
@@ -47,6 +50,7 @@ class CascadeLayer(DynamicLayer):
             window only.
         n_dropped: tokens of each suffix that were dropped.
         n_unseen: how many of the first tokens left no agent will see again; set by the attention function.
+        beside_states: whether other layers of the cache keep a state.
         awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
     """
 
@@ -71,7 +75,7 @@ class CascadeLayer(DynamicLayer):
         self.is_sliding = window is not None
         self.order = order
         self.n_dropped = self.n_unseen = 0
-        self.awaits_attention = False
+        self.awaits_attention = self.beside_states = False
 
     @property
     def n_suffix(self) -> int:
@@ -113,7 +117,8 @@ class CascadeLayer(DynamicLayer):
         n_masked = self.n_masked
         # `update` comes later, and drops what is not seen any more.
         n_dropped = self.n_dropped + self.n_unseen
-        offset = PrefixOffset(self.n_prefix - n_masked, self.n_prefix, n_dropped)
+        about = (self.n_prefix, n_dropped, self.beside_states)
+        offset = PrefixOffset(self.n_prefix - n_masked, *about)
         return n_masked + self.n_suffix + query_length, offset
 
     @property
@@ -203,6 +208,9 @@ class CascadeCache(Cache):
                 for one, window, order in each
             ]
         )
+        beside_states = any(isinstance(layer, StateLayer) for layer in self.layers)
+        for layer in self.layers:
+            layer.beside_states = beside_states
         self.n_agents = n_agents
         self._last_updated: CascadeLayer | None = None
 

@@ -26,7 +26,8 @@ def cascade_mask(
     counts the padding between pool and query as well.
 
     Raises:
-        PolyKVError: the attention mask hides a part of the prefix, or lets a query see what the cache has dropped.
+        PolyKVError: the attention mask hides a part of the prefix, or tokens that a state would read, or lets a query
+            see what the cache has dropped.
     """
     kwargs |= {"kv_offset": kv_offset, "attention_mask": attention_mask, "local_size": local_size}
     if not isinstance(kv_offset, PrefixOffset):
@@ -37,6 +38,11 @@ def cascade_mask(
             raise PolyKVError(
                 f"attention_mask hides some of the pool's {n_prefix} tokens; set them to 1, and put the "
                 "padding between the pool and the query"
+            )
+        if kv_offset.beside_states and not attention_mask[:, n_prefix:].all():
+            raise PolyKVError(
+                "attention_mask hides tokens after the pool, which the states of other layers would read; give queries "
+                "of one length, and sequences without tokens after an end"
             )
         if local_size is not None:
             mask_function = _by_token(mask_function, attention_mask)

@@ -213,16 +213,17 @@ def decode(
     `n_tokens` is the length of the prefix. Several caches take turns. Queries have 1 to 7 tokens, padded to 8, so that
     agents differ and there is a mask: without one, transformers uses `enable_gqa`, several times slower on a CPU.
     """
+    in_place = isinstance(caches[0], CascadeCache)
     generator = torch.Generator().manual_seed(0)
     ids_NQ = torch.randint(model.config.vocab_size, (n_agents, QUERY_TOKENS), generator=generator)
     mask_NT = torch.ones(n_agents, n_tokens + QUERY_TOKENS, dtype=torch.long)
-    for agent in range(n_agents):
+    # In place there is always a mask, and states refuse padding there.
+    for agent in range(0 if in_place and Geometry.of(model.config).stateful else n_agents):
         n_padding = QUERY_TOKENS - 1 - agent % (QUERY_TOKENS - 1)
         mask_NT[agent, n_tokens : n_tokens + n_padding] = 0
     inputs = list(
         zip(*(x.to(model.device).chunk(len(caches)) for x in (ids_NQ, mask_NT)), strict=True)
     )
-    in_place = isinstance(caches[0], CascadeCache)
     with attend_in_place(model) if in_place else nullcontext():
         for _ in range(1 + n_steps):
             for turn, (cache, (ids, mask)) in enumerate(zip(caches, inputs, strict=True)):
