@@ -37,9 +37,8 @@ from polykv.supported import (
 from polykv.tokens import encode
 
 READERS = ("dequantize", "in_place")
-Kept = (
-    tuple[Tensor, Tensor] | State
-)  # what a layer keeps: keys and values, each (batch, kv_heads, tokens, head_dim)
+# What a layer keeps: keys and values, each (batch, kv_heads, tokens, head_dim), or a state.
+Kept = tuple[Tensor, Tensor] | State
 COPIES = 2 << 30  # bytes of full-precision caches in a batch of agents
 
 
@@ -50,7 +49,7 @@ class SharedKVPool:
     compressed. A recipe's numbers of layers (`layer_bits`, exempt first and last ones) count these layers as well.
 
     Attributes:
-        n_values: keys' and values' numbers.
+        n_values: number of cached values, keys and values together, of all tokens.
         state_bytes: bytes of all states.
 
     `backend` encodes the cache and attends to it: "auto", "torch", "cpu" or "triton" (polykv/kernels).
@@ -214,8 +213,15 @@ class SharedKVPool:
 
     @property
     def nominal_ratio(self) -> float:
-        """fp16 bits over payload bits, without metadata (the papers' "2.91x")."""
+        """fp16 bits over payload bits of keys and values, without metadata (the papers' "2.91x")."""
+        attending = [n for n, one in enumerate(self._layers) if not isinstance(one, State)]
+        if len(attending) < self.n_layers:  # those with a state have their share of `layer_bits`
+            return self._nominal_ratio(attending)
         return self.recipe.nominal_ratio(self.dtype)
+
+    def _nominal_ratio(self, layers: Iterable[int]) -> float:
+        codecs = [one for index in layers for one in self.recipe.codecs(index, self.n_layers)]
+        return 16 * len(codecs) / sum(codec.payload_bits(self.dtype) for codec in codecs)
 
     @property
     def stored_ratio(self) -> float:
@@ -232,11 +238,9 @@ class SharedKVPool:
         }
         if len(segments) in (0, self.n_layers):
             return None
-        codecs = [one for index in segments for one in self.recipe.codecs(index, self.n_layers)]
         full = [one for kept in segments.values() for one in kept]
-        n_bits = sum(codec.payload_bits(self.dtype) for codec in codecs)
         n_values = sum(2 * torch.Size(one.key.shape).numel() for one in full)
-        return 16 * len(codecs) / n_bits, 2 * n_values / sum(one.nbytes for one in full)
+        return self._nominal_ratio(segments), 2 * n_values / sum(one.nbytes for one in full)
 
     def kept(self) -> Iterator[Kept]:
         """What each layer keeps: its keys and values (`decode_layer`), or its state."""

@@ -111,7 +111,7 @@ BOUND |= {"policy": "local", "budget_bits": 8.0, "position_offset": 1, "dtype": 
 BOUND |= {"model": "2" * 64, "tokenizer": "2" * 64, "n_tokens": 19, "mean_bits": 4.0}
 BOUND |= {"n_layers": 4, "n_kv_heads": 1, "head_dim": 16, "group_size": 32, "exact": None}
 # What is not written if it is "mixed", None and 0.
-OPTIONAL = {"payload": "waterfill", "windows": [8, 8, 8], "n_left": 1}
+OPTIONAL = {"payload": "waterfill", "windows": [8, 8, 8], "n_left": 1, "states": [0]}
 BOUND |= OPTIONAL
 
 

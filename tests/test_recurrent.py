@@ -1,5 +1,7 @@
 """States of linear attention, convolution and recurrence: copied exactly, never changed, counted to the byte."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -222,7 +224,7 @@ def test_scores_are_those_of_the_uncompressed_pass(model):
 
 
 def test_recipes_count_the_models_layers(qwen):
-    """Layer 1 of three has keys: exempting the first two keeps it, and its bits are the middle entry's."""
+    """Layer 1 of three has keys: exempting the first two keeps it in fp16, and its bits are the second entry's."""
     cache = prefill(qwen, ids_of(N_PREFIX)[None])
     assert [context is not None for context in cache.contexts] == [False, True, False]
     ratios = {}
@@ -232,6 +234,9 @@ def test_recipes_count_the_models_layers(qwen):
         recipe = load_recipe("polykv").from_config(cfg)
         ratios[len(ratios)] = SharedKVPool.from_cache(cache, recipe).full_layers_ratios[1]
     assert ratios[0] == ratios[1] > 2 > ratios[2] == 1.0
+    recipe = replace(load_recipe("kivi_4bit"), layer_bits=((8, 8), (2, 4), (8, 8)))
+    pool = SharedKVPool.from_cache(cache, recipe)
+    assert pool.nominal_ratio == pool.full_layers_ratios[0] == 32 / 6
 
 
 def test_ask_answers_queries_of_different_lengths(qwen, tokenizer):
