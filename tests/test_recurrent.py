@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TEXT, checked_cell, rows_of
 from omegaconf import OmegaConf
 from pairwise import slow
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -308,6 +309,64 @@ def test_what_states_do_not_allow_is_refused(qwen, tokenizer, llama):
     )
     with pytest.raises(PolyKVError, match="nothing to compress"):
         check_model(other)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, qwen, tokenizer):
+    """Settings of a study of a folder with this model and a text."""
+    folder = tmp_path_factory.mktemp("qwen")
+    qwen.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT * 4)
+    return (
+        "model=local", f"model.path={folder}", "device=cpu", "backend=torch", "context=64", "n_documents=2",
+        "document=file", f"document.path={folder}/text.txt",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ("compare together=true", "pads agents .* qwen3_next counts padding; use another model"),
+        ("compare recipe=streaming_4", "streaming_4.*layer 0 of qwen3_next keeps a state"),
+        ("protocols protocol=online", "protocol=online takes models .*keeps a state"),
+        (
+            "handoff_ttft policies=[topology]",
+            "policy 'topology' has signal .*qwen3_next has states",
+        ),
+        *slow(
+            ("outside_references outside=fp8", "outside references takes models .*keeps a state"),
+            ("layer_sensitivity", "study layer_sensitivity takes models .*keeps a state"),
+            ("decode_drift", "study decode_drift takes models .*keeps a state"),
+            (
+                "handoff_accuracy policy=uniform",
+                "study handoff_accuracy takes models .*keeps a state",
+            ),
+        ),
+    ],
+)
+def test_studies_refuse_states_before_any_work(study, message, settings):
+    name, *more = study.split()
+    about = settings[:4] if name in ("handoff_accuracy", "decode_drift") else settings
+    with pytest.raises(PolyKVError, match=message):
+        checked_cell(f"experiment={name}", *about, *more)
+
+
+@pytest.mark.slow
+def test_a_study_reads_states_alike_in_both_modes(settings):
+    found = {}
+    for reader in ("dequantize", "in_place"):
+        rows = rows_of("experiment=compare", *settings, "recipe=polykv", f"reader={reader}")
+        keys = ("metric", "accounting", "sample", "statistic", "block")
+        found[reader] = {tuple(map(row.get, keys)): row["value"] for row in rows}
+    one, other = found.values()
+    for metric in ("kl", "nll"):
+        key = (metric, None, 0, None, None)
+        assert 0 < one[key] == pytest.approx(other[key], rel=1e-3)
+    stored, of_full = (
+        one[name, "stored", None, None, None] for name in ("compression_ratio", "full_layers_ratio")
+    )
+    assert 1 < stored < of_full
 
 
 @pytest.mark.slow
