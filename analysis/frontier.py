@@ -55,6 +55,7 @@ SPREAD = Measure("nll_delta", {"statistic": "sd"})  # of the tokens' differences
 NORMAL = float(stats.norm.ppf(0.975))
 Looks = Mapping[str, tuple[str, str]]  # colour and marker of each recipe
 ROOM = 1.2  # bits left of the first recipe, for its name
+NAME, NEAR = 1.0, 1.5  # how wide and high (as a ratio of KL) a name may be
 RECIPE = "polykv"
 EQUAL_BITS = 0.05
 PAIRS = {
@@ -321,13 +322,17 @@ def _frontier(ax: Axes, standings: Sequence[Standing], looks: Looks) -> None:
         look = {"color": tint, "elinewidth": 0.9, "markersize": 6, "markeredgewidth": 1}
         look["markerfacecolor"] = tint if s.on_front else "none"
         style.series(ax, [(s.spot[0], s["kl_mean"])], fmt=marker, label=s.recipe, **look)
+    named: list[tuple[float, float]] = []
+    for s in reversed(standings):  # from the top down, so that a name makes way for those above it
         if s.on_front or s.recipe == RECIPE:
-            below = ((-5, -5), "right", "top")
+            near = (abs(s.spot[0] - x) < NAME and y < NEAR * s.spot[1] for x, y in named)
+            below = ((-5, -5 - 1.3 * style.SIZE * any(near)), "right", "top")
             offset, ha, va = below if s.on_front else ((5, 3), "left", "bottom")
             ax.annotate(
                 s.recipe, s.spot, offset, textcoords="offset points", ha=ha, va=va,
-                fontsize=style.SIZE, color=style.ink(tint),
+                fontsize=style.SIZE, color=style.ink(looks[s.recipe][0]),
             )  # fmt: skip
+            named.append(s.spot)
     bits, kl = zip(*sorted(s.spot for s in standings if s.on_front), strict=True)
     ax.step(bits, kl, where="post", color="0.55", linewidth=1, zorder=0)
     ax.set_yscale("log")

@@ -58,6 +58,7 @@ FAMILIES = {
     "polykv": ("PolyKV", VERMILION, "D"),
     "turboquant": ("TurboQuant", BLUE, "o"),
     "waterfill": ("this project", WINE, "h"),
+    "trellis": ("this project", WINE, "h"),
     "mean_": ("this project", WINE, "h"),
     "vllm": ("vLLM presets", PINK, "P"),
     "kivi": ("KIVI", GREEN, "^"),
