@@ -101,8 +101,13 @@ def test_what_has_no_trellis_is_refused():
     for codec in (TrellisKey, TrellisValue):
         with pytest.raises(PolyKVError, match="has no bits=7"):
             codec(7)
-    with pytest.raises(PolyKVError, match="head_dim 4 is too small for TrellisValue at 1 bits"):
-        TrellisValue(1).encode(gaussian(1, 1, 3, 4))
+
+
+def test_vectors_shorter_than_a_window_have_scalar_codes():
+    x = gaussian(1, 1, 3, 2)
+    found, expected = TrellisValue(3).encode(x), TurboQuantLog(3).encode(x)
+    assert torch.equal(found.tensors["codes"], expected.tensors["codes"])
+    assert torch.equal(TrellisValue(3).decode(found), TurboQuantLog(3).decode(expected))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

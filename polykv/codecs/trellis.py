@@ -72,10 +72,8 @@ class TrellisKey(WaterfillKey):
 class TrellisValue(TurboQuantLog):
     """TurboQuantLog whose vectors are trellis-coded in blocks of 16 coordinates, in as many bytes.
 
-    If head_dim is not a multiple of 16, a vector is one block.
-
-    Raises:
-        PolyKVError: bits out of range, or (`encode`) a block that is shorter than a window.
+    If head_dim is not a multiple of 16, a vector is one block; if it is shorter than a window (head_dim 1 to 7), its
+    codes are scalar.
     """
 
     version = 1
@@ -85,19 +83,21 @@ class TrellisValue(TurboQuantLog):
         _check(self)
 
     def _codes(self, y_BHTD: Tensor) -> Tensor:
-        return encode(self._blocks(y_BHTD), self.bits).flatten(-2)
+        size = self._block(y_BHTD.shape[-1])
+        if not size:
+            return super()._codes(y_BHTD)
+        return encode(y_BHTD.unflatten(-1, (-1, size)), self.bits).flatten(-2)
 
     def _levels(self, codes_BHTD: Tensor) -> Tensor:
-        return decode(self._blocks(codes_BHTD), self.bits).flatten(-2)
+        size = self._block(codes_BHTD.shape[-1])
+        if not size:
+            return super()._levels(codes_BHTD)
+        return decode(codes_BHTD.unflatten(-1, (-1, size)), self.bits).flatten(-2)
 
-    def _blocks(self, y_BHTD: Tensor) -> Tensor:
-        dim = y_BHTD.shape[-1]
+    def _block(self, dim: int) -> int:
+        """Coordinates of a block, 0 if those of a vector are fewer than a window needs."""
         size = dim if dim % BLOCK else BLOCK
-        if size * self.bits < window(self.bits):
-            raise PolyKVError(
-                f"head_dim {dim} is too small for TrellisValue at {self.bits} bits; use TurboQuantLog"
-            )
-        return y_BHTD.unflatten(-1, (-1, size))
+        return size if size * self.bits >= window(self.bits) else 0
 
 
 def _check(codec: TrellisKey | TrellisValue) -> None:
