@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import polykv.codecs.base
 from polykv.codecs.base import Codec, Packed
+from polykv.codecs.trellis import TrellisKey, TrellisValue
 from polykv.errors import PolyKVError
 from polykv.recipe import load_recipe
 
@@ -76,6 +77,16 @@ def of_each_pair(names):
 
 
 every_codec = pytest.mark.parametrize("codec", of_each_class(CODECS))
+# The profiler slows the many small operations of a search tenfold.
+every_codec_profiled = pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.slow])
+        if isinstance(one.values[0], TrellisKey | TrellisValue)
+        else one
+        for one in of_each_class(CODECS)
+    ],
+)
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -265,7 +276,7 @@ def peak_extra_bytes(codec, x):
     return peak - packed.nbytes
 
 
-@every_codec
+@every_codec_profiled
 @pytest.mark.parametrize("n_tokens", [128, pytest.param(2048, marks=pytest.mark.slow)])
 def test_encoding_takes_at_most_twice_the_fp16_bytes(codec, n_tokens):
     if codec.group >= n_tokens:
