@@ -111,9 +111,15 @@ def test_of_each_replay_one_turn_at_a_time_is_in_memory(model, tokenizer):
     (script,) = play([TASK], [handoff(model, tokenizer, "full")])
     vocabulary, seen = model.config.vocab_size, []
 
+    def live():
+        tensors = (x for x in gc.get_objects() if isinstance(x, torch.Tensor))
+        return [x for x in tensors if x.dim() == 2 and x.shape[-1] == vocabulary]
+
+    gc.collect()
+    others = {id(x): x for x in live()}  # what earlier tests left
+
     def count(*_):
-        live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-        seen.append(sum(x.shape[-1:] == (vocabulary,) and x.dim() == 2 for x in live))
+        seen.append(sum(id(x) not in others for x in live()))
 
     hook = model.register_forward_hook(count)
     try:
