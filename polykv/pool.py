@@ -6,13 +6,11 @@ copy (polykv/attention/cascade.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from polykv import kernels
 from polykv.attention.cache import CascadeCache
@@ -24,7 +22,7 @@ from polykv.greedy import greedy
 from polykv.prefill import prefill
 from polykv.probe import kept_tokens
 from polykv.recipe import Recipe
-from polykv.recurrent import STATES, State, StateLayer
+from polykv.recurrent import STATES, State
 from polykv.segment import Segment, decode_segments
 from polykv.supported import (
     check_cache,
@@ -35,6 +33,7 @@ from polykv.supported import (
     window_of,
 )
 from polykv.tokens import encode
+from polykv.unshared import unshared_cache
 
 READERS = ("dequantize", "in_place")
 # What a layer keeps: keys and values, each (batch, kv_heads, tokens, head_dim), or a state.
@@ -350,57 +349,6 @@ class SharedKVPool:
         for group in groups:
             for start in range(0, len(group), batch):
                 yield group[start : start + batch]
-
-
-def unshared_cache(
-    layers: Iterable[tuple[Tensor, ...] | State | StateLayer | DummyLayer],
-    windows: Sequence[int | None] = (),
-    n_tokens: int | None = None,
-) -> DynamicCache:
-    """A DynamicCache of (keys, values), and of states or layers that continue one.
-
-    For `windows` and `n_tokens` see `SharedKVPool.from_layers`.
-
-    Of `n_tokens` tokens layers may have fewer: the others were dropped.
-    """
-    # transformers takes a third tensor, the window.
-    pairs = zip(layers, windows or repeat(None), strict=bool(windows))
-    states: dict[int, StateLayer | DummyLayer] = {}
-
-    def given() -> Iterator[Any]:
-        for number, (layer, window) in enumerate(pairs):
-            if not isinstance(layer, tuple):
-                states[number] = layer.layer(1) if isinstance(layer, State) else layer
-                yield None, None
-            else:
-                yield (*layer, torch.tensor(window)) if window else layer
-
-    cache = DynamicCache(given())
-    for number, layer in enumerate(cache.layers):
-        if number in states:
-            cache.layers[number] = states[number]
-        elif layer.is_sliding:
-            layer.cumulative_length = n_tokens
-        elif n_tokens and (n_dropped := n_tokens - layer.get_seq_length()):
-            cache.layers[number] = ThinnedLayer(n_dropped)
-            cache.layers[number].update(layer.keys, layer.values)
-    return cache
-
-
-class ThinnedLayer(DynamicLayer):
-    """A layer some of whose tokens were dropped; those to come have the positions that they would have without."""
-
-    def __init__(self, n_dropped: int) -> None:
-        super().__init__()
-        self._n_dropped = n_dropped
-
-    def get_seq_length(self) -> int:
-        """Tokens, the dropped ones included: the position of the next."""
-        return super().get_seq_length() + self._n_dropped
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(mask length, offset): the kept tokens stand directly before those to come, so that all are seen."""
-        return super().get_seq_length() + query_length, self._n_dropped
 
 
 def _check_known(recipe: Recipe, contexts: Sequence[LayerContext | None]) -> None:

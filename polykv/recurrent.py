@@ -141,11 +141,8 @@ class StateLayer(LinearAttentionLayer):
             getattr(self, f"{kind}_states")[number] = change(x)
 
 
-STATES = (
-    LinearAttentionLayer,
-    StateLayer,
-    DummyLayer,
-)  # cache layers that keep a state, or nothing
+# Cache layers that keep a state, or nothing.
+STATES = (LinearAttentionLayer, StateLayer, DummyLayer)
 
 
 def attending(cache: Cache) -> list[Any]:

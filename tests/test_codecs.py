@@ -77,16 +77,6 @@ def of_each_pair(names):
 
 
 every_codec = pytest.mark.parametrize("codec", of_each_class(CODECS))
-# The profiler slows the many small operations of a search tenfold.
-every_codec_profiled = pytest.mark.parametrize(
-    "codec",
-    [
-        pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.slow])
-        if isinstance(one.values[0], TrellisKey | TrellisValue)
-        else one
-        for one in of_each_class(CODECS)
-    ],
-)
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -276,13 +266,19 @@ def peak_extra_bytes(codec, x):
     return peak - packed.nbytes
 
 
-@every_codec_profiled
-@pytest.mark.parametrize("n_tokens", [128, pytest.param(2048, marks=pytest.mark.slow)])
+def profiled():
+    """(codec, tokens). Of a trellis search 128 are slow, and of 2048 the profiler would keep 13 GB."""
+    for one in of_each_class(CODECS):
+        searched = isinstance(one.values[0], TrellisKey | TrellisValue)
+        for n_tokens in (128,) if searched else (128, 2048):
+            marks = pytest.mark.slow if searched or n_tokens > 128 else one.marks
+            yield pytest.param(*one.values, n_tokens, id=f"{n_tokens}-{one.id}", marks=marks)
+
+
+@pytest.mark.parametrize(("codec", "n_tokens"), profiled())
 def test_encoding_takes_at_most_twice_the_fp16_bytes(codec, n_tokens):
     if codec.group >= n_tokens:
         return  # a group is not cut
-    if n_tokens > 128 and isinstance(codec, TrellisKey | TrellisValue):
-        return  # the profiler keeps all operations of the search, 13 GB
     for dtype in (torch.float32, torch.bfloat16):
         x = gaussian(1, 8, n_tokens, 128, dtype=dtype)
         codec.encode(x)  # codebooks and rotations are made once

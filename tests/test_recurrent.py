@@ -44,11 +44,8 @@ from polykv.recurrent import State
 from polykv.supported import check_model
 
 EXACT = OmegaConf.to_container(OmegaConf.load(REPO / "docs" / "families.yaml"))["exact"]
-NAMES = (
-    "qwen3_next",
-    "lfm2",
-    "nemotron_h",
-)  # delta rule; convolution alone; Mamba-2 and layers without a cache
+# Delta rule; convolution alone; Mamba-2 and layers without a cache.
+NAMES = ("qwen3_next", "lfm2", "nemotron_h")
 N_PREFIX, N_NEW = 20, 12
 
 

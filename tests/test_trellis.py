@@ -11,6 +11,7 @@ from polykv import kernels
 from polykv.codecs import trellis
 from polykv.codecs.codebook import lloyd_max
 from polykv.codecs.trellis import LEVELS, SCALE, WIDEST, TrellisKey, TrellisValue
+from polykv.codecs.trellis_training import trained
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
@@ -78,8 +79,8 @@ def test_levels_are_the_means_of_what_they_code():
 
 
 def test_training_lowers_the_error():
-    first, _ = trellis.trained(2, seed=0, rounds=1, blocks=512)
-    later, levels = trellis.trained(2, seed=0, rounds=6, blocks=512)
+    first, _ = trained(2, seed=0, rounds=1, blocks=512)
+    later, levels = trained(2, seed=0, rounds=6, blocks=512)
     assert later < first
     assert torch.equal(levels, -levels.flip(0))
 

@@ -6,8 +6,7 @@ QTIP (Tseng et al., arXiv 2406.11235, section 3.1) with its bits in reverse; tre
 Fischer's (IEEE Trans. Comm. 38(1), 1990). Every value can be decoded alone. The encoder looks for the least squared
 error by Viterbi's algorithm, in two passes because the block is a ring (as QTIP, section 3.2).
 
-`python -m polykv.codecs.trellis` computes the levels again (data/trellis.json): from normal random ones, each is moved
-to the mean of the values that are coded by it, over and over. They are symmetric: inverted bits give the negative.
+The levels are in data/trellis.json (polykv/codecs/trellis_training.py). Inverted bits give the negative level.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from polykv.errors import PolyKVError
 
 LEVELS = Path(__file__).parents[1] / "data" / "trellis.json"
 SCALE = 10_000  # levels are stored as integers
-SEEDS = 4  # of which the best is kept
 WIDEST = 6  # bits
 REACH = 3.5  # the largest value of a token, over what its blocks are divided by
 COSTS = 1 << 17  # computed at once, but no more than half as many as values to encode
@@ -128,12 +126,12 @@ def encode(y: Tensor, bits: int) -> Tensor:
     codes = torch.empty(y_NT.shape, dtype=torch.uint8, device=y.device)
     step = max(min(COSTS, y_NT.numel() // 2) >> window(bits), 1)
     for start in range(0, len(y_NT), step):
-        codes[start : start + step] = _ring(y_NT[start : start + step], levels, bits)
+        codes[start : start + step] = search(y_NT[start : start + step], levels, bits)
     return codes.view(y.shape)
 
 
-def _ring(y_NT: Tensor, levels: Tensor, bits: int) -> Tensor:
-    """The codes of a few blocks.
+def search(y_NT: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """The codes (N, T) of a few blocks under these levels.
 
     The block is searched twice in a row, free at both ends. The bits that its first copy leaves are those that the last
     search begins and ends with.
@@ -173,36 +171,3 @@ def levels_of(bits: int) -> Tensor:
     half = json.loads(LEVELS.read_text(encoding="utf-8"))[str(bits)]
     levels = torch.tensor(half, dtype=torch.float32, device="cpu") / SCALE
     return torch.cat([levels, -levels.flip(0)])
-
-
-def trained(bits: int, seed: int, rounds: int = 30, blocks: int = 4096) -> tuple[float, Tensor]:
-    """(mean squared error, levels) after `rounds` over normal blocks of 16."""
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(1 << window(bits) - 1, generator=generator)
-    levels = torch.cat([half, -half.flip(0)])
-    for _ in range(rounds):
-        y_NT = torch.randn(blocks, 16, generator=generator)
-        codes = torch.cat([_ring(part, levels, bits) for part in y_NT.split(512)])
-        of_N, y_N = windows(codes, bits).flatten(), y_NT.flatten()
-        sums = torch.zeros(len(levels)).index_add_(0, of_N, y_N)
-        counts = of_N.bincount(minlength=len(levels))
-        sums, counts = sums - sums.flip(0), counts + counts.flip(0)
-        error = (y_N - levels[of_N]).square().mean()
-        levels = torch.where(counts > 0, sums / counts.clamp_min(1), levels)
-    return float(error), levels
-
-
-def main() -> None:
-    """Write LEVELS."""
-    found = {}
-    for bits in range(1, WIDEST + 1):
-        error, levels = min((trained(bits, seed) for seed in range(SEEDS)), key=lambda one: one[0])
-        half = levels[: len(levels) // 2].mul(SCALE).round().int().tolist()
-        found[bits] = half
-        print(f"{bits} bits: mean squared error {error:.5f}", flush=True)
-    text = ",\n".join(f'"{bits}": {json.dumps(half)}' for bits, half in found.items())
-    LEVELS.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

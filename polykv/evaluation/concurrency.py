@@ -22,9 +22,10 @@ from polykv.evaluation.ttft import Clock
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
 from polykv.pool import READERS as POOL_READERS
-from polykv.pool import Kept, SharedKVPool, prefill, unshared_cache
+from polykv.pool import Kept, SharedKVPool, prefill
 from polykv.recipe import Recipe
 from polykv.recurrent import STATES, State, layer_bytes
+from polykv.unshared import unshared_cache
 
 VERSION = 1  # of how steps are timed
 READERS = ("unshared", *POOL_READERS)

@@ -26,9 +26,10 @@ from polykv.handoff.card import CacheCard
 from polykv.handoff.policy import Policy
 from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
-from polykv.pool import prefill, unshared_cache
+from polykv.pool import prefill
 from polykv.progress import track
 from polykv.supported import check_length, check_rope
+from polykv.unshared import unshared_cache
 
 VERSION = 1  # of the timing protocol
 STAGES = ("create", "serialize", "transfer", "verify", "dequantize", "inject", "first_forward")

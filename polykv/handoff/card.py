@@ -30,8 +30,8 @@ from polykv.handoff.signing import SigningKey
 from polykv.handoff.stateful import StatefulPayload
 from polykv.handoff.waterfilled import WaterfillPayload
 from polykv.handoff.windowed import WindowedPayload
-from polykv.pool import unshared_cache
 from polykv.recurrent import State
+from polykv.unshared import unshared_cache
 
 ALONE = Topology()
 

@@ -226,12 +226,12 @@ struct Coding {
                 const Floats rest = key - turns.turned<DIM>(mean, cos, sin, c);
                 const Floats v = rest * load<Floats>(weight + c);
                 if (write || to.trellis) store(row + c, rest);
-                sum += v * v;
+                if (!write) sum += v * v;
             }
+            if (write || to.trellis) blocks(row, order, gain, dim, y);
+            if (write) return 0.0f;
             const float rms = std::sqrt(sum_lanes(sum) / dim);
-            if (!write && !to.trellis) return rms;
-            blocks(row, order, gain, dim, y);
-            return to.trellis && !write ? std::fmax(rms, largest_of(plan, dim, y) / REACH) : rms;
+            return to.trellis ? std::fmax(rms, largest_of(plan, dim, y) / REACH) : rms;
         });
     }
 
