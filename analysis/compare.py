@@ -1,12 +1,13 @@
 """Recipes side by side: one line per recipe and setting, and which recipes differ significantly."""
 
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
 
 from analysis.load import PAPER, swept
 from analysis.load import SETTING as SET
-from analysis.points import MEASURES, RECIPES, tidied
+from analysis.points import ANSWERS, MEASURES, RECIPES, RUN, settings_text, tidied
 from analysis.render import Column, Table, compact, describe, fixed, keys, significant, span
 from analysis.statistics import (
     BASELINE,
@@ -19,7 +20,7 @@ from analysis.statistics import (
     pairs_of,
     samples_of,
 )
-from analysis.style import Marks, Picture, grid, legend, looks, picture, styled
+from analysis.style import LETTERS, PAGE, Marks, Picture, grid, legend, looks, picture, styled
 from polykv.evaluation.statistics import PairedRatio
 
 # What a line is about; what never varies is said once, in the caption.
@@ -39,6 +40,7 @@ SWEPT = (
 SETTING = [name for name in SWEPT if name != "n_agents"]
 HEADERS = {"context_tokens": "context", "n_agents": "agents"}
 MB = 1e3  # of a GB
+ALWAYS = ("document", "context_tokens")  # in a panel's title
 ACROSS, HEIGHT = 2, 2.3  # panels in a row, inches
 
 SCALED = {"stored": MB, "resident": MB}
@@ -209,7 +211,7 @@ def _tie(better: str, worse: str, found: PairedRatio) -> str:
 @styled
 def figure(rows: pd.DataFrame) -> Picture | str | None:
     """Mean KL with its interval against stored bits; one panel per text, context and reader."""
-    found = tidied(rows)
+    found = tidied(rows[~rows["metric"].isin(ANSWERS)])  # whose dtype is no matter here
     if found.empty:
         return None
     about = [*SETTING, *swept(found)]
@@ -221,11 +223,7 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
             panels.append((dict(zip(about, key, strict=True)), spots))
     if not panels:
         return "no recipe with both stored bits and a KL divergence above 0"
-    apart = [
-        n
-        for n in ("protocol", "reader", "backend")
-        if len({setting[n] for setting, _ in panels}) > 1
-    ]
+    differ = [n for n in about if len({setting[n] for setting, _ in panels}) > 1]
     names = sorted({n for _, spots in panels for n in spots}, key=lambda n: (n not in RECIPES, n))
     look = looks(names)
     canvas, axes = grid(len(panels), ACROSS, HEIGHT)
@@ -234,8 +232,7 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
             reach = None if kl.low is None else [[kl.value - kl.low], [kl.high - kl.value]]
             tint, marker = look[name]
             ax.errorbar(bits, kl.value, yerr=reach, fmt=marker, color=tint, label=name)
-        on = "".join(f", {setting[name]}" for name in apart)
-        ax.set_title(f"{setting['document']}, {setting['context_tokens']:,} tokens{on}")
+        ax.set_title(_title({n: setting[n] for n in about if n in (*ALWAYS, *differ)}))
         ax.set_yscale("log")
         ax.set_xlabel("stored bits per cached value")
         ax.set_ylabel("mean KL, nats per token")
@@ -245,6 +242,16 @@ def figure(rows: pd.DataFrame) -> Picture | str | None:
         describe(found[found["metric"] == "kl"]),
         Marks(panels=True, lines="Markers"),
     )
+
+
+def _title(told: dict[str, object]) -> str:
+    """A panel's title of what tells it from the others, the run on a line of its own."""
+    run = ", ".join(f"{told[n]}" for n in RUN if n in told)
+    named = {"context_tokens": "{:,} tokens", "seed": "seed {}"}
+    rest = [n for n in told if n not in RUN and not n.startswith(SET)]
+    own = ", ".join(named.get(n, "{}").format(told[n]) for n in rest) + settings_text(told)
+    width = int(LETTERS * PAGE / ACROSS)
+    return "\n".join(textwrap.fill(line, width) for line in (run, own) if line)
 
 
 def _spot(part: pd.DataFrame) -> tuple[float, Value] | None:

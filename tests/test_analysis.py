@@ -12,7 +12,7 @@ import pytest
 from analysis_rows import RATIO, compare_cell, paper_memory, quickstart, run, write
 from pairwise import slow
 
-from analysis import catalog
+from analysis import catalog, compare
 from analysis.__main__ import PICTURES, WRITERS, show
 from analysis.load import load
 
@@ -164,3 +164,15 @@ def test_backends_of_one_sweep_are_lines_of_their_own(tmp_path):
         ("full", ""), ("polykv", "cpu"), ("polykv", "torch"),
     ]  # fmt: skip
     assert lines[1]["perplexity_delta"].value > 1.5 * lines[2]["perplexity_delta"].value
+
+
+def test_panels_of_several_models_say_which(tmp_path):
+    cells = [
+        compare_cell(256, 1, recipe, name=f"{recipe}-{model}", model=model)
+        for recipe in RATIO
+        for model in ("reference", "llama-3-8b")
+    ]
+    drawn = compare.figure(load(write(tmp_path, cells)).rows)
+    titles = [ax.get_title(loc="left") for ax in drawn.canvas.axes]
+    assert {title.splitlines()[0] for title in titles} == {"reference", "llama-3-8b"}
+    assert all("256 tokens" in title.splitlines()[1] for title in titles)
