@@ -35,7 +35,7 @@ BITS = {TurboQuantMSE: (2, 3, 4), Uniform: (2, 3, 4, 8)}
 LOG_KEYS, LOG_VALUES = (WaterfillKey, TrellisKey), (TurboQuantLog, TrellisValue)
 BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 
-# Work per thread, below which starting another one costs more than it saves.
+# Work per thread, below which another one costs more than it saves.
 VALUES_PER_THREAD = 1 << 17
 PRODUCTS_PER_THREAD = 1 << 21
 TILE = 64  # queries per job
@@ -55,9 +55,19 @@ def loaded_library() -> Any:
     loaded.polykv_attend.argtypes = [*[pointer] * 3, number, *[pointer] * 4, number]
     loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
     loaded.polykv_attend_suffix.argtypes = [pointer, pointer, pointer, number]
-    for name in ("decode", "attend", "attend_suffix"):
+    loaded.polykv_run_on.argtypes = [pointer]
+    for name in ("decode", "attend", "attend_suffix", "run_on"):
         getattr(loaded, f"polykv_{name}").restype = None
+    loaded.polykv_run_on(_threads_of_torch())
     return loaded
+
+
+def _threads_of_torch() -> int | None:
+    """Address of the function that runs work on torch's OpenMP threads, None for another OpenMP than GNU's."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):  # not there, and on Windows no CDLL(None)
+        return None
 
 
 def available() -> str | None:
@@ -196,4 +206,5 @@ def _splits(jobs: int, threads: int, n_tokens: int) -> int:
 
 
 def _threads(useful: int) -> int:
-    return max(min(torch.get_num_threads(), useful), 1)
+    """One, or as many as torch has: OpenMP ends threads if a team is smaller than the one before."""
+    return torch.get_num_threads() if useful > 1 else 1

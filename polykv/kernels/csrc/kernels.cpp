@@ -13,6 +13,13 @@
 
 constexpr int64_t PART = 256;  // tokens of a head that a thread takes at a time
 
+// GOMP_parallel of the OpenMP library that torch computes with, or null. Its threads wait by spinning for a while after a
+// product of torch's, so that threads of our own would have to share the cores with them.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+static Parallel parallel = nullptr;
+
+extern "C" void polykv_run_on(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
+
 // Run work(next) on `threads` threads; next() returns 0, 1, ... n - 1, each once, and then -1.
 template <typename Work>
 static void spread(int64_t n, int64_t threads, const Work& work) {
@@ -21,12 +28,17 @@ static void spread(int64_t n, int64_t threads, const Work& work) {
         const int64_t i = taken.fetch_add(1);
         return i < n ? i : -1;
     };
+    auto take = [&] { work(next); };
+    if (parallel && threads > 1 && n > 1) {
+        auto call = [](void* taking) { (*static_cast<decltype(take)*>(taking))(); };
+        return parallel(call, &take, unsigned(threads), 0);
+    }
     std::vector<std::thread> others;
     try {
-        for (int64_t i = 1; i < threads && i < n; i++) others.emplace_back([&] { work(next); });
+        for (int64_t i = 1; i < threads && i < n; i++) others.emplace_back(take);
     } catch (const std::system_error&) {  // no more threads available: the existing ones do all the work
     }
-    work(next);
+    take();
     for (auto& other : others) other.join();
 }
 
