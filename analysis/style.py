@@ -79,6 +79,7 @@ POLICIES = {
     "fp16": GREY,
     "uniform": ORANGE,
     "waterfill": WINE,
+    "trellis": TEAL,
     "local": GREEN,
     "topology": VERMILION,
     "dont_waste_bits": OLIVE,

@@ -85,8 +85,7 @@ def _baseline(cfg: DictConfig, session: Session, name: str, policy: Policy) -> l
 
 def _last(cfg: DictConfig, session: Session, policy: Policy, part: str) -> list[Comparison]:
     """The last answers of relays, which come after all handoffs."""
-    (relays,) = forced(cfg, session, policy, part=part)
-    return [turns[-1] for turns in relays]
+    return [one.ways[0][-1] for one in forced(cfg, session, policy, part=part)]
 
 
 STUDY = Study(

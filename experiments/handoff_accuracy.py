@@ -68,6 +68,8 @@ def check(cfg: DictConfig, session: Session) -> None:
         settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
     check_budget(cfg.budget_bits, [policy])
     key_of(cfg)
+    if not isinstance(cfg.get("answers", True), bool):
+        raise PolyKVError(f"answers={cfg.answers!r}; it takes true or false")
     if cfg.reseal not in RESEALS:
         raise PolyKVError(f"no reseal {cfg.reseal!r}; there are: {', '.join(RESEALS)}")
     settings.check_trained(cfg, "experiment=handoff_ttft")
@@ -114,23 +116,28 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     """Rows of each problem and hop: whether the answer is right, the bits of the card, the answer's divergence.
 
     `kl` is measured after all handoffs so far. At the last hop, `kl_once` is on the same tokens with the last handoff
-    alone; `kl_passing` where one agent wrote all turns and the others only passed its card on.
+    alone; `kl_passing` where one agent wrote all turns and the others only passed its card on. Without `answers` there
+    are only the bits and `kl`.
     """
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
-    exact = fp16_relays(cfg, session)
-    name = f"relays under {policy.name}"
-    found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
-    add_bits(rows, found, cfg)
-    add_answers(rows, found, exact, cfg, session)
     ways = {"kl": ALL}
-    if cfg.n_hops > 1:
-        ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
-    whole, *last = forced(cfg, session, policy, list(ways.values()))
+    if cfg.answers:
+        exact = fp16_relays(cfg, session)
+        name = f"relays under {policy.name}"
+        found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
+        add_bits(rows, [one.bits for one in found], cfg, dtype=settings.answer_dtype(cfg))
+        add_answers(rows, found, exact, cfg, session)
+        if cfg.n_hops > 1:
+            ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
+    replays = forced(cfg, session, policy, list(ways.values()))
+    if not cfg.answers:
+        add_bits(rows, [one.bits for one in replays], cfg)
     for hop in range(cfg.n_hops + 1):
-        add_divergence(rows, [turns[hop] for turns in whole], hop=hop)
-    for metric, found in zip(list(ways)[1:], last, strict=True):
-        add_divergence(rows, [turns[-1] for turns in found], {metric: "kl"}, hop=cfg.n_hops)
+        add_divergence(rows, [one.ways[0][hop] for one in replays], hop=hop)
+    for way, metric in enumerate(list(ways)[1:], 1):
+        last = [one.ways[way][-1] for one in replays]
+        add_divergence(rows, last, {metric: "kl"}, hop=cfg.n_hops)
     return rows
 
 
@@ -150,15 +157,16 @@ def new_rows(cfg: DictConfig, session: Session, columns: dict[str, type], **abou
     return settings.new_rows(cfg, columns, **of_relay, **about)
 
 
-def add_bits(rows: Rows, found: Sequence[Played], cfg: DictConfig) -> None:
-    """Bits per cached value of each card: of its tensors, which the budget limits, and of its whole file."""
+def add_bits(
+    rows: Rows, found: Sequence[Sequence[tuple[float, float]]], cfg: DictConfig, **about: Any
+) -> None:
+    """Bits per cached value of each problem's cards: of the tensors, which the budget limits, and of the whole file."""
     why = "no card is handed on"
-    for sample, one in enumerate(found):
+    for sample, cards in enumerate(found):
         for hop in range(1, cfg.n_hops + 1):
-            sizes = one.bits[hop - 1] if one.bits else (None, None)
+            sizes = cards[hop - 1] if cards else (None, None)
             for metric, bits in zip(("mean_bits", "file_bits"), sizes, strict=True):
-                about = {"sample": sample, "hop": hop, "dtype": settings.answer_dtype(cfg)}
-                rows.add(metric, bits, "bits", why=why, **about)
+                rows.add(metric, bits, "bits", why=why, sample=sample, hop=hop, **about)
 
 
 def add_answers(
@@ -224,7 +232,7 @@ STUDY = Study(
     check=check,
     settle=settle,
     made_by=MADE_BY,
-    settings=SETTINGS,
+    settings=(*SETTINGS, "answers"),
     columns=COLUMNS,
     answers=("accuracy",),
 )

@@ -27,7 +27,7 @@ def of_played(relays: Sequence[Played]) -> Arrays:
     """Arrays from which `to_played` makes these relays."""
     found: dict[str, np.ndarray] = {}
     for number, relay in enumerate(relays):
-        found[f"{number}.bits"] = np.array(relay.bits, np.float64).reshape(-1, 2)
+        found[f"{number}.bits"] = _of_bits(relay.bits)
         for hop, turn in enumerate(relay.turns):
             found[f"{number}.{hop}.prompt"] = turn.prompt_T.numpy()
             found[f"{number}.{hop}.answer"] = turn.answer_T.numpy()
@@ -43,27 +43,45 @@ def to_played(arrays: Arrays, n_turns: int) -> list[Played]:
     return [
         Played(
             [Turn(ids(f"{n}.{hop}.prompt"), ids(f"{n}.{hop}.answer")) for hop in range(n_turns)],
-            [(tensors, file) for tensors, file in arrays[f"{n}.bits"].tolist()],
+            _to_bits(arrays[f"{n}.bits"]),
         )
         for n in range(sum(name.endswith(".bits") for name in arrays))
     ]
 
 
-def of_compared(ways: Sequence[Sequence[Comparison]]) -> Arrays:
-    """Arrays from which `to_compared` makes these comparisons, a list by way and by turn."""
+@dataclass(frozen=True)
+class Replays:
+    """Replays of one problem's relay: comparisons by way and by turn, and the bits of the first way's cards."""
+
+    ways: list[list[Comparison]]
+    bits: list[tuple[float, float]]
+
+
+def of_replays(replays: Replays) -> Arrays:
+    """Arrays from which `to_replays` makes these."""
     found: Mapping[str, Mapping[str, np.ndarray]] = {
         f"{way}.{hop}": {**{name: getattr(one, name) for name in SCORES}, **one.others}
-        for way, turns in enumerate(ways)
+        for way, turns in enumerate(replays.ways)
         for hop, one in enumerate(turns)
     }
-    return {f"{place}.{name}": x for place, of in found.items() for name, x in of.items()}
+    arrays = {f"{place}.{name}": x for place, of in found.items() for name, x in of.items()}
+    return arrays | {"bits": _of_bits(replays.bits)}
 
 
-def to_compared(arrays: Arrays, n_ways: int, n_turns: int) -> list[list[Comparison]]:
-    """Comparisons by way and by turn, from their arrays."""
+def to_replays(arrays: Arrays, n_ways: int, n_turns: int) -> Replays:
+    """The replays of `n_ways` ways and `n_turns` turns, from their arrays."""
 
     def one(place: str) -> Comparison:
         others = {name: arrays[f"{place}.{name}"] for name in METRICS}
         return Comparison(*(arrays[f"{place}.{name}"] for name in SCORES), others)
 
-    return [[one(f"{way}.{hop}") for hop in range(n_turns)] for way in range(n_ways)]
+    ways = [[one(f"{way}.{hop}") for hop in range(n_turns)] for way in range(n_ways)]
+    return Replays(ways, _to_bits(arrays["bits"]))
+
+
+def _of_bits(bits: Sequence[tuple[float, float]]) -> np.ndarray:
+    return np.array(bits, np.float64).reshape(-1, 2)
+
+
+def _to_bits(array: np.ndarray) -> list[tuple[float, float]]:
+    return [(tensors, file) for tensors, file in array.tolist()]

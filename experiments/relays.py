@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from experiments import settings
-from experiments.relay_arrays import Played, of_compared, of_played, to_compared, to_played
+from experiments.relay_arrays import (
+    Played,
+    Replays,
+    of_played,
+    of_replays,
+    to_played,
+    to_replays,
+)
 from experiments.session import MODEL, Session
 from polykv import versions
 from polykv.evaluation import gsm8k
@@ -28,11 +35,13 @@ from polykv.handoff.relay import (
     Answered,
     Handoff,
     OnReply,
+    Turn,
     divergence,
     first_turns,
     force,
     ids_of,
     play,
+    read_first,
 )
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task, load_tasks
@@ -150,19 +159,16 @@ def forced(
     policy: Policy,
     ways: Sequence[Way] = (ALL,),
     part: str = "forced",
-) -> list[list[list[Comparison]]]:
-    """Answers on the tokens of the fp16 relays, compared token by token with those under fp16 cards.
+) -> list[Replays]:
+    """Answers on the tokens of the fp16 relays, compared token by token with those under fp16 cards, by problem.
 
-    Returns a list by way, by problem (the first `n_forced`) and by turn. Each problem is a part of the cell; `part`
-    begins its name.
+    They are the first `n_forced` problems. Each is a part of the cell; `part` begins its name.
     """
-    found: list[list[list[Comparison]]] = [[] for _ in ways]
+    found = []
     for sample in range(min(cfg.n_forced, cfg.n_problems)):
         make = partial(_replayed, cfg, session, policy, ways, sample)
         arrays = session.parts.kept(f"{part}-{sample}", make)
-        compared = to_compared(arrays, len(ways), cfg.n_hops + 1)
-        for own, turns in zip(found, compared, strict=True):
-            own.append(turns)
+        found.append(to_replays(arrays, len(ways), cfg.n_hops + 1))
     return found
 
 
@@ -173,9 +179,31 @@ def _replayed(
     relays, loaded = fp16_relays(cfg, session)[: cfg.n_forced], session.model(cfg)
     phase(f"replaying under {policy.name}", sample, len(relays), PROBLEMS)
     script = relays[sample].turns
-    exact = force(script, _handoff(_under_fp16(cfg), session, loaded, FP16, sample))
-    others = [force(script, _handoff(cfg, session, loaded, policy, sample), *way) for way in ways]
-    return of_compared(divergence(script, exact, others))
+    first, itself = _first_read(cfg, session, script, sample)
+    exact = force(script, _handoff(_under_fp16(cfg), session, loaded, FP16, sample), first=first)
+    handoffs = [_handoff(cfg, session, loaded, policy, sample) for _ in ways]
+    others = [
+        force(script, handoff, *way, first=first)
+        for handoff, way in zip(handoffs, ways, strict=True)
+    ]
+    compared = divergence(script[1:], exact, others)
+    return of_replays(Replays([[itself, *turns] for turns in compared], handoffs[0].bits))
+
+
+def _first_read(
+    cfg: DictConfig, session: Session, script: Sequence[Turn], sample: int
+) -> tuple[Cache, Comparison]:
+    """The first agent's turn of problem number `sample` (`read_first`), kept for other cells up to KEPT_BYTES."""
+    kept: dict[int, tuple[Cache, Comparison]] = session.kept(
+        "first turns, read", shared_needs(cfg), dict, of=(MODEL, FP16_RELAYS)
+    )
+    if sample in kept:
+        return kept[sample]
+    model, _ = session.model(cfg)
+    found = read_first(script, model)
+    if sum(_nbytes(cache) for cache, _ in (*kept.values(), found)) < KEPT_BYTES:
+        kept[sample] = found
+    return found
 
 
 def _under_fp16(cfg: DictConfig) -> DictConfig:

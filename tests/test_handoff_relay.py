@@ -19,7 +19,7 @@ from polykv.evaluation import gsm8k, numerals
 from polykv.evaluation.statistics import mcnemar
 from polykv.evaluation.ttft import STAGES, Route, measure
 from polykv.handoff.policy import load_policy
-from polykv.handoff.relay import Handoff, divergence, force, play
+from polykv.handoff.relay import Handoff, divergence, force, ids_of, play, read_first
 from polykv.handoff.signals import Topology
 from polykv.handoff.tasks import Task, load_tasks
 from polykv.pool import prefill
@@ -105,6 +105,18 @@ def test_a_relay_beyond_the_models_positions_is_refused(tokenizer):
     small = tiny_model("llama", max_position_embeddings=64)
     with pytest.raises(PolyKVError, match="the relay needs"):
         play([TASK], [handoff(small, tokenizer, "full")])
+
+
+def test_a_replay_from_the_first_turns_cache_is_the_same(model, tokenizer):
+    (script,) = play([TASK], [handoff(model, tokenizer, "full")])
+    first, itself = read_first(script, model)
+    n_tokens = first.get_seq_length()
+    whole = list(force(script, handoff(model, tokenizer, "topology")))
+    for _ in range(2):  # the cache is not modified
+        rest = list(force(script, handoff(model, tokenizer, "topology"), first=first))
+        assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
+    assert first.get_seq_length() == n_tokens == len(ids_of(script[:1]))
+    assert not itself.kl.any() and (itself.nll == itself.nll_full).all()
 
 
 def test_of_each_replay_one_turn_at_a_time_is_in_memory(model, tokenizer):

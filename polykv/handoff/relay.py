@@ -192,41 +192,60 @@ def prompts_of(
 
 
 def force(
-    script: Sequence[Turn], handoff: Handoff, n_handoffs: int | None = None, n_passes: int = 1
+    script: Sequence[Turn],
+    handoff: Handoff,
+    n_handoffs: int | None = None,
+    n_passes: int = 1,
+    first: Cache | None = None,
 ) -> Iterator[Tensor]:
     """Replay a relay on the tokens of `script`; per turn, the answer's log-probabilities (tokens, vocabulary) in fp32.
 
     A turn is replayed when it is asked for, so that its log-probabilities can be dropped before those of the next.
 
     Args:
+        first: the first agent's cache after its turn (`read_first`), from which the replay continues with the second
+            turn; not modified.
         n_handoffs: only this many handoffs, the last ones, take place, as if one agent had taken all turns before
             them; None: all.
         n_passes: each handoff takes place this many times in a row, with no tokens added in between.
     """
     cache: Cache = DynamicCache(config=handoff.model.config)
-    first = 1 if n_handoffs is None else len(script) - n_handoffs
-    for number, turn in enumerate(script):
-        for _ in range(n_passes if number >= first else 0):
+    if first is not None:
+        cache = DynamicCache([(layer.keys, layer.values) for layer in first.layers])
+    earliest = 1 if n_handoffs is None else len(script) - n_handoffs
+    for number in range(0 if first is None else 1, len(script)):
+        for _ in range(n_passes if number >= earliest else 0):
             topology = Topology(len(script[0].prompt_T), len(script) - number)
             cache = handoff(cache, ids_of(script[:number]), topology)
-        yield _answer_log_probs(handoff.model, cache, turn)
+        yield _answer_log_probs(handoff.model, cache, script[number])
+
+
+def read_first(script: Sequence[Turn], model: PreTrainedModel) -> tuple[Cache, Comparison]:
+    """The first agent's cache after its turn, which precedes all cards, and its answer compared with itself."""
+    cache = DynamicCache(config=model.config)
+    exact_TV = _answer_log_probs(model, cache, script[0])
+    return cache, compare(exact_TV, exact_TV, _compared_ids(script[0]))
 
 
 def divergence(
     script: Sequence[Turn], exact: Iterator[Tensor], others: Sequence[Iterator[Tensor]]
 ) -> list[list[Comparison]]:
-    """For each of `others`, its comparison with `exact` by turn; turn h comes after h handoffs.
+    """For each of `others`, its comparison with `exact` by turn of `script`, the turns that they replay.
 
-    All are replays of one script (`force`). They advance together, so that of each at most one turn is in memory.
+    All are replays of one relay (`force`). They advance together, so that of each at most one turn is in memory.
     """
     found: list[list[Comparison]] = [[] for _ in others]
     for turn in script:
         exact_TV = next(exact)
-        ids_BT = torch.cat([turn.prompt_T[-1:], turn.answer_T])[None]
         for own, other in zip(found, others, strict=True):
-            own.append(compare(exact_TV, next(other), ids_BT))
+            own.append(compare(exact_TV, next(other), _compared_ids(turn)))
         del exact_TV  # before the next is computed; zip(script, exact) would hold it
     return found
+
+
+def _compared_ids(turn: Turn) -> Tensor:
+    """The answer's ids after the token that predicts the first, (1, tokens)."""
+    return torch.cat([turn.prompt_T[-1:], turn.answer_T])[None]
 
 
 def text_of(turn: Turn, tokenizer: Any) -> str:

@@ -1,0 +1,241 @@
+"""Policies by budget on one text: the fp16 relay replayed under each, KL to it beside that of uniform bits.
+
+Bits by token (QKVShare) and better codes for all tokens are compared at equal nominal budgets. The test is paired by
+problem; it separates policies with far fewer problems than their answers do.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis import style
+from analysis.handoff_accuracy import ALPHA, KL, PLAYED
+from analysis.points import (
+    RUN,
+    bits_text,
+    cell_dtype,
+    counted,
+    groups,
+    hops_text,
+    ordered,
+    over_seeds,
+    run_text,
+    settings_text,
+)
+from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns, significant
+from analysis.statistics import Measure, Value, mean_of_samples, samples_of
+from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
+
+STUDY = "handoff_accuracy"
+UNIFORM = "uniform"
+PLACE = ("document", "n_hops", "reseal", "budget_bits")
+BITS = Measure("mean_bits", reduce=mean_of_samples)
+LEAST = 2  # budgets, or policies other than uniform, below which there is nothing to show
+
+
+@dataclass(frozen=True)
+class Against:
+    """A policy's KL over that of uniform bits on the same problems, and its p after Holm."""
+
+    ratio: PairedRatio
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        if self.p >= ALPHA:
+            return "no difference shown"
+        return "better" if self.ratio.ratio < 1 else "worse"
+
+
+def lines_of(rows: pd.DataFrame) -> list[Row]:
+    """One line per policy and budget: bits, KL, and `against` uniform (None: itself, or not run), corrected by run."""
+    found = ordered(cell_dtype(rows, PLAYED))
+    found = found[(found["hop"] == found["n_hops"]) & found["budget_bits"].notna()]
+    lines = []
+    for run, mine in groups(found, *RUN, "document", "n_hops"):
+        of_run = [
+            line | run | {"policy": policy, "rows": of}
+            for line, at in groups(mine, "reseal", "budget_bits")
+            for policy, of in at.groupby("policy", sort=False)
+        ]
+        ratios = _ratios(of_run)
+        p = dict(zip(ratios, holm([one.p for one in ratios.values()]), strict=True))
+        for number, line in enumerate(of_run):
+            own = line.pop("rows")
+            tested = {number: Against(ratios[number], p[number])} if number in ratios else {}
+            lines.append(
+                line | {"kl": over_seeds(own, KL.of), "bits": over_seeds(own, BITS.of)}
+                | {"against": tested.get(number)}
+            )  # fmt: skip
+    return lines
+
+
+def _ratios(lines: list[Row]) -> dict[int, PairedRatio]:
+    """By number of the line, its ratio to the uniform line of the same budget; the level is Bonferroni's."""
+    pairs: dict[int, pd.DataFrame] = {}
+    for number, line in enumerate(lines):
+        alike = [n for n in line if n not in ("policy", "rows")]
+        for other in lines:
+            if other["policy"] != UNIFORM or line["policy"] == UNIFORM:
+                continue
+            if all(_same(line[name], other[name]) for name in alike):
+                both = [samples_of(one["rows"], "kl", ["seed", "sample"]) for one in (line, other)]
+                wide = pd.concat(both, axis=1, join="inner").dropna()
+                wide = wide[(wide > 0).all(axis=1)]  # the others have no logarithm
+                if len(wide) >= LEAST:
+                    pairs[number] = wide
+    level = ALPHA / max(len(pairs), 1)
+    return {
+        number: paired_ratio(wide.iloc[:, 0].tolist(), wide.iloc[:, 1].tolist(), level)
+        for number, wide in pairs.items()
+    }
+
+
+def _same(one: object, other: object) -> bool:
+    return one == other or (pd.isna(one) and pd.isna(other))
+
+
+def _worth_showing(rows: pd.DataFrame) -> list[Row]:
+    """The lines of runs with several budgets or policies."""
+    lines = lines_of(rows)
+    by_run = defaultdict(list)
+    for line in lines:
+        by_run[_run(line)].append(line)
+    kept = []
+    for mine in by_run.values():
+        n_budgets = len({line["budget_bits"] for line in mine})
+        n_policies = len({line["policy"] for line in mine})
+        if n_policies > 1 and (n_budgets >= LEAST or n_policies > LEAST):
+            kept += mine
+    return kept
+
+
+def _run(line: Row) -> str:
+    about = f"{run_text(line)}, {line['document']}, {hops_text(line['n_hops'])}"
+    return about + settings_text(line)
+
+
+def table(rows: pd.DataFrame) -> Table | None:
+    """KL by policy and budget, with its ratio to uniform bits and the smallest ratio that would have shown."""
+    lines = _worth_showing(rows)
+    if not lines:
+        return None
+    for line in lines:
+        against = line["against"]
+        line |= {"section": _run(line), "budget": bits_text(line["budget_bits"])}
+        nothing = "it is uniform" if line["policy"] == UNIFORM else "uniform bits were not run here"
+        none = Value(None, note=nothing)
+        if against is None:
+            line |= dict.fromkeys(("ratio", "p", "detectable", "verdict"), none)
+        else:
+            ratio = against.ratio
+            line |= {
+                "ratio": Value(ratio.ratio, ratio.low, ratio.high), "p": Value(against.p),
+                "detectable": Value(ratio.detectable), "verdict": against.verdict,
+            }  # fmt: skip
+    columns = [
+        *keys("budget", "reseal", "policy"),
+        *settings_columns(rows),
+        Column("bits", "bits stored", fixed(3)),
+        Column("kl", "KL to fp16 [95 %]", fixed(5), interval=True),
+        Column("ratio", "over uniform [95 %]", fixed(2), interval=True),
+        Column("p", "p, Holm", significant),
+        Column("detectable", "detectable", fixed(2)),
+        Column("verdict", "against uniform"),
+    ]
+    explained = (
+        "KL divergence to the fp16 relay on the last agent's answer, teacher-forced on its text. over uniform: ratio "
+        "of geometric means to uniform bits of the same budget, paired by problem (t on logarithms, Holm over a run's "
+        "comparisons). detectable: the smallest ratio that so many problems show in 4 of 5 samples after that "
+        "correction. A budget is of payload bits; bits stored count scales, maps and token ids"
+    )
+    caption = f"Policies by budget. {describe(counted(rows))}"
+    return Table("handoff_budgets", caption, columns, lines, explained)
+
+
+@style.styled
+def figure(rows: pd.DataFrame) -> style.Picture | str:
+    """KL to the fp16 relay over stored bits, a line per policy, a panel per way of resealing."""
+    lines = _worth_showing(rows)
+    if not lines:
+        return "no two policies were replayed at several budgets"
+    by_run: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        by_run[_run(line)][line["reseal"]].append(line)
+    across = max(map(len, by_run.values()))
+    canvas, panels = style.sheet(list(by_run), max(across, 2), 2.2)
+    for axes, (_, of_run) in zip(panels, by_run.items(), strict=True):
+        for ax, (reseal, mine) in zip(axes, of_run.items(), strict=False):
+            _drawn(style.plain_log(ax), mine)
+            ax.set_title(reseal)
+            ax.set_xlabel("bits stored per value")
+            ax.set_ylabel("KL to fp16 relay, nats")
+        for ax in axes[len(of_run) :]:
+            ax.remove()
+    return style.picture(
+        style.legend(canvas),
+        "KL divergence to the fp16 relay by policy and stored bits: lower and further left is better",
+        describe(counted(rows)),
+        style.Marks(more="Tests against uniform bits: table handoff_budgets."),
+    )
+
+
+def _drawn(ax: style.Axes, mine: list[Row]) -> None:
+    for policy in dict.fromkeys(line["policy"] for line in mine):
+        spots = [
+            (line["bits"].value, line["kl"])
+            for line in mine
+            if line["policy"] == policy and line["bits"].value is not None
+        ]
+        look = {"fmt": "o-", "markersize": 3, "elinewidth": 0.8, "label": policy}
+        style.series(ax, spots, color=style.policy_colour(policy), **look)
+
+
+def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """By run: for each policy, in how many settings it beats uniform bits."""
+    said: dict[str, list[str]] = {}
+    by_run = defaultdict(list)
+    for line in _worth_showing(rows):
+        by_run[_run(line)].append(line)
+    for run, lines in by_run.items():
+        if sentences := list(_sentences(lines)):
+            said[f"Which policy makes the best use of bits: {run}"] = sentences
+    return said
+
+
+def _sentences(lines: list[Row]) -> Iterator[str]:
+    tested = [line for line in lines if line["against"] is not None]
+    for policy in dict.fromkeys(line["policy"] for line in tested):
+        mine = [line for line in tested if line["policy"] == policy]
+        verdicts = [line["against"].verdict for line in mine]
+        n_better, n_worse = verdicts.count("better"), verdicts.count("worse")
+        outcome = "no difference shown"
+        if n_better or n_worse:
+            outcome = "mixed" if n_better and n_worse else "better" if n_better else "worse"
+        each = "; ".join(
+            f"{bits_text(line['budget_bits'])}, {line['reseal']} "
+            f"{_ratio(line['against'].ratio)}{_unseen(line['against'])}"
+            for line in mine
+        )
+        yield (
+            f"{policy} against uniform bits of equal budget: **{outcome}**, better in {n_better} and worse in "
+            f"{n_worse} of {len(mine)} settings after Holm over all {len(tested)} comparisons. KL over that of "
+            f"uniform: {each}."
+        )
+
+
+def _ratio(found: PairedRatio) -> str:
+    return Value(found.ratio, found.low, found.high).text(".2f")
+
+
+def _unseen(against: Against) -> str:
+    if against.p < ALPHA:
+        return ""
+    return f" ({against.ratio.detectable:.2f} would have shown)"
+
+
+TABLES = {"handoff_budgets": table}
+FIGURES = {"handoff_budgets": figure}
+FINDINGS = findings

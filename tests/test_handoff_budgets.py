@@ -1,0 +1,116 @@
+"""experiment=handoff_budgets: replays alone are those beside answers, and what the table makes of them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from analysis_rows import cell, write
+from conftest import checked_cell, rows_of
+from figure_checks import assert_readable
+from scipy import stats
+from test_handoff_accuracy import SMALL
+
+from analysis import catalog, handoff_budgets, render
+from analysis.load import load
+from polykv.errors import PolyKVError
+
+N = 12
+SPREAD = np.linspace(-0.5, 0.5, N)  # of log KL between the problems
+NOISE = 0.2 * np.sin(np.arange(N))  # of a pair
+
+
+def of(rows, *metrics):
+    names = ("metric", "value", "sample", "hop", "policy", "budget_bits")
+    return [tuple(row[name] for name in names) for row in rows if row["metric"] in metrics]
+
+
+def test_replays_alone_are_those_beside_played_relays():
+    small = (*SMALL, "policy=topology", "budget_bits=3.5", "n_hops=2")
+    whole, alone = rows_of(*small), rows_of(*small, "answers=false")
+    assert of(alone, "kl", "same_top1") == of(whole, "kl", "same_top1")
+    assert {row["metric"] for row in alone} == {"kl", "same_top1", "mean_bits", "file_bits"}
+    bits = {row["dtype"]: row["value"] for row in alone if row["metric"] == "mean_bits"}
+    assert set(bits) == {"float32"} and 3.5 < bits["float32"] < 6
+
+
+def test_answers_is_true_or_false():
+    with pytest.raises(PolyKVError, match="answers='no'"):
+        checked_cell(*SMALL, "answers=no")
+
+
+def budget_cells(ratios, budgets=(3.0, 4.0), reseals=("append",)):
+    """Cells in which a policy's KL is `ratios` times that of uniform bits."""
+    made = []
+    for bits in budgets:
+        for reseal in reseals:
+            for policy, ratio in {"uniform": 1, **ratios}.items():
+                about = {
+                    "document": "gsm8k",
+                    "policy": policy,
+                    "budget_bits": bits,
+                    "model": "m",
+                    "weights": "w",
+                }
+                one = cell("handoff_accuracy", f"{policy}-{bits}-{reseal}", **about)
+                kl = np.exp(SPREAD + NOISE * (policy != "uniform")) * ratio * 10**-bits
+                for sample, value in enumerate(kl):
+                    where = {"sample": sample, "n_hops": 2, "hop": 2, "reseal": reseal}
+                    one[3].add("kl", value, "nats", n=9, **where)
+                    one[3].add("mean_bits", bits + 0.4, "bits", **where)
+                made.append(one)
+    return made
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    cells = budget_cells(
+        {"qkvshare": 3, "trellis": 0.25, "local": 1}, reseals=("append", "requantize")
+    )
+    return load(write(tmp_path_factory.mktemp("budgets"), cells)).rows
+
+
+def test_a_policy_is_held_to_uniform_bits_on_the_same_problems(measured):
+    shown = catalog.pieces("TABLES")["handoff_budgets"](measured)
+    by_policy = {}
+    for line in shown.rows:
+        by_policy.setdefault(line["policy"], []).append(line)
+    assert {policy: len(lines) for policy, lines in by_policy.items()} == dict.fromkeys(
+        ("uniform", "trellis", "local", "qkvshare"), 4
+    )
+    expected = {
+        "qkvshare": (3, "worse"),
+        "trellis": (0.25, "better"),
+        "local": (1, "no difference shown"),
+    }
+    p = stats.ttest_1samp(NOISE + np.log(3), 0).pvalue
+    assert by_policy["qkvshare"][0]["p"].value >= p  # corrected
+    for policy, (ratio, verdict) in expected.items():
+        for line in by_policy[policy]:
+            assert line["ratio"].value == pytest.approx(ratio * np.exp(NOISE.mean()))
+            assert line["verdict"] == verdict
+            assert 1 < line["detectable"].value < 1.5
+    assert by_policy["uniform"][0]["ratio"].value is None
+    render.markdown(shown)
+
+
+def test_findings_say_what_would_have_shown(measured):
+    (sentences,) = handoff_budgets.findings(measured).values()
+    said = {sentence.split()[0]: sentence for sentence in sentences}
+    assert (
+        "better in 4 and worse in 0 of 4" in said["trellis"] and "would have" not in said["trellis"]
+    )
+    assert "better in 0 and worse in 4 of 4" in said["qkvshare"]
+    assert "no difference shown" in said["local"] and said["local"].count("would have shown") == 4
+
+
+def test_the_figure_has_a_panel_for_each_way_of_resealing(measured):
+    canvas = catalog.pieces("FIGURES")["handoff_budgets"](measured).canvas
+    assert [ax.get_title(loc="left") for ax in canvas.axes] == ["append", "requantize"]
+    assert_readable(canvas)
+    plt.close(canvas)
+
+
+def test_one_policy_is_no_comparison(tmp_path):
+    rows = load(write(tmp_path, budget_cells({}))).rows
+    assert catalog.pieces("TABLES")["handoff_budgets"](rows) is None
+    assert isinstance(catalog.pieces("FIGURES")["handoff_budgets"](rows), str)
+    assert not handoff_budgets.findings(rows)
