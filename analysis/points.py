@@ -14,8 +14,8 @@ UNSHARED = "unshared"  # the reader of an uncompressed cache, however it got the
 RECIPES = (BASELINE, "fp16", "polykv", "polykv_q8_0")  # first in tables and figures, in this order
 # From exact to control, as tables and figures order them.
 POLICIES = (
-    "full", "reprefill", "fp16", "uniform", "waterfill", "local", "topology", "dont_waste_bits", "qkvshare", "random",
-    "sinks_recent", "inverse", "other_card", "random_card", "no_card",
+    "full", "reprefill", "fp16", "uniform", "trellis", "waterfill", "local", "topology", "dont_waste_bits", "qkvshare",
+    "random", "sinks_recent", "inverse", "other_card", "random_card", "no_card",
 )  # fmt: skip
 ANSWERS = (
     "bertscore_f1", "bertscore_floor", "exact_match", "contains", "empty_answer", "empty_reference",

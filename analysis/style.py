@@ -78,6 +78,7 @@ POLICIES = {
     "reprefill": BLACK,
     "fp16": GREY,
     "uniform": ORANGE,
+    "trellis": INDIGO,
     "waterfill": WINE,
     "local": GREEN,
     "topology": VERMILION,
