@@ -29,10 +29,10 @@ from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
 from polykv.evaluation.per_token import same_top1
 from polykv.greedy import end_tokens
+from polykv.handoff.coded import recipe_of
 from polykv.handoff.policy import OTHER_PROBLEM, Policy
 from polykv.handoff.relay import RESEALS, prompts_of, text_of
 from polykv.handoff.tasks import Task
-from polykv.handoff.waterfilled import recipe_of
 from polykv.results import Rows
 from polykv.supported import check_padding
 from polykv.tokens import opening
@@ -104,7 +104,7 @@ def check_budget(bits: Any, policies: Sequence[Policy]) -> None:
         raise PolyKVError(f"budget_bits={bits!r}; it takes a number of bits such as 4.0")
     for policy in budgeted:
         if policy.store == "codecs":
-            recipe_of(bits)  # refuses bits that no pair of codecs has
+            recipe_of(policy.kind, bits)  # refuses bits that its codecs lack
         elif bits < policy.tiers[0]:
             raise PolyKVError(
                 f"budget_bits={bits} and the lowest tier of policy {policy.name!r} has {policy.tiers[0]} bits; raise "

@@ -255,6 +255,7 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
         ("handoff_accuracy", "budget_bits=2", "lowest tier of policy 'uniform' has 3 bits"),
         ("handoff_accuracy", "budget_bits=null", "budget_bits=None"),
         ("handoff_accuracy", "policy=waterfill budget_bits=8", "budget_bits=8.*1 to 7"),
+        ("handoff_accuracy", "policy=trellis budget_bits=6.5", "budget_bits=6.5.*1 to 6"),
         ("handoff_ttft", "policies=[waterfill] budget_bits=5.37", "budget_bits=5.37.*1 to 7"),
         ("handoff_accuracy", "relay=gsm8k n_problems=301", "openai/gsm8k.*n_problems=300"),
         ("handoff_accuracy", "policy.importance=[luck]", "'luck'"),

@@ -17,7 +17,7 @@ from polykv.handoff import fingerprint
 from polykv.handoff.cardfile import CardError
 from polykv.handoff.packing import DTYPE_NAMES
 from polykv.handoff.payload import Payload
-from polykv.handoff.policy import Policy
+from polykv.handoff.policy import CODECS, Policy
 from polykv.handoff.signals import Sender
 from polykv.probe import kept_tokens
 from polykv.recurrent import attending
@@ -29,12 +29,7 @@ LABELS = ("policy", "sender", "receiver", "session")
 OPTIONAL = {
     "receiver": "", "session": "", "payload": "mixed", "windows": None, "n_left": 0, "states": None,
 }  # fmt: skip
-PAYLOADS = (
-    "mixed",
-    "waterfill",
-    "windowed",
-    "stateful",
-)  # Payload.kind (polykv/handoff/payload.py)
+PAYLOADS = ("mixed", *CODECS, "windowed", "stateful")  # Payload.kind (polykv/handoff/payload.py)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 

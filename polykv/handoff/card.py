@@ -22,13 +22,13 @@ from polykv.geometry import Geometry
 from polykv.handoff import cardfile, fingerprint, stores, verify
 from polykv.handoff.about import CardMetadata
 from polykv.handoff.cardfile import CardError, Stamp
+from polykv.handoff.coded import CodedPayload
 from polykv.handoff.mixed import MixedCodec
 from polykv.handoff.payload import MixedPayload, Payload
 from polykv.handoff.policy import Policy, load_policy
 from polykv.handoff.signals import Sender, Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.stateful import StatefulPayload
-from polykv.handoff.waterfilled import WaterfillPayload
 from polykv.handoff.windowed import WindowedPayload
 from polykv.recurrent import State
 from polykv.unshared import unshared_cache
@@ -93,7 +93,7 @@ class CacheCard:
         geometry = Geometry.of(model.config)
         payload: Payload
         if policy.store == "codecs":
-            payload = WaterfillPayload.seal(*options, position_offset)
+            payload = CodedPayload.seal(*options, position_offset)
         elif any(geometry.windows):
             payload = WindowedPayload.seal(*options, geometry.windows)
         elif geometry.stateful:
@@ -325,8 +325,8 @@ def _payload_of(
         layers = Geometry.of(model.config).layers
         return StatefulPayload.rebuild(kept, codec, layers, of_text, dtype)
     by_layer = (metadata.n_layers, metadata.n_kv_heads, *shape[2:])
-    place = (model, metadata.position_offset, backend)
-    payload = WaterfillPayload.rebuild(kept, metadata.budget_bits, by_layer, dtype, *place)
+    place = (by_layer, dtype, model, metadata.position_offset, backend)
+    payload = CodedPayload.rebuild(kept, metadata.payload, metadata.budget_bits, *place)
     if (payload.exact, payload.group_size) != (metadata.exact, metadata.group_size):
         raise PolyKVError("its dtype of exact tokens or group_size is not the payload's")
     return payload

@@ -1,4 +1,4 @@
-"""What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (waterfilled.py).
+"""What a card holds of a cache: each token at bits of its own (MixedPayload), or all alike (coded.py).
 
 The cache of a model with sliding windows is two MixedPayloads (windowed.py), that of one with states a MixedPayload and
 the states (stateful.py).
@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +28,12 @@ SIDES = ("key", "value")
 
 
 class Payload(ABC):
-    """The packed keys and values of all layers, immutable. `kind` is its name in a card's metadata."""
+    """The packed keys and values of all layers, immutable."""
 
-    kind: ClassVar[str]
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """Its name in a card's metadata."""
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ import numpy as np
 
 from polykv import config
 from polykv.codecs.base import Codec
+from polykv.codecs.trellis import TrellisKey, TrellisValue
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import WaterfillKey
 from polykv.errors import PolyKVError
@@ -20,7 +21,11 @@ from polykv.supported import check_attends
 # mixed: bits by token under a budget; codecs: all tokens alike under it; float16, model: every token in fp16, or in the
 # model's own dtype; text: no card, the receiver reads the text again.
 STORES = ("mixed", "codecs", "float16", "model", "text")
-CODECS = (WaterfillKey(), TurboQuantLog())  # of keys and values; the budget sets their bits
+# Those that cards know, of keys and values, by their payload's kind; the budget sets their bits.
+CODECS: Mapping[str, tuple[WaterfillKey, TurboQuantLog]] = {
+    "waterfill": (WaterfillKey(), TurboQuantLog()),
+    "trellis": (TrellisKey(), TrellisValue()),
+}
 OFFERED = (3, 4, 8, 16)  # bits, by default: two bits ruin answers where tokens weigh the same
 # What a receiver gets. All but the sender's own cache are controls of relays: the cache of another problem's relay,
 # that of as many random tokens, or no card at all.
@@ -35,7 +40,7 @@ class Policy:
 
     `importance` and `demand` name the signals of I and T (polykv/handoff/signals.py). `tiers` are the bits on offer.
     `inverse`, a control, favours the least important tokens. `carries` is one of CARRIES. Under store `codecs` no token
-    is scored, and `codecs` have to be CODECS, the only ones that cards know.
+    is scored, and `codecs` have to be one of the pairs in CODECS.
 
     Raises:
         PolyKVError: an unknown store, signal or content, or an invalid alpha or tiers.
@@ -67,8 +72,9 @@ class Policy:
             refuse(f"alpha={self.alpha}", "numbers from 0 to 1")
         if list(self.tiers) != [bits for bits in TIERS if bits in self.tiers] or not self.tiers:
             refuse(f"tiers={list(self.tiers)}", f"{list(TIERS)} or some of them, in this order")
-        if self.codecs != (CODECS if self.store == "codecs" else ()):
-            refuse(f"codecs={list(self.codecs)}", f"{list(CODECS)}, for store 'codecs'")
+        if self.codecs not in (CODECS.values() if self.store == "codecs" else [()]):
+            pairs = " or ".join(str(list(pair)) for pair in CODECS.values())
+            refuse(f"codecs={list(self.codecs)}", f"{pairs}, for store 'codecs'")
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> "Policy":
@@ -94,6 +100,11 @@ class Policy:
     @property
     def has_budget(self) -> bool:
         return self.store in ("mixed", "codecs")
+
+    @property
+    def kind(self) -> str:
+        """The name in CODECS of its codecs, for store `codecs`."""
+        return next(kind for kind, pair in CODECS.items() if pair == self.codecs)
 
     def check_windows(self, model_config: Any) -> None:
         """Check that a model has no sliding windows or states, if the policy cannot store the caches of one that has.

@@ -1,8 +1,7 @@
-"""WaterfillPayload: a card's cache under one pair of codecs for all tokens, as in the recipes waterfill_*.
+"""CodedPayload: a card's cache under one pair of codecs for all tokens, as in the recipes waterfill_* and trellis_*.
 
-Keys take WaterfillKey and values TurboQuantLog (polykv/codecs); the first tokens stay in fp16. Statistics are those of
-the tokens that are sealed, and appended tokens use them as they are. RoPE is not stored: sender and receiver have it
-from their model (polykv/ropes.py).
+The pairs are CODECS of policy.py; the first tokens stay in fp16. Statistics are those of the tokens that are sealed,
+and appended tokens use them as they are. RoPE is not stored: sender and receiver have it from their model.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from transformers import PreTrainedModel
 from polykv.codecs import bitpack
 from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.context import NOTHING, LayerContext, Rope
-from polykv.codecs.turboquant_log import TurboQuantLog
+from polykv.codecs.trellis import WIDEST
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import check_tensor
 from polykv.handoff.packing import check_makes_card
 from polykv.handoff.payload import SIDES, Payload
-from polykv.handoff.policy import Policy
+from polykv.handoff.policy import CODECS, Policy
 from polykv.handoff.signals import SINKS, WINDOW, Sender
 from polykv.prefill import reread
 from polykv.recipe import EXACT, Exempt, Recipe
@@ -31,28 +30,30 @@ from polykv.ropes import ropes
 from polykv.segment import Segment, decode_segments
 
 EXACT_NAME = "exact"  # of the first tokens' tensor
+MOST = {"waterfill": 7, "trellis": WIDEST}  # bits that the pair has
 Pair = tuple[Packed, Packed]  # keys and values
 
 
-def recipe_of(bits: float) -> Recipe:
-    """The codecs at a budget: values at its whole bits, keys at the rest, so that their mean is the budget.
+def recipe_of(kind: str, bits: float | None) -> Recipe:
+    """The pair `kind` at a budget: values at its whole bits, keys at the rest, so that their mean is the budget.
 
-    4 is recipe waterfill_4, 3.5 waterfill_k4v3.
+    4 is recipe waterfill_4 or trellis_4, 3.5 waterfill_k4v3.
 
     Raises:
-        PolyKVError: not 1 to 7, in steps of a half.
+        PolyKVError: not 1 to MOST, in steps of a half.
     """
-    if not isinstance(bits, int | float) or not 1 <= bits <= 7 or 2 * bits != int(2 * bits):
+    most = MOST[kind]
+    if not isinstance(bits, int | float) or not 1 <= bits <= most or 2 * bits != int(2 * bits):
         raise PolyKVError(
-            f"budget_bits={bits!r}; a waterfilled card takes 1 to 7 bits, in steps of a half"
+            f"budget_bits={bits!r}; a {kind} card takes 1 to {most} bits, in steps of a half"
         )
-    value = int(bits)
-    key = WaterfillKey(bits=int(2 * bits) - value)
-    return Recipe("waterfill", key, TurboQuantLog(bits=value), Exempt(sinks=SINKS))
+    (key, value), whole = CODECS[kind], int(bits)
+    pair = (replace(key, bits=int(2 * bits) - whole), replace(value, bits=whole))
+    return Recipe(kind, *pair, Exempt(sinks=SINKS))
 
 
 @dataclass(frozen=True, eq=False)
-class WaterfillPayload(Payload):
+class CodedPayload(Payload):
     """Keys and values of all layers under `recipe_of` a budget.
 
     Attributes:
@@ -61,7 +62,6 @@ class WaterfillPayload(Payload):
         ropes: by layer, of the tokens in `coded`.
     """
 
-    kind = "waterfill"
     exact = EXACT.dtype
     group_size = BLOCK
 
@@ -80,10 +80,10 @@ class WaterfillPayload(Payload):
         budget_bits: float,
         backend: str,
         position_offset: int = 0,
-    ) -> WaterfillPayload:
+    ) -> CodedPayload:
         """Quantize a whole cache. Queries are those of the prefill, or of the last WINDOW tokens, read once more."""
         check_makes_card(policy)
-        recipe, n_tokens = recipe_of(budget_bits), sender.n_tokens
+        recipe, n_tokens = recipe_of(policy.kind, budget_bits), sender.n_tokens
         rotations = _ropes(sender.model, position_offset, 0, n_tokens)
         known: Sequence[LayerContext] = getattr(sender.cache, "contexts", ()) or reread(
             sender.model, sender.cache, sender.ids_T, max(0, n_tokens - WINDOW)
@@ -108,20 +108,21 @@ class WaterfillPayload(Payload):
     def rebuild(
         cls,
         tensors: Mapping[str, Tensor],
+        kind: str,
         bits: float | None,
         shape: Shape,
         dtype: torch.dtype,
         model: PreTrainedModel,
         position_offset: int,
         backend: str,
-    ) -> WaterfillPayload:
+    ) -> CodedPayload:
         """The payload whose `tensors()` these are; `shape` is (layers, kv_heads, tokens, head_dim).
 
         Raises:
             PolyKVError: unknown bits, a tensor that is missing, superfluous or of another shape or dtype, statistics
                 that no encoder writes.
         """
-        recipe, unread = recipe_of(bits), dict(tensors)
+        recipe, unread = recipe_of(kind, bits), dict(tensors)
         n_layers, heads, n_tokens, dim = shape
         first = min(SINKS, n_tokens)
         sinks, coded = [], []
@@ -149,6 +150,10 @@ class WaterfillPayload(Payload):
         return cls(recipe, (sinks[0], sinks[1]), pair, rotations, position_offset, backend)
 
     @property
+    def kind(self) -> str:
+        return self.recipe.name
+
+    @property
     def nbytes(self) -> int:
         return sum(packed.nbytes for packed in (*self.sinks, *(self.coded or ())))
 
@@ -157,8 +162,8 @@ class WaterfillPayload(Payload):
         pair = (self.recipe.key, self.recipe.value) if self.coded else (EXACT, EXACT)
         return sum(codec.payload_bits(self.sinks[0].dtype) for codec in pair) / 2
 
-    def append(self, sender: Sender, policy: Policy, budget_bits: float) -> WaterfillPayload:
-        if policy.store != "codecs" or recipe_of(budget_bits) != self.recipe:
+    def append(self, sender: Sender, policy: Policy, budget_bits: float) -> CodedPayload:
+        if policy.store != "codecs" or recipe_of(policy.kind, budget_bits) != self.recipe:
             raise PolyKVError(
                 f"policy {policy.name!r} at budget_bits={budget_bits} has other codecs than the card to append to; "
                 "append under the card's own policy and budget, or use CacheCard.seal"

@@ -1,4 +1,7 @@
-"""Cards under policy waterfill: what a pool under the same recipe holds, for a receiver that has the model alone."""
+"""Cards under one recipe: what a pool under the same holds, for a receiver that has the model alone."""
+
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -17,14 +20,18 @@ from polykv.codecs.context import LayerContext
 from polykv.errors import PolyKVError
 from polykv.handoff.card import CacheCard
 from polykv.handoff.cardfile import CardError
-from polykv.handoff.policy import Policy, load_policy
-from polykv.handoff.waterfilled import recipe_of
+from polykv.handoff.coded import recipe_of
+from polykv.handoff.policy import CODECS, Policy, load_policy
 from polykv.pool import SharedKVPool, prefill
 from polykv.prefill import reread
 from polykv.ropes import ropes
 
 N_TOKENS = 90
-RECIPES = {3: "waterfill_3", 3.5: "waterfill_k4v3", 4: "waterfill_4", 5: "waterfill_5"}
+RECIPES = {
+    "waterfill": {3: "waterfill_3", 3.5: "waterfill_k4v3", 4: "waterfill_4", 5: "waterfill_5"},
+    "trellis": {2: "trellis_2", 3: "trellis_3", 4: "trellis_4"},
+}
+each_kind = pytest.mark.parametrize("kind", CODECS)
 STATISTICS = ("mean", "scale", "order", "block_rms", "widths", "largest")
 
 
@@ -38,8 +45,8 @@ def ids():
     return torch.randint(300, (N_TOKENS,), generator=torch.Generator().manual_seed(1))
 
 
-def sealed(model, ids, bits=4.0, **options):
-    return CacheCard.seal(prefill(model, ids[None]), ids, model, None, "waterfill", bits, **options)
+def sealed(model, ids, bits=4.0, kind="waterfill"):
+    return CacheCard.seal(prefill(model, ids[None]), ids, model, None, kind, bits)
 
 
 def opened(card, model):
@@ -61,33 +68,39 @@ def one_tokenizer():
         yield
 
 
-@pytest.mark.parametrize("bits", RECIPES)
-def test_a_budget_means_the_recipe_of_the_same_bits(bits):
-    ours, theirs = recipe_of(bits), polykv.load_recipe(RECIPES[bits])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(kind, bits) for kind, known in RECIPES.items() for bits in known]
+)
+def test_a_budget_means_the_recipe_of_the_same_bits(kind, bits):
+    ours, theirs = recipe_of(kind, bits), polykv.load_recipe(RECIPES[kind][bits])
     assert (ours.key, ours.value, ours.exempt) == (theirs.key, theirs.value, theirs.exempt)
     assert 32 / ours.nominal_ratio(torch.float32) == 2 * bits
 
 
 # RoPE in halves, in neighbours, in some layers, and none.
-@pytest.mark.parametrize("name", ["llama", "glm", "smollm3", "gpt2"])
-def test_a_card_holds_what_a_pool_under_the_recipe_holds(name, ids):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*product(["waterfill"], ["llama", "glm", "smollm3", "gpt2"]), ("trellis", "llama")],
+)
+def test_a_card_holds_what_a_pool_under_the_recipe_holds(kind, name, ids):
     own = {"smollm3": {"no_rope_layers": [1, 0, 1, 0]}}
     model = model_of(name) if name == "glm" else tiny_model(name, **own.get(name, {}))
     ids = ids[:50] % 96  # what GLM has
-    cache, recipe = prefill(model, ids[None]), polykv.load_recipe("waterfill_4")
+    cache, recipe = prefill(model, ids[None]), polykv.load_recipe(RECIPES[kind][4])
     pool = SharedKVPool.from_cache(cache, recipe)
-    card = opened(CacheCard.seal(cache, ids, model, None, "waterfill", 4.0), model)
+    card = opened(CacheCard.seal(cache, ids, model, None, kind, 4.0), model)
     assert far(card.dequantize(), pool.dequantize()) < 1e-5
     assert card.nbytes == 4 * len(ids) + pool.stored_bytes
-    assert card.nominal_bits == 4.0 and card.metadata.payload == "waterfill"
+    assert card.nominal_bits == 4.0 and card.metadata.payload == kind
     with attend_in_place(model):
         feed = torch.tensor([[5, 9, 7]])
         ours, theirs = (model(feed, past_key_values=held.reader(1)).logits for held in (card, pool))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_stored_bytes_follow_the_formula(model, ids):
-    card = sealed(model, ids)
+@each_kind
+def test_stored_bytes_follow_the_formula(kind, model, ids):
+    card = sealed(model, ids, kind=kind)
     n_layers, heads, dim, coded, blocks = 4, 2, 64, N_TOKENS - 4, 4
     keys = coded * heads * (dim // 2 + 1) + heads * (5 * dim + 2 * blocks + blocks // 2 + 2)
     values = coded * heads * (dim // 2 + 1) + 2 * heads
@@ -96,11 +109,12 @@ def test_stored_bytes_follow_the_formula(model, ids):
     assert 0 < len(card.to_bytes()) - card.nbytes < 4096
 
 
-def test_another_process_needs_the_model_alone(model, ids, tmp_path):
-    card = sealed(model, ids, 3.5)
+@each_kind
+def test_another_process_needs_the_model_alone(kind, model, ids, tmp_path):
+    card = sealed(model, ids, 3.5, kind)
     card.save(tmp_path / "a.card")
     twin = tiny_model("llama", head_dim=64)
-    again = CacheCard.open(tmp_path / "a.card", twin, None, payload="waterfill")
+    again = CacheCard.open(tmp_path / "a.card", twin, None, payload=kind)
     assert again.to_bytes() == card.to_bytes() and again.metadata == card.metadata
     assert far(again.dequantize(), card.dequantize()) == 0
     assert again.nominal_bits == 3.5 and again.mean_bits == card.mean_bits
@@ -121,13 +135,14 @@ def test_an_offset_turns_the_keys_that_it_says(model, ids):
     assert far(again.dequantize(), late) < far(elsewhere.dequantize(), late)
 
 
-def test_appended_tokens_use_the_statistics_of_the_first(model, ids):
-    card = opened(sealed(model, ids[:60]), model)
-    for end in (61, 75, 90):
+@each_kind
+def test_appended_tokens_use_the_statistics_of_the_first(kind, model, ids):
+    card = opened(sealed(model, ids[:60], kind=kind), model)
+    for end in (61, 75):
         cache = card.dequantize()
         with torch.no_grad():
             model(input_ids=ids[None, card.n_tokens : end], past_key_values=cache)
-        child = card.append(cache, ids[:end], model, None, "waterfill", 4.0)
+        child = card.append(cache, ids[:end], model, None, kind, 4.0)
         assert child.metadata.parent == card.digest and child.metadata.hop == card.metadata.hop + 1
         old, new = card.payload.tensors(), child.payload.tensors()
         for name, tensor in old.items():
@@ -170,17 +185,25 @@ def test_a_card_is_continued_under_its_own_codecs_alone(model, ids):
     card = sealed(model, ids[:60])
     mixed = CacheCard.seal(prefill(model, ids[None, :60]), ids[:60], model, None, "uniform", 4.0)
     for first, policy, bits in (
-        (card, "waterfill", 5.0), (card, "uniform", 4.0), (card, "fp16", 4.0),
+        (card, "waterfill", 5.0), (card, "trellis", 4.0), (card, "uniform", 4.0), (card, "fp16", 4.0),
         (mixed, "waterfill", 4.0),
     ):  # fmt: skip
         with pytest.raises(PolyKVError, match="other codecs"):
             first.append(cache, ids, model, None, policy, bits)
 
 
-@pytest.mark.parametrize("bits", [0.5, 3.3, 7.5, 8, "4"])
-def test_bits_that_the_codecs_do_not_have_are_refused(bits, model, ids):
-    with pytest.raises(PolyKVError, match=r"budget_bits=.* 1 to 7 bits, in steps of a half"):
-        sealed(model, ids[:10], bits)
+@each_kind
+def test_bits_that_the_codecs_do_not_have_are_refused(kind, model, ids):
+    most = {"waterfill": 7, "trellis": 6}[kind]
+    said = f"budget_bits=.* a {kind} card takes 1 to {most} bits, in steps of a half"
+    for bits in (0.5, 3.3, most + 0.5, most + 1, "4"):
+        with pytest.raises(PolyKVError, match=said):
+            sealed(model, ids[:10], bits, kind)
+    for bits in (1, most):
+        assert opened(sealed(model, ids[:10], bits, kind), model).nominal_bits == bits
+    for codec in CODECS[kind]:
+        with pytest.raises(PolyKVError, match=f"{most + 1}"):
+            replace(codec, bits=most + 1)
 
 
 def test_the_queries_of_a_cache_that_was_not_prefilled_are_read_again(model, ids):
@@ -202,16 +225,24 @@ def test_the_queries_of_a_cache_that_was_not_prefilled_are_read_again(model, ids
 def test_the_codecs_versions_are_part_of_a_cells_identity():
     found = {
         name: versions.of({"policy": OmegaConf.to_container(config.load_group("policy", name))}, ())
-        for name in ("waterfill", "uniform")
+        for name in ("waterfill", "trellis", "uniform")
     }
     assert {"WaterfillKey", "TurboQuantLog", "Codec"} == set(found["waterfill"])
+    assert {"TrellisKey", "TrellisValue"} == set(found["trellis"]) - set(found["waterfill"])
     assert found["uniform"] == {}
 
 
 def test_a_policy_has_the_codecs_that_cards_know():
-    assert load_policy("waterfill").has_budget
-    for odd in ({"store": "codecs"}, {"codecs": load_policy("waterfill").codecs}):
-        with pytest.raises(PolyKVError, match="codecs="):
+    scalar, trellis = load_policy("waterfill"), load_policy("trellis")
+    assert scalar.has_budget and trellis.has_budget
+    assert (scalar.kind, trellis.kind) == ("waterfill", "trellis")
+    halves = (scalar.codecs[0], trellis.codecs[1])
+    for odd in (
+        {"store": "codecs"},
+        {"codecs": scalar.codecs},
+        {"store": "codecs", "codecs": halves},
+    ):
+        with pytest.raises(PolyKVError, match="codecs=.*WaterfillKey.*TrellisKey"):
             Policy("mine", **odd)
 
 
@@ -220,11 +251,13 @@ def test_a_policy_has_the_codecs_that_cards_know():
 
 @pytest.fixture(scope="module")
 def small():
+    """A model, and a card's bytes by kind."""
     with any_model:
         model = small_model()
-        ids_T = torch.arange(20)
-        cache = prefill(model, ids_T[None])
-        yield model, bytes(CacheCard.seal(cache, ids_T, model, None, "waterfill", 4.0).to_bytes())
+        yield (
+            model,
+            {kind: bytes(sealed(model, torch.arange(20), kind=kind).to_bytes()) for kind in CODECS},
+        )
 
 
 def poke(name, at, byte):
@@ -234,6 +267,7 @@ def poke(name, at, byte):
     return forge.forged(change)
 
 
+@each_kind
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -249,29 +283,37 @@ def poke(name, at, byte):
         (forge.card_field("payload", "mixed"), "fields do not match"),
         (forge.card_field("payload", "codes"), "payload is not one of"),
         (forge.forged(lambda p: p.fields.pop("payload")), "inconsistent"),
-        (forge.card_field("budget_bits", None), "1 to 7 bits"),
+        (forge.card_field("budget_bits", None), "waterfill card takes 1 to 7|trellis card takes 1 to 6"),
         (forge.card_field("budget_bits", 5.0), "key.codes is"),
         (forge.card_field("group_size", 32), "group_size is not the payload's"),
         (forge.card_field("exact", "bfloat16"), "dtype of exact tokens"),
     ],
 )  # fmt: skip
-def test_a_forged_card_is_refused(damage, message, small):
-    model, content = small
+def test_a_forged_card_is_refused(damage, message, kind, small):
+    model, content = small[0], small[1][kind]
     assert check_card(content, model) is None
     with pytest.raises(CardError, match=message):
         CacheCard.from_bytes(bytearray(damage(content)), model, None)
     assert check_card(damage(content), model)
 
 
+def test_no_block_of_trellis_keys_has_seven_bits(small):
+    model, ids_T = small[0], torch.arange(20)
+    for kind, message in (("waterfill", "does not fill the codes"), ("trellis", "no encoder")):
+        content = bytes(sealed(model, ids_T, 5.0, kind).to_bytes())
+        with pytest.raises(CardError, match=f"key.widths .*{message}"):
+            CacheCard.from_bytes(bytearray(poke("key.widths", 0, 7)(content)), model, None)
+
+
 def test_edited_cards_are_refused_or_work(small):
-    model, content = small
+    model, contents = small
     lines = []
 
     @settings(
         max_examples=25, deadline=None, derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )  # fmt: skip
-    @given(forge.cards({"waterfill": content}))
+    @given(forge.cards(contents))
     def check(changed):
         lines.append(check_card(changed, model))
 
