@@ -25,7 +25,7 @@ from report import Report, show
 from timing import quartiles
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import polykv
@@ -94,6 +94,7 @@ def watched(model: PreTrainedModel, parts: Parts) -> Iterator[None]:
         (cascade, "attend_suffix", SUFFIX),
         (CascadeLayer, "update", CACHE),
         (DynamicLayer, "update", CACHE),
+        (QuantizedLayer, "update", CACHE),
     ]
     before = [getattr(owner, name) for owner, name, _ in places]
     functions = {cascade.NAME: (cascade.cascade_attention, OTHER)}
