@@ -7,7 +7,6 @@ request is "SIDE AGENTS", such as "unshared 15".
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -162,9 +161,7 @@ def main() -> None:
     for name in ("tokens", "threads", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--packages", nargs="*", default=[], help="folders to import from first")
     arguments = parser.parse_args()
-    sys.path[:0] = arguments.packages
     torch.set_num_threads(arguments.threads)
     answer_requests(partial(start, arguments))
 
