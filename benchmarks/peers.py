@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,15 +92,11 @@ def workers(
     options |= {"threads": [arguments.threads], "steps": [arguments.steps]}
     sides = [UNSHARED, EXPANDED, *arguments.quantized, *arguments.recipes]
     packages = [arguments.packages / name for name in arguments.quantized if name in PACKAGES]
-    of_torch = {
-        "tokens": [tokens],
-        "sides": sides,
-        "dtype": [arguments.dtype],
-        "packages": packages,
-    }
+    of_torch = {"tokens": [tokens], "sides": sides, "dtype": [arguments.dtype]}
     of_llama_cpp = {"warmup": [WARMUP], "caches": arguments.caches}
     # The prompt is there once the first is ready.
-    found = {"torch": started(sys.executable, "peers_torch.py", folder, options | of_torch)}
+    command = sys.executable, "peers_torch.py", folder, options | of_torch
+    found: dict[str, Worker | str] = {"torch": started(*command, packages)}
     found[LLAMA_CPP] = NO_PYTHON
     if arguments.python and isinstance(found["torch"], Worker):
         command = arguments.python, "peers_llama_cpp.py", folder, options | of_llama_cpp
@@ -113,12 +109,18 @@ def workers(
                 one.close()
 
 
-def started(python: str, script: str, folder: str, options: dict[str, list]) -> Worker | str:
+def started(
+    python: str, script: str, folder: str, options: dict[str, list], packages: Sequence[Path] = ()
+) -> Worker | str:
+    """The running process, or why there is none; it finds `packages` beside those of its interpreter."""
     command = [python, str(HERE / script), folder]
     for name, values in options.items():
         command += [f"--{name}", *map(str, values)]
+    # Not an option of the script: transformers looks for packages when it is imported.
+    paths = [*map(str, packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with saying(f"{script} starts"):
-        worker = Worker(command, dict(os.environ))
+        worker = Worker(command, environment)
     if worker.note:
         print(f"{script}: {worker.note}")
     return worker.reason or worker

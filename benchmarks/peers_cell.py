@@ -16,14 +16,14 @@ UNITS |= {"cache_bytes": "bytes", "prefill_s": "s"}
 COLUMNS = ["", "ms a step", "quartiles", "tokens/s", "unshared takes", "attends ms", "update ms"]
 COLUMNS += ["cache MiB", "of unshared", "prefill s"]
 NOTES = [
-    "attends: of transformers and ours the time of attention (prefix, suffixes, masks) within 4 further steps a round; of "
-    "llama.cpp the step less the step after a prompt of one token, in which everything else is the same.",
-    "update: what a cache does before attention reads it. DynamicCache (unshared, expanded) copies all that it holds in "
-    "each step (torch.cat), QuantizedCache decodes all of it; ours appends to the suffixes.",
-    f"{EXPANDED}: the cache starts as a view without a copy; the first update makes it a copy for each agent, and from "
-    "then on it is what unshared is, in bytes too.",
-    "cache MiB: prompt and all agents' tokens at the end of a round. llama.cpp: its own report of its KV buffers, which "
-    "have room for a multiple of 256 tokens, times the share in use.",
+    "attends: of transformers and ours the time of attention (prefix, suffixes, masks) in 4 further steps a round; of "
+    "llama.cpp the step less the step after a prompt of one token, in which all else is the same.",
+    "update: what a cache does before attention reads it. DynamicCache (unshared, expanded) copies all that it holds "
+    "in each step (torch.cat), QuantizedCache decodes all of it; ours appends to the suffixes.",
+    f"{EXPANDED}: the cache starts as a view without a copy; the first update makes it a copy for each agent, and "
+    "from then on it is what unshared is, in bytes too.",
+    "cache MiB: prompt and all agents' tokens at the end of a round. llama.cpp: its own report of its KV buffers, "
+    "which have room for a multiple of 256 tokens, times the share in use.",
     "prefill: the prompt once, with its compression; QuantizedCache compresses it for each agent.",
 ]
 
@@ -108,7 +108,8 @@ class Cell:
         base = values.get(UNSHARED)
         lines = [line(name, values[name], base) for name in measured]
         lines += [[name, *["-"] * (len(COLUMNS) - 1)] for name in self.reasons]
-        title = f"{self.agents} agents, {self.tokens:,} tokens, {self.given.dtype}, {self.given.threads} threads; {about}"
+        of_torch = f"{self.given.dtype}, {self.given.threads} threads"
+        title = f"{self.agents} agents, {self.tokens:,} tokens, {of_torch}; {about}"
         notes = [f"{name}: not measured: {why}" for name, why in self.reasons.items()]
         show(title, COLUMNS, lines, notes)
 
