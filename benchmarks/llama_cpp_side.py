@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ EXACT = "f16/f16"
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}  # enum ggml_type
 NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # read by llama.cpp where it makes a cache
 ALL_F32 = 0  # enum llama_ftype
+
+Token = tuple[int, int, int, bool]  # id, position, sequence, whether its logits are wanted
+
+
+def start_backends() -> None:
+    """To be called once, first: a library whose CPU code comes in several builds loads the one for this machine."""
+    libggml.ggml_backend_load_all_from_path(os.path.dirname(libggml._name).encode())
+    lib.llama_backend_init()
 
 
 class LlamaCpp:
@@ -36,54 +45,61 @@ class LlamaCpp:
             sys.exit(f"llama.cpp cannot load {path}")
         self.n_vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
 
-    def log_probs(
-        self, ids_T: np.ndarray, n_prefix: int, cache: str, batch: int, flash: bool = True
-    ) -> np.ndarray:
-        """Log-probabilities (tokens after the prefix - 1, vocabulary) of each token after the prefix but the first.
+    def context(
+        self, cache: str, n_tokens: int, batch: int, flash: bool = True, sequences: int = 1
+    ) -> Any:
+        """An empty cache of types KEYS/VALUES with room for `n_tokens`, which `sequences` share; to be freed.
 
         `flash`: with flash attention, without which llama.cpp reads no quantized values.
         """
         keys, values = cache.split("/")
         params = lib.llama_context_default_params()
         # Bindings and library may be of two versions, in which the fields are at other places.
-        if (params.type_k, params.type_v, params.n_ubatch) != (TYPES["f16"], TYPES["f16"], 512):
+        found = (params.type_k, params.type_v, params.n_ubatch, params.kv_unified)
+        if found != (TYPES["f16"], TYPES["f16"], 512, False):
             sys.exit("llama-cpp-python and its libllama are of different versions; install it anew")
-        params.n_ctx = -(-len(ids_T) // 256) * 256
+        params.n_ctx = -(-n_tokens // 256) * 256
         params.n_batch = params.n_ubatch = batch
         params.n_threads = params.n_threads_batch = self.threads
+        params.n_seq_max, params.kv_unified = sequences, True
         params.flash_attn_type = int(flash)
         params.type_k, params.type_v = TYPES[keys], TYPES[values]
         context = lib.llama_init_from_model(self.model, params)
         if not context:
             sys.exit(f"llama.cpp has no cache of {keys} keys and {values} values for this model")
-        found = [
-            self._decode(context, ids_T, start, min(start + batch, len(ids_T)), n_prefix)
-            for start in range(0, len(ids_T), batch)
-        ]
+        return context
+
+    def log_probs(
+        self, ids_T: np.ndarray, n_prefix: int, cache: str, batch: int, flash: bool = True
+    ) -> np.ndarray:
+        """Log-probabilities (tokens after the prefix - 1, vocabulary) of each token after the prefix but the first."""
+        context = self.context(cache, len(ids_T), batch, flash)
+        tokens = [(int(one), place, 0, place >= n_prefix) for place, one in enumerate(ids_T)]
+        found = []
+        for start in range(0, len(tokens), batch):
+            found += [row.copy() for row in self.decode(context, tokens[start : start + batch])]
         lib.llama_free(context)
-        logits_TV = np.concatenate(found)[:-1].astype(np.float64)
+        logits_TV = np.stack(found)[:-1].astype(np.float64)
         logits_TV -= logits_TV.max(-1, keepdims=True)
         return (logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))).astype(np.float32)
 
-    def _decode(
-        self, context: Any, ids_T: np.ndarray, start: int, stop: int, n_prefix: int
-    ) -> np.ndarray:
-        """Logits (tokens, vocabulary) of the tokens [start, stop) that lie after the prefix."""
-        batch = lib.llama_batch_init(stop - start, 0, 1)
-        batch.n_tokens = stop - start
-        for place, position in enumerate(range(start, stop)):
-            batch.token[place], batch.pos[place] = int(ids_T[position]), position
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-            batch.logits[place] = position >= n_prefix
-        if lib.llama_decode(context, batch):
-            sys.exit(f"llama_decode failed at token {start}")
-        rows = [
-            np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), (self.n_vocabulary,))
-            for place in range(max(n_prefix - start, 0), stop - start)
-        ]
-        found = np.stack(rows) if rows else np.empty((0, self.n_vocabulary), np.float32)
+    def decode(self, context: Any, tokens: Sequence[Token]) -> list[np.ndarray]:
+        """Evaluate a batch of tokens; the wanted logits, each (vocabulary,), which the next batch overwrites."""
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for place, (one, position, sequence, wanted) in enumerate(tokens):
+            batch.token[place], batch.pos[place] = one, position
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
+            batch.logits[place] = wanted
+        failed = lib.llama_decode(context, batch)
         lib.llama_batch_free(batch)
-        return found
+        if failed:
+            sys.exit(f"llama_decode failed at position {tokens[0][1]}")
+        return [
+            np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), (self.n_vocabulary,))
+            for place, (*_, wanted) in enumerate(tokens)
+            if wanted
+        ]
 
 
 def save_as_f32(source: Path, target: Path, threads: int) -> None:
@@ -107,9 +123,7 @@ def main() -> None:
     for name in ("prefix", "batch", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
-    # A library whose CPU code comes in several builds loads the one for this machine.
-    libggml.ggml_backend_load_all_from_path(os.path.dirname(libggml._name).encode())
-    lib.llama_backend_init()
+    start_backends()
     as_f32 = arguments.folder / "f32.gguf"
     save_as_f32(arguments.model, as_f32, arguments.threads)
     found = []

@@ -24,13 +24,11 @@ import torch
 from report import Report, show
 from timing import quartiles
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import polykv
 from polykv.attention import cascade
-from polykv.attention.cache import CascadeLayer
 from polykv.evaluation.concurrency import QUERY_TOKENS, WARMUP, caches_of, decode, pool_of
 from polykv.prefill import prefill
 
@@ -92,8 +90,7 @@ def watched(model: PreTrainedModel, parts: Parts) -> Iterator[None]:
     places = [
         (cascade, "attend_prefix", PREFIX),
         (cascade, "attend_suffix", SUFFIX),
-        (CascadeLayer, "update", CACHE),
-        (DynamicLayer, "update", CACHE),
+        (Cache, "update", CACHE),
     ]
     before = [getattr(owner, name) for owner, name, _ in places]
     functions = {cascade.NAME: (cascade.cascade_attention, OTHER)}

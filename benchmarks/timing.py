@@ -4,8 +4,10 @@ import ctypes
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 WARMUPS = 2
+SAY_SECONDS = 4.0
 MALLOPT_MMAP_THRESHOLD = -3  # malloc.h: blocks from this size are mapped, and unmapped when freed
 
 
@@ -70,6 +73,25 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Context that prints what is being done, and again every few seconds."""
+    done, start = threading.Event(), time.perf_counter()
+
+    def say() -> None:
+        print(what, flush=True)
+        while not done.wait(SAY_SECONDS):
+            print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 class Worker:
     """A process that answers each request, one line, with one line of JSON; it waits while others work."""
 
@@ -122,7 +144,7 @@ def answer_requests(start: Callable[[], tuple[str, Mapping[str, Callable[[], obj
     def reply(work: Callable[[], dict]) -> None:
         try:
             answer = work()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             answer = {"reason": f"{type(error).__name__}: {error}".splitlines()[0]}
         print(json.dumps(answer), file=replies, flush=True)
 
