@@ -32,6 +32,7 @@ STUDY = "handoff_accuracy"
 UNIFORM = "uniform"
 PLACE = ("document", "n_hops", "reseal", "budget_bits")
 BITS = Measure("mean_bits", reduce=mean_of_samples)
+SAME_CARDS = "the same cards"  # KL is equal to the bit in every problem
 LEAST = 2  # budgets, or policies other than uniform, below which there is nothing to show
 
 
@@ -44,6 +45,8 @@ class Against:
 
     @property
     def verdict(self) -> str:
+        if self.ratio.low == self.ratio.high == 1:
+            return SAME_CARDS
         if self.p >= ALPHA:
             return "no difference shown"
         return "better" if self.ratio.ratio < 1 else "worse"
@@ -149,7 +152,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         "KL divergence to the fp16 relay on the last agent's answer, teacher-forced on its text. over uniform: ratio "
         "of geometric means to uniform bits of the same budget, paired by problem (t on logarithms, Holm over a run's "
         "comparisons). detectable: the smallest ratio that so many problems show in 4 of 5 samples after that "
-        "correction. A budget is of payload bits; bits stored count scales, maps and token ids"
+        "correction. the same cards: KL is equal in every problem, as where a budget gives all tokens the same tier "
+        "whatever their scores. A budget is of payload bits; bits stored count scales, maps and token ids"
     )
     caption = f"Policies by budget. {describe(counted(rows))}"
     return Table("handoff_budgets", caption, columns, lines, explained)
@@ -211,7 +215,7 @@ def _sentences(lines: list[Row]) -> Iterator[str]:
         mine = [line for line in tested if line["policy"] == policy]
         verdicts = [line["against"].verdict for line in mine]
         n_better, n_worse = verdicts.count("better"), verdicts.count("worse")
-        outcome = "no difference shown"
+        outcome = SAME_CARDS if set(verdicts) == {SAME_CARDS} else "no difference shown"
         if n_better or n_worse:
             outcome = "mixed" if n_better and n_worse else "better" if n_better else "worse"
         each = "; ".join(
@@ -231,6 +235,8 @@ def _ratio(found: PairedRatio) -> str:
 
 
 def _unseen(against: Against) -> str:
+    if against.verdict == SAME_CARDS:
+        return f" ({SAME_CARDS})"
     if against.p < ALPHA:
         return ""
     return f" ({against.ratio.detectable:.2f} would have shown)"

@@ -138,6 +138,8 @@ def _divergence(rows: pd.DataFrame, line: Row, other: Row) -> str:
     apart = (own - theirs).dropna()
     if apart.empty:
         return ""
+    if not apart.any():
+        return f"; KL to the fp16 relay is equal in all of {len(apart)} problems: the cards are the same"
     ends = skewed_interval(apart.to_numpy(float)) or (None, None)
     return (
         f"; KL to the fp16 relay {own[apart.index].mean():.2g} against {theirs[apart.index].mean():.2g} nats, "

@@ -37,7 +37,7 @@ def test_answers_is_true_or_false():
         checked_cell(*SMALL, "answers=no")
 
 
-def budget_cells(ratios, budgets=(3.0, 4.0), reseals=("append",)):
+def budget_cells(ratios, budgets=(3.0, 4.0), reseals=("append",), noise=NOISE):
     """Cells in which a policy's KL is `ratios` times that of uniform bits."""
     made = []
     for bits in budgets:
@@ -51,7 +51,7 @@ def budget_cells(ratios, budgets=(3.0, 4.0), reseals=("append",)):
                     "weights": "w",
                 }
                 one = cell("handoff_accuracy", f"{policy}-{bits}-{reseal}", **about)
-                kl = np.exp(SPREAD + NOISE * (policy != "uniform")) * ratio * 10**-bits
+                kl = np.exp(SPREAD + noise * (policy != "uniform")) * ratio * 10**-bits
                 for sample, value in enumerate(kl):
                     where = {"sample": sample, "n_hops": 2, "hop": 2, "reseal": reseal}
                     one[3].add("kl", value, "nats", n=9, **where)
@@ -107,6 +107,16 @@ def test_the_figure_has_a_panel_for_each_way_of_resealing(measured):
     assert [ax.get_title(loc="left") for ax in canvas.axes] == ["append", "requantize"]
     assert_readable(canvas)
     plt.close(canvas)
+
+
+def test_equal_divergence_is_said_to_be_of_the_same_cards(tmp_path):
+    cells = budget_cells({"topology": 1}, noise=0 * NOISE)
+    rows = load(write(tmp_path, cells)).rows
+    shown = catalog.pieces("TABLES")["handoff_budgets"](rows)
+    told = [line["verdict"] for line in shown.rows if line["policy"] == "topology"]
+    assert told == ["the same cards"] * 2
+    (sentences,) = handoff_budgets.findings(rows).values()
+    assert "**the same cards**" in sentences[0]
 
 
 def test_one_policy_is_no_comparison(tmp_path):
