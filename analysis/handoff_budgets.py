@@ -44,6 +44,10 @@ class Against:
     p: float
 
     @property
+    def over(self) -> Value:
+        return Value(self.ratio.ratio, self.ratio.low, self.ratio.high)
+
+    @property
     def verdict(self) -> str:
         if self.ratio.low == self.ratio.high == 1:
             return SAME_CARDS
@@ -133,11 +137,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         if against is None:
             line |= dict.fromkeys(("ratio", "p", "detectable", "verdict"), none)
         else:
-            ratio = against.ratio
-            line |= {
-                "ratio": Value(ratio.ratio, ratio.low, ratio.high), "p": Value(against.p),
-                "detectable": Value(ratio.detectable), "verdict": against.verdict,
-            }  # fmt: skip
+            line |= {"ratio": against.over, "p": Value(against.p), "verdict": against.verdict}
+            line["detectable"] = Value(against.ratio.detectable)
     columns = [
         *keys("budget", "reseal", "policy"),
         *settings_columns(rows),
@@ -182,7 +183,10 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         style.legend(canvas),
         "KL divergence to the fp16 relay by policy and stored bits: lower and further left is better",
         describe(counted(rows)),
-        style.Marks(more="Tests against uniform bits: table handoff_budgets."),
+        style.Marks(
+            dashed="uniform bits, over lines of the same cards",
+            more="Tests against uniform bits: table handoff_budgets.",
+        ),
     )
 
 
@@ -193,7 +197,9 @@ def _drawn(ax: style.Axes, mine: list[Row]) -> None:
             for line in mine
             if line["policy"] == policy and line["bits"].value is not None
         ]
-        look = {"fmt": "o-", "markersize": 3, "elinewidth": 0.8, "label": policy}
+        plain = policy == UNIFORM  # over what may be the same cards
+        look = {"fmt": "o--" if plain else "o-", "zorder": 3 if plain else 2}
+        look |= {"markersize": 3, "elinewidth": 0.8, "label": policy}
         style.series(ax, spots, color=style.policy_colour(policy), **look)
 
 
@@ -220,7 +226,7 @@ def _sentences(lines: list[Row]) -> Iterator[str]:
             outcome = "mixed" if n_better and n_worse else "better" if n_better else "worse"
         each = "; ".join(
             f"{bits_text(line['budget_bits'])}, {line['reseal']} "
-            f"{_ratio(line['against'].ratio)}{_unseen(line['against'])}"
+            f"{line['against'].over.text('.2f')}{_unseen(line['against'])}"
             for line in mine
         )
         yield (
@@ -228,10 +234,6 @@ def _sentences(lines: list[Row]) -> Iterator[str]:
             f"{n_worse} of {len(mine)} settings after Holm over all {len(tested)} comparisons. KL over that of "
             f"uniform: {each}."
         )
-
-
-def _ratio(found: PairedRatio) -> str:
-    return Value(found.ratio, found.low, found.high).text(".2f")
 
 
 def _unseen(against: Against) -> str:
