@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from polykv import checkpoint, config, digests, gguf, gguf_header, hub, loading, packaged, said_once
 from polykv.errors import PolyKVError
+from polykv.linear import with_onednn
 from polykv.reference import WEIGHTS_DIR
 
 logging.disable_progress_bar()  # polykv/progress.py reports progress
@@ -174,6 +175,7 @@ def load_weights(cfg: DictConfig, device: str = "auto") -> tuple[PreTrainedModel
     tokenizer = load_tokenizer(cfg)
     if cfg.weights != "random":
         checkpoint.check_rows(model, tokenizer, cfg.name)
+    with_onednn(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -1,0 +1,40 @@
+"""Linear layers of models in fp32 on AMD's processors, computed by oneDNN.
+
+PyTorch computes them with MKL, which does not use the AVX-512 of AMD's processors. oneDNN, which PyTorch has as well and
+uses for bfloat16, takes a half to a third of the time (docs/log.md).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class OneDnnLinear(nn.Linear):
+    """nn.Linear whose fp32 products on the CPU are oneDNN's, unless gradients are recorded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        own = input.is_cpu and input.dtype == weight.dtype == torch.float32 and input.numel()
+        recorded = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        if not own or recorded:
+            return super().forward(input)
+        # Rows that are not contiguous take oneDNN far longer than their copy.
+        rows = input.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, "none", [], "")
+
+
+def with_onednn(model: nn.Module) -> None:
+    """Make the linear layers of a model OneDnnLinear, if this is a machine where that is faster."""
+    if not torch.backends.mkldnn.is_available() or not _is_amd():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:  # a subclass may compute something else
+            module.__class__ = OneDnnLinear
+
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
