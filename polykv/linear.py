@@ -1,6 +1,6 @@
 """Linear layers of models in fp32 on AMD's processors, computed by oneDNN.
 
-PyTorch computes them with MKL, which does not use the AVX-512 of AMD's processors. oneDNN, which PyTorch has as well and
+PyTorch computes them with MKL, which does not use the AVX-512 of AMD's processors. oneDNN, which PyTorch has too and
 uses for bfloat16, takes a half to a third of the time (docs/log.md).
 """
 
