@@ -16,6 +16,7 @@ from polykv.evaluation import continuation, decode_drift, gsm8k, prompts
 from polykv.evaluation.continuation import UNITS, Comparison
 from polykv.evaluation.decode_drift import Reply, drift, log_probs, write_replies
 from polykv.evaluation.per_token import same_top1
+from polykv.evaluation.process import return_freed_memory
 from polykv.greedy import end_tokens
 from polykv.progress import phase, track
 from polykv.recipe import Recipe, load_recipe
@@ -97,6 +98,8 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         _add(rows, found["exact"], METRICS, length, mode="exact", **about)
         paged = {"mode": "pages", "page_tokens": cfg.page_tokens}
         _add(rows, found["pages"], METRICS, length, **paged, **about)
+        del full_TV
+        return_freed_memory()
     return rows
 
 

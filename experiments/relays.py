@@ -28,6 +28,7 @@ from experiments.session import MODEL, Session
 from polykv import versions
 from polykv.evaluation import gsm8k
 from polykv.evaluation.continuation import Comparison
+from polykv.evaluation.process import return_freed_memory
 from polykv.handoff import allocate, mixed, relay, signals, tasks
 from polykv.handoff.policy import NOTHING, OTHER_PROBLEM, OWN, RANDOM_TOKENS, Policy
 from polykv.handoff.relay import (
@@ -187,6 +188,7 @@ def _replayed(
         for handoff, way in zip(handoffs, ways, strict=True)
     ]
     compared = divergence(script[1:], exact, others)
+    return_freed_memory()
     return of_replays(Replays([[itself, *turns] for turns in compared], handoffs[0].bits))
 
 

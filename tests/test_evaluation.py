@@ -1,7 +1,9 @@
 """Evaluators against what can be worked out by hand."""
 
 import math
+import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,12 @@ from polykv.evaluation.memory import (
     resident_bytes,
     synthetic_pool,
 )
-from polykv.evaluation.process import CpuMeter, keep_freed_memory
+from polykv.evaluation.process import (
+    CpuMeter,
+    in_fresh_process,
+    keep_freed_memory,
+    return_freed_memory,
+)
 from polykv.evaluation.statistics import document_interval, wilson
 from polykv.geometry import Geometry
 from polykv.models import ModelSource
@@ -176,6 +183,31 @@ def test_the_cpu_meter_sees_a_cache_that_grows_where_memory_was_freed_before():
     # The last two of ten, which add up to 29 MB.
     assert 7e6 < meter.peak() < 9e6
     assert len(between) == len(sizes) and grows.sum() == len(grows)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc keeps freed memory")
+def test_steps_with_blocks_of_their_own_sizes_do_not_add_up():
+    grown = {trimmed: in_fresh_process(_grown_by_steps, trimmed) for trimmed in (False, True)}
+    assert grown[False] > 4 * 40e6  # the test can fail
+    assert grown[True] < 40e6
+
+
+def _grown_by_steps(trimmed):
+    """Resident bytes after eight steps, each with a larger block than before and something that stays."""
+    keep_freed_memory()
+    before, kept = _resident(), []
+    for step in range(8):
+        block = torch.ones(40_000_000 + 1_000_000 * step, dtype=torch.uint8)
+        kept.append(torch.ones(100_000, dtype=torch.uint8))
+        del block
+        if trimmed:
+            return_freed_memory()
+    return _resident() - before
+
+
+def _resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_resident_memory_is_measured_and_grows_with_unshared_caches():

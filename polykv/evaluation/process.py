@@ -159,6 +159,16 @@ def keep_freed_memory() -> None:
     _set_malloc(ALL_KEPT)
 
 
+def return_freed_memory() -> None:
+    """Return what malloc keeps of freed memory to the system, under `keep_freed_memory` too.
+
+    For work in steps whose largest blocks have sizes of their own, such as the log-probabilities of texts of different
+    lengths: what one step leaves fits few blocks of the next, and a process would grow with every step.
+    """
+    if libc := _set_malloc({}):
+        libc.malloc_trim(0)
+
+
 def _map_all_memory() -> None:
     """Make malloc return freed memory to the system, now and from now on, so that only live memory is counted."""
     if libc := _set_malloc(ALL_MAPPED):
