@@ -60,7 +60,7 @@ def table(rows: pd.DataFrame) -> Table:
         "Resident: measured peak above the loaded model, in a fresh process; stored: bytes of the tensors kept of the "
         "prefix; a step gives every agent a token"
     )
-    caption = f"Agents that decode together after one prefix. {_published(rows)}{_describe(rows)}"
+    caption = f"Agents that decode together after one prefix. {_published(rows)}{described(rows)}"
     return Table("concurrency", caption, columns, lines, explained)
 
 
@@ -94,7 +94,7 @@ def figure(rows: pd.DataFrame) -> style.Picture:
         style.legend(canvas),
         "Memory and throughput of N agents that decode together after one prefix, by reader; resident is the measured "
         "peak above the loaded model",
-        _describe(rows),
+        described(rows),
         style.Marks(bars="quartiles of decode steps", dashed="bytes stored of the prefix"),
     )
 
@@ -156,7 +156,7 @@ def _against(unshared: dict[str, Value], measured: dict[str, Value]) -> Row:
     return line
 
 
-def _describe(rows: pd.DataFrame) -> str:
+def described(rows: pd.DataFrame) -> str:
     """`render.describe` with the number of timed steps per reader as n."""
     steps = rows[rows["metric"] == "step_time"]
     n = steps.groupby(["cell", "reader", "backend"])["sample"].transform("count").astype("Int64")

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.concurrency import measures
+from analysis.concurrency import described, measures
 from analysis.load import swept
 from analysis.points import RUN, parts, run_text
-from analysis.render import Column, Row, Table, describe, fixed, keys, settings_columns, significant
+from analysis.render import Column, Row, Table, fixed, keys, settings_columns, significant
 from analysis.statistics import Value
 from analysis.style import READERS
 
@@ -63,7 +63,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         "the points, where it begins, and the point that is furthest from it, relative to the line. Step: ms; "
         "resident: MB above the loaded model"
     )
-    caption = f"Growth with agents and with tokens. {describe(rows)}"
+    caption = f"Growth with agents and with tokens. {described(rows)}"
     return Table("growth", caption, columns, lines, explained)
 
 

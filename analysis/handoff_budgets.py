@@ -170,7 +170,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     for line in lines:
         by_run[_run(line)][line["reseal"]].append(line)
     across = max(map(len, by_run.values()))
-    canvas, panels = style.sheet(list(by_run), max(across, 2), 2.2)
+    canvas, panels = style.sheet(list(by_run), across, 2.2)
     for axes, (_, of_run) in zip(panels, by_run.items(), strict=True):
         for ax, (reseal, mine) in zip(axes, of_run.items(), strict=False):
             _drawn(style.plain_log(ax), mine)
