@@ -103,11 +103,11 @@ def test_a_relay_that_was_stopped_goes_on_and_has_the_same_rows(stopped_at, tmp_
     def counted(name, limit):
         own = getattr(relays, name)
 
-        def call(*given):
+        def call(*given, **named):
             calls[name] += 1
             if calls[name] == limit:
                 raise RuntimeError("stopped")
-            return own(*given)
+            return own(*given, **named)
 
         return call
 
