@@ -32,7 +32,9 @@ STUDY = "handoff_accuracy"
 UNIFORM = "uniform"
 PLACE = ("document", "n_hops", "reseal", "budget_bits")
 BITS = Measure("mean_bits", reduce=mean_of_samples)
-SAME_CARDS = "the same cards"  # KL is equal to the bit in every problem
+SAME_CARDS = "the same cards"  # so far as KL, equal to the bit in every problem, tells
+NOT_PAIRED = "uniform bits were not run on the same problems, or too few of them have a KL above 0"
+EQUAL = PairedRatio(1.0, 1.0, 1.0, 1.0, 1.0, None)
 LEAST = 2  # budgets, or policies other than uniform, below which there is nothing to show
 
 
@@ -57,47 +59,58 @@ class Against:
 
 
 def lines_of(rows: pd.DataFrame) -> list[Row]:
-    """One line per policy and budget: bits, KL, and `against` uniform (None: itself, or not run), corrected by run."""
+    """One line per policy and budget: bits, KL, and `against` uniform (None: itself, or not comparable).
+
+    A run is corrected as a whole. Seeds, which may draw the same problems, are runs of their own.
+    """
     found = ordered(cell_dtype(rows, PLAYED))
     found = found[(found["hop"] == found["n_hops"]) & found["budget_bits"].notna()]
+    several = found["seed"].nunique() > 1
     lines = []
-    for run, mine in groups(found, *RUN, "document", "n_hops"):
+    for run, mine in groups(found, *RUN, "document", "n_hops", "seed"):
+        run["of_seed"] = f", seed {run['seed']}" if several else ""
         of_run = [
             line | run | {"policy": policy, "rows": of}
             for line, at in groups(mine, "reseal", "budget_bits")
             for policy, of in at.groupby("policy", sort=False)
         ]
-        ratios = _ratios(of_run)
-        p = dict(zip(ratios, holm([one.p for one in ratios.values()]), strict=True))
+        against = _against(of_run)
         for number, line in enumerate(of_run):
             own = line.pop("rows")
-            tested = {number: Against(ratios[number], p[number])} if number in ratios else {}
-            lines.append(
-                line | {"kl": over_seeds(own, KL.of), "bits": over_seeds(own, BITS.of)}
-                | {"against": tested.get(number)}
-            )  # fmt: skip
+            line |= {"kl": over_seeds(own, KL.of), "bits": over_seeds(own, BITS.of)}
+            lines.append(line | {"against": against.get(number)})
     return lines
 
 
-def _ratios(lines: list[Row]) -> dict[int, PairedRatio]:
-    """By number of the line, its ratio to the uniform line of the same budget; the level is Bonferroni's."""
-    pairs: dict[int, pd.DataFrame] = {}
-    for number, line in enumerate(lines):
-        alike = [n for n in line if n not in ("policy", "rows")]
-        for other in lines:
-            if other["policy"] != UNIFORM or line["policy"] == UNIFORM:
-                continue
-            if all(_same(line[name], other[name]) for name in alike):
-                both = [samples_of(one["rows"], "kl", ["seed", "sample"]) for one in (line, other)]
-                wide = pd.concat(both, axis=1, join="inner").dropna()
-                wide = wide[(wide > 0).all(axis=1)]  # the others have no logarithm
-                if len(wide) >= LEAST:
-                    pairs[number] = wide
-    level = ALPHA / max(len(pairs), 1)
-    return {
-        number: paired_ratio(wide.iloc[:, 0].tolist(), wide.iloc[:, 1].tolist(), level)
-        for number, wide in pairs.items()
+def _against(lines: list[Row]) -> dict[int, Against]:
+    """By number of the line, its comparison with the uniform line of the same budget and problems."""
+    pairs = {
+        number: wide
+        for number, line in enumerate(lines)
+        for other in lines
+        if line["policy"] != UNIFORM == other["policy"]
+        and all(_same(line[n], other[n]) for n in line if n not in ("policy", "rows"))
+        and (wide := _paired(line["rows"], other["rows"])) is not None
     }
+    same = [n for n, wide in pairs.items() if (wide.iloc[:, 0] == wide.iloc[:, 1]).all()]
+    # Those that are not above 0 have no logarithm.
+    tested = {n: wide[(wide > 0).all(axis=1)] for n, wide in pairs.items() if n not in same}
+    tested = {n: wide for n, wide in tested.items() if len(wide) >= LEAST}
+    ratios = [
+        paired_ratio(*(wide[side].tolist() for side in wide), ALPHA / len(tested))
+        for wide in tested.values()
+    ]
+    p = holm([ratio.p for ratio in ratios]) if ratios else []
+    found = {n: Against(*one) for n, one in zip(tested, zip(ratios, p, strict=True), strict=True)}
+    return found | {n: Against(EQUAL, 1.0) for n in same}
+
+
+def _paired(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame | None:
+    """KL of both by problem; None if these are not the same problems."""
+    one, theirs = (samples_of(rows, "kl", ["seed", "sample"]) for rows in (own, other))
+    if set(one.index) != set(theirs.index):
+        return None
+    return pd.concat({"own": one, "other": theirs}, axis=1).dropna()
 
 
 def _same(one: object, other: object) -> bool:
@@ -120,7 +133,7 @@ def _worth_showing(rows: pd.DataFrame) -> list[Row]:
 
 
 def _run(line: Row) -> str:
-    about = f"{run_text(line)}, {line['document']}, {hops_text(line['n_hops'])}"
+    about = f"{run_text(line)}, {line['document']}, {hops_text(line['n_hops'])}{line['of_seed']}"
     return about + settings_text(line)
 
 
@@ -132,7 +145,7 @@ def table(rows: pd.DataFrame) -> Table | None:
     for line in lines:
         against = line["against"]
         line |= {"section": _run(line), "budget": bits_text(line["budget_bits"])}
-        nothing = "it is uniform" if line["policy"] == UNIFORM else "uniform bits were not run here"
+        nothing = "it is uniform" if line["policy"] == UNIFORM else NOT_PAIRED
         none = Value(None, note=nothing)
         if against is None:
             line |= dict.fromkeys(("ratio", "p", "detectable", "verdict"), none)
@@ -217,6 +230,7 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 def _sentences(lines: list[Row]) -> Iterator[str]:
     tested = [line for line in lines if line["against"] is not None]
+    n_tested = sum(line["against"].verdict != SAME_CARDS for line in tested)
     for policy in dict.fromkeys(line["policy"] for line in tested):
         mine = [line for line in tested if line["policy"] == policy]
         verdicts = [line["against"].verdict for line in mine]
@@ -231,7 +245,7 @@ def _sentences(lines: list[Row]) -> Iterator[str]:
         )
         yield (
             f"{policy} against uniform bits of equal budget: **{outcome}**, better in {n_better} and worse in "
-            f"{n_worse} of {len(mine)} settings after Holm over all {len(tested)} comparisons. KL over that of "
+            f"{n_worse} of {len(mine)} settings after Holm over all {n_tested} comparisons. KL over that of "
             f"uniform: {each}."
         )
 

@@ -29,6 +29,7 @@ from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
 from polykv.evaluation.per_token import same_top1
 from polykv.greedy import end_tokens
+from polykv.handoff import relay
 from polykv.handoff.coded import recipe_of
 from polykv.handoff.policy import OTHER_PROBLEM, Policy
 from polykv.handoff.relay import RESEALS, prompts_of, text_of
@@ -52,6 +53,10 @@ def settle(cfg: DictConfig) -> DictConfig:
         settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
+    if (
+        settled.get("answers") is True
+    ):  # the default, which came later: identities are what they were
+        del settled.answers
     return settled
 
 
@@ -122,7 +127,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
     ways = {"kl": ALL}
-    if cfg.answers:
+    if cfg.get("answers", True):
         exact = fp16_relays(cfg, session)
         name = f"relays under {policy.name}"
         found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
@@ -131,7 +136,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         if cfg.n_hops > 1:
             ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
     replays = forced(cfg, session, policy, list(ways.values()))
-    if not cfg.answers:
+    if not cfg.get("answers", True):
         add_bits(rows, [one.bits for one in replays], cfg)
     for hop in range(cfg.n_hops + 1):
         add_divergence(rows, [one.ways[0][hop] for one in replays], hop=hop)
@@ -232,7 +237,8 @@ STUDY = Study(
     check=check,
     settle=settle,
     made_by=MADE_BY,
-    settings=(*SETTINGS, "answers"),
+    settings=SETTINGS,
+    options={"answers": relay},
     columns=COLUMNS,
     answers=("accuracy",),
 )

@@ -55,7 +55,7 @@ SHARED = (
 )  # fmt: skip
 FP16 = Policy("fp16", store="float16")  # the reference of all policies, independent of conf/policy
 FP16_RELAYS = "fp16 relays"
-# Of the first agents' caches that are kept; the first turns beyond it are played again by every cell.
+# Of the first agents' caches that are kept, of those played and of those read; every cell makes the others again.
 KEPT_BYTES = 2 << 30
 CARDS = (mixed, allocate, signals)
 MADE_BY = (*CARDS, tasks, relay, gsm8k)  # the modules on whose VERSION the relays depend

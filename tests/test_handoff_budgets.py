@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from analysis_rows import cell, write
 from conftest import checked_cell, rows_of
@@ -117,6 +118,27 @@ def test_equal_divergence_is_said_to_be_of_the_same_cards(tmp_path):
     assert told == ["the same cards"] * 2
     (sentences,) = handoff_budgets.findings(rows).values()
     assert "**the same cards**" in sentences[0]
+
+
+def test_other_problems_are_not_compared_and_seeds_are_corrected_apart(tmp_path):
+    cells = budget_cells({"trellis": 0.5})
+    del cells[1][3][-2:]  # the last problem of trellis at 3 bits
+    rows = load(write(tmp_path, cells)).rows
+    shown = catalog.pieces("TABLES")["handoff_budgets"](rows)
+    ratios = {line["budget"]: line["ratio"] for line in shown.rows if line["policy"] == "trellis"}
+    assert ratios["3 bits"].value is None and "same problems" in ratios["3 bits"].note
+    assert ratios["4 bits"].value == pytest.approx(0.5 * np.exp(NOISE.mean()))
+    more = rows.assign(seed=1, cell=rows["cell"] + "b")
+    again = catalog.pieces("TABLES")["handoff_budgets"](pd.concat([rows, more]))
+    assert {line["section"][-6:] for line in again.rows} == {"seed 0", "seed 1"}
+    for line in again.rows:
+        if line["policy"] == "trellis" and line["budget"] == "4 bits":
+            (alone,) = (
+                one
+                for one in shown.rows
+                if one["policy"] == "trellis" and one["budget"] == "4 bits"
+            )
+            assert line["p"].value == alone["p"].value  # the same problems count once
 
 
 def test_one_policy_is_no_comparison(tmp_path):

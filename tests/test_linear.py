@@ -13,7 +13,7 @@ from polykv.linear import OneDnnLinear, with_onednn
 def on_amd(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(linear, "_is_amd", lambda: True)
+    monkeypatch.setattr(linear, "_gains", lambda: True)
 
 
 def both(n_in, n_out, bias, dtype=torch.float32):

@@ -8,6 +8,7 @@ Where a function returns None, the caller takes the torch path, which also raise
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -59,11 +60,19 @@ def loaded_library() -> Any:
     for name in ("decode", "attend", "attend_suffix", "run_on"):
         getattr(loaded, f"polykv_{name}").restype = None
     loaded.polykv_run_on(_threads_of_torch())
+    if hasattr(
+        os, "register_at_fork"
+    ):  # a forked process has none of the OpenMP threads, and would wait for them
+        os.register_at_fork(after_in_child=lambda: loaded.polykv_run_on(None))
     return loaded
 
 
+@lru_cache
 def _threads_of_torch() -> int | None:
-    """Address of the function that runs work on torch's OpenMP threads, None for another OpenMP than GNU's."""
+    """Address of GOMP_parallel, which runs work on the threads of this process's OpenMP; None where there is none.
+
+    torch loads its OpenMP for all to see, so that this is torch's unless another was loaded before.
+    """
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):  # not there, and on Windows no CDLL(None)
@@ -206,5 +215,8 @@ def _splits(jobs: int, threads: int, n_tokens: int) -> int:
 
 
 def _threads(useful: int) -> int:
-    """One, or as many as torch has: OpenMP ends threads if a team is smaller than the one before."""
-    return torch.get_num_threads() if useful > 1 else 1
+    """One, or as many as torch has if they are torch's: OpenMP ends threads if a team is smaller than the last."""
+    most = torch.get_num_threads()
+    if _threads_of_torch() is None:
+        return max(min(most, useful), 1)
+    return most if useful > 1 else 1
