@@ -30,7 +30,6 @@ from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
 
 STUDY = "handoff_accuracy"
 UNIFORM = "uniform"
-PLACE = ("document", "n_hops", "reseal", "budget_bits")
 BITS = Measure("mean_bits", reduce=mean_of_samples)
 SAME_CARDS = "the same cards"  # so far as KL, equal to the bit in every problem, tells
 NOT_PAIRED = "uniform bits were not run on the same problems, or too few of them have a KL above 0"
@@ -51,7 +50,7 @@ class Against:
 
     @property
     def verdict(self) -> str:
-        if self.ratio.low == self.ratio.high == 1:
+        if self.ratio is EQUAL:
             return SAME_CARDS
         if self.p >= ALPHA:
             return "no difference shown"
@@ -89,7 +88,7 @@ def _against(lines: list[Row]) -> dict[int, Against]:
         for number, line in enumerate(lines)
         for other in lines
         if line["policy"] != UNIFORM == other["policy"]
-        and all(_same(line[n], other[n]) for n in line if n not in ("policy", "rows"))
+        and all(line[n] == other[n] for n in line if n not in ("policy", "rows"))
         and (wide := _paired(line["rows"], other["rows"])) is not None
     }
     same = [n for n, wide in pairs.items() if (wide.iloc[:, 0] == wide.iloc[:, 1]).all()]
@@ -113,23 +112,19 @@ def _paired(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame | None:
     return pd.concat({"own": one, "other": theirs}, axis=1).dropna()
 
 
-def _same(one: object, other: object) -> bool:
-    return one == other or (pd.isna(one) and pd.isna(other))
-
-
-def _worth_showing(rows: pd.DataFrame) -> list[Row]:
-    """The lines of runs with several budgets or policies."""
-    lines = lines_of(rows)
+def _by_run(rows: pd.DataFrame) -> dict[str, list[Row]]:
+    """The lines of each run that has something to compare: several budgets or policies."""
     by_run = defaultdict(list)
-    for line in lines:
+    for line in lines_of(rows):
         by_run[_run(line)].append(line)
-    kept = []
-    for mine in by_run.values():
-        n_budgets = len({line["budget_bits"] for line in mine})
-        n_policies = len({line["policy"] for line in mine})
-        if n_policies > 1 and (n_budgets >= LEAST or n_policies > LEAST):
-            kept += mine
-    return kept
+    return {run: lines for run, lines in by_run.items() if _worth_showing(lines)}
+
+
+def _worth_showing(lines: list[Row]) -> bool:
+    n_budgets, n_policies = (
+        len({line[name] for line in lines}) for name in ("budget_bits", "policy")
+    )
+    return n_policies > 1 and (n_budgets >= LEAST or n_policies > LEAST)
 
 
 def _run(line: Row) -> str:
@@ -139,12 +134,12 @@ def _run(line: Row) -> str:
 
 def table(rows: pd.DataFrame) -> Table | None:
     """KL by policy and budget, with its ratio to uniform bits and the smallest ratio that would have shown."""
-    lines = _worth_showing(rows)
+    lines = [line | {"section": run} for run, of in _by_run(rows).items() for line in of]
     if not lines:
         return None
     for line in lines:
         against = line["against"]
-        line |= {"section": _run(line), "budget": bits_text(line["budget_bits"])}
+        line |= {"budget": bits_text(line["budget_bits"])}
         nothing = "it is uniform" if line["policy"] == UNIFORM else NOT_PAIRED
         none = Value(None, note=nothing)
         if against is None:
@@ -176,17 +171,14 @@ def table(rows: pd.DataFrame) -> Table | None:
 @style.styled
 def figure(rows: pd.DataFrame) -> style.Picture | str:
     """KL to the fp16 relay over stored bits, a line per policy, a panel per way of resealing."""
-    lines = _worth_showing(rows)
-    if not lines:
+    by_run = _by_run(rows)
+    if not by_run:
         return "no two policies were replayed at several budgets"
-    by_run: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
-        by_run[_run(line)][line["reseal"]].append(line)
-    across = max(map(len, by_run.values()))
-    canvas, panels = style.sheet(list(by_run), across, 2.2)
-    for axes, (_, of_run) in zip(panels, by_run.items(), strict=True):
-        for ax, (reseal, mine) in zip(axes, of_run.items(), strict=False):
-            _drawn(style.plain_log(ax), mine)
+    reseals = [list(dict.fromkeys(line["reseal"] for line in of)) for of in by_run.values()]
+    canvas, panels = style.sheet(list(by_run), max(map(len, reseals)), 2.2)
+    for axes, lines, of_run in zip(panels, by_run.values(), reseals, strict=True):
+        for ax, reseal in zip(axes, of_run, strict=False):
+            _drawn(style.plain_log(ax), [line for line in lines if line["reseal"] == reseal])
             ax.set_title(reseal)
             ax.set_xlabel("bits stored per value")
             ax.set_ylabel("KL to fp16 relay, nats")
@@ -218,14 +210,12 @@ def _drawn(ax: style.Axes, mine: list[Row]) -> None:
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """By run: for each policy, in how many settings it beats uniform bits."""
-    said: dict[str, list[str]] = {}
-    by_run = defaultdict(list)
-    for line in _worth_showing(rows):
-        by_run[_run(line)].append(line)
-    for run, lines in by_run.items():
-        if sentences := list(_sentences(lines)):
-            said[f"Which policy makes the best use of bits: {run}"] = sentences
-    return said
+    said = {run: list(_sentences(lines)) for run, lines in _by_run(rows).items()}
+    return {
+        f"Which policy makes the best use of bits: {run}": sentences
+        for run, sentences in said.items()
+        if sentences
+    }
 
 
 def _sentences(lines: list[Row]) -> Iterator[str]:

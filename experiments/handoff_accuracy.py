@@ -53,11 +53,14 @@ def settle(cfg: DictConfig) -> DictConfig:
         settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
-    if (
-        settled.get("answers") is True
-    ):  # the default, which came later: identities are what they were
-        del settled.answers
+    if has_answers(settled) is True:  # a default that came later: identities are what they were
+        settled.pop("answers", None)
     return settled
+
+
+def has_answers(cfg: DictConfig) -> Any:
+    """The setting `answers`: whether relays are played under the policy and judged; unset: they are."""
+    return cfg.get("answers", True)
 
 
 def check(cfg: DictConfig, session: Session) -> None:
@@ -73,7 +76,7 @@ def check(cfg: DictConfig, session: Session) -> None:
         settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
     check_budget(cfg.budget_bits, [policy])
     key_of(cfg)
-    if not isinstance(cfg.get("answers", True), bool):
+    if not isinstance(has_answers(cfg), bool):
         raise PolyKVError(f"answers={cfg.answers!r}; it takes true or false")
     if cfg.reseal not in RESEALS:
         raise PolyKVError(f"no reseal {cfg.reseal!r}; there are: {', '.join(RESEALS)}")
@@ -127,7 +130,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
     policy = Policy.from_config(cfg.policy)
     rows = new_rows(cfg, session, COLUMNS, policy=settings.label(cfg, "policy"))
     ways = {"kl": ALL}
-    if cfg.get("answers", True):
+    if has_answers(cfg):
         exact = fp16_relays(cfg, session)
         name = f"relays under {policy.name}"
         found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
@@ -136,7 +139,7 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         if cfg.n_hops > 1:
             ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
     replays = forced(cfg, session, policy, list(ways.values()))
-    if not cfg.get("answers", True):
+    if not has_answers(cfg):
         add_bits(rows, [one.bits for one in replays], cfg)
     for hop in range(cfg.n_hops + 1):
         add_divergence(rows, [one.ways[0][hop] for one in replays], hop=hop)
