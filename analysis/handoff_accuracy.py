@@ -188,9 +188,10 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
     place = [*RUN, "document", "n_hops"]
     found = ordered(cell_dtype(rows, PLAYED))
     exact = found[found["policy"] == EXACT]
-    found = found[found["budget_bits"].notna()]
+    judged = found.loc[found["metric"] == FLEXIBLE.metric, "cell"]
+    found = found[found["budget_bits"].notna() & found["cell"].isin(judged)]
     if found.empty:
-        return "no policy with a budget was run"
+        return "no answers under a policy with a budget were judged"
     runs = list(groups(found, *place, "budget_bits", "reseal"))
     headings = [
         f"{run['model']} ({run['weights']} weights), {run['document']}; {run['budget_bits']:g} bits, {run['reseal']}, "

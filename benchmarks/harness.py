@@ -8,8 +8,8 @@ cache, each in one forward pass over a cache that is there. The harness: the cel
 and answers, from the documents to the rows of each; the model is loaded once and not counted. Encoding and decoding of
 caches, all scores and their intervals are what it adds.
 
-The peak resident set is that of a process that runs the same sweep from the command line, less what it has after
-imports; beside it the bytes that have to be there: the weights, two caches, log-probabilities of two readings.
+The peak resident set is that of a process that runs the same sweep from the command line, libraries included; beside it
+the bytes that have to be there: the weights, two caches, log-probabilities of two readings.
 """
 
 import argparse
@@ -17,15 +17,14 @@ import os
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from hydra import compose, initialize_config_dir
 from report import Report, show
-from timing import quartiles
+from timing import quartiles, timed
 from transformers import DynamicCache, PreTrainedModel
 
 from experiments import sweep
@@ -71,28 +70,16 @@ def passes(model: PreTrainedModel, document: Document, n_recipes: int) -> None:
         model(input_ids=document.rest_BT, past_key_values=own)
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Wall-clock seconds of a call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def command_line(given: argparse.Namespace) -> tuple[float, int, int]:
-    """Seconds of `run.py --help`, and the largest resident sets of it and of the sweep, in bytes."""
-
-    def child(*arguments: str) -> int:
-        subprocess.run(
-            [sys.executable, "run.py", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
-        return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-
-    start = time.perf_counter()
-    before = child("--help")
-    taken = time.perf_counter() - start
+def command_line(given: argparse.Namespace) -> tuple[float, int]:
+    """Seconds of `run.py --help`, and the largest resident set of a process that runs the sweep, in bytes."""
+    start = [sys.executable, "run.py"]
+    run = partial(subprocess.run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    taken, _ = timed(lambda: run([*start, "--help"]))
     with TemporaryDirectory() as folder:
         sweep_of = overrides(given, ",".join(given.recipes))
-        return taken, before, child(*sweep_of, f"results_dir={folder}", "render=false")
+        run([*start, *sweep_of, f"results_dir={folder}", "render=false"])
+    # Of all children so far; at its start a child counts what this process has, which is less than the sweep needs.
+    return taken, 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def needed_bytes(model: PreTrainedModel, document: Document) -> int:
@@ -121,29 +108,29 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    started, imported, peak = command_line(given)  # before this process holds a model
+    process = command_line(given)  # before this process holds a model
     found, session = cells(given), Session()
     model, _ = session.model(found[0].settled)
     (document,) = session.documents(found[0].settled)
     times: dict[str, list[float]] = {"harness": [], "forward passes": []}
     for turn in range(1 + given.repeats):
         print(f"round {turn} of {given.repeats}", flush=True)
-        own = seconds(lambda: harness(found, session))
-        least = seconds(lambda: passes(model, document, len(found)))
+        own = timed(lambda: harness(found, session))[0]
+        least = timed(lambda: passes(model, document, len(found)))[0]
         if turn:  # the first is a warm-up
             times["harness"].append(own)
             times["forward passes"].append(least)
-    tell(given, times, (started, imported, peak), needed_bytes(model, document))
+    tell(given, times, process, needed_bytes(model, document))
 
 
 def tell(
     given: argparse.Namespace,
     times: dict[str, list[float]],
-    process: tuple[float, int, int],
+    process: tuple[float, int],
     needed: int,
 ) -> None:
     """The table and the CSV."""
-    started, imported, peak = process
+    started, peak = process
     about = {"threads": given.threads, "load": os.getloadavg()[0]}
     shared = {
         "model": given.model.parent.name,
@@ -159,7 +146,7 @@ def tell(
         report.add(name, "seconds", middle, "s", (low, high), n=len(taken))
     ratio = middles["harness"] / middles["forward passes"]
     report.add("harness", "over_forward_passes", ratio, "x")
-    for name, value in (("imports", imported), ("sweep", peak), ("needed", needed)):
+    for name, value in (("sweep", peak), ("needed", needed)):
         report.add(name, "resident_bytes", value, "bytes")
     report.add("run.py --help", "seconds", started, "s")
     title = (
@@ -168,9 +155,8 @@ def tell(
     )
     notes = [
         f"The harness takes {ratio:.2f} times what its forward passes take.",
-        f"run.py --help takes {started:.1f} s; the sweep's peak is {(peak - imported) / 2**20:,.0f} MiB above its "
-        f"imports ({imported / 2**20:,.0f} MiB), and weights, two caches and log-probabilities are "
-        f"{needed / 2**20:,.0f} MiB.",
+        f"run.py --help takes {started:.1f} s; the sweep's peak is {peak / 2**20:,.0f} MiB, libraries "
+        f"included, and weights, two caches and log-probabilities are {needed / 2**20:,.0f} MiB.",
         f"written to {report.write(given.csv)}",
     ]
     show(title, ["", "s", "quartiles"], lines, notes)

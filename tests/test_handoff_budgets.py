@@ -110,6 +110,10 @@ def test_the_figure_has_a_panel_for_each_way_of_resealing(measured):
     plt.close(canvas)
 
 
+def test_cells_without_answers_leave_no_empty_panels_of_accuracy(measured):
+    assert isinstance(catalog.pieces("FIGURES")["handoff_hops"](measured), str)
+
+
 def test_equal_divergence_is_said_to_be_of_the_same_cards(tmp_path):
     cells = budget_cells({"topology": 1}, noise=0 * NOISE)
     rows = load(write(tmp_path, cells)).rows
