@@ -186,23 +186,22 @@ def test_the_cpu_meter_sees_a_cache_that_grows_where_memory_was_freed_before():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other malloc keeps freed memory")
-def test_steps_with_blocks_of_their_own_sizes_do_not_add_up():
-    grown = {trimmed: in_fresh_process(_grown_by_steps, trimmed) for trimmed in (False, True)}
-    assert grown[False] > 4 * 40e6  # the test can fail
-    assert grown[True] < 40e6
+def test_freed_memory_that_is_kept_can_be_returned():
+    left = {returned: in_fresh_process(_left_of_a_block, returned) for returned in (False, True)}
+    assert left[False] > 290e6  # the test can fail
+    assert left[True] < 40e6
 
 
-def _grown_by_steps(trimmed):
-    """Resident bytes after eight steps, each with a larger block than before and something that stays."""
+def _left_of_a_block(returned):
+    """Resident bytes that a freed block of 300 MB leaves behind."""
     keep_freed_memory()
-    before, kept = _resident(), []
-    for step in range(8):
-        block = torch.ones(40_000_000 + 1_000_000 * step, dtype=torch.uint8)
-        kept.append(torch.ones(100_000, dtype=torch.uint8))
-        del block
-        if trimmed:
-            return_freed_memory()
-    return _resident() - before
+    before = _resident()
+    block = torch.ones(300_000_000, dtype=torch.uint8)
+    after = torch.ones(100_000)
+    del block
+    if returned:
+        return_freed_memory()
+    return _resident() - before - after.nbytes
 
 
 def _resident():
