@@ -151,7 +151,7 @@ def of_document(arguments: argparse.Namespace, reading: Reading) -> list[dict[st
             raise SystemExit("llama.cpp's side failed")
         found += json.loads((Path(place) / "kl.json").read_text())
         for weights in APART:
-            their_TV = torch.from_numpy(np.load(Path(place) / f"{weights}.npy"))
+            their_TV = torch.from_numpy(np.load(Path(place) / f"{weights}-f16-f16.npy"))
             found.append(row("between", weights, EXACT, full_TV, their_TV, document))
     return found
 

@@ -2,8 +2,8 @@
 
 python benchmarks/llama_cpp_side.py FOLDER ...     (beside_llama_cpp.py starts it, in an environment of its own)
 
-FOLDER holds `ids.npy` (tokens,) and gets `kl.json`, and for each model `MODEL.npy`: the log-probabilities (scored
-tokens, vocabulary) in fp32 with an f16 cache.
+FOLDER holds `ids.npy` (tokens,) and gets `kl.json`, and log-probabilities (scored tokens, vocabulary) in fp32:
+`WEIGHTS-KEYS-VALUES.npy` for the file's weights under each cache, and for the same weights in fp32 under an f16 cache.
 """
 
 import argparse
@@ -115,6 +115,11 @@ def divergence(full_TV: np.ndarray, other_TV: np.ndarray) -> float:
     return float((np.exp(full_TV.astype(np.float64)) * (full_TV - other_TV)).sum(-1).mean())
 
 
+def scores(folder: Path, weights: str, cache: str) -> Path:
+    """The file of log-probabilities of a cache."""
+    return folder / f"{weights}-{cache.replace('/', '-')}.npy"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -122,10 +127,13 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", required=True, help="KEYS/VALUES")
     for name in ("prefix", "batch", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--only-file", action="store_true", help="only the file's weights")
     arguments = parser.parse_args()
     start_backends()
-    as_f32 = arguments.folder / "f32.gguf"
-    save_as_f32(arguments.model, as_f32, arguments.threads)
+    paths = {"file": arguments.model}
+    if not arguments.only_file:
+        paths["f32"] = arguments.folder / "f32.gguf"
+        save_as_f32(arguments.model, paths["f32"], arguments.threads)
     found = []
 
     def add(variant: str, cache: str, other_TV: np.ndarray) -> None:
@@ -134,16 +142,20 @@ def main() -> None:
         print(json.dumps(found[-1]), flush=True)
 
     document = np.load(arguments.folder / "ids.npy"), arguments.prefix
-    for weights, path in (("file", arguments.model), ("f32", as_f32)):
+    for weights, path in paths.items():
         model = LlamaCpp(path, arguments.threads)
         full_TV = model.log_probs(*document, EXACT, arguments.batch)
-        np.save(arguments.folder / f"{weights}.npy", full_TV)
+        np.save(scores(arguments.folder, weights, EXACT), full_TV)
         add(weights, EXACT, model.log_probs(*document, EXACT, arguments.batch, flash=False))
         for cache in arguments.caches:
-            add(weights, cache, model.log_probs(*document, cache, arguments.batch))
-    os.environ[NO_ROTATION] = "1"
-    for cache in arguments.caches:
-        add("f32 unrotated", cache, model.log_probs(*document, cache, arguments.batch))
+            other_TV = model.log_probs(*document, cache, arguments.batch)
+            add(weights, cache, other_TV)
+            if weights == "file":
+                np.save(scores(arguments.folder, weights, cache), other_TV)
+    if not arguments.only_file:
+        os.environ[NO_ROTATION] = "1"
+        for cache in arguments.caches:
+            add("f32 unrotated", cache, model.log_probs(*document, cache, arguments.batch))
     (arguments.folder / "kl.json").write_text(json.dumps(found))
 
 
