@@ -47,6 +47,7 @@ class TrellisKey(WaterfillKey):
     """
 
     version = 2
+    searches = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -75,6 +76,7 @@ class TrellisValue(TurboQuantLog):
     """
 
     version = 1
+    searches = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
