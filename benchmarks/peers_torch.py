@@ -46,8 +46,7 @@ class Sides:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.given, self._parts = arguments, Parts()
-        dtype = getattr(torch, arguments.dtype)
-        self.model = polykv.load_model(str(arguments.model), device="cpu")[0].to(dtype)
+        self.model = polykv.load_model(str(arguments.model), "cpu", arguments.dtype)[0]
         prompt_BT = self._random(1, arguments.tokens)
         np.save(arguments.folder / "prompt.npy", prompt_BT[0].numpy())
         queries_NQ = self._random(max(arguments.agents), QUERY_TOKENS)

@@ -141,7 +141,7 @@ class Bench:
         self.given, self.parts = arguments, Parts()
         dtype = getattr(torch, arguments.dtype)
         self.machine = Machine(dtype)
-        self.model = polykv.load_model(arguments.model, device="cpu")[0].to(dtype)
+        self.model = polykv.load_model(arguments.model, "cpu", arguments.dtype)[0]
         vocabulary = self.model.config.vocab_size
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(vocabulary, (1, arguments.tokens), generator=generator)

@@ -297,13 +297,20 @@ def check_weights(cfg: DictConfig) -> None:
         )
 
 
-def load_model(name_or_path: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name_or_path: str, device: str = "auto", dtype: str | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer by a name in conf/model, or from a local folder or GGUF file.
 
+    Args:
+        dtype: of the weights, such as "bfloat16"; None: that of the model's config.
+
     Raises:
-        PolyKVError: neither a known name nor a path, or loading fails.
+        PolyKVError: neither a known name nor a path, an unknown dtype, or loading fails.
     """
-    return load_weights(config_of(name_or_path), device)
+    cfg = config_of(name_or_path)
+    cfg.dtype = dtype or cfg.dtype
+    return load_weights(cfg, device)
 
 
 def config_of(name_or_path: str) -> DictConfig:

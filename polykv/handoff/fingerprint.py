@@ -51,7 +51,8 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
+    dense = tensor.detach().to_dense() if tensor.is_mkldnn else tensor.detach()
+    flat = dense.reshape(-1)
     if flat.nbytes > SAMPLED:
         flat = flat[:: -(-flat.nbytes // SAMPLED)]
     return flat.contiguous().view(torch.uint8).cpu().numpy().tobytes()
