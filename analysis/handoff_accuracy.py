@@ -66,6 +66,19 @@ COLUMNS = (
     Column("file_bits", "bits of the file", fixed(3)),
 )
 
+# What the caption says of a column that has values; under "" what it always says.
+EXPLAINED = {
+    "": "hop: handoffs before the answer, of n_hops; the paper's hops are taken as handoffs. A budget is nominal, as "
+    "its Q4 and Q8 are: payload bits, without metadata.",
+    "strict": "strict: the number after ####; flexible: the last number; both with Wilson interval.",
+    "kl": "KL: to the fp16 relay, on that answer, teacher-forced.",
+    "working": "Depth, of the relay's last answer: that KL less the one where only the last of the handoffs takes "
+    "place; working: the agents between wrote their turns on caches that were handed to them; passing: they only "
+    "passed the card on.",
+    "bits": "Bits: mean stored bits per value of the card handed on: of its tensors with scales, maps and token ids, "
+    "and of its file with the header of fixed size.",
+}
+
 
 def with_depth(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows in order, with `depth_working`, `depth_passing`: KL after all handoffs less KL after the last alone."""
@@ -90,15 +103,8 @@ def table(rows: pd.DataFrame) -> Table:
         *settings_columns(found),
         *COLUMNS,
     ]
-    explained = (
-        "hop: handoffs before the answer, of n_hops. strict: the number after ####; flexible: the last number; both "
-        "with Wilson interval. KL: to the fp16 relay, on that answer, teacher-forced. Depth, of the relay's last "
-        "answer: that KL less the one where only the last of the handoffs takes place; working: the agents between "
-        "wrote their turns on caches that were handed to them; passing: they only passed the card on. Bits: mean "
-        "stored bits per value of the card handed on: of its tensors with scales, maps and token ids, and of its file "
-        "with the header of fixed size. The paper's hops are taken as handoffs. A budget is nominal, as its Q4 and Q8 "
-        "are: payload bits, without metadata"
-    )
+    shown = {name for name in MEASURES if any(line[name].value is not None for line in lines)}
+    explained = " ".join(said for name, said in EXPLAINED.items() if not name or name in shown)
     caption = f"Answers after a relay. {describe(counted(found))}"
     return Table("handoff_accuracy", caption, columns, lines, explained)
 

@@ -48,9 +48,7 @@ class TrellisKey(WaterfillKey):
 
     version = 2
     searches = True
-
-    def __post_init__(self) -> None:
-        _check(self)
+    most_bits = WIDEST
 
     @property
     def widest(self) -> int:
@@ -80,7 +78,8 @@ class TrellisValue(TurboQuantLog):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self)
+        if self.bits > WIDEST:
+            raise PolyKVError(f"TrellisValue has no bits={self.bits}; choose 1 to {WIDEST}")
 
     def _codes(self, y_BHTD: Tensor) -> Tensor:
         size = self._block(y_BHTD.shape[-1])
@@ -98,13 +97,6 @@ class TrellisValue(TurboQuantLog):
         """Coordinates of a block, 0 if those of a vector are fewer than a window needs."""
         size = dim if dim % BLOCK else BLOCK
         return size if size * self.bits >= window(self.bits) else 0
-
-
-def _check(codec: TrellisKey | TrellisValue) -> None:
-    if not 1 <= codec.bits <= WIDEST:
-        raise PolyKVError(
-            f"{type(codec).__name__} has no bits={codec.bits}; choose a number from 1 to {WIDEST}"
-        )
 
 
 def decode(codes: Tensor, bits: int) -> Tensor:

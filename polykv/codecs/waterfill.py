@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import ceil, inf
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class WaterfillKey(Codec):
     """
 
     version = 1
+    most_bits: ClassVar[int] = 7
 
     bits: float = 4
     seed: int = 0
@@ -62,8 +64,10 @@ class WaterfillKey(Codec):
     equal_widths: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 7:
-            raise PolyKVError(f"WaterfillKey has no bits={self.bits}; choose a number from 1 to 7")
+        if not 1 <= self.bits <= self.most_bits:
+            raise PolyKVError(
+                f"{type(self).__name__} has no bits={self.bits}; choose a number from 1 to {self.most_bits}"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from polykv.codecs import bitpack
 from polykv.codecs.base import Codec, Packed, Shape
 from polykv.codecs.context import NOTHING, LayerContext, Rope
-from polykv.codecs.trellis import WIDEST
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
 from polykv.errors import PolyKVError
 from polykv.handoff.mixed import check_tensor
@@ -30,7 +29,6 @@ from polykv.ropes import ropes
 from polykv.segment import Segment, decode_segments
 
 EXACT_NAME = "exact"  # of the first tokens' tensor
-MOST = {"waterfill": 7, "trellis": WIDEST}  # bits that the pair has
 Pair = tuple[Packed, Packed]  # keys and values
 
 
@@ -40,14 +38,15 @@ def recipe_of(kind: str, bits: float | None) -> Recipe:
     4 is recipe waterfill_4 or trellis_4, 3.5 waterfill_k4v3.
 
     Raises:
-        PolyKVError: not 1 to MOST, in steps of a half.
+        PolyKVError: fewer than 1 bit or more than the keys have, or not in steps of a half.
     """
-    most = MOST[kind]
+    key, value = CODECS[kind]
+    most = key.most_bits
     if not isinstance(bits, int | float) or not 1 <= bits <= most or 2 * bits != int(2 * bits):
         raise PolyKVError(
             f"budget_bits={bits!r}; a {kind} card takes 1 to {most} bits, in steps of a half"
         )
-    (key, value), whole = CODECS[kind], int(bits)
+    whole = int(bits)
     pair = (replace(key, bits=int(2 * bits) - whole), replace(value, bits=whole))
     return Recipe(kind, *pair, Exempt(sinks=SINKS))
 

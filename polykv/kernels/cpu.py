@@ -39,6 +39,7 @@ BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 # Work per thread, below which another one costs more than it saves.
 VALUES_PER_THREAD = 1 << 17
 PRODUCTS_PER_THREAD = 1 << 21
+DECODED = 16  # products that take as long as the decoding of a value
 TILE = 64  # queries per job
 MIN_TOKENS = 512  # per part: attention is split along tokens where threads would have unequal work
 
@@ -144,7 +145,8 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
     if not _readable(q_HQD, *key.tensors.values(), *value.tensors.values()):
         return None
     q_HQD = q_HQD.contiguous()
-    threads = _threads(heads * queries * dim * key.shape[2] // PRODUCTS_PER_THREAD)
+    products = heads * (queries + DECODED) * dim * key.shape[2]
+    threads = _threads(products // PRODUCTS_PER_THREAD)
     splits = _splits(heads * -(-queries // TILE), threads, key.shape[2])
     parts_SHQD = torch.empty((splits, heads, queries, dim), dtype=torch.float32)
     lse_SHQ = torch.empty((splits, heads, queries), dtype=torch.float32)
