@@ -10,7 +10,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class OneDnnLinear(nn.Linear):
 class PackedLinear(nn.Linear):
     """nn.Linear whose weight is kept as oneDNN arranges it: in as many bytes, and opaque but for `to_dense()`.
 
-    Moved or converted (`to`), it is an nn.Linear again.
+    Its state dict has the dense weight, unless `keep_vars` is set. Moved or converted (`to`), it is an nn.Linear again.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,6 +42,13 @@ class PackedLinear(nn.Linear):
         if not own or recorded or torch.is_autocast_enabled("cpu"):
             return F.linear(input, self.weight.to_dense(), self.bias)
         return _product(self, input)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = self.weight.to_dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)

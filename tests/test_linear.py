@@ -69,6 +69,7 @@ def test_a_packed_weight_is_kept_once_and_comes_back():
     plain, own = both(48, 80, True, torch.bfloat16)
     assert own.weight.is_mkldnn and own.weight.numel() == plain.weight.numel()
     assert torch.equal(own.weight.to_dense(), plain.weight)
+    assert all(map(torch.equal, own.state_dict().values(), plain.state_dict().values()))
     x = torch.randn(5, 48, dtype=torch.bfloat16)
     asked = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     grads = [

@@ -30,7 +30,8 @@ def of_model(model: PreTrainedModel) -> str:
         config = model.config.to_dict()
         kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY and not k.startswith("_")}
         sha = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(model.state_dict().items()):
+        # keep_vars: packed weights (polykv/linear.py) are made dense one by one.
+        for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha.update(_bytes(tensor))
         _models[model] = sha.hexdigest()
