@@ -71,7 +71,7 @@ EXPLAINED = {
     "": "hop: handoffs before the answer, of n_hops; the paper's hops are taken as handoffs. A budget is nominal, as "
     "its Q4 and Q8 are: payload bits, without metadata.",
     "strict": "strict: the number after ####; flexible: the last number; both with Wilson interval.",
-    "kl": "KL: to the fp16 relay, on that answer, teacher-forced.",
+    "kl": "KL: to the fp16 relay, on the answer after the handoffs, teacher-forced.",
     "working": "Depth, of the relay's last answer: that KL less the one where only the last of the handoffs takes "
     "place; working: the agents between wrote their turns on caches that were handed to them; passing: they only "
     "passed the card on.",

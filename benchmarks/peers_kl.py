@@ -9,7 +9,7 @@ The documents are those of experiment=protocols. Each value is the mean over doc
 - of the cache: from the uncompressed cache of the same side, which is all that the cache itself costs.
 
 Each cache is used as in peers.py: llama.cpp's prefill writes and reads the quantized cache (llama_cpp_side.py), ours is
-compressed after an exact prefill and read in place. Documents that the CSV has are not run again.
+compressed after an exact prefill and read in place. Documents that the CSV has are not scored again.
 """
 
 import argparse

@@ -12,13 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from polykv import chat, config, digests, hub, kernels, loading, models, naming, packaged, shipped
 from polykv import documents as texts
 from polykv.attention import cascade
-from polykv.codecs.base import Codec
 from polykv.documents import check_document
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, statistics
 from polykv.evaluation.concurrency import READERS
 from polykv.evaluation.per_token import METRICS
-from polykv.handoff.policy import Policy
 from polykv.pool import check_reader
 from polykv.recipe import Recipe
 from polykv.reference import documents as generated
@@ -55,8 +53,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
     backend=auto: with reader=in_place the fastest one here, for encoding and attention. With reader=dequantize torch,
-    whose numbers are the same on every machine, except for codecs that search for codes, which take the fastest one.
-    Groups with overrides get a label (polykv/naming.py).
+    whose numbers are the same on every machine. Groups with overrides get a label (polykv/naming.py).
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if settled.document.name == "auto":
@@ -73,22 +70,9 @@ def settle(cfg: DictConfig) -> DictConfig:
     chat.settle(settled.model)
     settled.device = device.type if cfg.device == "auto" else cfg.device
     if cfg.backend == "auto":
-        fast = cfg.reader == "in_place" or _searches(settled)
-        settled.backend = kernels.pick_backend("auto", device) if fast else kernels.TORCH
+        in_place = cfg.reader == "in_place"
+        settled.backend = kernels.pick_backend("auto", device) if in_place else "torch"
     return settled
-
-
-def _searches(settled: DictConfig) -> bool:
-    """Whether the cell encodes with codecs that search for codes. Protocol `online` encodes with torch alone."""
-    codecs: tuple[Codec, ...]
-    if "policy" in settled:
-        codecs = Policy.from_config(settled.policy).codecs
-    elif settled.get("protocol") == "online":
-        codecs = ()
-    else:
-        recipe = Recipe.from_config(settled.recipe)
-        codecs = recipe.key, recipe.value
-    return any(codec.searches for codec in codecs)
 
 
 def _add_digests(settled: DictConfig) -> None:

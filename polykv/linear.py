@@ -3,8 +3,8 @@
 - fp32, on AMD's processors with AVX-512: PyTorch computes these with MKL, which does not use AVX-512 there. oneDNN
   takes a half to a third of the time (docs/log.md).
 - bfloat16, on processors that multiply in it: PyTorch uses oneDNN, with weights as they are in memory. Weights in
-  oneDNN's own arrangement take one row 1.4 to 2.3 times less time, 16 rows 1.3 to 1.6 times, and give the same results
-  to the bit.
+  oneDNN's own arrangement make one row 1.4 to 2.3 times as fast, 16 rows 1.3 to 1.6 times, and give the same results to
+  the bit.
 """
 
 from collections import Counter
@@ -31,14 +31,18 @@ class OneDnnLinear(nn.Linear):
 
 
 class PackedLinear(nn.Linear):
-    """nn.Linear whose weight is kept as oneDNN arranges it: in as many bytes, and opaque but for `to_dense()`.
+    """nn.Linear whose weight is kept as oneDNN arranges it: in as many bytes, and readable only by `to_dense()`.
 
-    Its state dict has the dense weight, unless `keep_vars` is set. Moved or converted (`to`), it is an nn.Linear again.
+    Its state dict has the dense weight, unless `keep_vars` is set. Moved or converted (`to`), copied, pickled, or given
+    other weights, it becomes an nn.Linear again.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         own = input.dtype == self.weight.dtype and input.numel()
-        recorded = torch.is_grad_enabled() and input.requires_grad
+        tensors = (input, self.weight, self.bias)
+        recorded = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
         if not own or recorded or torch.is_autocast_enabled("cpu"):
             return F.linear(input, self.weight.to_dense(), self.bias)
         return _product(self, input)
@@ -51,9 +55,21 @@ class PackedLinear(nn.Linear):
             destination[f"{prefix}weight"] = self.weight.to_dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self._unpack()
         return self._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *loaded: Any) -> None:
+        self._unpack()
+        self._load_from_state_dict(*loaded)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._unpack()
+        return self.__reduce_ex__(protocol)
+
+    def _unpack(self) -> None:
+        kept = self.weight
+        self.weight = nn.Parameter(kept.to_dense().detach(), requires_grad=kept.requires_grad)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def _product(layer: nn.Linear, input: Tensor) -> Tensor:
@@ -63,7 +79,7 @@ def _product(layer: nn.Linear, input: Tensor) -> Tensor:
 
 
 def with_onednn(model: nn.Module) -> None:
-    """Let oneDNN compute the linear layers of a model on this CPU where it gains; PackedLinear's have no gradients."""
+    """Let oneDNN compute the linear layers of a model on this CPU where it gains. Packed weights get no gradients."""
     if not torch.backends.mkldnn.is_available():
         return
     fp32, bfloat16 = _gains()
@@ -84,7 +100,7 @@ def with_onednn(model: nn.Module) -> None:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules have, as the table of tokens that is the output layer too."""
+    """The ids of parameters that several modules have, such as an embedding table that is also the output layer."""
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return {key for key, times in held.items() if times > 1}
 
@@ -95,4 +111,5 @@ def _gains() -> tuple[bool, bool]:
         told = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return False, False
-    return "AuthenticAMD" in told and "avx512f" in told, "avx512_bf16" in told
+    bfloat16 = "avx512_bf16" in told and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "AuthenticAMD" in told and "avx512f" in told, bfloat16

@@ -1,5 +1,8 @@
 """Linear layers by oneDNN: as PyTorch's own to rounding (to the bit in bfloat16), and only where they belong."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -22,7 +25,7 @@ DTYPES = [
 
 @pytest.fixture(autouse=True)
 def processor(monkeypatch):
-    """One of AMD's, as far as this one goes: some have no bfloat16."""
+    """As on AMD's processors; bfloat16 only if this one has it."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(linear, "_gains", lambda: (True, HAS_BFLOAT16))
@@ -35,6 +38,13 @@ def both(n_in, n_out, bias, dtype=torch.float32):
     with_onednn(own)
     assert type(own[0]) is CLASSES[dtype]
     return plain, own[0]
+
+
+def packed(plain):
+    holder = nn.Sequential(copy.deepcopy(plain).requires_grad_(False))
+    with_onednn(holder)
+    assert type(holder[0]) is PackedLinear
+    return holder[0]
 
 
 @pytest.mark.parametrize("bias", (True, False))
@@ -77,8 +87,17 @@ def test_a_packed_weight_is_kept_once_and_comes_back():
         for layer, one in zip((plain, own), asked, strict=True)
     ]
     assert torch.equal(*grads)
-    own.to(torch.float32)
-    assert type(own) is nn.Linear and torch.equal(own.weight, plain.weight.float())
+    for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(packed(plain)))):
+        assert type(other) is nn.Linear and torch.equal(other.weight, plain.weight)
+    given = packed(plain)
+    given.load_state_dict({name: 2 * tensor for name, tensor in plain.state_dict().items()})
+    assert torch.equal(given.weight, 2 * plain.weight)
+    moved = packed(plain).to(torch.float32)
+    assert type(moved) is nn.Linear and torch.equal(moved.weight, plain.weight.float())
+    trained = packed(plain)
+    trained.bias.requires_grad_()
+    trained(x).sum().backward()
+    assert torch.equal(trained.bias.grad, torch.full_like(plain.bias, 5))
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="no bfloat16 in this processor")

@@ -114,8 +114,6 @@ class Codec(ABC):
     group: int = 1
     # Here: of the code that all codecs share (chunks, bit packing, rotations, codebooks).
     version: ClassVar[int] = 1
-    # Whether encoding searches for codes, for which the torch code takes minutes where kernels take seconds.
-    searches: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[str, ...]:

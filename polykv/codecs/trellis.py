@@ -21,7 +21,6 @@ from torch import Tensor
 
 from polykv.codecs.turboquant_log import TurboQuantLog
 from polykv.codecs.waterfill import BLOCK, WaterfillKey
-from polykv.errors import PolyKVError
 
 LEVELS = Path(__file__).parents[1] / "data" / "trellis.json"
 SCALE = 10_000  # levels are stored as integers
@@ -47,7 +46,6 @@ class TrellisKey(WaterfillKey):
     """
 
     version = 2
-    searches = True
     most_bits = WIDEST
 
     @property
@@ -74,12 +72,7 @@ class TrellisValue(TurboQuantLog):
     """
 
     version = 1
-    searches = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bits > WIDEST:
-            raise PolyKVError(f"TrellisValue has no bits={self.bits}; choose 1 to {WIDEST}")
+    most_bits = WIDEST
 
     def _codes(self, y_BHTD: Tensor) -> Tensor:
         size = self._block(y_BHTD.shape[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,13 +26,16 @@ class TurboQuantLog(Codec):
     """
 
     version = 1
+    most_bits: ClassVar[int] = 7
 
     bits: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 8):
-            raise PolyKVError(f"TurboQuantLog has no {self.bits}-bit codebook; choose 1 to 7 bits")
+        if self.bits not in range(1, self.most_bits + 1):
+            raise PolyKVError(
+                f"{type(self).__name__} has no {self.bits}-bit codebook; choose 1 to {self.most_bits} bits"
+            )
 
     def payload_bits(self, dtype: torch.dtype) -> float:
         return float(self.bits)

@@ -39,7 +39,7 @@ BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 # Work per thread, below which another one costs more than it saves.
 VALUES_PER_THREAD = 1 << 17
 PRODUCTS_PER_THREAD = 1 << 21
-DECODED = 16  # products that take as long as the decoding of a value
+DECODED = 16  # decoding a value takes as long as this many products
 TILE = 64  # queries per job
 MIN_TOKENS = 512  # per part: attention is split along tokens where threads would have unequal work
 
