@@ -34,7 +34,7 @@ class TurboQuantLog(Codec):
     def __post_init__(self) -> None:
         if self.bits not in range(1, self.most_bits + 1):
             raise PolyKVError(
-                f"{type(self).__name__} has no {self.bits}-bit codebook; choose 1 to {self.most_bits} bits"
+                f"{type(self).__name__} has no bits={self.bits}; choose a whole number from 1 to {self.most_bits}"
             )
 
     def payload_bits(self, dtype: torch.dtype) -> float:
