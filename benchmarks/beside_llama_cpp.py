@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from report import OUT, processor, show
+from report import OUT, begun, processor, show
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -119,12 +119,7 @@ def measured(arguments: argparse.Namespace, cfg: DictConfig) -> pd.DataFrame:
         "context_tokens": cfg.context,
         "batch": cfg.chunk,
     }
-    rows = pd.DataFrame()
-    if arguments.csv.is_file():  # a digest may have digits only
-        rows = pd.read_csv(arguments.csv, dtype={"model": str, "text": str})
-    if len(rows) and not (rows[list(shared)] == pd.Series(shared)).all(axis=None):
-        raise SystemExit(f"{arguments.csv} has rows of another run; give another --csv")
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    rows = begun(arguments.csv, shared)
     for reading in of_process().full_readings(cfg):
         shared["text"] = reading.document.digest
         if len(rows) and (rows["text"] == shared["text"]).any():

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from report import OUT, processor, show
+from report import OUT, begun, processor, show
 
 from experiments import sweep
 from experiments.session import Session
@@ -72,12 +72,7 @@ def measured(arguments: argparse.Namespace) -> pd.DataFrame:
     of_dtypes = [Session().full_readings(cfg) for cfg in configs.values()]
     shared = {"model": configs[DTYPES[0]].model.digest, "context_tokens": arguments.context}
     shared |= {"recipes": " ".join(arguments.recipes), "batch": arguments.batch}
-    rows = pd.DataFrame()
-    if arguments.csv.is_file():  # a digest may have digits only
-        rows = pd.read_csv(arguments.csv, dtype={"model": str, "text": str})
-    if len(rows) and not (rows[list(shared)] == pd.Series(shared)).all(axis=None):
-        raise SystemExit(f"{arguments.csv} has rows of another run; give another --csv")
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    rows = begun(arguments.csv, shared)
     for readings in zip(*of_dtypes, strict=True):
         shared["text"] = readings[0].document.digest
         if len(rows) and (rows["text"] == shared["text"]).any():

@@ -42,6 +42,20 @@ class Report:
         return path
 
 
+def begun(path: Path, shared: dict[str, Any]) -> pd.DataFrame:
+    """The rows of a CSV that a run with these values in all rows began; none if there is no file.
+
+    Makes its folder. Ends the program if the rows are of another run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return pd.DataFrame()
+    rows = pd.read_csv(path, dtype={"model": str, "text": str})  # a digest may have digits only
+    if len(rows) and not (rows[list(shared)] == pd.Series(shared)).all(axis=None):
+        raise SystemExit(f"{path} has rows of another run; give another --csv")
+    return rows
+
+
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

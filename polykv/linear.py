@@ -89,11 +89,10 @@ def with_onednn(model: nn.Module) -> None:
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             continue
         weight = module.weight
+        packable = bfloat16 and weight.is_cpu and id(weight) not in shared
         if weight.dtype == torch.float32 and fp32:
             module.__class__ = OneDnnLinear
-        elif weight.dtype == torch.bfloat16 and bfloat16 and weight.is_cpu:
-            if id(weight) in shared:
-                continue
+        elif weight.dtype == torch.bfloat16 and packable:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
             module.weight = nn.Parameter(packed, requires_grad=False)
             module.__class__ = PackedLinear
