@@ -23,11 +23,8 @@ class OneDnnLinear(nn.Linear):
     """nn.Linear whose fp32 products on the CPU are oneDNN's, unless gradients are recorded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        own = input.is_cpu and input.dtype == weight.dtype == torch.float32 and input.numel()
-        own = own and not torch.is_autocast_enabled("cpu")
-        recorded = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        return super().forward(input) if not own or recorded else _product(self, input)
+        own = input.is_cpu and self.weight.dtype == torch.float32 and not _left(self, input)
+        return _product(self, input) if own else super().forward(input)
 
 
 class PackedLinear(nn.Linear):
@@ -38,12 +35,7 @@ class PackedLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        own = input.dtype == self.weight.dtype and input.numel()
-        tensors = (input, self.weight, self.bias)
-        recorded = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors
-        )
-        if not own or recorded or torch.is_autocast_enabled("cpu"):
+        if _left(self, input):
             return F.linear(input, self.weight.to_dense(), self.bias)
         return _product(self, input)
 
@@ -70,6 +62,14 @@ class PackedLinear(nn.Linear):
         kept = self.weight
         self.weight = nn.Parameter(kept.to_dense().detach(), requires_grad=kept.requires_grad)
         self.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _left(layer: nn.Linear, input: Tensor) -> bool:
+    """Whether a product is left to PyTorch: gradients are recorded, a dtype is converted, or there are no rows."""
+    tensors = (input, layer.weight, layer.bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    converted = input.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu")
+    return recorded or converted or not input.numel()
 
 
 def _product(layer: nn.Linear, input: Tensor) -> Tensor:

@@ -94,10 +94,6 @@ def test_a_packed_weight_is_kept_once_and_comes_back():
     assert torch.equal(given.weight, 2 * plain.weight)
     moved = packed(plain).to(torch.float32)
     assert type(moved) is nn.Linear and torch.equal(moved.weight, plain.weight.float())
-    trained = packed(plain)
-    trained.bias.requires_grad_()
-    trained(x).sum().backward()
-    assert torch.equal(trained.bias.grad, torch.full_like(plain.bias, 5))
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="no bfloat16 in this processor")
@@ -112,6 +108,14 @@ def test_a_shared_table_stays_and_a_fingerprint_is_of_the_weights():
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(own(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_alone_can_be_trained(dtype):
+    _, own = both(48, 80, True, dtype)
+    own.requires_grad_(False).bias.requires_grad_()
+    own(torch.randn(5, 48, dtype=dtype)).sum().backward()
+    assert torch.equal(own.bias.grad, torch.full_like(own.bias, 5))
 
 
 def test_gradients_are_recorded():

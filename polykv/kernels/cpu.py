@@ -61,9 +61,8 @@ def loaded_library() -> Any:
     for name in ("decode", "attend", "attend_suffix", "run_on"):
         getattr(loaded, f"polykv_{name}").restype = None
     loaded.polykv_run_on(_threads_of_torch())
-    if hasattr(
-        os, "register_at_fork"
-    ):  # a forked process has none of the OpenMP threads, and would wait for them
+    # A forked process has none of the OpenMP threads, and would wait for them.
+    if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: loaded.polykv_run_on(None))
     return loaded
 
