@@ -24,8 +24,8 @@ from timing import interleaved, peak_bytes, quartiles, timed
 from torch import Tensor, nn
 
 from polykv import kernels
-from polykv.attention.cache import CascadeLayer
 from polykv.attention.cascade import cascade_attention
+from polykv.attention.layers import CascadeLayer
 from polykv.attention.prefix import attend_prefix
 from polykv.recipe import load_recipe
 from polykv.segment import Segment, decode_segments

@@ -21,6 +21,7 @@ from timing import answer_requests
 from transformers import Cache, QuantizedCache
 
 import polykv
+from polykv.attention.cache import CascadeCache
 from polykv.evaluation.concurrency import QUERY_TOKENS, WARMUP, caches_of, decode, pool_of
 from polykv.evaluation.process import keep_freed_memory
 from polykv.pool import SharedKVPool
@@ -35,7 +36,7 @@ QUANTIZED: dict[str, dict[str, int]] = {
     "fp8": {},
 }
 ATTENTION = (PREFIX, SUFFIX, OTHER)
-OWN = ("keys", "values", "_quantized_keys", "_quantized_values")  # what a cache's layer keeps
+OWN = ("keys", "values", "_quantized_keys", "_quantized_values")  # what transformers' layers keep
 PARTS_STEPS = 4  # further steps of a round: to time parts takes time itself
 ROUND_SECONDS = 4.0  # a round whose steps took longer has no more of them,
 FEWEST = 2  # but so many
@@ -83,12 +84,15 @@ class Sides:
             next(stepping)
             steps.append(time.perf_counter() - start)
         parts = self._parts_of(stepping, min(PARTS_STEPS, len(steps)))
-        own = [getattr(layer, name, None) for layer in agents.layers for name in OWN]
+        if isinstance(agents, CascadeCache):
+            n_bytes += sum(layer.suffix_bytes for layer in agents.layers)
+        else:
+            n_bytes += bytes_of([getattr(one, name, None) for one in agents.layers for name in OWN])
         return {
             "steps": steps,
             "attends": [sum(step.get(part, 0.0) for part in ATTENTION) for step in parts],
             "update": [step.get(CACHE, 0.0) for step in parts],
-            "bytes": n_bytes + bytes_of(own),
+            "bytes": n_bytes,
             "prefill": self._prefill_seconds + seconds,
         }
 

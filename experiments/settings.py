@@ -118,7 +118,10 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
         check_every_token(architecture, f"recipe {recipe.name!r}, which drops tokens,")
     if cfg.weights == "local":
         models.check_folder(cfg.model)
-    if "in_place" in (cfg.get("readers") or [cfg.reader]):
+    readers = cfg.get("readers") or [cfg.reader]
+    if "dequantize" in readers:
+        recipe.check_exact_suffix("reader=dequantize")
+    if "in_place" in readers:
         check_attention(architecture, "leave reader=in_place out")
     check_document(cfg)
     if cfg.context is not None:

@@ -279,7 +279,11 @@ class SharedKVPool:
 
         Rows are views of one decoded copy until the first tokens are appended, which copies them; states are shared
         with the pool until then.
+
+        Raises:
+            PolyKVError: a recipe that quantizes agents' own tokens.
         """
+        self.recipe.check_exact_suffix("reader=dequantize")
         rows = (
             kept.layer(n_agents)
             if isinstance(kept, State)
@@ -297,7 +301,8 @@ class SharedKVPool:
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
         """
-        return CascadeCache(self._layers, n_agents, self.backend, self.n_tokens, self.windows)
+        about = (self.backend, self.n_tokens, self.windows, (), self.recipe.suffix)
+        return CascadeCache(self._layers, n_agents, *about)
 
     def ask(
         self,

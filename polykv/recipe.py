@@ -46,7 +46,8 @@ class Recipe:
 
     `layer_bits`, if not empty, is a table of (key bits, value bits) over the depth, as in KVTuner (arXiv 2502.04420);
     each entry is for an equal share of the layers and replaces the codecs' `bits`. `keep`, if not None, drops tokens
-    first; exemptions count the kept ones.
+    first; exemptions count the kept ones. `suffix`, if not None, is the codec of keys and values of the tokens that
+    agents who read in place add of their own, each quantized as it is written.
     """
 
     name: str
@@ -55,8 +56,14 @@ class Recipe:
     exempt: Exempt = field(default_factory=Exempt)
     layer_bits: tuple[tuple[int, int], ...] = ()
     keep: Keep | None = None
+    suffix: Codec | None = None
 
     def __post_init__(self) -> None:
+        if self.suffix and not quantizes_by_token(self.suffix):
+            raise PolyKVError(
+                f"suffix of recipe {self.name!r}: tokens of {type(self.suffix).__name__} share metadata, and agents "
+                "add theirs one by one; use a codec with its metadata per token, such as polykv.codecs.q8_0.Q8_0"
+            )
         asked = frozenset(self.key.needs) | frozenset(self.value.needs)
         if self.keep and asked:
             raise PolyKVError(
@@ -91,6 +98,7 @@ class Recipe:
                 exempt=Exempt(**given.get("exempt", {})),
                 layer_bits=tuple(tuple(bits) for bits in given.get("layer_bits") or ()),
                 keep=None if given.get("keep") is None else made_of(given["keep"], Keep, "keep"),
+                suffix=None if given.get("suffix") is None else codec_of(given["suffix"], "suffix"),
             )
         except PolyKVError:
             raise
@@ -105,7 +113,9 @@ class Recipe:
     def is_full(self) -> bool:
         """Whether it is the baseline: no compression, and no change of dtype."""
         codecs = (self.key, self.value)
-        return not self.keep and all(isinstance(c, Identity) and c.dtype is None for c in codecs)
+        return not (self.keep or self.suffix) and all(
+            isinstance(c, Identity) and c.dtype is None for c in codecs
+        )
 
     def nominal_ratio(self, dtype: torch.dtype) -> float:
         """fp16 bits over payload bits, without metadata and exemptions: K 8 + V 3 gives 32/11."""
@@ -149,6 +159,18 @@ class Recipe:
         if self.keep:
             raise PolyKVError(
                 f"recipe {self.name!r} drops tokens, and {what} needs all of them; use another recipe"
+            )
+
+    def check_exact_suffix(self, what: str) -> None:
+        """Check that agents' own tokens are not quantized.
+
+        Raises:
+            PolyKVError: they are; `what` leaves them as they are.
+        """
+        if self.suffix:
+            raise PolyKVError(
+                f"recipe {self.name!r} quantizes the agents' own tokens (suffix), and {what} leaves them as they are; "
+                "use reader=in_place, or a recipe without suffix"
             )
 
     def encode_layer(
@@ -214,12 +236,20 @@ class Recipe:
         return [run for run in runs if run[0] < run[1]]
 
 
-def codec_of(given: Any) -> Codec:
+def codec_of(given: Any, part: str = "key and value") -> Codec:
     """The codec of a mapping: the class named by `_target_`, with the other keys as options.
 
-    A nested mapping is an inner codec (Rotated has one).
+    A nested mapping is an inner codec (Rotated has one). `part`: of the recipe, for the message.
     """
-    return made_of(given, Codec, "key and value")
+    return made_of(given, Codec, part)
+
+
+def quantizes_by_token(codec: Codec) -> bool:
+    """Whether a codec quantizes each token for itself and without knowing the model."""
+    if codec.needs or codec.group != 1:
+        return False
+    two = codec.encode(torch.zeros(1, 1, 2, 64))
+    return all(tensor.shape[2] == 2 for tensor in two.tensors.values())
 
 
 def made_of(given: Any, kind: type, part: str) -> Any:

@@ -170,6 +170,8 @@ def shapes(layer: Any, own_dtype: torch.dtype) -> tuple[StateShape, ...]:
 
 def layer_bytes(layer: Any) -> int:
     """Bytes of the tensors that a cache layer has: keys and values, or the agents' own states."""
+    if (of_suffixes := getattr(layer, "suffix_bytes", None)) is not None:
+        return of_suffixes
     kept = [
         x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None
     ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polykv.codecs.base import Codec, Packed, saturated
 from polykv.codecs.channels import Channels
+from polykv.codecs.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Segment:
     key: Packed
     value: Packed
     channels: Channels | None = None
+
+    @classmethod
+    def uncompressed(cls, k_BHTD: Tensor, v_BHTD: Tensor) -> "Segment":
+        """Keys and values as they are: references, not copies."""
+        batch, heads, n_tokens, dim = k_BHTD.shape
+        shape = (batch, heads, n_tokens, dim)
+        key, value = (Packed({"values": x}, shape, x.dtype) for x in (k_BHTD, v_BHTD))
+        return cls(Identity(), Identity(), key, value)
 
     @property
     def nbytes(self) -> int:

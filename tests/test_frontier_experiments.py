@@ -13,6 +13,7 @@ from polykv.config import CONF, available, load_group
 from polykv.errors import PolyKVError
 from polykv.evaluation import outside
 from polykv.pool import READERS
+from polykv.segment import Segment
 
 
 def local(checkpoint, experiment, *overrides):
@@ -149,10 +150,11 @@ def test_agents_in_a_batch_read_what_one_reads_alone(reader, checkpoint):
 
 @pytest.mark.parametrize("fault", ["mask", "agent"])
 def test_agents_that_disturb_each_other_show(fault, checkpoint, monkeypatch):
-    def disturbed(q, k, v, mask, *how):
+    def disturbed(q, own, mask, *how):
         if fault == "mask":
-            return attend_suffix(q, k, v, torch.ones_like(mask).tril(), *how)
-        return attend_suffix(q, k.roll(1, 0), v.roll(1, 0), mask, *how)
+            return attend_suffix(q, own, torch.ones_like(mask).tril(), *how)
+        rolled = (packed.tensors["values"].roll(1, 0) for packed in (own.key, own.value))
+        return attend_suffix(q, Segment.uncompressed(*rolled), mask, *how)
 
     monkeypatch.setattr(cascade, "attend_suffix", disturbed)
     assert agents(checkpoint, "in_place")[0] > 0.01

@@ -288,13 +288,22 @@ def test_an_odd_number_of_tokens_reads_nothing_of_the_block_before():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n_queries", "n_tokens", "dim"), [(1, 1, 16), (1, 33, 64), (3, 700, 96)])
-def test_suffixes_are_attended_and_merged_as_by_torch(n_queries, n_tokens, dim, dtype):
+@pytest.mark.parametrize(
+    ("n_queries", "n_tokens", "dim", "codec"),
+    [
+        *[(1, 1, 16, None), (1, 33, 64, None), (3, 700, 96, None)],
+        *[(1, 33, 64, Q8_0()), (3, 70, 80, Int8("token")), (1, 20, 96, Uniform(4))],
+    ],
+)
+def test_suffixes_are_attended_and_merged_as_by_torch(n_queries, n_tokens, dim, codec, dtype):
     agents, heads, group = 3, 2, 5
     q_BHRD = gaussian(agents, heads, n_queries * group, dim).to(dtype)
     k_BHTD, v_BHTD = (
         gaussian(agents, heads, 2 * n_tokens, dim, seed=s)[:, :, ::2].to(dtype) for s in (1, 2)
     )
+    own = Segment.uncompressed(k_BHTD, v_BHTD)
+    if codec:
+        own = Segment(codec, codec, codec.encode(k_BHTD), codec.encode(v_BHTD))
     mask_B1QT = gaussian(agents, 1, n_queries, n_tokens, seed=3) > 0
     mask_B1QT[1] = False  # an agent that sees nothing of its own
     shape = (heads, agents * n_queries * group)
@@ -302,7 +311,7 @@ def test_suffixes_are_attended_and_merged_as_by_torch(n_queries, n_tokens, dim, 
     other[1][:, : n_queries * group] = -torch.inf  # nothing of the other keys, for the first agent
     merged = tuple(part.unflatten(1, (agents, -1)).transpose(0, 1) for part in other)
     for more in (None, merged):
-        tensors = (q_BHRD, k_BHTD, v_BHTD, mask_B1QT)
+        tensors = (q_BHRD, own, mask_B1QT)
         out, lse = cpu.attend_suffix(*tensors, 0.3, more)
         true_out, true_lse = attend_suffix(*tensors, 0.3, other=more)
         torch.testing.assert_close(out, true_out, rtol=1e-5, atol=1e-5)

@@ -170,7 +170,7 @@ def test_suffix_attention_masks_and_chunks(n_queries, n_tokens, dtype):
     k_BHTD, v_BHTD = (gaussian(2, 2, n_tokens, 16, seed=seed).to(dtype) for seed in (1, 2))
     mask_B1QT = gaussian(2, 1, n_queries, n_tokens, seed=3) > 0
     mask_B1QT[1, :, -1] = False  # padding sees nothing
-    out, lse = attend_suffix(q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling)
+    out, lse = attend_suffix(q_BHRD, Segment.uncompressed(k_BHTD, v_BHTD), mask_B1QT, scaling)
     scores = q_BHRD.double() @ k_BHTD.double().mT * scaling
     hidden = ~mask_B1QT.repeat_interleave(group, dim=2)
     scores = scores.masked_fill(hidden, -torch.inf)

@@ -9,163 +9,18 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
+from polykv.attention.layers import CascadeLayer, QuantizedSuffixLayer
+from polykv.codecs.base import Codec
 from polykv.errors import PolyKVError
 from polykv.recurrent import State, StateLayer
 from polykv.segment import Segment
 
 
-class PrefixOffset(int):
-    """The offset of a CascadeLayer's mask, by which the mask function knows it (polykv/attention/cascade.py).
-
-    An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix, and `n_dropped` that of the first
-    tokens of the suffixes that the layer no longer has. `beside_states`: other layers of the cache keep a state.
-    """
-
-    n_prefix: int
-    n_dropped: int
-    beside_states: bool
-
-    def __new__(
-        cls, offset: int, n_prefix: int, n_dropped: int = 0, beside_states: bool = False
-    ) -> "PrefixOffset":
-        self = super().__new__(cls, offset)
-        self.n_prefix, self.n_dropped, self.beside_states = n_prefix, n_dropped, beside_states
-        return self
-
-
-class CascadeLayer(DynamicLayer):
-    """One layer of a CascadeCache: the shared compressed prefix and the agents' suffixes.
-
-    With a window, `update` drops the first tokens of the suffixes once no agent can see them.
-
-    Attributes:
-        keys, values: of the suffixes, (agents, kv_heads, suffix tokens that are left, head_dim).
-        segments: the parts of the prefix; with a window, of its last tokens only.
-        backend: the code that attends to the segments (polykv/kernels).
-        n_prefix: tokens of the prefix.
-        window: None for full attention; else a token sees the last `window` tokens, itself included.
-        order: places of the stored tokens in the order of the segments; None: the order of the text. Matters with a
-            window only.
-        n_dropped: tokens of each suffix that were dropped.
-        n_unseen: how many of the first tokens left no agent will see again; set by the attention function.
-        beside_states: whether other layers of the cache keep a state.
-        awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        backend: str,
-        n_prefix: int | None = None,
-        window: int | None = None,
-        order: Tensor | None = None,
-    ) -> None:
-        """`n_prefix` None: the tokens of the segments."""
-        super().__init__()
-        self.segments = segments
-        self.backend = backend
-        self.n_stored = sum(segment.n_tokens for segment in segments)
-        self.n_prefix = self.n_stored if n_prefix is None else n_prefix
-        self.window = window
-        self.is_sliding = window is not None
-        self.order = order
-        self.n_dropped = self.n_unseen = 0
-        self.awaits_attention = self.beside_states = False
-
-    @property
-    def n_suffix(self) -> int:
-        """Tokens of each suffix, padding and dropped ones included."""
-        return self.n_dropped + (self.keys.shape[2] if self.is_initialized else 0)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the suffixes.
-
-        The returned keys have this layer as an attribute `cascade_layer`, from which the attention function takes the
-        prefix: most models pass only these two tensors to it, not the cache. This needs no global state, so any number
-        of caches and threads may be in use.
-
-        A model whose attention function does not receive these keys leaves `awaits_attention` set, and the next
-        `CascadeCache.update` raises.
-        """
-        if self.n_unseen:
-            self.keys, self.values = (x[:, :, self.n_unseen :] for x in (self.keys, self.values))
-            self.n_dropped, self.n_unseen = self.n_dropped + self.n_unseen, 0
-        super().update(key_states, value_states)
-        self.awaits_attention = True
-        # On a view, which is dropped after the call: the attribute on self.keys itself would make a reference cycle.
-        keys: Any = self.keys.view_as(self.keys)
-        keys.cascade_layer = self
-        return keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Tokens of the prefix and of a suffix."""
-        return self.n_prefix + self.n_suffix
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(mask length, offset) of the mask for `query_length` new tokens.
-
-        The mask covers the whole suffix, and with a window also the stored tokens of the prefix; without a window every
-        query sees the whole prefix.
-        """
-        n_masked = self.n_masked
-        # `update` comes later, and drops what is not seen any more.
-        n_dropped = self.n_dropped + self.n_unseen
-        about = (self.n_prefix, n_dropped, self.beside_states)
-        offset = PrefixOffset(self.n_prefix - n_masked, *about)
-        return n_masked + self.n_suffix + query_length, offset
-
-    @property
-    def n_masked(self) -> int:
-        """Tokens of the prefix that the mask covers."""
-        return self.n_stored if self.is_sliding else 0
-
-    def reset(self) -> None:
-        """Drop the suffixes."""
-        # Not super().reset(): in some supported versions of transformers it zeroes the tokens but keeps their number.
-        self.keys = self.values = None
-        self.is_initialized = self.awaits_attention = False
-        self.n_dropped = self.n_unseen = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens of every suffix; `tokens_to_remove` is their number, negated, as in transformers.
-
-        Raises:
-            PolyKVError: a positive number, or more tokens than a suffix has left.
-        """
-        n_left = self.n_suffix - self.n_dropped
-        if not -n_left <= tokens_to_remove <= 0:
-            raise PolyKVError(
-                f"crop({tokens_to_remove}) of agents with {n_left} tokens of their own; pass the number of "
-                f"tokens to remove as a negative number, {-n_left} to 0: the shared pool cannot be cropped"
-            )
-        self.n_unseen = 0  # windows move back
-        super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            indices = indices.to(self.keys.device)
-            self.keys, self.values = self.keys[indices], self.values[indices]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
-
 class CascadeCache(Cache):
     """Cache of N agents that share one compressed prefix, to be used within `attend_in_place(model)`.
 
-    `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow, in the model's own dtype. Beam search,
+    `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow. Beam search,
     cropping, and repeating or selecting agents act on the suffixes and states; `reset` drops them. With states there is
     no cropping, and beam search needs `batch_repeat_interleave(num_beams)` first.
     """
@@ -178,6 +33,7 @@ class CascadeCache(Cache):
         n_prefix: int | None = None,
         windows: Sequence[int | None] = (),
         orders: Sequence[Tensor | None] = (),
+        suffix: Codec | None = None,
     ) -> None:
         """A cache without suffixes.
 
@@ -187,6 +43,7 @@ class CascadeCache(Cache):
             n_prefix: tokens of the prefix; None: those of the segments.
             windows: of each layer; empty: all have full attention.
             orders: of each layer (`CascadeLayer.order`); empty: all have the order of the text.
+            suffix: the codec of the suffixes (`Recipe.suffix`); None: they are kept in the model's own dtype.
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -204,6 +61,8 @@ class CascadeCache(Cache):
             layers=[
                 one.layer(n_agents)
                 if isinstance(one, State)
+                else QuantizedSuffixLayer(suffix, one, backend, n_prefix, window, order)
+                if suffix
                 else CascadeLayer(one, backend, n_prefix, window, order)
                 for one, window, order in each
             ]

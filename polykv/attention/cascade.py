@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from polykv.attention.cache import CascadeLayer
+from polykv.attention.layers import CascadeLayer
 from polykv.attention.mask import cascade_mask, checked_mask
 from polykv.attention.prefix import attend_prefix
 from polykv.attention.scratch import scratch
@@ -32,6 +32,7 @@ from polykv.codecs.base import FP16_MAX
 from polykv.errors import PolyKVError
 from polykv.kernels import TORCH
 from polykv.probe import UNSUPPORTED
+from polykv.segment import Segment
 from polykv.supported import check_attention
 
 VERSION = 1  # of attention in place, with softmax.py, prefix.py and suffix.py
@@ -115,8 +116,8 @@ def _attend(
             seen_QT = seen_QT if layer.order is None else seen_QT[:, layer.order]
         shared = _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap)
         backend = layer.backend
-    own = (key, value, mask[..., n_masked:])
-    done = attend_suffix(q_BHRD, *own, scaling, softcap, shared, backend)
+    own = layer.own(key, value) if layer is not None else Segment.uncompressed(key, value)
+    done = attend_suffix(q_BHRD, own, mask[..., n_masked:], scaling, softcap, shared, backend)
     out_BHRD = with_sinks(*done, sink_HG)
     return out_BHRD.unflatten(2, (n_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 

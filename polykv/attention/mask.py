@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from polykv.attention.cache import CascadeLayer, PrefixOffset
+from polykv.attention.layers import CascadeLayer, PrefixOffset
 from polykv.errors import PolyKVError
 from polykv.supported import check_rope
 

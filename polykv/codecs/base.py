@@ -95,6 +95,16 @@ class Packed:
         context, shape = self.context.narrow(start, stop), (batch, heads, stop - start, dim)
         return replace(self, tensors=tensors, shape=shape, context=context)
 
+    def join(self, other: Packed) -> Packed:
+        """The tokens of both; tensors that these share are the same object in both."""
+        tensors = {
+            name: kept if kept is other.tensors[name] else torch.cat([kept, other.tensors[name]], 2)
+            for name, kept in self.tensors.items()
+        }
+        batch, heads, n_tokens, dim = self.shape
+        shape = (batch, heads, n_tokens + other.shape[2], dim)
+        return replace(self, tensors=tensors, shape=shape, context=self.context.join(other.context))
+
 
 class Codec(ABC):
     """A quantizer of (B, H, T, D) tensors: a frozen dataclass whose fields are its options.
@@ -210,7 +220,7 @@ class Codec(ABC):
             PolyKVError: as `encode`, or the last group of `packed` is not full.
         """
         _checked_shape(x_BHTD)
-        batch, heads, n_tokens, dim = packed.shape
+        n_tokens = packed.shape[2]
         if n_tokens % self.group:
             raise PolyKVError(
                 f"cannot append to {n_tokens} tokens in groups of {self.group}; encode all tokens together"
@@ -223,12 +233,7 @@ class Codec(ABC):
         # With a single token or group these are all tensors; `_encoded` replaces those that are not shared.
         shared = {name: kept for name, kept in packed.tensors.items() if kept.shape[2] == 1}
         added = self._encoded(x_BHTD, shared, context)
-        tensors = {
-            name: new if new is shared.get(name) else torch.cat([packed.tensors[name], new], dim=2)
-            for name, new in added.tensors.items()
-        }
-        shape = (batch, heads, n_tokens + added.shape[2], dim)
-        return Packed(tensors, shape, packed.dtype, self.group, packed.context.join(added.context))
+        return packed.join(added)
 
     def _encoded(
         self, x_BHTD: Tensor, shared: Mapping[str, Tensor], context: LayerContext

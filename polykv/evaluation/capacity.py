@@ -13,7 +13,7 @@ sliding window keeps its last tokens only: of unshared caches, t counts those, a
 of the window. Under in_place it reads the stored part of the prefix and the last tokens of the suffix. A layer with a
 state (linear attention, convolution, recurrence) has no t: the pool keeps its state once, and every agent one of its
 own, which a step reads and writes. Of a recipe that drops tokens, P counts all tokens under unshared, and the kept ones
-under dequantize and in_place.
+under dequantize and in_place. With a codec of the suffixes, t under in_place is what that stores.
 
 A decode step (one token for every agent) is the sum of three consecutive parts, each modelled by a roofline,
 max(bytes / bandwidth, operations / peak):
@@ -39,6 +39,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from polykv.codecs.base import Codec
+from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
 from polykv.evaluation.hardware import Replica
 from polykv.experts import Experts
@@ -113,25 +115,36 @@ class Architecture:
         """Bytes of one token's keys and values in full precision."""
         return self.geometry.values_per_token * self.itemsize
 
-    def kept_bytes(self, n_tokens: int, in_place: bool = False) -> int:
-        """Bytes of a DynamicCache of `n_tokens`, or of what an agent `in_place` keeps of so many of its own."""
-        return self.geometry.values(n_tokens, in_place) * self.itemsize + self.state_bytes
+    def kept_bytes(self, n_tokens: int, in_place: bool = False, suffix: Codec | None = None) -> int:
+        """Bytes of a DynamicCache of `n_tokens`, or of what an agent `in_place` keeps of so many of its own.
+
+        `suffix`: `Recipe.suffix`.
+        """
+        return 2 * sum(self._sides(n_tokens, in_place, suffix)) + self.state_bytes
+
+    def _sides(self, n_tokens: int, in_place: bool, suffix: Codec | None) -> list[int]:
+        """Bytes of the keys, or of the values, of each layer."""
+        shapes = [
+            (1, one.n_kv_heads, one.kept(n_tokens, in_place), one.head_dim)
+            for one in self.geometry.layers
+        ]
+        codec = suffix or Identity()
+        return [codec.stored_bytes(shape, pick_dtype(self.dtype)) for shape in shapes]
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the layers' states."""
         return self.geometry.state_bytes(pick_dtype(self.dtype))
 
-    def grown_bytes(self, n_tokens: int, in_place: bool = False) -> int:
+    def grown_bytes(
+        self, n_tokens: int, in_place: bool = False, suffix: Codec | None = None
+    ) -> int:
         """`kept_bytes` at the peak of a step: a tensor exists twice while it changes, and later there are logits."""
-        grows = max(
-            one.n_kv_heads * one.head_dim * one.kept(n_tokens, in_place)
-            for one in self.geometry.layers
-        )
+        grows = max(self._sides(n_tokens, in_place, suffix))
         written = (one.state or () for one in self.geometry.layers)
         state = max((x.nbytes(pick_dtype(self.dtype)) for one in written for x in one), default=0)
-        largest = max(max(grows, self.n_logits) * self.itemsize, state)
-        return self.kept_bytes(n_tokens, in_place) + largest
+        largest = max(grows, self.n_logits * self.itemsize, state)
+        return self.kept_bytes(n_tokens, in_place, suffix) + largest
 
     def flops(self, n_tokens: int, in_place: bool = False) -> float:
         """Operations of attention per query token to the tokens that the layers keep of `n_tokens`."""
@@ -198,6 +211,7 @@ class DecodeWorkload:
     n_prefix: int
     n_suffix: int
     n_pooled: int | None = None  # tokens of the prefix that the pool keeps; None: all
+    suffix: Codec | None = None  # of the agents' own tokens under in_place; None: full precision
 
     @classmethod
     def of(
@@ -205,7 +219,7 @@ class DecodeWorkload:
     ) -> "DecodeWorkload":
         """The workload of a document compressed under `recipe`."""
         n_bytes, n_pooled = pool_bytes(recipe, model, n_prefix), recipe.n_kept(n_prefix)
-        return cls(model, replica, n_bytes, n_prefix, n_suffix, n_pooled)
+        return cls(model, replica, n_bytes, n_prefix, n_suffix, n_pooled, recipe.suffix)
 
     def cache_bytes(self, reader: str, n_agents: Count) -> Count:
         """Peak bytes of a document and its agents on one replica, without the weights."""
@@ -226,7 +240,7 @@ class DecodeWorkload:
 
     def _own(self, reader: str) -> int:
         if reader == "in_place":
-            return self.model.grown_bytes(self.n_suffix, in_place=True)
+            return self.model.grown_bytes(self.n_suffix, True, self.suffix)
         return self.model.grown_bytes(self._n_read(reader) + self.n_suffix)
 
     @property
@@ -250,7 +264,7 @@ class DecodeWorkload:
         """Bytes read in a step of `n_agents` on one replica: (weights, prefix, suffixes and states, both ways)."""
         weights, state = self.model.n_used(n_agents) * self.model.itemsize, self.model.state_bytes
         in_place = reader == "in_place"
-        suffix = self.model.kept_bytes(self.n_suffix, in_place)
+        suffix = self.model.kept_bytes(self.n_suffix, in_place, self.suffix if in_place else None)
         if in_place:
             prefix: Any = self.pool_bytes - state
         else:

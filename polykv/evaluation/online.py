@@ -132,6 +132,7 @@ def score(
     """
     check_every_token(model.config, "protocol `online`")
     recipe.check_keeps_all("protocol `online`")
+    recipe.check_exact_suffix("protocol `online`, which quantizes every token under key and value,")
     ids_BT = document.ids_BT.to(model.device)
     n_prefix, n_tokens = document.n_prefix, document.n_tokens
     check_length(model.config, n_tokens, "the whole document")

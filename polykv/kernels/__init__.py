@@ -100,8 +100,7 @@ def attend(
 
 def attend_suffix(
     q_BHRD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    own: Segment,
     mask_B1QT: Tensor,
     scaling: float,
     other: tuple[Tensor, Tensor] | None,
@@ -110,4 +109,4 @@ def attend_suffix(
     """`polykv.attention.suffix.attend_suffix`, or None if there is no kernel for it."""
     if backend != CPU:
         return None
-    return _module(backend).attend_suffix(q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling, other)
+    return _module(backend).attend_suffix(q_BHRD, own, mask_B1QT, scaling, other)

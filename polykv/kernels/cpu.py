@@ -33,6 +33,7 @@ from polykv.segment import Segment
 # Up to MAX_DIM of csrc/rotate.h.
 DIMS = range(16, 257, 16)
 BITS = {TurboQuantMSE: (2, 3, 4), Uniform: (2, 3, 4, 8)}
+UNROTATED = (Identity, Int8, Q8_0, Uniform)
 LOG_KEYS, LOG_VALUES = (WaterfillKey, TrellisKey), (TurboQuantLog, TrellisValue)
 BLOCK_STEP = 16  # the block size of Uniform has to be a multiple of this
 
@@ -56,7 +57,7 @@ def loaded_library() -> Any:
     loaded.polykv_decode.argtypes = [pointer, pointer, number]
     loaded.polykv_attend.argtypes = [*[pointer] * 3, number, *[pointer] * 4, number]
     loaded.polykv_encode_log.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
-    loaded.polykv_attend_suffix.argtypes = [pointer, pointer, pointer, number]
+    loaded.polykv_attend_suffix.argtypes = [*[pointer] * 5, number]
     loaded.polykv_run_on.argtypes = [pointer]
     for name in ("decode", "attend", "attend_suffix", "run_on"):
         getattr(loaded, f"polykv_{name}").restype = None
@@ -164,24 +165,22 @@ def attend(q_HQD: Tensor, segment: Segment, scaling: float) -> tuple[Tensor, Ten
 
 def attend_suffix(
     q_BHRD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    own: Segment,
     mask_B1QT: Tensor,
     scaling: float,
     other: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`polykv.kernels.attend_suffix`; None where there are many queries, or for another dtype or layout."""
-    _, heads, n_rows, dim = q_BHRD.shape
-    n_tokens = k_BHTD.shape[2]
-    if dim not in DIMS or not 0 < n_rows <= cpu_suffix.MAX_ROWS or n_tokens == 0:
+    """`polykv.kernels.attend_suffix`; None where there are many queries, or for another codec, dtype or layout."""
+    n_rows = q_BHRD.shape[2]
+    if not 0 < n_rows <= cpu_suffix.MAX_ROWS or own.n_tokens == 0 or q_BHRD.dtype not in DTYPES:
         return None
-    if q_BHRD.dtype not in DTYPES or {k_BHTD.dtype, v_BHTD.dtype} != {q_BHRD.dtype}:
+    for codec, packed in ((own.key_codec, own.key), (own.value_codec, own.value)):
+        if not (type(codec) in UNROTATED and _attends(codec, packed)):
+            return None
+    if not _readable(q_BHRD, *own.key.tensors.values(), *own.value.tensors.values(), mask_B1QT):
         return None
-    if not _readable(q_BHRD, k_BHTD, v_BHTD, mask_B1QT):
-        return None
-    threads = _threads(q_BHRD.numel() * n_tokens // PRODUCTS_PER_THREAD)
-    library = loaded_library()
-    return cpu_suffix.attend(library, q_BHRD, k_BHTD, v_BHTD, mask_B1QT, scaling, other, threads)
+    threads = _threads(q_BHRD.numel() * own.n_tokens // PRODUCTS_PER_THREAD)
+    return cpu_suffix.attend(loaded_library(), q_BHRD, own, mask_B1QT, scaling, other, threads)
 
 
 def _takes(codec: Any, shape: Shape) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polykv.kernels.cpu_layout import DTYPES, strides
+from polykv.kernels.cpu_layout import DTYPES, struct_of
+from polykv.segment import Segment
 
 MAX_ROWS = 16  # as in csrc/suffix.h; beyond it torch's matrix products are faster
 
@@ -17,21 +18,21 @@ class Suffix(ctypes.Structure):
     """`Suffix` of suffix.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "seen")),
+        *((name, ctypes.c_void_p) for name in ("queries", "seen")),
         ("dtype", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("agents", "heads", "rows", "group", "tokens", "dim")),
-        *((name, ctypes.c_int64 * 3) for name in ("key_strides", "value_strides", "seen_strides")),
+        ("seen_strides", ctypes.c_int64 * 3),
         ("scaling", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("other", "other_lse")),
         *((name, ctypes.c_int64 * 2) for name in ("other_strides", "other_lse_strides")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),  # set by polykv_attend_suffix
     ]
 
 
 def attend(
     library: Any,
     q_BHRD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    own: Segment,
     mask_B1QT: Tensor,
     scaling: float,
     other: tuple[Tensor, Tensor] | None,
@@ -44,12 +45,9 @@ def attend(
     batch, heads, n_rows, dim = q_BHRD.shape
     q_BHRD = q_BHRD.contiguous()
     mask_BQT = mask_B1QT[:, 0].expand(batch, -1, -1)
-    told = Suffix(
-        q_BHRD.data_ptr(), k_BHTD.data_ptr(), v_BHTD.data_ptr(), mask_BQT.data_ptr(), DTYPES[q_BHRD.dtype]
-    )  # fmt: skip
+    told = Suffix(q_BHRD.data_ptr(), mask_BQT.data_ptr(), DTYPES[q_BHRD.dtype])
     told.agents, told.heads, told.rows, told.dim = q_BHRD.shape
-    told.group, told.tokens = n_rows // mask_BQT.shape[1], k_BHTD.shape[2]
-    told.key_strides, told.value_strides = strides(k_BHTD), strides(v_BHTD)
+    told.group, told.tokens = n_rows // mask_BQT.shape[1], own.n_tokens
     told.seen_strides, told.scaling = mask_BQT.stride(), scaling
     if other is not None:
         told.other, told.other_lse = (tensor.data_ptr() for tensor in other)
@@ -57,6 +55,11 @@ def attend(
     out_BHRD = torch.empty(q_BHRD.shape, dtype=torch.float32)
     lse_BHR = torch.empty(q_BHRD.shape[:3], dtype=torch.float32)
     library.polykv_attend_suffix(
-        ctypes.byref(told), out_BHRD.data_ptr(), lse_BHR.data_ptr(), threads
+        ctypes.byref(told),
+        struct_of(own.key_codec, own.key),
+        struct_of(own.value_codec, own.value),
+        out_BHRD.data_ptr(),
+        lse_BHR.data_ptr(),
+        threads,
     )
     return out_BHRD, lse_BHR

@@ -71,6 +71,8 @@ class PolyKVLM(TemplateLM):
             check_every_token(architecture, f"recipe {recipe!r}, which drops tokens,")
         if reader == "in_place":
             check_attention(architecture, "use reader=dequantize")
+        else:
+            self.recipe.check_exact_suffix(f"reader={reader}")
         if device == DEVICE and not torch.cuda.is_available():
             device = "cpu"
         self.model, self.tokenizer = models.load_weights(cfg, device)

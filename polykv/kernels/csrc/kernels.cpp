@@ -215,9 +215,12 @@ void polykv_attend(const Queries* queries, const Packed* key, const Packed* valu
 }
 
 // Attention of every agent to its own tokens, merged with what `suffix` holds of another. Writes `out` (agents, heads,
-// rows, dim) and `lse` (agents, heads, rows).
-void polykv_attend_suffix(const Suffix* suffix, float* out, float* lse, int64_t threads) {
-    const Suffix s = *suffix;
+// rows, dim) and `lse` (agents, heads, rows). `keys` and `values` are of kinds that `decode_rows` decodes without a
+// rotation.
+void polykv_attend_suffix(const Suffix* suffix, const Packed* keys, const Packed* values, float* out, float* lse,
+                          int64_t threads) {
+    Suffix s = *suffix;
+    s.keys = keys, s.values = values;
     spread(s.agents * s.heads, threads, [&](auto& next) {
         std::vector<float> scores;
         for (int64_t i; (i = next()) >= 0;) attend_own(s, i / s.heads, i % s.heads, scores, out, lse);

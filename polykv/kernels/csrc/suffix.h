@@ -5,21 +5,21 @@
 #include <tuple>
 #include <vector>
 
-#include "rotate.h"
+#include "rows.h"
 
 constexpr int MAX_ROWS = 16;  // queries of an (agent, kv head)
 
-struct Suffix {  // of `agents` agents with `tokens` tokens each; strides in bytes, along (agent, head, token)
-    const uint8_t *queries, *keys, *values;  // queries (agents, heads, rows, dim), contiguous
-    const uint8_t* seen;                     // (agents, query tokens, tokens): whether a query token sees a token
-    Dtype dtype;
+struct Suffix {  // of `agents` agents with `tokens` tokens each
+    const uint8_t* queries;  // (agents, heads, rows, dim), contiguous
+    const uint8_t* seen;  // (agents, query tokens, tokens): whether a query token sees a token
+    Dtype dtype;          // of the queries
     int64_t agents, heads, rows, group, tokens, dim;  // rows: query token, then query head of the group
-    int64_t key_strides[3], value_strides[3];
-    int64_t seen_strides[3];  // along (agent, query token, token)
+    int64_t seen_strides[3];  // along (agent, query token, token), in bytes
     float scaling;
     // What another attention gave, or null: output and log-sum-exp, contiguous; strides in floats, along (agent, head).
     const float *other, *other_lse;
     int64_t other_strides[2], other_lse_strides[2];
+    const Packed *keys, *values;
 };
 
 // Lanes with bit STEP clear: sums of pairs of lanes of `a`, those with it set: of `b`.
@@ -39,23 +39,21 @@ static inline Floats sums_of_lanes(Floats* x) {
 
 // Scores of the rows of one (agent, head): (rows, width), with -infinity where a token is not seen.
 static void suffix_scores(const Suffix& s, int64_t agent, int64_t head, const float* queries, int64_t width, float* out) {
-    const int64_t dim = s.dim, step = bytes_of(s.dtype);
-    const uint8_t* base = s.keys + agent * s.key_strides[0] + head * s.key_strides[1];
+    const int64_t dim = s.dim;
     const uint8_t* seen = s.seen + agent * s.seen_strides[0];
-    alignas(64) float keys[LANES * MAX_DIM];
+    alignas(64) float keys[LANES * MAX_DIM], factors[LANES] = {};
     memset(keys, 0, sizeof keys);
     for (int64_t t0 = 0; t0 < s.tokens; t0 += LANES) {
         const int n = s.tokens - t0 < LANES ? int(s.tokens - t0) : LANES;
-        for (int t = 0; t < n; t++)
-            for (int64_t d = 0; d < dim; d += LANES)
-                store(keys + t * dim + d, load_floats(base + (t0 + t) * s.key_strides[2] + d * step, s.dtype));
+        decode_rows(*s.keys, agent * s.heads + head, t0, n, keys, factors);
+        const Floats factor = load<Floats>(factors) * s.scaling;
         for (int64_t row = 0; row < s.rows; row++) {
             Floats sum[LANES] = {};
             for (int64_t d = 0; d < dim; d += LANES) {
                 const Floats query = load<Floats>(queries + row * dim + d);
                 for (int t = 0; t < LANES; t++) sum[t] += query * load<Floats>(keys + t * dim + d);
             }
-            store(out + row * width + t0, sums_of_lanes(sum) * s.scaling);
+            store(out + row * width + t0, sums_of_lanes(sum) * factor);
             const uint8_t* here = seen + row / s.group * s.seen_strides[1] + t0 * s.seen_strides[2];
             for (int t = 0; t < LANES; t++)
                 if (t >= n || !here[t * s.seen_strides[2]]) out[row * width + t0 + t] = -__builtin_inff();
@@ -82,15 +80,21 @@ static std::pair<float, float> suffix_weights(float* score, int64_t width) {
 // Weighted values of ROWS rows of one (agent, head), into `out` (rows, dim).
 template <int ROWS>
 static void suffix_values(const Suffix& s, int64_t agent, int64_t head, const float* weights, int64_t width, float* out) {
-    const int64_t step = bytes_of(s.dtype);
-    const uint8_t* base = s.values + agent * s.value_strides[0] + head * s.value_strides[1];
-    for (int64_t d = 0; d < s.dim; d += LANES) {
-        Floats sum[ROWS] = {};
-        for (int64_t t = 0; t < s.tokens; t++) {
-            const Floats value = load_floats(base + t * s.value_strides[2] + d * step, s.dtype);
-            for (int row = 0; row < ROWS; row++) sum[row] += value * weights[row * width + t];
+    const int64_t dim = s.dim;
+    alignas(64) float values[LANES * MAX_DIM], factors[LANES];
+    memset(out, 0, sizeof(float) * ROWS * dim);
+    for (int64_t t0 = 0; t0 < s.tokens; t0 += LANES) {
+        const int n = s.tokens - t0 < LANES ? int(s.tokens - t0) : LANES;
+        decode_rows(*s.values, agent * s.heads + head, t0, n, values, factors);
+        for (int64_t d = 0; d < dim; d += LANES) {
+            Floats sum[ROWS];
+            for (int row = 0; row < ROWS; row++) sum[row] = load<Floats>(out + row * dim + d);
+            for (int t = 0; t < n; t++) {
+                const Floats value = load<Floats>(values + t * dim + d) * factors[t];
+                for (int row = 0; row < ROWS; row++) sum[row] += value * weights[row * width + t0 + t];
+            }
+            for (int row = 0; row < ROWS; row++) store(out + row * dim + d, sum[row]);
         }
-        for (int row = 0; row < ROWS; row++) store(out + row * s.dim + d, sum[row]);
     }
 }
 

@@ -1,0 +1,221 @@
+"""Layers of a CascadeCache: a compressed prefix that agents share, and each agent's own tokens (the suffix)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from polykv import kernels
+from polykv.codecs.base import Codec, Packed
+from polykv.errors import PolyKVError
+from polykv.segment import Segment
+
+
+class PrefixOffset(int):
+    """The offset of a CascadeLayer's mask, by which the mask function knows it (polykv/attention/cascade.py).
+
+    An ordinary int to transformers. `n_prefix` is the number of tokens of the prefix, and `n_dropped` that of the first
+    tokens of the suffixes that the layer no longer has. `beside_states`: other layers of the cache keep a state.
+    """
+
+    n_prefix: int
+    n_dropped: int
+    beside_states: bool
+
+    def __new__(
+        cls, offset: int, n_prefix: int, n_dropped: int = 0, beside_states: bool = False
+    ) -> "PrefixOffset":
+        self = super().__new__(cls, offset)
+        self.n_prefix, self.n_dropped, self.beside_states = n_prefix, n_dropped, beside_states
+        return self
+
+
+class CascadeLayer(DynamicLayer):
+    """One layer of a CascadeCache: the shared compressed prefix and the agents' suffixes.
+
+    With a window, `update` drops the first tokens of the suffixes once no agent can see them.
+
+    Attributes:
+        keys, values: of the suffixes, (agents, kv_heads, suffix tokens that are left, head_dim).
+        segments: the parts of the prefix; with a window, of its last tokens only.
+        backend: the code that attends to the segments (polykv/kernels).
+        n_prefix: tokens of the prefix.
+        window: None for full attention; else a token sees the last `window` tokens, itself included.
+        order: places of the stored tokens in the order of the segments; None: the order of the text. Matters with a
+            window only.
+        n_dropped: tokens of each suffix that were dropped.
+        n_unseen: how many of the first tokens left no agent will see again; set by the attention function.
+        beside_states: whether other layers of the cache keep a state.
+        awaits_attention: set by `update` and cleared by the attention function (polykv/attention/cascade.py).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        backend: str,
+        n_prefix: int | None = None,
+        window: int | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        """`n_prefix` None: the tokens of the segments."""
+        super().__init__()
+        self.segments = segments
+        self.backend = backend
+        self.n_stored = sum(segment.n_tokens for segment in segments)
+        self.n_prefix = self.n_stored if n_prefix is None else n_prefix
+        self.window = window
+        self.is_sliding = window is not None
+        self.order = order
+        self.n_dropped = self.n_unseen = 0
+        self.awaits_attention = self.beside_states = False
+
+    @property
+    def n_suffix(self) -> int:
+        """Tokens of each suffix, padding and dropped ones included."""
+        return self.n_dropped + (self.keys.shape[2] if self.is_initialized else 0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the suffixes.
+
+        The returned keys have this layer as an attribute `cascade_layer`, from which the attention function takes the
+        prefix: most models pass only these two tensors to it, not the cache. This needs no global state, so any number
+        of caches and threads may be in use.
+
+        A model whose attention function does not receive these keys leaves `awaits_attention` set, and the next
+        `CascadeCache.update` raises.
+        """
+        if n := self.n_unseen:
+            self._change(lambda x_BHTD: x_BHTD[:, :, n:])
+            self.n_dropped, self.n_unseen = self.n_dropped + n, 0
+        self._append(key_states, value_states)
+        self.awaits_attention = True
+        # On a view, which is dropped after the call: the attribute on self.keys itself would make a reference cycle.
+        keys: Any = self.keys.view_as(self.keys)
+        keys.cascade_layer = self
+        return keys, self.values
+
+    def own(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Segment:
+        """The agents' own tokens, for attention; the arguments are what `update` returned."""
+        return Segment.uncompressed(k_BHTD, v_BHTD)
+
+    @property
+    def suffix_bytes(self) -> int:
+        """Bytes of what is stored of the suffixes."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def _append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
+        super().update(k_BHTD, v_BHTD)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each stored tensor of the suffixes, all (agents, kv_heads, tokens, any size)."""
+        self.keys, self.values = change(self.keys), change(self.values)
+
+    def get_seq_length(self) -> int:
+        """Tokens of the prefix and of a suffix."""
+        return self.n_prefix + self.n_suffix
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(mask length, offset) of the mask for `query_length` new tokens.
+
+        The mask covers the whole suffix, and with a window also the stored tokens of the prefix; without a window every
+        query sees the whole prefix.
+        """
+        n_masked = self.n_masked
+        # `update` comes later, and drops what is not seen any more.
+        n_dropped = self.n_dropped + self.n_unseen
+        about = (self.n_prefix, n_dropped, self.beside_states)
+        offset = PrefixOffset(self.n_prefix - n_masked, *about)
+        return n_masked + self.n_suffix + query_length, offset
+
+    @property
+    def n_masked(self) -> int:
+        """Tokens of the prefix that the mask covers."""
+        return self.n_stored if self.is_sliding else 0
+
+    def reset(self) -> None:
+        """Drop the suffixes."""
+        # Not super().reset(): in some supported versions of transformers it zeroes the tokens but keeps their number.
+        self.keys = self.values = None
+        self.is_initialized = self.awaits_attention = False
+        self.n_dropped = self.n_unseen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens of every suffix; `tokens_to_remove` is their number, negated, as in transformers.
+
+        Raises:
+            PolyKVError: a positive number, or more tokens than a suffix has left.
+        """
+        n_left = self.n_suffix - self.n_dropped
+        if not -n_left <= tokens_to_remove <= 0:
+            raise PolyKVError(
+                f"crop({tokens_to_remove}) of agents with {n_left} tokens of their own; pass the number of "
+                f"tokens to remove as a negative number, {-n_left} to 0: the shared pool cannot be cropped"
+            )
+        self.n_unseen = 0  # windows move back
+        if tokens_to_remove:
+            self._change(lambda x_BHTD: x_BHTD[:, :, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._change(lambda x_BHTD: x_BHTD[indices.to(x_BHTD.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._change(lambda x_BHTD: x_BHTD.repeat_interleave(repeats, dim=0))
+
+
+class QuantizedSuffixLayer(CascadeLayer):
+    """A CascadeLayer that keeps suffixes under a codec, which quantizes each token for itself as it is written.
+
+    Attributes:
+        keys, values: a single NaN, expanded to the shape of the suffixes; attention reads `own`.
+    """
+
+    def __init__(self, codec: Codec, *args: Any) -> None:
+        """`args`: those of CascadeLayer."""
+        super().__init__(*args)
+        self._codec = codec
+        self._packed: tuple[Packed, Packed] | None = None
+
+    def own(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Segment:
+        assert self._packed is not None  # `update` comes first
+        return Segment(self._codec, self._codec, *self._packed)
+
+    @property
+    def suffix_bytes(self) -> int:
+        return sum(packed.nbytes for packed in self._packed or ())
+
+    def _append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(k_BHTD, v_BHTD)
+        new = [kernels.encode(self._codec, x, self.backend) for x in (k_BHTD, v_BHTD)]
+        self._hold(*(new if self._packed is None else map(Packed.join, self._packed, new)))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        batch, heads, n_tokens, dim = change(self.keys).shape
+        shape = (batch, heads, n_tokens, dim)
+        held = (
+            replace(packed, tensors={k: change(x) for k, x in packed.tensors.items()}, shape=shape)
+            for packed in self._packed or ()
+        )
+        self._hold(*held)
+
+    def _hold(self, key: Packed, value: Packed) -> None:
+        self._packed = key, value
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        self.keys, self.values = nan.expand(key.shape), nan.expand(value.shape)
+
+    def reset(self) -> None:
+        super().reset()
+        self._packed = None
