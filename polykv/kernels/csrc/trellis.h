@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "encode.h"
 
@@ -14,25 +16,45 @@ constexpr int window_of(int bits) { return bits < 3 ? 8 : bits + 5; }
 constexpr int n_windows(int bits) { return 1 << window_of(bits); }
 constexpr int table_of(int bits) { return bits <= 1 ? 0 : table_of(bits - 1) + n_windows(bits - 1); }
 
+// The bits of a block's codes: the lowest 64, and the others.
+template <int BITS>
+static inline std::pair<uint64_t, uint64_t> block_at(const uint8_t* from) {
+    constexpr int BYTES = 2 * BITS;
+    if constexpr (BYTES == 2) return {load<uint16_t>(from), 0};
+    if constexpr (BYTES == 4) return {load<uint32_t>(from), 0};
+    if constexpr (BYTES == 6) return {load<uint32_t>(from) | uint64_t(load<uint16_t>(from + 4)) << 32, 0};
+    const uint64_t low = load<uint64_t>(from);
+    if constexpr (BYTES == 8) return {low, 0};
+    if constexpr (BYTES == 10) return {low, load<uint16_t>(from + 8)};
+    return {low, load<uint32_t>(from + 8)};
+}
+
+// The levels of LANES codes of a block, from number `first` on; `levels` are those of its width.
+template <int BITS>
+static inline Floats block_levels(const uint8_t* from, const float* levels, int first) {
+    const auto [low, high] = block_at<BITS>(from);
+    typedef std::conditional_t<BITS <= 3, uint64_t, unsigned __int128> Ring;
+    Ring ring = low | Ring(uint16_t(low)) << (16 * BITS);  // the first codes once more at the end
+    if constexpr (BITS > 4) ring |= Ring(high) << 64;
+    Floats level;
+    for (int l = 0; l < LANES; l++) {
+        const int bit = (first + l) * BITS;
+        const uint32_t window = BITS == 4 ? low >> bit | low << (-bit & 63) : uint64_t(ring >> bit);
+        level[l] = levels[window & (n_windows(BITS) - 1)];
+    }
+    return level;
+}
+
 // The levels of one block of `n` tokens, as block_rows of waterfill.h; `levels` are those of all widths.
 template <int BITS, bool ADD>
 static void trellis_rows(const uint8_t* from, int64_t stride, const float* levels, const float* factor, float scale,
                          int n, int dim, float* out) {
-    constexpr int BYTES = 2 * BITS, MASK = n_windows(BITS) - 1;
     levels += table_of(BITS);
-    uint8_t ring[BYTES + 4] = {};  // the first codes once more after the last
-    for (int t = 0; t < n; t++, from += stride, out += dim) {
-        memcpy(ring, from, BYTES);
-        memcpy(ring + BYTES, from, 2);
+    for (int t = 0; t < n; t++, from += stride, out += dim)
         for (int i = 0; i < CODES; i += LANES) {
-            Floats level;
-            for (int l = 0; l < LANES; l++) {
-                const int bit = (i + l) * BITS;
-                level[l] = levels[load<uint32_t>(ring + bit / 8) >> bit % 8 & MASK];
-            }
+            const Floats level = block_levels<BITS>(from, levels, i);
             store(out + i, ADD ? load<Floats>(out + i) + level * (factor[t] * scale) : level);
         }
-    }
 }
 
 // The way of least squared error through N values, the last one first; `y` is read over and over. On return cost[key] is
