@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import polykv
 from polykv.attention import cascade
+from polykv.codecs.identity import Identity
 from polykv.evaluation.concurrency import QUERY_TOKENS, WARMUP, caches_of, decode, pool_of
 from polykv.prefill import prefill
 
@@ -184,10 +186,16 @@ class Bench:
         full = of_token * given.tokens
         prefix = self.pools[name].stored_bytes if name in self.pools else given.agents * full
         found = {PROJECTIONS: (sum(w.nbytes for w in projections), n_weights * given.agents)}
-        suffix = given.agents * own * of_token, own * per_token
-        if name in self.pools:
-            return found | {PREFIX: (prefix, given.tokens * per_token), SUFFIX: suffix}
-        return found | {PREFIX: (prefix + suffix[0], (given.tokens + own) * per_token)}
+        if name not in self.pools:
+            n_bytes = prefix + given.agents * own * of_token
+            return found | {PREFIX: (n_bytes, (given.tokens + own) * per_token)}
+        codec = self.pools[name].recipe.suffix or Identity()
+        n_bytes = sum(
+            codec.stored_bytes((given.agents, x.shape[1], 1, x.shape[3]), x.dtype)
+            for x in chain(*layers)
+        )
+        suffix = n_bytes * own, own * per_token
+        return found | {PREFIX: (prefix, given.tokens * per_token), SUFFIX: suffix}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import score_rest
 from polykv.pool import SharedKVPool
-from polykv.recipe import Recipe, load_recipe
+from polykv.recipe import load_recipe
 
 N_AGENTS = 5
 
@@ -122,9 +122,10 @@ def test_the_uncompressed_recipe_with_such_a_suffix_is_no_baseline():
 
 
 def test_recipes_of_the_repository_compress_what_they_name():
-    for bits in (3, 4):
-        recipe = load_recipe(f"trellis_{bits}_q8_0_suffix")
-        assert recipe.suffix == Q8_0()
-        plain = load_recipe(f"trellis_{bits}")
-        assert replace(recipe, name=plain.name, suffix=None) == plain
-        assert isinstance(recipe, Recipe)
+    recipe = load_recipe("trellis_3_q8_0_suffix")
+    assert recipe.suffix == Q8_0()
+    assert replace(recipe, name="trellis_3", suffix=None) == load_recipe("trellis_3")
+    recipe, of_4 = load_recipe("trellis_k3_75v4_q8_0_suffix"), load_recipe("trellis_4")
+    assert recipe.suffix == Q8_0()
+    assert replace(recipe, name="trellis_4", suffix=None, key=of_4.key) == of_4
+    assert recipe.key == replace(of_4.key, bits=3.75)
