@@ -110,6 +110,21 @@ def test_a_tie_comes_with_what_the_documents_could_have_shown(tmp_path):
     assert f"{found.detectable:.2f}" in line and f"{found.documents_needed:,}" in line
 
 
+@pytest.mark.parametrize(("n", "shift"), [(3, 0.1), (8, 0.1), (8, 0.02), (8, 1.0)])
+def test_so_many_documents_as_are_needed_detect_the_ratio_and_fewer_do_not(n, shift):
+    logs = shift + np.random.default_rng(3).normal(0, 0.1, n)
+    found = paired_ratio(np.exp(logs), np.ones(n), 0.01)
+    spread, mean = logs.std(ddof=1), abs(logs.mean())
+
+    def detects(size):
+        least = stats.t.ppf(1 - 0.01 / 2, size - 1) + stats.t.ppf(0.8, size - 1)
+        return least * spread / size**0.5 <= mean
+
+    assert detects(found.documents_needed)
+    assert found.documents_needed == 2 or not detects(found.documents_needed - 1)
+    assert (found.documents_needed <= n) == (found.detectable <= max(found.ratio, 1 / found.ratio))
+
+
 def test_each_reader_has_its_own_comparison(tmp_path):
     kl = np.exp(np.random.default_rng(0).normal(-5, 1, 8))
     samples(tmp_path, {"a": kl, "b": 2 * kl, "full": 0 * kl})

@@ -1,6 +1,7 @@
 """Confidence intervals and tests. Torch-free, since the analysis uses them."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,8 +106,12 @@ def shift(values: Sequence[float], level: float = 0.05) -> Shift:
     mean, error = float(found.mean()), float(found.std(ddof=1)) / math.sqrt(n)
     reach = float(stats.t.ppf(0.975, n - 1)) * error
     p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error > 0 else float(mean == 0)
-    needs = stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
-    return Shift(mean, mean - reach, mean + reach, float(p), float(needs * error))
+    return Shift(mean, mean - reach, mean + reach, float(p), _reach(n, level) * error)
+
+
+def _reach(n: int, level: float) -> float:
+    """The shift that n values detect at `level` with POWER, in standard errors."""
+    return float(stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1))
 
 
 @dataclass(frozen=True)
@@ -148,17 +153,20 @@ def paired_ratio(
         raise ValueError("a paired ratio needs at least two pairs of positive, finite values")
     logs = np.log(values[0]) - np.log(values[1])
     found, spread = shift(logs.tolist(), level), float(logs.std(ddof=1))
-    needed = None
-    if found.mean and spread:
-        normal = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)
-        needed = math.ceil((normal * spread / found.mean) ** 2) + 1
+
+    def shows(n_documents: int) -> bool:
+        error = spread / math.sqrt(n_documents)
+        return _reach(n_documents, level) * error <= abs(found.mean)
+
+    sizes = range(2, MANY)
+    needed = bisect_left(sizes, True, key=shows) if found.mean and spread else MANY
     return PairedRatio(
         math.exp(found.mean),
         math.exp(found.low),
         math.exp(found.high),
         found.p,
         math.exp(found.detectable),
-        needed if needed and needed < MANY else None,
+        sizes[needed] if needed < len(sizes) else None,
     )
 
 
