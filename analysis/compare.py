@@ -65,7 +65,7 @@ COLUMNS = (
 )
 LEGEND = (
     "bits: stored per cached value, all metadata counted; ratio: to fp16; Δppl, KL (nats per token) and top-1: against "
-    "the uncompressed cache, read alike; stored: all bytes kept for all agents"
+    "the uncompressed cache, read alike; stored: all bytes kept of the prefix for all agents"
 )
 RESIDENT = "; resident: peak above the loaded model while all agents decode"
 # A column of nothing else is left out; one of values that could not be had says why.

@@ -58,7 +58,9 @@ class Step:
 
     def segments(self, recipe: str, backend: str) -> list[Segment]:
         context = of_layer(*self.k.shape[1:])
-        return load_recipe(recipe).encode_layer(self.k, self.v, 0, 1, backend, context)
+        loaded = load_recipe(recipe)
+        loaded.check_exact_suffix("this benchmark")
+        return loaded.encode_layer(self.k, self.v, 0, 1, backend, context)
 
     def unshared(self, segments: list[Segment]) -> list[tuple[Tensor, Tensor]]:
         """Every agent's own full cache (1, kv_heads, tokens + suffix, dim)."""

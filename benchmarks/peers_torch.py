@@ -26,6 +26,7 @@ from polykv.evaluation.concurrency import QUERY_TOKENS, WARMUP, caches_of, decod
 from polykv.evaluation.process import keep_freed_memory
 from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
+from polykv.recurrent import layer_bytes
 from polykv.unshared import unshared_cache
 
 EXPANDED = "expanded"
@@ -85,7 +86,7 @@ class Sides:
             steps.append(time.perf_counter() - start)
         parts = self._parts_of(stepping, min(PARTS_STEPS, len(steps)))
         if isinstance(agents, CascadeCache):
-            n_bytes += sum(layer.suffix_bytes for layer in agents.layers)
+            n_bytes += sum(map(layer_bytes, agents.layers))
         else:
             n_bytes += bytes_of([getattr(one, name, None) for one in agents.layers for name in OWN])
         return {

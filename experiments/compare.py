@@ -70,8 +70,9 @@ def seeded(cfg: DictConfig) -> DictConfig:
     """The settled config, with the seed of the random rotations in every codec."""
     settled = settings.settle(cfg)
     Recipe.from_config(settled.recipe)  # raises for a recipe without codecs
-    for part in (settled.recipe.key, settled.recipe.value):
-        _seed(part, settled.seed)
+    for part in ("key", "value", "suffix"):
+        if codec := settled.recipe.get(part):
+            _seed(codec, settled.seed)
     return settled
 
 

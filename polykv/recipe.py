@@ -13,10 +13,9 @@ from polykv.codecs.context import NOTHING, LayerContext
 from polykv.codecs.identity import Identity
 from polykv.errors import PolyKVError
 from polykv.keep import Keep
-from polykv.segment import Segment
+from polykv.segment import SIDES, Segment
 
 EXACT = Identity(dtype="float16")
-SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,10 @@ class Recipe:
     suffix: Codec | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.suffix, Codec | None):
+            raise PolyKVError(
+                f"suffix of recipe {self.name!r} is {self.suffix!r}; give a codec, such as polykv.codecs.q8_0.Q8_0()"
+            )
         if self.suffix and not quantizes_by_token(self.suffix):
             raise PolyKVError(
                 f"suffix of recipe {self.name!r}: tokens of {type(self.suffix).__name__} share metadata, and agents "
@@ -169,8 +172,8 @@ class Recipe:
         """
         if self.suffix:
             raise PolyKVError(
-                f"recipe {self.name!r} quantizes the agents' own tokens (suffix), and {what} leaves them as they are; "
-                "use reader=in_place, or a recipe without suffix"
+                f"recipe {self.name!r} quantizes the agents' own tokens (suffix), which {what} leaves as they are; use "
+                "a recipe without suffix, or in studies that read in place reader=in_place or readers=[in_place]"
             )
 
     def encode_layer(
@@ -256,9 +259,7 @@ def made_of(given: Any, kind: type, part: str) -> Any:
     """What a mapping describes: an instance of a class of this kind. `part`: of the recipe, for the message."""
     what = f"{kind.__module__}.{kind.__name__}"
     if not isinstance(given, dict) or "_target_" not in given:
-        raise PolyKVError(
-            f"a recipe's {part} have to name a _target_ that is a {what}, not {given!r}"
-        )
+        raise PolyKVError(f"a recipe's {part} must name a _target_ that is a {what}, not {given!r}")
     found = targets.find(given["_target_"])
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise PolyKVError(f"_target_: {given['_target_']} is not a {what}")

@@ -10,6 +10,8 @@ from polykv.codecs.base import Codec, Packed, saturated
 from polykv.codecs.channels import Channels
 from polykv.codecs.identity import Identity
 
+SIDES = ("keys", "values")
+
 
 @dataclass(frozen=True)
 class Segment:

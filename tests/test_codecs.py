@@ -68,7 +68,7 @@ def of_each_class(codecs):
 def of_each_pair(names):
     """Recipes as pytest parameters: the first of each pair of codec classes; others are slow.
 
-    Those that differ from another in the agents' own tokens alone are left out (test_quantized_suffix.py).
+    Those with a codec for the agents' own tokens are left out (test_quantized_suffix.py).
     """
     seen, found = set(), []
     for name in names:

@@ -88,7 +88,10 @@ class CascadeCache(Cache):
             )
         self._check(key_states, layer_idx)
         self._last_updated = self.layers[layer_idx]
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except PolyKVError as error:
+            raise PolyKVError(f"layer {layer_idx}: {error}") from error
 
     def reset(self) -> None:
         """Drop the suffixes, and return to the pool's states."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from polykv.attention.layers import CascadeLayer
+from polykv.attention.layers import CascadeLayer, QuantizedSuffixLayer
 from polykv.attention.mask import cascade_mask, checked_mask
 from polykv.attention.prefix import attend_prefix
 from polykv.attention.scratch import scratch
@@ -118,6 +118,8 @@ def _attend(
         backend = layer.backend
     own = layer.own(key, value) if layer is not None else Segment.uncompressed(key, value)
     done = attend_suffix(q_BHRD, own, mask[..., n_masked:], scaling, softcap, shared, backend)
+    if query.dtype == torch.float16 and isinstance(layer, QuantizedSuffixLayer):
+        done[0].clamp_(-FP16_MAX, FP16_MAX)  # as Codec.decode does
     out_BHRD = with_sinks(*done, sink_HG)
     return out_BHRD.unflatten(2, (n_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
@@ -133,7 +135,7 @@ def _attend_shared(
     batch = q_BHRD.shape[0]
     q_HQD = q_BHRD.transpose(0, 1).flatten(1, 2).contiguous()
     out_HQD, lse_HQ = attend_prefix(q_HQD, layer.segments, scaling, layer.backend, seen_QT, softcap)
-    if q_BHRD.dtype == torch.float16:  # as Codec.decode does; the suffix's output is not clamped
+    if q_BHRD.dtype == torch.float16:  # as Codec.decode does; uncompressed suffixes are not clamped
         out_HQD.clamp_(-FP16_MAX, FP16_MAX)
     return (
         out_HQD.unflatten(1, (batch, -1)).transpose(0, 1),

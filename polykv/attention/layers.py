@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from polykv import kernels
 from polykv.codecs.base import Codec, Packed
 from polykv.errors import PolyKVError
-from polykv.segment import Segment
+from polykv.segment import SIDES, Segment
 
 
 class PrefixOffset(int):
@@ -83,7 +83,7 @@ class CascadeLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (agents, kv_heads, new tokens, head_dim) and return those of the suffixes.
+        """Append keys and values (agents, kv_heads, new tokens, head_dim); returns `keys` and `values`.
 
         The returned keys have this layer as an attribute `cascade_layer`, from which the attention function takes the
         prefix: most models pass only these two tensors to it, not the cache. This needs no global state, so any number
@@ -186,36 +186,44 @@ class QuantizedSuffixLayer(CascadeLayer):
         """`args`: those of CascadeLayer."""
         super().__init__(*args)
         self._codec = codec
-        self._packed: tuple[Packed, Packed] | None = None
+        self._packed: list[Packed] = []  # keys and values
 
     def own(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Segment:
-        assert self._packed is not None  # `update` comes first
-        return Segment(self._codec, self._codec, *self._packed)
+        key, value = self._packed
+        return Segment(self._codec, self._codec, key, value)
 
     @property
     def suffix_bytes(self) -> int:
-        return sum(packed.nbytes for packed in self._packed or ())
+        return sum(packed.nbytes for packed in self._packed)
 
     def _append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
-        if not self.is_initialized:
+        new = []
+        for side, x_BHTD in zip(SIDES, (k_BHTD, v_BHTD), strict=True):
+            try:
+                new.append(kernels.encode(self._codec, x_BHTD, self.backend))
+            except PolyKVError as error:
+                raise PolyKVError(f"{side} of the agents' own tokens: {error}") from error
+        if self.is_initialized:
+            for place, added in enumerate(new):  # one at a time, as each exists twice meanwhile
+                self._packed[place] = self._packed[place].join(added)
+        else:
             self.lazy_initialization(k_BHTD, v_BHTD)
-        new = [kernels.encode(self._codec, x, self.backend) for x in (k_BHTD, v_BHTD)]
-        self._hold(*(new if self._packed is None else map(Packed.join, self._packed, new)))
+            self._packed = new
+        self._show()
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        batch, heads, n_tokens, dim = change(self.keys).shape
-        shape = (batch, heads, n_tokens, dim)
-        held = (
-            replace(packed, tensors={k: change(x) for k, x in packed.tensors.items()}, shape=shape)
-            for packed in self._packed or ()
-        )
-        self._hold(*held)
+        for place, packed in enumerate(self._packed):
+            tensors = {name: change(tensor) for name, tensor in packed.tensors.items()}
+            batch, heads, n_tokens, _ = next(iter(tensors.values())).shape
+            shape = (batch, heads, n_tokens, packed.shape[3])
+            self._packed[place] = replace(packed, tensors=tensors, shape=shape)
+        self._show()
 
-    def _hold(self, key: Packed, value: Packed) -> None:
-        self._packed = key, value
+    def _show(self) -> None:
+        """Give `keys` and `values` the shape of the suffixes."""
         nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
-        self.keys, self.values = nan.expand(key.shape), nan.expand(value.shape)
+        self.keys, self.values = (nan.expand(packed.shape) for packed in self._packed)
 
     def reset(self) -> None:
         super().reset()
-        self._packed = None
+        self._packed = []

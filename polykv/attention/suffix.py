@@ -54,8 +54,8 @@ def _attend_torch(
     q_BHRD = q_BHRD.float() * scaling
     softmax = OnlineSoftmax(q_BHRD.shape[:3], dim, q_BHRD.device)
     # Scores of one query token, or the fp32 copies of one key and one value, whichever is larger.
-    as_is = isinstance(own.key_codec, Identity) and own.key.dtype == torch.float32
-    copied = 0 if as_is else 2 * dim
+    stored = own.key.tensors["values"].dtype if isinstance(own.key_codec, Identity) else None
+    copied = 0 if stored == torch.float32 else 2 * dim
     per_token = batch * heads * max(group, copied) * 4
     n_bytes = scratch(CHUNK_BYTES, q_BHRD.device)
     step = min(max(n_bytes // per_token, 1), MAX_TOKENS, n_tokens)

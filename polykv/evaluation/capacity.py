@@ -63,7 +63,7 @@ class Architecture:
     """A model's demands on a device: bytes, and operations per token."""
 
     geometry: Geometry
-    dtype: str  # of weights, full-precision caches and suffixes
+    dtype: str  # of weights, full-precision caches and states
     n_parameters: int
     n_multiplied: int  # read and multiplied in every step: all but the input embeddings and experts
     attention_flops: int  # per query token and token attended to
@@ -123,10 +123,10 @@ class Architecture:
         return 2 * sum(self._sides(n_tokens, in_place, suffix)) + self.state_bytes
 
     def _sides(self, n_tokens: int, in_place: bool, suffix: Codec | None) -> list[int]:
-        """Bytes of the keys, or of the values, of each layer."""
+        """Bytes of the keys, or of the values, of each layer with attention."""
         shapes = [
             (1, one.n_kv_heads, one.kept(n_tokens, in_place), one.head_dim)
-            for one in self.geometry.layers
+            for one in self.geometry.attending
         ]
         codec = suffix or Identity()
         return [codec.stored_bytes(shape, pick_dtype(self.dtype)) for shape in shapes]
@@ -140,7 +140,7 @@ class Architecture:
         self, n_tokens: int, in_place: bool = False, suffix: Codec | None = None
     ) -> int:
         """`kept_bytes` at the peak of a step: a tensor exists twice while it changes, and later there are logits."""
-        grows = max(self._sides(n_tokens, in_place, suffix))
+        grows = max(self._sides(n_tokens, in_place, suffix), default=0)
         written = (one.state or () for one in self.geometry.layers)
         state = max((x.nbytes(pick_dtype(self.dtype)) for one in written for x in one), default=0)
         largest = max(grows, self.n_logits * self.itemsize, state)

@@ -186,6 +186,7 @@ def caches_of(
     batch = n_agents if together else 1
 
     if pool is not None:
+        pool.recipe.check_exact_suffix(f"reader={reader}")
         windows, n_tokens = pool.windows, pool.n_tokens
 
     def copies() -> DynamicCache:

@@ -114,7 +114,7 @@ def log_probs(
         PolyKVError: a tensor that the recipe's codec cannot encode, or a recipe that drops tokens.
     """
     recipe.check_keeps_all("a reply token by token")
-    recipe.check_exact_suffix("a reply token by token, which is quantized under key and value,")
+    recipe.check_exact_suffix("a reply token by token")
     layers = [_Layer(recipe, reply, index, backend) for index in range(reply.pool.n_layers)]
     cache = DynamicCache(layer.decoded() for layer in layers)
     ids_BT = reply.rest_BT[:, :-1].to(model.device)

@@ -28,8 +28,8 @@ from polykv.documents import Document
 from polykv.errors import PolyKVError
 from polykv.pool import SharedKVPool
 from polykv.prefill import prefill
-from polykv.recipe import EXACT, SIDES, Recipe
-from polykv.segment import Segment
+from polykv.recipe import EXACT, Recipe
+from polykv.segment import SIDES, Segment
 from polykv.supported import check_every_token, check_length, check_rope
 
 VERSION = 1  # of the protocol
@@ -132,7 +132,7 @@ def score(
     """
     check_every_token(model.config, "protocol `online`")
     recipe.check_keeps_all("protocol `online`")
-    recipe.check_exact_suffix("protocol `online`, which quantizes every token under key and value,")
+    recipe.check_exact_suffix("protocol `online`")
     ids_BT = document.ids_BT.to(model.device)
     n_prefix, n_tokens = document.n_prefix, document.n_tokens
     check_length(model.config, n_tokens, "the whole document")

@@ -158,7 +158,7 @@ def paired_ratio(
         error = spread / math.sqrt(n_documents)
         return _reach(n_documents, level) * error <= abs(found.mean)
 
-    sizes = range(2, MANY)
+    sizes = range(2, MANY + 1)
     needed = bisect_left(sizes, True, key=shows) if found.mean and spread else MANY
     return PairedRatio(
         math.exp(found.mean),

@@ -15,6 +15,9 @@ from polykv.supported import check_attention, check_every_token, check_rope
 
 CHUNK = 256  # tokens of one forward pass
 SCORES = 1 << 22  # attention scores in memory at a time
+# Tokens whose probabilities are in memory at a time: mapping the memory for those of a whole chunk takes twice as long
+# as computing them.
+ROWS = 16
 
 
 class Reading(NamedTuple):
@@ -53,6 +56,18 @@ def add_attention(sums_2T: Tensor, q_HQD: Tensor, k_hTD: Tensor, scaling: float)
         sums_2T[1, :n_keys] += probs_hgqT.square_().sum((0, 1, 2), dtype=torch.float64)
 
 
+def add_nats(nats_2T: Tensor, ids_T: Tensor, first: int, logits_TV: Tensor) -> None:
+    """Set the surprisal of the tokens that these logits predict, and the entropy after those that they follow.
+
+    `first`: the place of the token that the first logits follow. `nats_2T`: surprisals and entropies.
+    """
+    last = first + len(logits_TV)
+    labels = ids_T[first + 1 : last + 1]
+    log_probs = logits_TV.float().log_softmax(-1)
+    nats_2T[0, first + 1 : last + 1] = -log_probs[: len(labels)].gather(1, labels[:, None])[:, 0]
+    nats_2T[1, first:last] = torch.special.entr(log_probs.exp_()).sum(-1)
+
+
 @torch.no_grad()
 def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> Reading:
     """Read tokens [start, T) again after the cached tokens [0, start); `cache` is not modified.
@@ -80,8 +95,6 @@ def replay(model: Any, cache: Cache, ids_T: Tensor, start: int) -> Reading:
         for i in range(start, n_tokens, CHUNK):
             j = min(i + CHUNK, n_tokens)
             logits_TV = model(input_ids=ids_T[None, i:j], past_key_values=past).logits[0]
-            labels = ids_T[i + 1 : j + 1]
-            log_probs = logits_TV.float().log_softmax(-1)
-            nats_2T[0, i + 1 : j + 1] = -log_probs[: len(labels)].gather(1, labels[:, None])[:, 0]
-            nats_2T[1, i:j] = torch.special.entr(log_probs.exp_()).sum(-1)
+            for first, rows in zip(range(i, j, ROWS), logits_TV.split(ROWS), strict=True):
+                add_nats(nats_2T, ids_T, first, rows)
     return Reading(*sums_2T.cpu(), *nats_2T.cpu())

@@ -200,7 +200,9 @@ def _attends(codec: Any, packed: Packed, *more: type) -> bool:
         rope = packed.context.rope
         tables = [] if rope is None else [rope.cos_TP, rope.sin_TP]
         return packed.shape[3] in DIMS and all(t.is_contiguous() for t in (*shared, *tables))
-    return type(codec) is Identity and packed.shape[3] in DIMS or _takes(codec, packed.shape)
+    if type(codec) is Identity:
+        return packed.shape[3] in DIMS and packed.tensors["values"].dtype in DTYPES
+    return _takes(codec, packed.shape)
 
 
 def _readable(*tensors: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The model class that lm-eval knows as `polykv`.
 
-All tokens of a prompt but the last are prefilled and compressed; the last one is the query that reads them, and what is
-generated or scored after it stays uncompressed. A pool so holds the question too, unlike in experiment=shared_tasks: a
-recipe that drops tokens by attention has seen what is asked.
+All tokens of a prompt but the last are prefilled and compressed; the last one is the query that reads them. It and what
+is generated or scored after it stay uncompressed, unless the recipe has a codec for them (`suffix`). A pool so holds
+the question too, unlike in experiment=shared_tasks: a recipe that drops tokens by attention has seen what is asked.
 """
 
 from collections import defaultdict

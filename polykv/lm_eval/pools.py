@@ -37,8 +37,13 @@ class Pools:
         return pool
 
     def cache(self, pool: SharedKVPool | None) -> Cache:
-        """A cache of one row that continues the pool, to be used within `reading`."""
+        """A cache of one row that continues the pool, to be used within `reading`.
+
+        Raises:
+            PolyKVError: no pool, and a recipe that quantizes the agents' own tokens.
+        """
         if pool is None:
+            self._recipe.check_exact_suffix("a prompt of one token, which has no pool,")
             return DynamicCache(config=self._model.config)
         return pool.reader(1) if self._in_place else pool.dequantize()
 
