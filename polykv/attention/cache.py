@@ -20,8 +20,8 @@ from polykv.segment import Segment
 class CascadeCache(Cache):
     """Cache of N agents that share one compressed prefix, to be used within `attend_in_place(model)`.
 
-    `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow. Beam search, cropping, and repeating or
-    selecting agents act on the suffixes and states; `reset` drops them. With states there is no cropping, and beam
+    `SharedKVPool.reader` and `CacheCard.reader` make it. Only the suffixes grow. Beam search, cropping, and repeating
+    or selecting agents act on the suffixes and states; `reset` drops them. With states there is no cropping, and beam
     search needs `batch_repeat_interleave(num_beams)` first.
     """
 
