@@ -62,14 +62,19 @@ class SharedKVPool:
         contexts: Sequence[LayerContext | None] = (),
         windows: Sequence[int | None] = (),
         n_tokens: int | None = None,
+        scales: Sequence[Tensor | None] = (),
     ) -> None:
-        """A pool of segments or a state by layer; for `windows` and `n_tokens` see `from_layers`."""
+        """A pool of segments or a state by layer; for `windows` and `n_tokens` see `from_layers`.
+
+        `scales`: of each layer, if the recipe has a codec for the agents' own tokens (`suffix_scale`).
+        """
         self._layers = tuple(one if isinstance(one, State) else tuple(one) for one in layers)
         first = next((one for one in self._layers if not isinstance(one, State)), None)
         if first is None:
             raise PolyKVError("the cache holds no layers with keys; prefill the document first")
         self.windows = tuple(windows) or (None,) * len(self._layers)
         self.recipe = recipe
+        self._scales = tuple(scales)
         # For the pools that are made of an uncompressed one; its segments hold what a codec asked for.
         self.contexts = tuple(contexts) if recipe.is_full else ()
         self.chat: Chat | None = None
@@ -173,11 +178,13 @@ class SharedKVPool:
             n_layers = len(layers)
         windows = tuple(windows) or (None,) * n_layers
         encoded: list[list[Segment] | State] = []
+        scales: list[Tensor | None] = []
         # Not enumerate, which keeps a reference to a layer while the next is made.
         for kept in layers:
             if isinstance(kept, State):
                 recipe.check_keeps_all("a model whose states have read them")
                 encoded.append(kept)
+                scales.append(None)
                 continue
             k_BHTD, v_BHTD = kept
             index, backend = len(encoded), kernels.pick_backend(backend, k_BHTD.device)
@@ -194,8 +201,9 @@ class SharedKVPool:
                 encoded.append(recipe.encode_layer(k_BHTD, v_BHTD, *place))
             except PolyKVError as error:
                 raise PolyKVError(f"layer {index}: {error}") from error
+            scales.append(suffix_scale(k_BHTD) if recipe.suffix else None)
             del kept, k_BHTD, v_BHTD
-        return cls(encoded, recipe, backend, contexts, windows, n_tokens)
+        return cls(encoded, recipe, backend, contexts, windows, n_tokens, scales)
 
     def _segments(self) -> Iterator[Segment]:
         return (one for kept in self._layers if not isinstance(kept, State) for one in kept)
@@ -208,7 +216,8 @@ class SharedKVPool:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors: codes, scales, norms, states."""
-        return sum(segment.nbytes for segment in self._segments()) + self.state_bytes
+        scales = sum(scale.nbytes for scale in self._scales if scale is not None)
+        return sum(segment.nbytes for segment in self._segments()) + scales + self.state_bytes
 
     @property
     def nominal_ratio(self) -> float:
@@ -301,7 +310,7 @@ class SharedKVPool:
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
         """
-        about = (self.backend, self.n_tokens, self.windows, (), self.recipe.suffix)
+        about = (self.backend, self.n_tokens, self.windows, (), self.recipe.suffix, self._scales)
         return CascadeCache(self._layers, n_agents, *about)
 
     def ask(
@@ -416,3 +425,12 @@ def generate(
     """Greedy answers: continue each row of a cache with its query (tokens,) and return the generated texts."""
     answers = greedy(model, cache, queries_ids, max_new_tokens, tokenizer)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def suffix_scale(k_BHTD: Tensor) -> Tensor:
+    """The largest power of two up to the largest value of each channel of a layer's keys, (1, kv_heads, 1, head_dim).
+
+    In fp16, from 2**-14 to 2**15. Keys are divided and queries multiplied by it without rounding.
+    """
+    _, exponents = torch.frexp(k_BHTD.abs().amax((0, 2), keepdim=True).float())
+    return torch.exp2((exponents - 1).clamp(-14, 15)).half()

@@ -20,12 +20,12 @@ from polykv.codecs.q8_0 import Q8_0
 from polykv.codecs.rotated import Rotated
 from polykv.codecs.uniform import Uniform
 from polykv.errors import PolyKVError
-from polykv.evaluation.capacity import Architecture
+from polykv.evaluation.capacity import Architecture, pool_bytes
 from polykv.evaluation.concurrency import caches_of
 from polykv.evaluation.continuation import score_rest
 from polykv.greedy import greedy
 from polykv.kernels import cpu
-from polykv.pool import SharedKVPool
+from polykv.pool import SharedKVPool, suffix_scale
 from polykv.prefill import prefill
 from polykv.recipe import load_recipe
 from polykv.recurrent import layer_bytes
@@ -42,18 +42,19 @@ def pools(model, tokenizer, suffix, backend="torch", recipe="polykv", document=D
     ]
 
 
-def writing_through(cache, codec):
-    """A cache of unshared copies that keeps what `codec` makes of new tokens."""
+def writing_through(cache, pool):
+    """A cache of unshared copies that keeps of new tokens what the pool's readers keep of them."""
+    codec = pool.recipe.suffix
 
-    def through(update):
+    def through(update, scale):
         def rounded(keys, values, *rest, **options):
-            new = (codec.decode(codec.encode(x)) for x in (keys, values))
-            return update(*new, *rest, **options)
+            keys = codec.decode(codec.encode(keys.float() / scale.float())) * scale.float()
+            return update(keys, codec.decode(codec.encode(values)), *rest, **options)
 
         return rounded
 
-    for layer in cache.layers:
-        layer.update = through(layer.update)
+    for layer, shared in zip(cache.layers, pool.reader(1).layers, strict=True):
+        layer.update = through(layer.update, shared.scale)
     return cache
 
 
@@ -89,7 +90,7 @@ def test_agents_say_what_copies_that_round_their_own_tokens_say(
 ):
     plain, pool = pools(wide, tokenizer, Uniform(4), backend)
     rows = batch([ids_of(tokenizer, q) for q in QUERIES[:N_AGENTS]], plain.n_tokens)
-    copies = writing_through(plain.dequantize(N_AGENTS), Uniform(4))
+    copies = writing_through(plain.dequantize(N_AGENTS), pool)
     expected = generate(wide, copies, *rows, max_new_tokens=40)
     assert not torch.equal(
         expected, generate(wide, plain.dequantize(N_AGENTS), *rows, max_new_tokens=40)
@@ -111,7 +112,7 @@ def test_windows_drop_quantized_tokens_as_uncompressed_ones(name, backend):
         SharedKVPool.from_cache(prefill(model, prefix_T[None]), one, backend)
         for one in (recipe, replace(recipe, suffix=codec))
     )
-    copies = writing_through(plain.dequantize(3), codec)
+    copies = writing_through(plain.dequantize(3), pool)
     expected = [one.tolist() for one in greedy(model, copies, queries, 24)]
     with attend_in_place(model):
         cache = pool.reader(3)
@@ -122,13 +123,13 @@ def test_windows_drop_quantized_tokens_as_uncompressed_ones(name, backend):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize(
     "codec",
-    [Q8_0(), Int8("token"), Uniform(4), Rotated(Uniform(4)), Identity("bfloat16")],
+    [Q8_0(), Int8("token"), Uniform(4), Rotated(Uniform(8)), Identity("bfloat16")],
     ids=lambda c: type(c).__name__,
 )
 def test_logits_of_every_kind_of_codec(codec, backend, wide, tokenizer):
     plain, pool = pools(wide, tokenizer, codec, backend)
     rest = torch.tensor([ids_of(tokenizer, TEXT[300:420])])
-    expected = score_rest(wide, writing_through(plain.dequantize(), codec), rest)
+    expected = score_rest(wide, writing_through(plain.dequantize(), pool), rest)
     with attend_in_place(wide):
         cache = pool.reader(1)
         torch.testing.assert_close(score_rest(wide, cache, rest), expected, rtol=0, atol=1e-3)
@@ -164,7 +165,7 @@ def test_tokens_are_cropped_selected_and_repeated_as_uncompressed_ones(wide, tok
         cache.batch_repeat_interleave(2)
         return wide(next_BT.expand(4, -1), past_key_values=cache).logits
 
-    expected = logits(writing_through(plain.dequantize(3), Q8_0()))
+    expected = logits(writing_through(plain.dequantize(3), pool))
     with attend_in_place(wide):
         cache = pool.reader(3)
         got = logits(cache)
@@ -177,7 +178,7 @@ def test_tokens_are_cropped_selected_and_repeated_as_uncompressed_ones(wide, tok
 def test_beams_say_what_those_of_copies_say(wide, tokenizer):
     plain, pool = pools(wide, tokenizer, Q8_0())
     rows = batch([ids_of(tokenizer, QUERIES[3])], plain.n_tokens)
-    copies = writing_through(plain.dequantize(3), Q8_0())
+    copies = writing_through(plain.dequantize(3), pool)
     expected = generate(wide, copies, *rows, num_beams=3)
     with attend_in_place(wide):
         assert torch.equal(generate(wide, pool.reader(1), *rows, num_beams=3), expected)
@@ -187,14 +188,15 @@ def test_a_layer_grows_one_side_at_a_time():
     k_BHTD = torch.randn(1, 2, 64, 64)
     segments = load_recipe("polykv").encode_layer(k_BHTD, k_BHTD, 0, 1, "cpu")
     own_BHTD = torch.randn(8, 2, 4000, 64)
-    layer = QuantizedSuffixLayer(Q8_0(), segments, "cpu")
+    layer = QuantizedSuffixLayer(Q8_0(), suffix_scale(k_BHTD), segments, "cpu")
 
     def grow():
         layer.reset()
         layer.update(own_BHTD, own_BHTD)
         layer.update(own_BHTD[:, :, :1], own_BHTD[:, :, :1])
 
-    assert 1.4 * layer.suffix_bytes < peak_bytes(grow) < 1.6 * layer.suffix_bytes
+    scaled = own_BHTD.nbytes  # keys divided by their scale, at first
+    assert peak_bytes(grow) < 1.6 * layer.suffix_bytes + scaled
 
 
 def test_tokens_that_cannot_be_encoded_are_placed(wide, tokenizer):
@@ -275,3 +277,27 @@ def test_recipes_of_the_repository_compress_what_they_name():
     assert recipe.suffix == Q8_0()
     assert replace(recipe, name="trellis_4", suffix=None, key=of_4.key) == of_4
     assert recipe.key == replace(of_4.key, bits=3.75)
+
+
+def test_large_biases_of_keys_take_no_resolution_from_other_channels(wide, tokenizer):
+    _, pool = pools(wide, tokenizer, Q8_0())
+    layer = pool.reader(1).layers[0]
+    assert torch.equal(layer.scale, layer.scale.float().log2().round().exp2().half())
+    k_BHTD = torch.randn(1, 2, 300, 32)
+    k_BHTD[..., 3] += 200  # as in Qwen2.5
+    segments = load_recipe("polykv").encode_layer(k_BHTD, k_BHTD, 0, 1)
+    errors = []
+    for scale in (suffix_scale(k_BHTD), torch.ones(1, 2, 1, 32).half()):
+        own = QuantizedSuffixLayer(Q8_0(), scale, segments, "torch")
+        own.update(k_BHTD, k_BHTD)
+        decoded_BHTD = own.own(own.keys, own.values).decode()[0] * scale
+        errors.append((decoded_BHTD - k_BHTD)[..., 4:].square().mean().sqrt())
+    assert errors[0] < 0.02 < 20 * errors[0] < errors[1]
+
+
+def test_the_scale_of_own_keys_counts_as_stored(wide, tokenizer):
+    plain, pool = pools(wide, tokenizer, Q8_0())
+    scales = sum(layer.scale.nbytes for layer in pool.reader(1).layers)
+    assert pool.stored_bytes == plain.stored_bytes + scales
+    model = Architecture.of(wide.config, "float32")
+    assert pool_bytes(pool.recipe, model, pool.n_tokens) == pool.stored_bytes

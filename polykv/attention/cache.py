@@ -34,6 +34,7 @@ class CascadeCache(Cache):
         windows: Sequence[int | None] = (),
         orders: Sequence[Tensor | None] = (),
         suffix: Codec | None = None,
+        scales: Sequence[Tensor | None] = (),
     ) -> None:
         """A cache without suffixes.
 
@@ -44,6 +45,7 @@ class CascadeCache(Cache):
             windows: of each layer; empty: all have full attention.
             orders: of each layer (`CascadeLayer.order`); empty: all have the order of the text.
             suffix: the codec of the suffixes (`Recipe.suffix`); None: they are kept in the model's own dtype.
+            scales: of each layer, what its own keys are divided by before that (`QuantizedSuffixLayer`).
 
         Raises:
             PolyKVError: n_agents < 1, or a pool of several documents.
@@ -56,15 +58,15 @@ class CascadeCache(Cache):
         if n_agents < 1:
             raise PolyKVError(f"n_agents={n_agents}; a reader needs at least one agent")
         nothing = [None] * len(layers)
-        each = zip(layers, windows or nothing, orders or nothing, strict=True)
+        each = zip(layers, windows or nothing, orders or nothing, scales or nothing, strict=True)
         super().__init__(
             layers=[
                 one.layer(n_agents)
                 if isinstance(one, State)
-                else QuantizedSuffixLayer(suffix, one, backend, n_prefix, window, order)
-                if suffix
+                else QuantizedSuffixLayer(suffix, scale, one, backend, n_prefix, window, order)
+                if suffix and scale is not None  # a pool has both or neither
                 else CascadeLayer(one, backend, n_prefix, window, order)
-                for one, window, order in each
+                for one, window, order, scale in each
             ]
         )
         beside_states = any(isinstance(layer, StateLayer) for layer in self.layers)

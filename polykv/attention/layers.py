@@ -106,6 +106,10 @@ class CascadeLayer(DynamicLayer):
         """The agents' own tokens, for attention; the arguments are what `update` returned."""
         return Segment.uncompressed(k_BHTD, v_BHTD)
 
+    def asks(self, q_BHRD: Tensor) -> Tensor:
+        """Queries as they attend to `own`."""
+        return q_BHRD
+
     @property
     def suffix_bytes(self) -> int:
         """Bytes of what is stored of the suffixes."""
@@ -178,19 +182,28 @@ class CascadeLayer(DynamicLayer):
 class QuantizedSuffixLayer(CascadeLayer):
     """A CascadeLayer that keeps suffixes under a codec, which quantizes each token for itself as it is written.
 
+    Keys are divided by `scale` first, and attention multiplies queries by it: where a model adds large biases to some
+    channels of its keys, these would otherwise take the resolution of the others. (Qwen2.5-Coder-0.5B, own tokens in
+    q8_0: KL .0046 instead of .013 under trellis_3.)
+
     Attributes:
         keys, values: a single NaN, expanded to the shape of the suffixes; attention reads `own`.
+        scale: of the channels of keys, powers of two, (1, kv_heads, 1, head_dim).
     """
 
-    def __init__(self, codec: Codec, *args: Any) -> None:
+    def __init__(self, codec: Codec, scale: Tensor, *args: Any) -> None:
         """`args`: those of CascadeLayer."""
         super().__init__(*args)
         self._codec = codec
+        self.scale = scale
         self._packed: list[Packed] = []  # keys and values
 
     def own(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Segment:
         key, value = self._packed
         return Segment(self._codec, self._codec, key, value)
+
+    def asks(self, q_BHRD: Tensor) -> Tensor:
+        return q_BHRD * self.scale.to(q_BHRD.dtype)
 
     @property
     def suffix_bytes(self) -> int:
@@ -198,7 +211,8 @@ class QuantizedSuffixLayer(CascadeLayer):
 
     def _append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
         new = []
-        for side, x_BHTD in zip(SIDES, (k_BHTD, v_BHTD), strict=True):
+        scaled_BHTD = k_BHTD / self.scale.to(k_BHTD.dtype)
+        for side, x_BHTD in zip(SIDES, (scaled_BHTD, v_BHTD), strict=True):
             try:
                 new.append(kernels.encode(self._codec, x_BHTD, self.backend))
             except PolyKVError as error:

@@ -181,6 +181,8 @@ def pool_bytes(recipe: Recipe, model: Architecture, n_tokens: int) -> int:
             recipe.check_keeps_all("a layer with a sliding window")
             n_kept = shape.kept(n_tokens)
             n_left = n_tokens - n_kept
+        if recipe.suffix:
+            total += 2 * shape.n_kv_heads * shape.head_dim  # suffix_scale, in fp16
         for start, stop, exact in recipe.runs(n_kept, layer, geometry.n_layers, n_left):
             run = (1, shape.n_kv_heads, stop - start, shape.head_dim)
             for codec in recipe.codecs(layer, geometry.n_layers):
