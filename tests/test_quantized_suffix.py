@@ -295,6 +295,18 @@ def test_large_biases_of_keys_take_no_resolution_from_other_channels(wide, token
     assert errors[0] < 0.02 < 20 * errors[0] < errors[1]
 
 
+def test_scaled_queries_do_not_overflow_in_fp16():
+    k_BHTD = torch.full((1, 2, 4, 32), 30000.0).half()
+    segments = load_recipe("polykv").encode_layer(k_BHTD, 0 * k_BHTD, 0, 1)
+    layer = QuantizedSuffixLayer(Q8_0(), suffix_scale(k_BHTD), segments, "torch")
+    q_BHRD = torch.full((1, 2, 1, 32), 10.0).half()
+    assert layer.scale_queries(q_BHRD).isfinite().all()
+    layer.update(k_BHTD, k_BHTD)
+    own = layer.own(layer.keys, layer.values)
+    scores = layer.scale_queries(q_BHRD) @ own.decode()[0].mT
+    torch.testing.assert_close(scores, q_BHRD.float() @ k_BHTD.float().mT, rtol=1e-2, atol=0)
+
+
 def test_the_scale_of_own_keys_counts_as_stored(wide, tokenizer):
     plain, pool = pools(wide, tokenizer, Q8_0())
     scales = sum(layer.scale.nbytes for layer in pool.reader(1).layers)

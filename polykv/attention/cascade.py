@@ -117,8 +117,8 @@ def _attend(
         shared = _attend_shared(q_BHRD, layer, scaling, seen_QT, softcap)
         backend = layer.backend
     own = layer.own(key, value) if layer is not None else Segment.uncompressed(key, value)
-    asks_BHRD = q_BHRD if layer is None else layer.asks(q_BHRD)
-    done = attend_suffix(asks_BHRD, own, mask[..., n_masked:], scaling, softcap, shared, backend)
+    scaled_BHRD = q_BHRD if layer is None else layer.scale_queries(q_BHRD)
+    done = attend_suffix(scaled_BHRD, own, mask[..., n_masked:], scaling, softcap, shared, backend)
     if query.dtype == torch.float16 and isinstance(layer, QuantizedSuffixLayer):
         done[0].clamp_(-FP16_MAX, FP16_MAX)  # as Codec.decode does
     out_BHRD = with_sinks(*done, sink_HG)

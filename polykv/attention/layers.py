@@ -106,8 +106,8 @@ class CascadeLayer(DynamicLayer):
         """The agents' own tokens, for attention; the arguments are what `update` returned."""
         return Segment.uncompressed(k_BHTD, v_BHTD)
 
-    def asks(self, q_BHRD: Tensor) -> Tensor:
-        """Queries as they attend to `own`."""
+    def scale_queries(self, q_BHRD: Tensor) -> Tensor:
+        """Queries for attention to `own`."""
         return q_BHRD
 
     @property
@@ -202,8 +202,8 @@ class QuantizedSuffixLayer(CascadeLayer):
         key, value = self._packed
         return Segment(self._codec, self._codec, key, value)
 
-    def asks(self, q_BHRD: Tensor) -> Tensor:
-        return q_BHRD * self.scale.to(q_BHRD.dtype)
+    def scale_queries(self, q_BHRD: Tensor) -> Tensor:
+        return q_BHRD.float() * self.scale  # fp16 would overflow
 
     @property
     def suffix_bytes(self) -> int:
@@ -211,8 +211,7 @@ class QuantizedSuffixLayer(CascadeLayer):
 
     def _append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
         new = []
-        scaled_BHTD = k_BHTD / self.scale.to(k_BHTD.dtype)
-        for side, x_BHTD in zip(SIDES, (scaled_BHTD, v_BHTD), strict=True):
+        for side, x_BHTD in zip(SIDES, (k_BHTD.float() / self.scale, v_BHTD), strict=True):
             try:
                 new.append(kernels.encode(self._codec, x_BHTD, self.backend))
             except PolyKVError as error:
@@ -223,7 +222,7 @@ class QuantizedSuffixLayer(CascadeLayer):
         else:
             self.lazy_initialization(k_BHTD, v_BHTD)
             self._packed = new
-        self._show()
+        self._set_shapes()
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for place, packed in enumerate(self._packed):
@@ -231,9 +230,9 @@ class QuantizedSuffixLayer(CascadeLayer):
             batch, heads, n_tokens, _ = next(iter(tensors.values())).shape
             shape = (batch, heads, n_tokens, packed.shape[3])
             self._packed[place] = replace(packed, tensors=tensors, shape=shape)
-        self._show()
+        self._set_shapes()
 
-    def _show(self) -> None:
+    def _set_shapes(self) -> None:
         """Give `keys` and `values` the shape of the suffixes."""
         nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         self.keys, self.values = (nan.expand(packed.shape) for packed in self._packed)

@@ -11,8 +11,8 @@ constexpr int MAX_ROWS = 16;  // queries of an (agent, kv head)
 
 struct Suffix {  // of `agents` agents with `tokens` tokens each
     const uint8_t* queries;  // (agents, heads, rows, dim), contiguous
-    const uint8_t* seen;  // (agents, query tokens, tokens): whether a query token sees a token
-    Dtype dtype;          // of the queries
+    const uint8_t* seen;     // (agents, query tokens, tokens): whether a query token sees a token
+    Dtype dtype;             // of the queries
     int64_t agents, heads, rows, group, tokens, dim;  // rows: query token, then query head of the group
     int64_t seen_strides[3];  // along (agent, query token, token), in bytes
     float scaling;
