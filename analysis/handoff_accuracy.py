@@ -33,6 +33,7 @@ RELAY = ("document", "n_hops", "hop", "budget_bits", "policy", "reseal")
 # Metrics of the relays as they were played, in the dtype of answers; the others are of replays.
 PLAYED = (
     "answer_right", "several_marks", "empty_answer", "unfinished_answer", "mean_bits", "file_bits",
+    "relay_minutes",
 )  # fmt: skip
 EXACT = "fp16"  # the policy that the others are compared with
 CARD = "topology"  # the policy of a QKVShare card
@@ -53,6 +54,8 @@ MEASURES = {
     "same_top1": Measure("same_top1", reduce=within(0, 1, mean_of_samples)),
     "bits": Measure("mean_bits", reduce=mean_of_samples),
     "file_bits": Measure("file_bits", reduce=mean_of_samples),
+    "relay_minutes": Measure("relay_minutes"),
+    "replay_minutes": Measure("replay_minutes"),
 }
 COLUMNS = (
     Column("published", "published %", fixed(2)),
@@ -64,6 +67,8 @@ COLUMNS = (
     Column("same_top1", "same top-1", fixed(4)),
     Column("bits", "bits stored", fixed(3)),
     Column("file_bits", "bits of the file", fixed(3)),
+    Column("relay_minutes", "min, relays", fixed(1)),
+    Column("replay_minutes", "min, replays", fixed(1)),
 )
 
 # What the caption says of a column that has values; under "" what it always says.
@@ -77,6 +82,9 @@ EXPLAINED = {
     "passed the card on.",
     "bits": "Bits: mean stored bits per value of the card handed on: of its tensors with scales, maps and token ids, "
     "and of its file with the header of fixed size.",
+    "replay_minutes": "min: minutes for the relays of all problems, and for their replays, beside whatever else the "
+    "machine did; the first agents' turns are the same under every policy, and one cell of a process makes and counts "
+    "them.",
 }
 
 

@@ -31,6 +31,7 @@ from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
 STUDY = "handoff_accuracy"
 UNIFORM = "uniform"
 BITS = Measure("mean_bits", reduce=mean_of_samples)
+MINUTES = Measure("replay_minutes")
 SAME_CARDS = "the same cards"  # so far as KL, equal to the bit in every problem, tells
 NOT_PAIRED = "uniform bits were not run on the same problems, or too few of them have a KL above 0"
 EQUAL = PairedRatio(1.0, 1.0, 1.0, 1.0, 1.0, None)
@@ -77,6 +78,7 @@ def lines_of(rows: pd.DataFrame) -> list[Row]:
         for number, line in enumerate(of_run):
             own = line.pop("rows")
             line |= {"kl": over_seeds(own, KL.of), "bits": over_seeds(own, BITS.of)}
+            line["minutes"] = over_seeds(own, MINUTES.of)
             lines.append(line | {"against": against.get(number)})
     return lines
 
@@ -156,13 +158,15 @@ def table(rows: pd.DataFrame) -> Table | None:
         Column("p", "p, Holm", significant),
         Column("detectable", "detectable", fixed(2)),
         Column("verdict", "against uniform"),
+        Column("minutes", "min", fixed(1)),
     ]
     explained = (
         "KL divergence to the fp16 relay on the last agent's answer, teacher-forced on its text. over uniform: ratio "
         "of geometric means to uniform bits of the same budget, paired by problem (t on logarithms, Holm over a run's "
         "comparisons). detectable: the smallest ratio that so many problems show in 4 of 5 samples after that "
         "correction. the same cards: KL is equal in every problem, as where a budget gives all tokens the same tier "
-        "whatever their scores. A budget is of payload bits; bits stored count scales, maps and token ids"
+        "whatever their scores. A budget is of payload bits; bits stored count scales, maps and token ids. min: "
+        "minutes for the replays of all problems, beside whatever else the machine did"
     )
     caption = f"Policies by budget. {describe(counted(rows))}"
     return Table("handoff_budgets", caption, columns, lines, explained)

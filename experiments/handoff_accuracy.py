@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import relays, settings
+from experiments.relay_arrays import Replays
 from experiments.relays import (
     ALL,
     FP16,
@@ -136,11 +137,13 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         found = exact if policy == FP16 else played(cfg, session, policy, name, session.parts)
         add_bits(rows, [one.bits for one in found], cfg, dtype=settings.answer_dtype(cfg))
         add_answers(rows, found, exact, cfg, session)
+        add_minutes(rows, "relay_minutes", found, cfg, dtype=settings.answer_dtype(cfg))
         if cfg.n_hops > 1:
             ways |= {"kl_once": (1, 1), "kl_passing": (1, cfg.n_hops)}
     replays = forced(cfg, session, policy, list(ways.values()))
     if not has_answers(cfg):
         add_bits(rows, [one.bits for one in replays], cfg)
+    add_minutes(rows, "replay_minutes", replays, cfg)
     for hop in range(cfg.n_hops + 1):
         add_divergence(rows, [one.ways[0][hop] for one in replays], hop=hop)
     for way, metric in enumerate(list(ways)[1:], 1):
@@ -175,6 +178,17 @@ def add_bits(
             sizes = cards[hop - 1] if cards else (None, None)
             for metric, bits in zip(("mean_bits", "file_bits"), sizes, strict=True):
                 rows.add(metric, bits, "bits", why=why, sample=sample, hop=hop, **about)
+
+
+def add_minutes(
+    rows: Rows, metric: str, found: Sequence[Played | Replays], cfg: DictConfig, **about: Any
+) -> None:
+    """Minutes that relays or replays of all problems took, in the process that made them.
+
+    A process makes the first agents' turns once, and the first of its cells that needs them counts them.
+    """
+    minutes = sum(one.seconds for one in found) / 60
+    rows.add(metric, minutes, "min", hop=cfg.n_hops, n=len(found), **about)
 
 
 def add_answers(

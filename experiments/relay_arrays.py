@@ -10,17 +10,23 @@ from torch import Tensor
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.per_token import METRICS
 from polykv.handoff.relay import Turn
-from polykv.parts import Arrays
+from polykv.parts import SECONDS, Arrays
 
 SCORES = ("nll_full", "nll", "kl")  # of a Comparison, beside METRICS
 
 
 @dataclass(frozen=True)
 class Played:
-    """The relay of one problem: its turns, and the bits of each of its cards (`Handoff.bits`)."""
+    """The relay of one problem.
+
+    Attributes:
+        bits: of each of its cards (`Handoff.bits`).
+        seconds: that playing it took, as its share of the batch.
+    """
 
     turns: list[Turn]
     bits: list[tuple[float, float]]
+    seconds: float = 0.0
 
 
 def of_played(relays: Sequence[Played]) -> Arrays:
@@ -40,21 +46,29 @@ def to_played(arrays: Arrays, n_turns: int) -> list[Played]:
     def ids(name: str) -> Tensor:
         return torch.from_numpy(arrays[name])
 
+    n_relays = sum(name.endswith(".bits") for name in arrays)
     return [
         Played(
             [Turn(ids(f"{n}.{hop}.prompt"), ids(f"{n}.{hop}.answer")) for hop in range(n_turns)],
             _to_bits(arrays[f"{n}.bits"]),
+            float(arrays[SECONDS]) / n_relays,
         )
-        for n in range(sum(name.endswith(".bits") for name in arrays))
+        for n in range(n_relays)
     ]
 
 
 @dataclass(frozen=True)
 class Replays:
-    """Replays of one problem's relay: comparisons by way and by turn, and the bits of the first way's cards."""
+    """Replays of one problem's relay: comparisons by way and by turn.
+
+    Attributes:
+        bits: of the first way's cards.
+        seconds: that all the replays took.
+    """
 
     ways: list[list[Comparison]]
     bits: list[tuple[float, float]]
+    seconds: float = 0.0
 
 
 def of_replays(replays: Replays) -> Arrays:
@@ -76,7 +90,7 @@ def to_replays(arrays: Arrays, n_ways: int, n_turns: int) -> Replays:
         return Comparison(*(arrays[f"{place}.{name}"] for name in SCORES), others)
 
     ways = [[one(f"{way}.{hop}") for hop in range(n_turns)] for way in range(n_ways)]
-    return Replays(ways, _to_bits(arrays["bits"]))
+    return Replays(ways, _to_bits(arrays["bits"]), float(arrays[SECONDS]))
 
 
 def _of_bits(bits: Sequence[tuple[float, float]]) -> np.ndarray:

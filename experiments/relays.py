@@ -165,6 +165,7 @@ def forced(
 
     They are the first `n_forced` problems. Each is a part of the cell; `part` begins its name.
     """
+    fp16_relays(cfg, session)  # not counted in the time of the first replay
     found = []
     for sample in range(min(cfg.n_forced, cfg.n_problems)):
         make = partial(_replayed, cfg, session, policy, ways, sample)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,7 @@ from polykv.results import StoreError, provenance, unwritable
 
 Arrays = Mapping[str, np.ndarray]
 NEEDS = "needs"  # the array with what the others depend on, as JSON
+SECONDS = "seconds"  # the array with how long making the others took
 SOURCE = (".py", ".h", ".cpp")
 DIGEST_BYTES = 32  # at the beginning of the file
 
@@ -42,13 +44,13 @@ class Parts:
     needs: Mapping[str, Any] = field(default_factory=dict)
 
     def kept(self, part: str, make: Callable[[], Arrays]) -> Arrays:
-        """The arrays of a part: read if it was saved, else made and saved.
+        """The arrays of a part, and SECONDS: read if it was saved, else made and saved.
 
         Raises:
             StoreError: the part cannot be read, the folder is not writable, or the disk is full.
         """
         if self.root is None:
-            return make()
+            return _timed(make)
         path = self._folder(self.root) / f"{part}.part"
         needs = {**self.needs, **_made_on()}
         try:
@@ -59,7 +61,7 @@ class Parts:
             raise StoreError(f"cannot read {path} ({error.strerror or error})") from error
         except ValueError as error:
             print(f"warning: {path} {error}; it is made again", file=sys.stderr, flush=True)
-        found = make()
+        found = _timed(make)
         _write(path, {**found, NEEDS: np.array(json.dumps(needs))})
         return found
 
@@ -76,6 +78,12 @@ class Parts:
 
     def _folder(self, root: Path) -> Path:
         return root / "parts" / self.name
+
+
+def _timed(make: Callable[[], Arrays]) -> Arrays:
+    began = time.perf_counter()
+    found = make()
+    return {**found, SECONDS: np.array(time.perf_counter() - began)}
 
 
 def _made_on() -> dict[str, Any]:

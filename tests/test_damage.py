@@ -40,7 +40,7 @@ NO_QUALITY = {name for name, study in studies().items() if not SCORES & {*study.
 # right one name another subject than the question.
 NOT_QUALITY = {
     "mean_bits", "file_bits", "compression_ratio", "kv_memory", "time", "gaussian_error", "dc_share", "peak_to_rms",
-    "questions_per_minute", "choice_right",
+    "questions_per_minute", "choice_right", "relay_minutes", "replay_minutes",
     "bias_norm", "token_norm",
     "bertscore_floor", "empty_answer", "empty_reference", "several_marks", "unfinished_answer",
 }  # fmt: skip

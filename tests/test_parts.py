@@ -1,5 +1,8 @@
 """Finished parts of cells: read again, refused where damaged or foreign, and a stopped relay that goes on from them."""
 
+import time
+from itertools import compress
+
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
@@ -8,7 +11,7 @@ from experiments import relays, sweep
 from experiments.session import Session
 from polykv import cellfile
 from polykv.config import CONF
-from polykv.parts import Parts
+from polykv.parts import SECONDS, Parts
 from polykv.results import Store, StoreError
 
 VALUES = {"kl": np.float32([0.1, np.nan]), "ids": np.arange(3), "same": np.array([True, False])}
@@ -16,6 +19,10 @@ VALUES = {"kl": np.float32([0.1, np.nan]), "ids": np.arange(3), "same": np.array
 
 def never():
     raise AssertionError("made again")
+
+
+def made_now(found):
+    return all(found[name] is values for name, values in VALUES.items())
 
 
 def files(root):
@@ -26,17 +33,26 @@ def test_a_saved_part_is_read_as_it_was_made(tmp_path):
     parts = Parts(tmp_path, "a", {"cell": "a"})
     made = parts.kept("one", lambda: VALUES)
     found = Parts(tmp_path, "a", {"cell": "a"}).kept("one", never)
-    assert found.keys() == made.keys() == VALUES.keys()
-    for name, values in VALUES.items():
+    assert found.keys() == made.keys() == {*VALUES, SECONDS}
+    for name, values in made.items():
         assert found[name].dtype == values.dtype
         np.testing.assert_array_equal(found[name], values)
     parts.remove()
     assert not files(tmp_path)
 
 
+def test_a_part_knows_how_long_it_took_to_make(tmp_path):
+    def slowly():
+        time.sleep(0.05)
+        return VALUES
+
+    made = Parts(tmp_path, "a").kept("one", slowly)
+    assert 0.05 <= made[SECONDS] == Parts(tmp_path, "a").kept("one", never)[SECONDS]
+
+
 def test_without_a_folder_nothing_is_saved():
-    assert Parts().kept("one", lambda: VALUES) is VALUES
-    assert Parts().shared("b", {"x": 1}).kept("one", lambda: VALUES) is VALUES
+    assert made_now(Parts().kept("one", lambda: VALUES))
+    assert made_now(Parts().shared("b", {"x": 1}).kept("one", lambda: VALUES))
 
 
 def test_a_part_that_differs_in_any_byte_or_is_cut_is_made_again(tmp_path, capsys):
@@ -49,7 +65,7 @@ def test_a_part_that_differs_in_any_byte_or_is_cut_is_made_again(tmp_path, capsy
     ]
     for content in (b"", whole[:10], whole[:-1], *damaged):
         path.write_bytes(content)
-        assert parts.kept("one", lambda: VALUES) is VALUES
+        assert made_now(parts.kept("one", lambda: VALUES))
         assert f"{path} is damaged" in capsys.readouterr().err
         parts.kept("one", never)
 
@@ -59,10 +75,10 @@ def test_a_part_of_other_settings_or_of_another_machine_is_made_again(
 ):
     Parts(tmp_path, "a", {"cell": "a"}).kept("one", lambda: VALUES)
     other = Parts(tmp_path, "a", {"cell": "b"})
-    assert other.kept("one", lambda: VALUES) is VALUES
+    assert made_now(other.kept("one", lambda: VALUES))
     assert "made with another cell;" in capsys.readouterr().err
     monkeypatch.setattr("polykv.parts.provenance", lambda: {"commit": "x", "created_at": "now"})
-    assert other.kept("one", lambda: VALUES) is VALUES
+    assert made_now(other.kept("one", lambda: VALUES))
     assert "made with another commit, machine, python, versions;" in capsys.readouterr().err
     monkeypatch.setattr("polykv.parts.provenance", lambda: {"commit": "x", "created_at": "later"})
     other.kept("one", never)
@@ -90,6 +106,11 @@ def cell_in(folder, policy):
             "relay.max_new_tokens=4", "budget_bits=4", f"policy={policy}", f"results_dir={folder}",
         ])  # fmt: skip
     return sweep.prepare(cfg)
+
+
+def untimed(columns):
+    keep = [unit != "min" for unit in columns["unit"]]
+    return {name: list(compress(values, keep)) for name, values in columns.items()}
 
 
 @pytest.mark.slow
@@ -127,6 +148,10 @@ def test_a_relay_that_was_stopped_goes_on_and_has_the_same_rows(stopped_at, tmp_
         cellfile.read(Store(tmp_path / name).path("handoff_accuracy", whole.identity))
         for name in ("whole", "resumed")
     )
-    assert one.rows == other.rows and one.answers == other.answers
+    assert untimed(one.rows) == untimed(other.rows) and one.answers == other.answers
+    minutes = [
+        x for x, unit in zip(other.rows["value"], other.rows["unit"], strict=True) if unit == "min"
+    ]
+    assert len(minutes) == 2 and min(minutes) > 0
     (left,) = (tmp_path / "resumed" / "parts").iterdir()
     assert left.name.startswith("fp16_relays")
