@@ -219,6 +219,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         left.set_ylabel("KL to fp16 relay, nats")
         same = (exact[place] == mine[place].iloc[0]).all(axis=1)
         _by_hop(right, pd.concat([exact[same], mine]), FLEXIBLE)
+        _published_beside(right, mine)
         right.set_ylabel("accuracy (flexible), %")
         right.set_ylim(top=103)
     return style.picture(
@@ -227,6 +228,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         describe(counted(found)),
         style.Marks(
             dashed="the fp16 relay itself",
+            dotted=f"published under the policy of this colour, on {_accuracies()[0].model}",
             more="The accuracy axis does not start at 0. Tests of pairs: table handoff_pairs; published accuracies: "
             "table published_qkvshare.",
         ),
@@ -256,6 +258,21 @@ def _by_hop(ax: Axes, mine: pd.DataFrame, measure: Measure) -> list[Value]:
     ax.set_xlim(int(mine["hop"].min()) - 0.5, int(mine["hop"].max()) + 0.5)
     ax.set_xlabel("handoffs")
     return drawn
+
+
+def _published_beside(ax: Axes, mine: pd.DataFrame) -> None:
+    """Draw the published accuracies of fp16 and of these policies, at their budget and after these handoffs."""
+    if mine["document"].iloc[0] != "gsm8k":
+        return
+    bits = mine["budget_bits"].iloc[0]
+    for policy in (EXACT, *mine["policy"].unique()):
+        wanted = (policy, None if policy == EXACT else bits)
+        said = {int(f.at): f.value.value for f in _accuracies() if f.controller == wanted}
+        at = sorted(hop for hop in said if hop <= mine["hop"].max())
+        look = {"color": style.policy_colour(policy), **style.OPEN}
+        look |= {"marker": "o", "markersize": 4, "linestyle": ":"}
+        if at:
+            ax.plot(at, [said[hop] for hop in at], **look)
 
 
 Answers = tuple[str, list[bool], list[bool]]  # setting, verdicts of the card and of the other

@@ -84,6 +84,7 @@ def test_the_table_has_the_means_and_intervals_of_the_problems(rows):
             (100 * wilson.low, 100 * wilson.high)
         )
         assert line["bits"].value == pytest.approx(samples(rows, "mean_bits", policy=policy).mean())
+        assert line["relay_minutes"].value > 0 and line["replay_minutes"].value > 0
     assert all("set." not in column.name for column in table("handoff_accuracy", rows).columns)
 
 
@@ -125,13 +126,26 @@ def test_every_table_renders_and_is_none_without_rows(name, rows):
 
 
 def test_the_figure_is_readable_and_the_fp16_relay_stands_beside_the_others(tmp_path):
-    found = load(write(tmp_path, relay_cells(loss=8))).rows
+    found = load(write(tmp_path, relay_cells(document="gsm8k", loss=8))).rows
     canvas = catalog.pieces("FIGURES")["handoff_hops"](found).canvas
     assert_readable(canvas)
     kl, accuracy = canvas.axes
     lines = {c.get_label(): list(c[0].get_ydata()) for c in accuracy.containers}
     assert lines["fp16"] == lines["uniform"] == [90.0] * 3 and lines["topology"] == [80.0] * 3
     assert "fp16" not in {c.get_label() for c in kl.containers}  # it is what KL is to
+    dotted = [
+        (list(line.get_xdata()), list(line.get_ydata()))
+        for line in accuracy.lines
+        if line.get_linestyle() == ":"
+    ]
+    assert dotted == [
+        ([2, 3, 4, 5], said)
+        for said in (
+            [81.33, 76.67, 75.33, 72.67],
+            [82, 75.33, 69.33, 76.67],
+            [78.67, 80.67, 77.33, 72],
+        )
+    ]  # published: fp16, uniform and topology at 4 bits
     plt.close(canvas)
     exact = found[found["policy"] == "fp16"]
     assert isinstance(catalog.pieces("FIGURES")["handoff_hops"](exact), str)
