@@ -276,7 +276,7 @@ def _from_point(point: Point, value: Value, match: str) -> Counterpart:
 def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     """The share of right answers after the published number of handoffs, or the nearest that was run.
 
-    The figure `n_problems` has no policy and no number of handoffs: for it, the number of problems of any relay.
+    The figure `n_problems` has no policy and no number of handoffs: for it, the relays with the nearest number.
     """
     found = _rows_of(rows, "handoff_accuracy", "answer_right")
     if len(found) and figure.policy:
@@ -291,6 +291,10 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     chosen = _rows_of_one_run(figure, found, figure.document)
     if chosen.empty:
         return _not_measured(figure, f"{NOT_HERE}no relay was run")
+    if not figure.policy:
+        n_problems = chosen.groupby("cell")["sample"].transform("nunique")
+        apart = (n_problems - figure.value.value).abs()
+        chosen = chosen[apart == apart.min()]
     wanted_hops = int(figure.at) if figure.at else int(chosen["hop"].min())
     n_hops = int(min(set(chosen["hop"]), key=lambda n: (abs(n - wanted_hops), n)))
     chosen = chosen[chosen["hop"] == n_hops]
@@ -327,7 +331,9 @@ def _net(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     found = found[(found["extraction"] == EXTRACTION) & found["policy"].isin((one, other))]
     found = found[with_budget(found, 4)]
     chosen = _rows_of_one_run(figure, found, figure.document)
-    for column in ("hop", "n_hops", "reseal", "document"):
+    setting = ["hop", "n_hops", "reseal", "document"]
+    chosen = chosen[chosen.groupby(setting)["policy"].transform("nunique") == 2]
+    for column in setting:
         chosen = chosen[chosen[column] == chosen[column].max()]
     right = chosen.sort_values("created_at").pivot_table(
         index=["seed", "sample"], columns="policy", values="value", aggfunc="last"

@@ -124,6 +124,18 @@ def test_paired_problems_are_counted_on_the_same_problems(tmp_path):
     assert uniform["published"].value == -1 and uniform["against"].value == -2
 
 
+def test_a_pair_is_found_beside_deeper_relays_of_one_policy(tmp_path):
+    about = {"model": "llama-3.1-8b", "weights": "hub", "document": "gsm8k"}
+    alone = [
+        one for one in relay_cells(**about, hops=(7,), n_problems=150) if one[1] == "7-uniform"
+    ]
+    cells = relay_cells(**about, loss=3, n_problems=300) + alone
+    lines = [li for li in table(tmp_path, "qkvshare", cells).rows if li["unit"] == "problems"]
+    assert [line["ours"].value for line in lines if line["metric"] == "n_problems"] == [150, 300]
+    uniform = next(line for line in lines if line["policy"] == "topology_vs_uniform_q4")
+    assert (uniform["ours"].value, uniform["ours"].n) == (-3, 300)
+
+
 def test_a_published_stage_is_the_sum_of_ours_in_each_repeat(tmp_path):
     lines = table(tmp_path, "qkvshare", timing_cells("llama-3.1-8b", "hub")).rows
     (inject,) = [
