@@ -13,7 +13,17 @@ import pandas as pd
 
 from analysis import published
 from analysis.catalog import NOT_MEASURED, PAPERS
-from analysis.points import IN_PLACE, RUN, UNSHARED, Point, having, hops_text, over_seeds, points
+from analysis.points import (
+    IN_PLACE,
+    RUN,
+    UNSHARED,
+    Point,
+    counted,
+    having,
+    hops_text,
+    over_seeds,
+    points,
+)
 from analysis.published import HOLDS, NOT_HERE, SAME_LENGTH, Figure, with_budget
 from analysis.render import Column, Row, Table, describe, fixed, keys, memory
 from analysis.statistics import BASELINE, Measure, Value, median, newest, percentage, rate
@@ -129,6 +139,8 @@ def _caption(
     runs = measured or {answer.on for answer in answers}
     used = rows[rows["metric"].isin(ANSWERED_BY[paper])]
     used = used[[run in runs for run in used[RUN].itertuples(index=False, name=None)]]
+    if paper == "qkvshare":  # whose rows are of one problem or repeat each
+        used = counted(used)
     return (
         f"{CAPTIONS[paper]}. {counts}. {MATCHES}. Intervals of times are quartiles. "
         f"{describe(used, 'Measured on' if measured else 'Computed for')}"
@@ -197,30 +209,30 @@ def _ratio(figure: Figure, found: Sequence[Point]) -> Counterpart:
 
 def _memory(figure: Figure, found: Sequence[Point]) -> Counterpart:
     """GB, or the percentage saved, in the paper's own accounting: tokens x bytes per token of the model's geometry."""
-    counted = having(found, "paper")
-    answer = published.memory_answer(figure, counted)
+    accounted = having(found, "paper")
+    answer = published.memory_answer(figure, accounted)
     if isinstance(answer, Point):
         note = "paper accounting, from the geometry"
-        return _memory_of(answer, figure, counted, COMPUTED, note)
-    others = [p for p in counted if p.recipe == figure.recipe and p.n_agents]
+        return _memory_of(answer, figure, accounted, COMPUTED, note)
+    others = [p for p in accounted if p.recipe == figure.recipe and p.n_agents]
     # Another model stands in only if the published one was not run at all.
     if not others or any(published.same_model(figure.model, p.model) for p in others):
         return _not_measured(figure, answer)
     nearest = min(
         others, key=lambda p: (abs(p.n_agents - figure.n_agents), published.distance(figure, p))
     )
-    return _memory_of(nearest, figure, counted, OTHER, "computed; other geometry, other bytes")
+    return _memory_of(nearest, figure, accounted, OTHER, "computed; other geometry, other bytes")
 
 
 def _memory_of(
-    point: Point, figure: Figure, counted: Sequence[Point], match: str, note: str
+    point: Point, figure: Figure, accounted: Sequence[Point], match: str, note: str
 ) -> Counterpart:
     """The memory of `point` or, for a reduction, the percentage saved against unshared caches in the same setting."""
     if figure.metric == "kv_memory":
         return _from_point(point, replace(point["paper"], note=note), match)
     setting = {"document_tokens": point.context_tokens, "n_agents": point.n_agents}
     unshared = replace(figure, policy="no_sharing", model=point.model, **setting)
-    baseline = published.memory_answer(unshared, counted)
+    baseline = published.memory_answer(unshared, accounted)
     if isinstance(baseline, str):
         return _not_measured(figure, f"{NOT_HERE}no {BASELINE} row beside the pool")
     saved = 100 * (1 - point["paper"].value / baseline["paper"].value)
@@ -322,9 +334,10 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
 def _net(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     """Problems that one policy answers right and the other does not, less the reverse, at 4 bits on the same problems.
 
-    The paper's handoffs and bits are not known to us: the most handoffs, as published resealed, are taken.
+    The paper's handoffs and bits are not known to us: the most handoffs, as published resealed, are taken. Of
+    several seeds only the last one run counts: the seed does not change which problems of the test split are taken.
     """
-    one, other = figure.policy.removesuffix("_q4").split("_vs_")
+    one, other = _policies(figure)
     found = _rows_of(rows, "handoff_accuracy", "answer_right")
     if found.empty:  # there may be no such columns either
         return _not_measured(figure, f"{NOT_HERE}no relay was run")
@@ -332,21 +345,23 @@ def _net(figure: Figure, rows: pd.DataFrame) -> Counterpart:
     found = found[with_budget(found, 4)]
     chosen = _rows_of_one_run(figure, found, figure.document)
     setting = ["hop", "n_hops", "reseal", "document"]
-    chosen = chosen[chosen.groupby(setting)["policy"].transform("nunique") == 2]
-    for column in setting:
-        chosen = chosen[chosen[column] == chosen[column].max()]
-    right = chosen.sort_values("created_at").pivot_table(
-        index=["seed", "sample"], columns="policy", values="value", aggfunc="last"
-    )
-    if not {one, other} <= set(right):
+    chosen = chosen[chosen.groupby([*setting, "seed"])["policy"].transform("nunique") == 2]
+    if chosen.empty:
         return _not_measured(
             figure, f"{NOT_HERE}{one} and {other} were not run on the same problems", 4
         )
-    both = right.dropna()
+    for column in setting:
+        chosen = chosen[chosen[column] == chosen[column].max()]
+    chosen = chosen.sort_values(["created_at", "cell"], kind="stable")
+    seed = chosen["seed"].iloc[-1]
+    of_seed = f" of seed {seed} alone" * (chosen["seed"].nunique() > 1)
+    chosen = chosen[chosen["seed"] == seed]
+    both = chosen.pivot_table(
+        index="sample", columns="policy", values="value", aggfunc="last"
+    ).dropna()
     net, at = float((both[one] - both[other]).sum()), chosen["document"].iloc[0]
-    value = Value(
-        net, n=len(both), note=f"of {len(both)} problems; the published bits are not known"
-    )
+    note = f"of {len(both)} problems{of_seed}; the published bits are not known"
+    value = Value(net, n=len(both), note=note)
     at = ", ".join((at, hops_text(int(chosen["hop"].iloc[0])), "4 bits", chosen["reseal"].iloc[0]))
     return _from_rows(figure, chosen, value, at, NEAR)
 
@@ -416,8 +431,23 @@ def _not_measured(figure: Figure, reason: str, bits: float | None = None) -> Cou
     """The counterpart without a value: the reason, and the command that would measure one (`bits`: its budget)."""
     experiment = EXPERIMENT_FOR.get(figure.metric) or EXPERIMENT_FOR[figure.table]
     model = "" if figure.model == "any" else f" model={figure.model.removesuffix('-instruct')}"
+    relay = policy = several = ""
+    if experiment == "handoff_accuracy":
+        # Its default relay is of the reference model alone, its default policy is uniform.
+        relay = " relay=gsm8k"
+        policies = _policies(figure)
+        policy = f" policy={','.join(policies)}" * bool(policies)
+        several = " --multirun" * (len(policies) > 1)
     budget = "" if bits is None else f" budget_bits={bits:g}"
-    return Counterpart(Value(None, note=f"{reason}; run experiment={experiment}{model}{budget}"))
+    command = f"experiment={experiment}{model}{relay}{policy}{budget}{several}"
+    return Counterpart(Value(None, note=f"{reason}; run {command}"))
+
+
+def _policies(figure: Figure) -> list[str]:
+    """Our policies that a figure of QKVShare's accuracy is of: two of a pair, none of a number of problems."""
+    if figure.metric == "net_right":
+        return figure.policy.removesuffix("_q4").split("_vs_")
+    return [figure.controller[0]] if figure.policy else []
 
 
 def _join_notes(*notes: str) -> str:

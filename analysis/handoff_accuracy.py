@@ -1,7 +1,7 @@
 """QKVShare's answers: accuracy by handoffs, policies in pairs, and whether its two claims on accuracy hold."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import NormalDist
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from analysis import published, style
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Claim
-from analysis.load import swept
+from analysis.load import SETTING, swept
 from analysis.points import (
     RUN,
     bits_text,
@@ -45,6 +45,8 @@ KL = Measure("kl", reduce=within(0, math.inf, mean_of_samples))
 STRICT = Measure("answer_right", {"extraction": "strict"}, rate, percentage)
 # Drawn, since some chat models never write the #### that STRICT wants.
 FLEXIBLE = Measure("answer_right", {"extraction": "flexible"}, rate, percentage)
+# Of the last number of an answer, while it is replayed.
+FLIPS = Measure("number_flip", reduce=rate, form=percentage)
 MEASURES = {
     "strict": STRICT,
     "flexible": FLEXIBLE,
@@ -52,6 +54,7 @@ MEASURES = {
     "working": Measure("depth_working", reduce=mean_of_samples),
     "passing": Measure("depth_passing", reduce=mean_of_samples),
     "same_top1": Measure("same_top1", reduce=within(0, 1, mean_of_samples)),
+    "flips": FLIPS,
     "bits": Measure("mean_bits", reduce=mean_of_samples),
     "file_bits": Measure("file_bits", reduce=mean_of_samples),
     "relay_minutes": Measure("relay_minutes"),
@@ -65,6 +68,7 @@ COLUMNS = (
     Column("working", "depth, working [95 %]", fixed(5, "+"), interval=True),
     Column("passing", "depth, passing [95 %]", fixed(5, "+"), interval=True),
     Column("same_top1", "same top-1", fixed(4)),
+    Column("flips", "numbers flipped % [95 %]", fixed(1), interval=True),
     Column("bits", "bits stored", fixed(3)),
     Column("file_bits", "bits of the file", fixed(3)),
     Column("relay_minutes", "min, relays", fixed(1)),
@@ -80,6 +84,8 @@ EXPLAINED = {
     "working": "Depth, of the relay's last answer: that KL less the one where only the last of the handoffs takes "
     "place; working: the agents between wrote their turns on caches that were handed to them; passing: they only "
     "passed the card on.",
+    "flips": "flipped: in how many of the replayed answers a digit of the last number would be another; with Wilson "
+    "interval.",
     "bits": "Bits: mean stored bits per value of the card handed on: of its tensors with scales, maps and token ids, "
     "and of its file with the header of fixed size.",
     "replay_minutes": "min: minutes for the relays of all problems, and for their replays, beside whatever else the "
@@ -154,7 +160,8 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per relay, policy, seed and extraction, from the newest cell: `right` by problem; `n`: how many."""
     found = cell_dtype(rows, PLAYED)
     found = found[found["metric"] == "answer_right"].sort_values("sample", kind="stable")
-    about = [*RUN, *RELAY, *swept(rows), "extraction", "seed"]
+    of_answers = [name for name in swept(rows) if name != SETTING + "n_forced"]  # of replays alone
+    about = [*RUN, *RELAY, *of_answers, "extraction", "seed"]
     cells = found.groupby([*about, "created_at", "cell"], dropna=False)["value"]
     lists = cells.agg(lambda values: [*(values == 1)]).rename("right").reset_index()
     lists = ordered(lists.assign(n=lists["right"].map(len)))
@@ -162,14 +169,16 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def pairs(rows: pd.DataFrame) -> Table | None:
-    """McNemar's exact test for every pair of policies at equal budget, handoffs and resealing."""
+    """McNemar's exact test for every pair of policies at equal budget, handoffs and resealing, and each with fp16."""
     found = verdicts(rows)
     found = found[found["extraction"].isin(("strict", "flexible")) & (found["hop"] > 0)]
-    same = (*RUN, "document", "n_hops", "hop", "budget_bits", "reseal", "extraction", "seed", "n")
+    same = (*RUN, "document", "n_hops", "hop", "extraction", "seed", "n")
+    several = found["seed"].nunique() > 1
     lines = []
-    for line, group in groups(found, *same):
+    for line, group in _with_fp16(found, same):
         line = _keys(line) | {"how": line["extraction"]}
         line["section"] = f"{run_text(line)}, {line['document']}"
+        line["section"] += f", seed {line['seed']}" * several
         for one, other in combinations(group.to_dict("records"), 2):
             only_one, only_other, p = mcnemar(one["right"], other["right"])
             least = detectable(len(one["right"]), only_one + only_other)
@@ -190,10 +199,20 @@ def pairs(rows: pd.DataFrame) -> Table | None:
     ]
     caption = (
         "Policies in pairs: McNemar's exact test on the same problems, every pair at equal nominal bits, hops and "
-        f"resealing; not corrected for the number of pairs ({len(lines)}); detectable: the difference in points that "
-        f"so many problems show in 4 of 5 samples at p < 0.05. {describe(counted(rows))}"
+        f"resealing, and each policy with fp16; not corrected for the number of pairs ({len(lines)}); detectable: the "
+        "difference in points that so many problems show in 4 of 5 samples at p < 0.05. "
+        f"{describe(counted(rows))}"
     )
     return Table("handoff_pairs", caption, columns, lines)
+
+
+def _with_fp16(found: pd.DataFrame, same: Sequence[str]) -> Iterator[tuple[Row, pd.DataFrame]]:
+    """(setting, verdicts) of the policies of one budget and resealing, with those of fp16, which has neither."""
+    for about, mine in groups(found, *same):
+        exact = mine[mine["policy"] == EXACT]
+        for line, group in groups(mine, "budget_bits", "reseal"):
+            has_budget = line["budget_bits"] is not None
+            yield about | line, pd.concat([exact, group]) if has_budget else group
 
 
 @style.styled

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import style
-from analysis.handoff_accuracy import ALPHA, KL, PLAYED
+from analysis.handoff_accuracy import ALPHA, FLIPS, KL, PLAYED
 from analysis.points import (
     RUN,
     bits_text,
@@ -78,7 +78,7 @@ def lines_of(rows: pd.DataFrame) -> list[Row]:
         for number, line in enumerate(of_run):
             own = line.pop("rows")
             line |= {"kl": over_seeds(own, KL.of), "bits": over_seeds(own, BITS.of)}
-            line["minutes"] = over_seeds(own, MINUTES.of)
+            line |= {"minutes": over_seeds(own, MINUTES.of), "flips": over_seeds(own, FLIPS.of)}
             lines.append(line | {"against": against.get(number)})
     return lines
 
@@ -158,6 +158,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         Column("p", "p, Holm", significant),
         Column("detectable", "detectable", fixed(2)),
         Column("verdict", "against uniform"),
+        Column("flips", "numbers flipped % [95 %]", fixed(1), interval=True),
         Column("minutes", "min", fixed(1)),
     ]
     explained = (
@@ -165,7 +166,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         "of geometric means to uniform bits of the same budget, paired by problem (t on logarithms, Holm over a run's "
         "comparisons). detectable: the smallest ratio that so many problems show in 4 of 5 samples after that "
         "correction. the same cards: KL is equal in every problem, as where a budget gives all tokens the same tier "
-        "whatever their scores. A budget is of payload bits; bits stored count scales, maps and token ids. min: "
+        "whatever their scores. flipped: in how many answers a digit of the last number would be another. A budget is "
+        "of payload bits; bits stored count scales, maps and token ids. min: "
         "minutes for the replays of all problems, beside whatever else the machine did"
     )
     caption = f"Policies by budget. {describe(counted(rows))}"
@@ -229,19 +231,29 @@ def _sentences(lines: list[Row]) -> Iterator[str]:
         mine = [line for line in tested if line["policy"] == policy]
         verdicts = [line["against"].verdict for line in mine]
         n_better, n_worse = verdicts.count("better"), verdicts.count("worse")
-        outcome = SAME_CARDS if set(verdicts) == {SAME_CARDS} else "no difference shown"
-        if n_better or n_worse:
-            outcome = "mixed" if n_better and n_worse else "better" if n_better else "worse"
         each = "; ".join(
             f"{bits_text(line['budget_bits'])}, {line['reseal']} "
             f"{line['against'].over.text('.2f')}{_unseen(line['against'])}"
             for line in mine
         )
         yield (
-            f"{policy} against uniform bits of equal budget: **{outcome}**, better in {n_better} and worse in "
-            f"{n_worse} of {len(mine)} settings after Holm over all {n_tested} comparisons. KL over that of "
+            f"{policy} against uniform bits of equal budget: **{_outcome(verdicts)}**, better in {n_better} and worse "
+            f"in {n_worse} of {len(mine)} settings after Holm over all {n_tested} comparisons. KL over that of "
             f"uniform: {each}."
         )
+
+
+def _outcome(verdicts: list[str]) -> str:
+    """What the verdicts of all settings amount to."""
+    if set(verdicts) == {SAME_CARDS}:
+        return SAME_CARDS
+    found = {verdict for verdict in verdicts if verdict in ("better", "worse")}
+    if not found:
+        return "no difference shown"
+    if len(found) == 2:
+        return "mixed"
+    (one,) = found
+    return one if set(verdicts) == found else f"{one} at some budgets"
 
 
 def _unseen(against: Against) -> str:

@@ -82,12 +82,13 @@ def table(rows: pd.DataFrame) -> Table | None:
         Column("kl", "KL to fp16 [95 %]", fixed(4), interval=True),
     ]
     explained = (
-        "The same receivers and problems; cards are of fp16, so that nothing but their content differs. Another "
-        "problem's card, and that of as many random tokens as the right one has, hold no word of the problem. minus "
-        "right card: points of accuracy, with Agresti and Min's interval for pairs; p: McNemar's exact test, corrected "
-        "for the comparisons of one run and extraction (Holm). detectable: the difference in points that so many "
-        "problems show in 4 of 5 samples at p < 0.05. If a card helps no more than another problem's card, its content "
-        "has not helped"
+        "The same receivers and problems; cards are of fp16, so that nothing but their content differs. The controls "
+        "state another problem (another problem's card) or none (no card, and that of as many random tokens as the "
+        "right one has): unless the relay restates the problem (relay.restate), a receiver without the right card or "
+        "the text has never seen it. minus right card: points of accuracy, with Agresti and Min's interval for pairs; "
+        "p: McNemar's exact test, corrected for the comparisons of one run and extraction (Holm). detectable: the "
+        "difference in points that so many problems show in 4 of 5 samples after that correction. If a card helps no "
+        "more than another problem's card, its content has not helped"
     )
     caption = f"What the receiver was given. {describe(counted(found))}"
     return Table("handoff_controls", caption, columns, lines, explained)
@@ -124,14 +125,17 @@ def _pairs(mine: pd.DataFrame) -> dict[tuple[str, str], Row]:
         corrected = holm([p for *_, p in tested.values()])
         for (name, (more, fewer, _)), p in zip(tested.items(), corrected, strict=True):
             note = f"of seed {exact['seed']} alone" if several else ""
-            made[name, how] = _compared(others[name], exact["right"], more + fewer, p, note)
+            own = others[name]
+            least = detectable(len(own), more + fewer, ALPHA / len(tested))
+            made[name, how] = _compared(own, exact["right"], least, p, note)
     return made
 
 
-def _compared(own: Sequence[bool], exact: Sequence[bool], n_apart: int, p: float, note: str) -> Row:
-    """The columns COMPARED; `n_apart` problems were solved by one side only, `p` is corrected."""
+def _compared(
+    own: Sequence[bool], exact: Sequence[bool], least: float | None, p: float, note: str
+) -> Row:
+    """The columns COMPARED; `least` is the smallest difference that shows, None if none does; `p` is corrected."""
     got, low, high = difference(own, exact)
-    least = detectable(len(own), n_apart)
     better = "better" if got > 0 else "worse"
     return {
         "apart": Value(got, low, high, note, len(own), "problems"),

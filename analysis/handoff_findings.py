@@ -43,14 +43,14 @@ class Pair:
         """McNemar's exact test, not corrected."""
         return mcnemar(self.own["right"], self.other["right"])[2]
 
-    def told(self, p: float) -> str:
-        """The sentence; `p` is corrected."""
+    def told(self, p: float, level: float) -> str:
+        """The sentence. `p` is corrected; `level` is that of the test which so many comparisons leave to each."""
         own, other = self.own["right"], self.other["right"]
         apart = Value(*difference(own, other))
         outcome, tail = "no difference shown", ""
         if p < ALPHA:
             outcome = "better" if apart.value > 0 else "worse"
-        elif least := detectable(len(own), sum(mcnemar(own, other)[:2])):
+        elif least := detectable(len(own), sum(mcnemar(own, other)[:2]), level):
             tail = f" ({100 * least:.1f} points would have shown)"
         rates = [100 * sum(side) / len(side) for side in (own, other)]
         return (
@@ -74,7 +74,7 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
         if found["seed"].nunique() > 1:
             what += f", seed {about['seed']}"
         said[f"Answers after handoffs: {run_text(about)}, {what}"] = [
-            pair.told(p) for pair, p in zip(pairs, corrected, strict=True)
+            pair.told(p, ALPHA / len(pairs)) for pair, p in zip(pairs, corrected, strict=True)
         ]
     return said
 

@@ -1,6 +1,7 @@
 """Cells on disk, or packed ones -> one typed DataFrame. The only module here that reads results."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ def load(*roots: Path) -> Results:
             if place not in named or _made(named[place]) <= _made(cell):
                 named[place] = cell
     cells = [cell for _, cell in sorted(named.items())]
-    return Results(with_settings(with_protocol(frame(cells)), named), tuple(damaged), named)
+    rows = with_settings(with_files(with_protocol(frame(cells)), named), named)
+    return Results(rows, tuple(damaged), named)
 
 
 def _made(cell: Cell) -> str:
@@ -120,6 +122,41 @@ def with_protocol(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, with protocol `paper` where none is named."""
     known = rows["protocol"] if "protocol" in rows else pd.Series("", rows.index)
     return rows.assign(protocol=known.replace("", PAPER))
+
+
+def with_files(rows: pd.DataFrame, cells: Mapping[Place, Cell]) -> pd.DataFrame:
+    """The rows, with the digest added to the name of a document or relay that several files have had.
+
+    A file that was rewritten between two cells holds other texts or problems, which are not to be paired.
+    """
+    found = {place: dict(_files(cell.config)) for place, cell in cells.items()}
+    digests = defaultdict(set)
+    for files in found.values():
+        for name, digest in files.items():
+            digests[name].add(digest)
+    several = {name for name, known in digests.items() if len(known) > 1}
+    if not several:
+        return rows
+
+    def named(study: str, cell: str, name: str) -> str:
+        return f"{name}@{found[study, cell][name]}" if name in found[study, cell] else name
+
+    ambiguous = rows["document"].isin(several)
+    places = rows.loc[ambiguous, ["study", "cell", "document"]]
+    renamed = [named(*place) for place in places.itertuples(index=False, name=None)]
+    return rows.assign(
+        document=rows["document"].mask(ambiguous, pd.Series(renamed, places.index, dtype=object))
+    )
+
+
+def _files(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name in rows, digests of its files) of a cell's document and relay."""
+    for group in ("document", "relay"):
+        chosen = config.get(group) or {}
+        digests = [chosen[key][:6] for key in ("digest", "questions_digest") if chosen.get(key)]
+        if digests:
+            name = (config.get("labels") or {}).get(group, chosen.get("name", ""))
+            yield name, "-".join(digests)
 
 
 def of_paper(rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.handoff_accuracy import difference
 from analysis.points import RUN, groups
-from analysis.statistics import BASELINE, BYTES, Value, newest, once_per_frame
+from analysis.statistics import ALPHA, BASELINE, BYTES, Value, newest, once_per_frame
 from polykv.evaluation.statistics import detectable, mcnemar, skewed_interval, wilson
 from polykv.tasks.given import DOCUMENT, NOTHING
 
@@ -33,10 +33,12 @@ class Answers:
 
     Attributes:
         own, full: by question (KEY), with columns METRICS and `depth`; the same questions in the same order.
+        n_compared: recipes whose p values are corrected together, this one among them.
     """
 
     own: pd.DataFrame
     full: pd.DataFrame
+    n_compared: int = 1
 
     @property
     def right(self) -> Value:
@@ -60,9 +62,9 @@ class Answers:
 
     @property
     def detectable(self) -> Value:
-        """The smallest difference in points that so many questions show."""
+        """The smallest difference in points that so many questions show after the correction."""
         only_own, only_full, _ = mcnemar(*self._verdicts)
-        least = detectable(len(self.own), only_own + only_full)
+        least = detectable(len(self.own), only_own + only_full, ALPHA / self.n_compared)
         return Value(least and 100 * least, note="" if least else "no difference is, among so few")
 
     @property
@@ -128,6 +130,11 @@ class Task:
         both = own.index.intersection(self.full.index)
         return Answers(own.loc[both], self.full.loc[both]) if len(both) else None
 
+    @cached_property
+    def compared(self) -> set[str]:
+        """The recipes that are compared with the uncompressed cache."""
+        return {name for name in self.recipes if name != BASELINE and self.answers(name)}
+
     def only(self, questions: frozenset, recipes: Sequence[str]) -> "Task | None":
         """The task with these questions, these recipes and the uncompressed cache; None if it has no such question."""
         asked = pd.MultiIndex.from_frame(self.rows[KEY]).isin(questions)
@@ -164,7 +171,8 @@ def together(tasks: Sequence[Task], recipe: str) -> Answers | None:
     found = [answers for task in tasks if (answers := task.answers(recipe))]
     if not found:
         return None
-    return Answers(*(pd.concat([getattr(one, side) for one in found]) for side in ("own", "full")))
+    own, full = (pd.concat([getattr(one, side) for one in found]) for side in ("own", "full"))
+    return Answers(own, full, len(set().union(*(task.compared for task in tasks))))
 
 
 def alike(tasks: Sequence[Task]) -> list[list[Task]]:

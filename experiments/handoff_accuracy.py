@@ -145,7 +145,9 @@ def run(cfg: DictConfig, session: Session) -> Rows:
         add_bits(rows, [one.bits for one in replays], cfg)
     add_minutes(rows, "replay_minutes", replays, cfg)
     for hop in range(cfg.n_hops + 1):
-        add_divergence(rows, [one.ways[0][hop] for one in replays], hop=hop)
+        compared = [one.ways[0][hop] for one in replays]
+        add_divergence(rows, compared, hop=hop)
+        add_flips(rows, compared, cfg, session, hop)
     for way, metric in enumerate(list(ways)[1:], 1):
         last = [one.ways[way][-1] for one in replays]
         add_divergence(rows, last, {metric: "kl"}, hop=cfg.n_hops)
@@ -244,6 +246,21 @@ def add_divergence(
             mean = float(tokens[own].mean()) if n else None
             why = why_not_finite([comparison]) or "the answer has no token"
             rows.add(metric, mean, UNITS[own], why=why, sample=sample, n=n, **about)
+
+
+def add_flips(
+    rows: Rows, found: Sequence[Comparison], cfg: DictConfig, session: Session, hop: int
+) -> None:
+    """Whether greedy decoding would change the last number of each problem's answer, read up to there as it is."""
+    _, tokenizer = session.model(cfg)
+    scripts = [one.turns for one in fp16_relays(cfg, session)]
+    for sample, (comparison, turns) in enumerate(zip(found, scripts, strict=False)):
+        pieces = [tokenizer.decode([token]) for token in turns[hop].answer_T]
+        same = comparison.per_token()["same_top1"][gsm8k.last_number(pieces)]
+        flipped = 1 - float(same.min()) if len(same) else None  # NaN where a run is
+        why = why_not_finite([comparison]) or "the answer has no number"
+        about: dict[str, Any] = {"sample": sample, "hop": hop, "n": len(same)}
+        rows.add("number_flip", flipped, "rate", why=why, **about)
 
 
 STUDY = Study(

@@ -20,7 +20,8 @@ from polykv import config
 GROUPS = ("model", "document", "recipe", "relay", "policy", "hardware")
 UNSET = "unset"  # placeholder for an absent key
 OPEN = "???"  # a YAML's marker of a mandatory setting
-COPY = ("path", None)  # an optional path, which is that of a local copy (of GSM8K, say)
+# (group, setting, default): an optional path, that of a local copy of the same texts. A relay's is of other problems.
+COPY = ("document", "path", None)
 # Settings left out of labels: how a model is run, or what has a column of its own. The analysis shows settings in which
 # cells differ as columns.
 LEFT_OUT = {
@@ -68,7 +69,7 @@ def label(group: str, chosen: DictConfig) -> str:
             continue
         if default == OPEN:
             additions.insert(0, f" {text(value)}")
-        elif (name, default) != COPY:
+        elif (group, name, default) != COPY:
             additions.append(f"+{name}={text(value)}")
     return chosen.name + "".join(additions)
 

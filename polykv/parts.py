@@ -25,7 +25,7 @@ from polykv.results import StoreError, provenance, unwritable
 Arrays = Mapping[str, np.ndarray]
 NEEDS = "needs"  # the array with what the others depend on, as JSON
 SECONDS = "seconds"  # the array with how long making the others took
-SOURCE = (".py", ".h", ".cpp")
+SOURCE = (".py", ".h", ".cpp", ".json")  # code, and the trained weights of controllers
 DIGEST_BYTES = 32  # at the beginning of the file
 
 

@@ -1,7 +1,8 @@
 """Versions of the code that produces a cell's numbers, for its identity.
 
 In this package each codec declares `version`, and each module that produces numbers VERSION: integers that are raised
-when the numbers change (tests/outputs.py checks that). For a user's code, a digest of its source is used.
+when the numbers change (tests/outputs.py checks that). For a user's code, a digest of its source is used, and for the
+weights of a trained controller, which a user can train anew, that of their file.
 """
 
 import ast
@@ -15,6 +16,7 @@ from typing import Any
 
 from polykv import digests, gguf, targets
 from polykv.errors import PolyKVError
+from polykv.handoff import controller
 from polykv.results import NOT_IDENTITY
 
 PACKAGE = __name__.partition(".")[0]
@@ -23,7 +25,8 @@ PACKAGE = __name__.partition(".")[0]
 def of(settings: Mapping[str, Any], made_by: Iterable[ModuleType]) -> dict[str, int | str]:
     """Versions on which a cell with these resolved settings depends; `made_by` are the modules that its study names.
 
-    Integers are versions, by name of the class or module; strings are digests of source, by name of the module.
+    Integers are versions, by name of the class or module; strings are digests of source, by name of the module, or of
+    weights, by name of the controller.
 
     Raises:
         PolyKVError: source that cannot be read.
@@ -32,7 +35,18 @@ def of(settings: Mapping[str, Any], made_by: Iterable[ModuleType]) -> dict[str, 
     found: dict[str, int | str] = {_short(module.__name__): module.VERSION for module in modules}
     for target in _targets({k: v for k, v in settings.items() if k not in NOT_IDENTITY}):
         found |= _of_target(target)
+    for policy in (settings.get("policy"), *(settings.get("policies") or {}).values()):
+        found |= _of_controllers(policy or {})
     return dict(sorted(found.items()))
+
+
+def _of_controllers(policy: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the weights of the controllers among a policy's signals."""
+    signals = {*policy.get("importance", ()), *policy.get("demand", ())}
+    return {
+        f"controller {name}": digests.of_file(controller.DATA / f"{name}.json", "policy")
+        for name in sorted(signals & controller.FEATURES.keys())
+    }
 
 
 def _short(name: str) -> str:

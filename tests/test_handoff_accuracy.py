@@ -2,24 +2,30 @@
 
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from analysis_rows import relay_cells, write
 from conftest import checked_cell, rows_of
 from figure_checks import assert_readable
 from scipy import stats
 
-from analysis import catalog, handoff_accuracy, render
+from analysis import catalog, handoff_accuracy, handoff_findings, render
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from analysis.handoff_accuracy import difference
 from analysis.load import load
+from experiments import handoff_accuracy as study
 from experiments.handoff_accuracy import STUDY
+from experiments.relay_arrays import Played
 from polykv.errors import PolyKVError
+from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.statistics import skewed_interval
-from polykv.results import Store
+from polykv.handoff.relay import Turn
+from polykv.results import Rows, Store
 
 SMALL = (
     "experiment=handoff_accuracy", "n_problems=3", "relay.n_facts=8", "relay.max_new_tokens=12", "budget_bits=3",
@@ -106,13 +112,44 @@ def test_answers_in_another_dtype_stand_on_the_line_of_their_cell(tmp_path):
 def test_pairs_are_tested_at_equal_budgets_only(tmp_path):
     found = load(write(tmp_path, relay_cells(loss=8))).rows
     lines = table("handoff_pairs", found).rows
+    pairs = (("fp16", "uniform"), ("fp16", "topology"), ("uniform", "topology"))
     assert {(line["one"], line["other"], line["hop"], line["how"]) for line in lines} == {
-        ("uniform", "topology", hops, how) for hops in (2, 3, 5) for how in ("strict", "flexible")
+        (*pair, hops, how) for pair in pairs for hops in (2, 3, 5) for how in ("strict", "flexible")
     }
-    assert len(lines) == 6
+    assert len(lines) == 18
     for line in lines:
-        assert (line["only_one"], line["only_other"], line["n"]) == (8, 0, 80)
-        assert line["p"].value == pytest.approx(2 / 2**8)
+        lost = 8 if line["other"] == "topology" else 0
+        assert (line["only_one"], line["only_other"], line["n"]) == (lost, 0, 80)
+        assert line["p"].value == pytest.approx(2 / 2**8 if lost else 1)
+
+
+def test_the_problems_replayed_do_not_part_those_answered(tmp_path):
+    cells = relay_cells(loss=8)
+    for _, policy, config, _ in cells:
+        config |= {"n_forced": 16 if policy.endswith("uniform") else 1}
+    found = load(write(tmp_path, [*cells, *relay_cells(hops=(1, 7))])).rows
+    lines = table("handoff_pairs", found).rows
+    assert len([line for line in lines if line["hops"] == 5]) == 18
+    assert any(
+        "Does a card answer" in said for said in handoff_findings.findings(found).popitem()[1]
+    )
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_problems_of_a_file_that_was_rewritten_are_not_paired(rewritten, tmp_path):
+    cells = relay_cells(document="gsm8k+path=mine.jsonl", loss=8)
+    for _, name, config, _ in cells:
+        digest = "b" * 12 if rewritten and name.endswith("topology") else "a" * 12
+        label = {"relay": "gsm8k+path=mine.jsonl"}
+        config |= {"relay": {"name": "gsm8k", "digest": digest}, "labels": label}
+    found = load(write(tmp_path, cells)).rows
+    pairs = {(line["one"], line["other"]) for line in table("handoff_pairs", found).rows}
+    assert (("uniform", "topology") in pairs) == (not rewritten)
+    assert set(found["document"]) == (
+        {"gsm8k+path=mine.jsonl@aaaaaa", "gsm8k+path=mine.jsonl@bbbbbb"}
+        if rewritten
+        else {"gsm8k+path=mine.jsonl"}
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,6 +317,30 @@ def test_bad_input_is_one_clear_line_before_any_work(experiment, override, messa
     with pytest.raises(PolyKVError, match=message) as refused:
         checked_cell(f"experiment={experiment}", "device=cpu", *override.split())
     assert "\n" not in str(refused.value)
+
+
+def test_a_flip_is_of_a_digit_of_the_last_number(rows):
+    flips = rows[rows["metric"] == "number_flip"]
+    assert len(flips) == 3 * 3 * len(POLICIES) and set(flips["value"]) <= {0.0, 1.0}
+    assert not flips.loc[(flips["policy"] == "fp16") | (flips["hop"] == 0), "value"].any()
+
+
+@pytest.mark.parametrize(
+    ("differs", "expected"), [((), 0.0), ((0,), 0.0), ((3,), 1.0), ((5,), 1.0), ((6,), 0.0)]
+)
+def test_only_another_digit_of_the_last_number_is_a_flip(differs, expected, monkeypatch):
+    pieces = ["7", " dogs", " cost", " 1", ",", "080", " each"]
+    turn = Turn(torch.arange(2), torch.arange(len(pieces)))
+    monkeypatch.setattr(study, "fp16_relays", lambda *_: [Played([turn], [])])
+    session = SimpleNamespace(
+        model=lambda _: (None, SimpleNamespace(decode=lambda ids: pieces[int(ids[0])]))
+    )
+    same = np.array([place not in differs for place in range(len(pieces))])
+    zeros = np.zeros(len(pieces), np.float32)
+    compared = Comparison(zeros, zeros, zeros, {"same_top1": same})
+    made = Rows(study.COLUMNS)
+    study.add_flips(made, [compared], None, session, hop=0)
+    assert [(row["value"], row["n"]) for row in made] == [(expected, 3)]
 
 
 def test_policies_without_a_budget_are_one_cell_whatever_the_budget():

@@ -117,7 +117,9 @@ def test_a_card_is_held_to_the_controls_on_the_same_problems(tmp_path):
     p = [mcnemar([True] * 60, [True] * n + [False] * (60 - n))[2] for n in (2, 56, 60)]
     assert other["p"].value == pytest.approx(3 * p[0]) and none["p"].value == 2 * p[1]
     assert other["apart"].value == pytest.approx(-100 * 58 / 150)
-    assert none["detectable"].value == pytest.approx(100 * detectable(150, 4))
+    # At the level that the smallest of the three p values has to pass.
+    assert none["detectable"].value == pytest.approx(100 * detectable(150, 4, 0.05 / 3))
+    assert "p < 0.05" not in shown.legend
     assert lines["right card"]["apart"].value is None and lines["right card"]["right"].value == 40
     render.plain(shown, 160)
     canvas = catalog.pieces("FIGURES")["handoff_controls"](rows).canvas
@@ -143,16 +145,28 @@ def test_relays_without_controls_have_no_table_of_them(tmp_path):
     assert isinstance(catalog.pieces("FIGURES")["handoff_controls"](rows), str)
 
 
-@pytest.mark.parametrize(("n", "n_apart"), [(150, 10), (150, 60), (24, 0)])
-def test_the_detectable_difference_is_found_in_four_samples_of_five(n, n_apart):
-    least = detectable(n, n_apart)
+def test_the_legend_says_what_a_receiver_without_the_right_card_has_seen(tmp_path):
+    rows = load(write(tmp_path, control_cells(fp16=60, other_card=2))).rows
+    legend = catalog.pieces("TABLES")["handoff_controls"](rows).legend
+    assert (
+        "no word of the problem" not in legend
+    )  # the instruction and common words are in every card
+    assert "state another problem" in legend and "relay.restate" in legend
+
+
+@pytest.mark.parametrize(
+    ("n", "n_apart", "alpha"),
+    [(150, 10, 0.05), (150, 60, 0.05), (24, 0, 0.05), (150, 10, 0.05 / 4), (150, 60, 0.05 / 20)],
+)
+def test_the_detectable_difference_is_found_in_four_samples_of_five(n, n_apart, alpha):
+    least = detectable(n, n_apart, alpha)
     share = max((n_apart + 1) / (n + 2), least)
     rng = np.random.default_rng(0)
     one_only, other_only = (share + least) / 2, (share - least) / 2
     draws = rng.multinomial(n, [one_only, other_only, 1 - share], size=1000)
     significant = cache(
         lambda a, b: (
-            mcnemar([True] * a + [False] * (b + 1), [False] * a + [True] * b + [False])[2] < 0.05
+            mcnemar([True] * a + [False] * (b + 1), [False] * a + [True] * b + [False])[2] < alpha
         )
     )
     found = [significant(int(a), int(b)) for a, b, _ in draws]

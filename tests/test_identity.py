@@ -22,7 +22,7 @@ from polykv.codecs.uniform import Uniform
 from polykv.config import CONF
 from polykv.errors import PolyKVError
 from polykv.evaluation import capacity, continuation, gsm8k
-from polykv.handoff import allocate
+from polykv.handoff import allocate, controller
 
 
 def prepared(*overrides):
@@ -161,6 +161,26 @@ def test_problems_that_changed_are_another_cell(tmp_path):
     assert gsm8k.load(str(problems), 1, 0)[0].answer == "2"
     problems.write_text(json.dumps(line | {"question": "1 + 1 = ?"}))
     assert identity(*cell) != first
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        ["experiment=handoff_accuracy", "policy=qkvshare"],
+        ["experiment=handoff_ttft", "policies=[fp16,qkvshare]"],
+        ["experiment=controller_ablation", "policy.demand=[]", "policy.importance=[qkvshare]"],
+    ],
+)
+def test_a_controller_that_was_trained_anew_is_another_cell(uses, tmp_path, monkeypatch):
+    other = identity("experiment=handoff_accuracy", "policy=topology")
+    first = identity(*uses)
+    shutil.copytree(controller.DATA, tmp_path / "data")
+    monkeypatch.setattr(controller, "DATA", tmp_path / "data")
+    assert identity(*uses) == first
+    weights = tmp_path / "data" / "qkvshare.json"
+    weights.write_text(weights.read_text().replace("1", "2", 1))
+    assert identity(*uses) != first
+    assert identity("experiment=handoff_accuracy", "policy=topology") == other
 
 
 @pytest.mark.parametrize(
@@ -324,6 +344,8 @@ def test_the_reference_models_digest_is_the_one_in_committed_cells():
         (["model=llama-3.1-8b", "model.device_map=auto", "model.quantization=bnb_4bit"], {}),
         (["experiment=handoff_accuracy", "policy=topology", "policy.alpha=0.3", "relay.n_facts=8"],
          {"policy": "topology+alpha=0.3", "relay": "word_problems+n_facts=8"}),
+        (["experiment=handoff_accuracy", "relay=gsm8k", f"relay.path={shipped.TEXTS}/gsm8k_test_300.jsonl"],
+         {"relay": "gsm8k+path=gsm8k_test_300.jsonl"}),
         (["experiment=controller_ablation", "policy.alpha=0.3"], {}),
         (["experiment=capacity", "hardware=h200-2x8"], {}),
         (["experiment=capacity", "hardware=h200-2x8", "hardware.memory_gb=96"],

@@ -2,11 +2,13 @@
 
 import math
 from importlib.resources import files
+from itertools import product
 
 import pandas as pd
 import pytest
 from analysis_rows import (
     BYTES,
+    TOKENS,
     compare_cell,
     handoff_cells,
     paper_memory,
@@ -15,6 +17,8 @@ from analysis_rows import (
     timing_cells,
     write,
 )
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from analysis import catalog, published
 from analysis.catalog import INCONCLUSIVE, NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, equivalent
@@ -22,6 +26,7 @@ from analysis.counterpart import COMPUTED, EXACT, NEAR, OTHER
 from analysis.load import load
 from analysis.points import points
 from analysis.statistics import Value
+from polykv.config import CONF
 
 
 def table(tmp_path, paper, cells):
@@ -122,6 +127,92 @@ def test_paired_problems_are_counted_on_the_same_problems(tmp_path):
     assert local["match"] == NOT_MEASURED and "topology and local" in local["ours"].note
     assert (uniform["match"], uniform["ours"].value, uniform["ours"].n) == (NEAR, -3, 80)
     assert uniform["published"].value == -1 and uniform["against"].value == -2
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_problem_of_several_seeds_counts_once_in_a_pair(tmp_path, last):
+    about = {"model": "llama-3.1-8b", "weights": "hub", "document": "gsm8k"}
+    of_seeds = []
+    for seed, loss in enumerate((3, 5)):
+        rows = load(write(tmp_path / f"{seed}", relay_cells(**about, loss=loss))).rows
+        day = "2026-01-02" if seed == last else "2026-01-01"
+        cells = rows["cell"] + f"-{seed}"
+        of_seeds.append(rows.assign(seed=seed, cell=cells, created_at=f"{day}T00:00:00+00:00"))
+    made = catalog.pieces("TABLES")["published_qkvshare"](pd.concat(of_seeds, ignore_index=True))
+    (net,) = [li for li in made.rows if li["policy"] == "topology_vs_uniform_q4"]
+    assert (net["ours"].value, net["ours"].n) == (-(3, 5)[last], 80)
+    assert f"of 80 problems of seed {last} alone" in net["ours"].note
+    (alone,) = [
+        li
+        for li in table(tmp_path / "one", "qkvshare", relay_cells(**about, loss=3)).rows
+        if li["policy"] == "topology_vs_uniform_q4"
+    ]
+    assert "seed" not in alone["ours"].note
+
+
+def test_policies_of_different_seeds_are_no_pair(tmp_path):
+    about = {"model": "llama-3.1-8b", "weights": "hub", "document": "gsm8k"}
+    rows = load(write(tmp_path, relay_cells(**about))).rows
+    rows["seed"] = (rows["policy"] == "topology").astype(int)
+    made = catalog.pieces("TABLES")["published_qkvshare"](rows)
+    (net,) = [li for li in made.rows if li["policy"] == "topology_vs_uniform_q4"]
+    assert net["match"] == NOT_MEASURED and "not run on the same problems" in net["ours"].note
+
+
+def commands(lines):
+    """(metric, arguments) of each command that is named instead of a value."""
+    found = {
+        (line["metric"], line["ours"].note.split("; run ")[1])
+        for line in lines
+        if line["match"] == NOT_MEASURED
+    }
+    return [(metric, command.split()) for metric, command in sorted(found)]
+
+
+def composed(arguments):
+    """The configurations that Hydra makes of a command, one for each value of a sweep."""
+    overrides = [argument for argument in arguments if argument != "--multirun"]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert any(one.is_sweep_override() for one in parsed) == ("--multirun" in arguments)
+    each = [
+        [f"{one.key_or_group}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [one.input_line]
+        for one in parsed
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [compose("config", list(chosen)) for chosen in product(*each)]
+
+
+@pytest.mark.parametrize("policies", [(), ("fp16",), ("fp16", "uniform"), ("topology",)])
+def test_the_command_for_a_figure_of_qkvshare_is_one_that_runs(tmp_path, policies):
+    cells = relay_cells(model="llama-3.1-8b", weights="hub", document="gsm8k")
+    cells = [one for one in cells if one[1].removeprefix("5-") in policies]
+    lines = table(tmp_path, "qkvshare", cells or timing_cells(contexts=(1024,))).rows
+    seen = set()
+    for metric, arguments in commands(lines):
+        accuracy = metric in ("gsm8k_accuracy", "n_problems", "net_right")
+        for cfg in composed(arguments):
+            assert cfg.model.name == "llama-3.1-8b"
+            # The default, relay=reference, is refused for any other model.
+            assert not accuracy or (cfg.study, cfg.relay.name) == ("handoff_accuracy", "gsm8k")
+            seen |= {cfg.policy.name} if metric == "gsm8k_accuracy" else set()
+        if metric == "net_right":
+            names = {cfg.policy.name for cfg in composed(arguments)}
+            assert names in ({"topology", "local"}, {"topology", "uniform"})
+    # uniform and topology are also published at 8 bits, which these cells lack
+    assert seen == {"fp16", "uniform", "local", "topology"} - ({"fp16"} & {*policies})
+
+
+def test_the_caption_counts_problems_and_repeats(tmp_path):
+    about = {"model": "llama-3.1-8b", "weights": "hub"}
+    relays = relay_cells(**about, document="gsm8k", n_problems=150)
+    assert "; n = 150; " in table(tmp_path / "relays", "qkvshare", relays).caption
+    timed = table(tmp_path / "timed", "qkvshare", timing_cells(**about)).caption
+    assert "; n = 10; " in timed
+    # The rows of PolyKV's scores state their tokens.
+    scored = table(tmp_path / "scored", "polykv", [nf4(delta=0.5)]).caption
+    assert f"; n = 1 to {TOKENS}; " in scored
 
 
 def test_a_pair_is_found_beside_deeper_relays_of_one_policy(tmp_path):

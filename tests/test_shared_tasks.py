@@ -11,6 +11,7 @@ from analysis.style import Picture
 from experiments.session import Session
 from experiments.shared_tasks import STUDY
 from polykv.errors import PolyKVError
+from polykv.evaluation.statistics import detectable
 from polykv.results import Rows, Store
 from polykv.tasks.given import NOTHING
 
@@ -151,6 +152,8 @@ def test_a_known_loss_is_found_and_no_loss_is_told_with_what_would_have_shown(tm
     assert lines["worse"]["logprob"].value == pytest.approx(-1) and lines["worse"]["p"].value < 1e-6
     assert lines["near"]["apart"].value == 0 and lines["near"]["p"].value == 1
     assert 0 < lines["near"]["detectable"].value < 15 and lines["near"]["n"] == 120
+    # Two recipes are corrected together.
+    assert lines["near"]["detectable"].value == pytest.approx(100 * detectable(120, 0, 0.05 / 2))
     ((_, said),) = shown.findings(rows).items()
     (near,) = (line for line in said if line.startswith("near"))
     (worse,) = (line for line in said if line.startswith("worse"))

@@ -188,16 +188,18 @@ def wilson(successes: int, n: int) -> tuple[float, float] | None:
     return float(interval.low), float(interval.high)
 
 
-def detectable(n: int, n_apart: int) -> float | None:
-    """The smallest difference between two rates that McNemar's exact test at 0.05 finds among n problems with POWER.
+def detectable(n: int, n_apart: int, alpha: float = 0.05) -> float | None:
+    """The smallest difference between two rates that McNemar's exact test finds among n problems with POWER.
 
+    `alpha` is the test's two-sided level: where k comparisons are corrected together, 0.05 / k, which the smallest p
+    value has to pass.
     `n_apart` of the n problems were solved by one side only; where the difference is larger than their share, so is the
     share. None where not even a difference of 1 is found.
     """
     apart = np.arange(n + 1)
     # Problems that only one side solves, at most, for the test to be significant.
-    fewest = stats.binom.ppf(0.025, apart, 0.5)
-    fewest -= stats.binom.cdf(fewest, apart, 0.5) > 0.025
+    fewest = stats.binom.ppf(alpha / 2, apart, 0.5)
+    fewest -= stats.binom.cdf(fewest, apart, 0.5) > alpha / 2
 
     def power(difference: float) -> float:
         share = max((n_apart + 1) / (n + 2), difference)
