@@ -139,7 +139,7 @@ def _caption(
     runs = measured or {answer.on for answer in answers}
     used = rows[rows["metric"].isin(ANSWERED_BY[paper])]
     used = used[[run in runs for run in used[RUN].itertuples(index=False, name=None)]]
-    if paper == "qkvshare":  # whose rows are of one problem or repeat each
+    if paper == "qkvshare" and len(used):  # its rows are of one problem or repeat each
         used = counted(used)
     return (
         f"{CAPTIONS[paper]}. {counts}. {MATCHES}. Intervals of times are quartiles. "
