@@ -45,8 +45,7 @@ KL = Measure("kl", reduce=within(0, math.inf, mean_of_samples))
 STRICT = Measure("answer_right", {"extraction": "strict"}, rate, percentage)
 # Drawn, since some chat models never write the #### that STRICT wants.
 FLEXIBLE = Measure("answer_right", {"extraction": "flexible"}, rate, percentage)
-# Of the last number of an answer, while it is replayed.
-FLIPS = Measure("number_flip", reduce=rate, form=percentage)
+FLIPS = Measure("digit_flip", reduce=rate, form=percentage)
 MEASURES = {
     "strict": STRICT,
     "flexible": FLEXIBLE,
@@ -68,7 +67,7 @@ COLUMNS = (
     Column("working", "depth, working [95 %]", fixed(5, "+"), interval=True),
     Column("passing", "depth, passing [95 %]", fixed(5, "+"), interval=True),
     Column("same_top1", "same top-1", fixed(4)),
-    Column("flips", "numbers flipped % [95 %]", fixed(1), interval=True),
+    Column("flips", "digit flipped % [95 %]", fixed(1), interval=True),
     Column("bits", "bits stored", fixed(3)),
     Column("file_bits", "bits of the file", fixed(3)),
     Column("relay_minutes", "min, relays", fixed(1)),
@@ -84,8 +83,7 @@ EXPLAINED = {
     "working": "Depth, of the relay's last answer: that KL less the one where only the last of the handoffs takes "
     "place; working: the agents between wrote their turns on caches that were handed to them; passing: they only "
     "passed the card on.",
-    "flips": "flipped: in how many of the replayed answers a digit of the last number would be another; with Wilson "
-    "interval.",
+    "flips": "digit flipped: replayed answers in which any digit would be another; with Wilson interval.",
     "bits": "Bits: mean stored bits per value of the card handed on: of its tensors with scales, maps and token ids, "
     "and of its file with the header of fixed size.",
     "replay_minutes": "min: minutes for the relays of all problems, and for their replays, beside whatever else the "

@@ -158,7 +158,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         Column("p", "p, Holm", significant),
         Column("detectable", "detectable", fixed(2)),
         Column("verdict", "against uniform"),
-        Column("flips", "numbers flipped % [95 %]", fixed(1), interval=True),
+        Column("flips", "digit flipped % [95 %]", fixed(1), interval=True),
         Column("minutes", "min", fixed(1)),
     ]
     explained = (
@@ -166,8 +166,8 @@ def table(rows: pd.DataFrame) -> Table | None:
         "of geometric means to uniform bits of the same budget, paired by problem (t on logarithms, Holm over a run's "
         "comparisons). detectable: the smallest ratio that so many problems show in 4 of 5 samples after that "
         "correction. the same cards: KL is equal in every problem, as where a budget gives all tokens the same tier "
-        "whatever their scores. flipped: in how many answers a digit of the last number would be another. A budget is "
-        "of payload bits; bits stored count scales, maps and token ids. min: "
+        "whatever their scores. digit flipped: answers in which any digit would be another. A budget is of "
+        "payload bits; bits stored count scales, maps and token ids. min: "
         "minutes for the replays of all problems, beside whatever else the machine did"
     )
     caption = f"Policies by budget. {describe(counted(rows))}"

@@ -49,9 +49,9 @@ LEGEND = (
     "right: the reply contains the answer. minus full: points of accuracy less the uncompressed cache's on the same "
     "questions (Agresti and Min's interval for pairs, questions taken as independent); p: McNemar's exact test, with "
     "Holm's correction over the recipes; detectable: the difference in points that so many questions show in 4 of 5 "
-    "samples at p < 0.05. log-prob: change of the right answer's log-probability in nats, interval over documents. "
-    "chosen: the right answer is likelier than wrong ones from the same document. stored bits: all bytes kept, per "
-    "value of the document's cache"
+    "samples after that correction. log-prob: change of the right answer's log-probability in nats, interval over "
+    "documents. chosen: the right answer is likelier than wrong ones from the same document. stored bits: all bytes "
+    "kept, per value of the document's cache"
 )  # fmt: skip
 
 

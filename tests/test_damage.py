@@ -46,7 +46,7 @@ NOT_QUALITY = {
 }  # fmt: skip
 # The baseline and what is measured without a recipe: damage to a recipe must leave them as they are.
 HELD = frozenset({"nll_full", "reader_floor_kl", "reader_floor_nll_delta"})
-RELAYED_METRICS = ("answer_right", "kl", "same_top1", "number_flip")
+RELAYED_METRICS = ("answer_right", "kl", "same_top1", "digit_flip")
 BEFORE_CARDS = frozenset(f"{metric} hop 0" for metric in RELAYED_METRICS)
 AFTER_ONE = BEFORE_CARDS | {f"{metric} hop 1" for metric in RELAYED_METRICS}
 LEAST = 0.1  # by which a metric has to move, of the larger of the two means

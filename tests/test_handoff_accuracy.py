@@ -319,16 +319,16 @@ def test_bad_input_is_one_clear_line_before_any_work(experiment, override, messa
     assert "\n" not in str(refused.value)
 
 
-def test_a_flip_is_of_a_digit_of_the_last_number(rows):
-    flips = rows[rows["metric"] == "number_flip"]
+def test_a_flip_is_said_of_every_replayed_answer(rows):
+    flips = rows[rows["metric"] == "digit_flip"]
     assert len(flips) == 3 * 3 * len(POLICIES) and set(flips["value"]) <= {0.0, 1.0}
     assert not flips.loc[(flips["policy"] == "fp16") | (flips["hop"] == 0), "value"].any()
 
 
 @pytest.mark.parametrize(
-    ("differs", "expected"), [((), 0.0), ((0,), 0.0), ((3,), 1.0), ((5,), 1.0), ((6,), 0.0)]
+    ("differs", "expected"), [((), 0.0), ((1, 2), 0.0), ((0,), 1.0), ((3,), 1.0), ((4, 6), 0.0)]
 )
-def test_only_another_digit_of_the_last_number_is_a_flip(differs, expected, monkeypatch):
+def test_only_another_digit_is_a_flip(differs, expected, monkeypatch):
     pieces = ["7", " dogs", " cost", " 1", ",", "080", " each"]
     turn = Turn(torch.arange(2), torch.arange(len(pieces)))
     monkeypatch.setattr(study, "fp16_relays", lambda *_: [Played([turn], [])])

@@ -29,7 +29,7 @@ def test_replays_alone_are_those_beside_played_relays():
     whole, alone = rows_of(*small), rows_of(*small, "answers=false")
     assert of(alone, "kl", "same_top1") == of(whole, "kl", "same_top1")
     assert {row["metric"] for row in alone} == {
-        "kl", "same_top1", "number_flip", "mean_bits", "file_bits", "replay_minutes",
+        "kl", "same_top1", "digit_flip", "mean_bits", "file_bits", "replay_minutes",
     }  # fmt: skip
     bits = {row["dtype"]: row["value"] for row in alone if row["metric"] == "mean_bits"}
     assert set(bits) == {"float32"} and 3.5 < bits["float32"] < 6

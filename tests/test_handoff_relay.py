@@ -392,17 +392,3 @@ def test_depth_alone_costs_nothing_under_append(reseal, model, tokenizer):
     once, five = (float(turns[-1].kl.mean()) for turns in divergence(script, exact, others))
     assert once > 0
     assert five == once if reseal == "append" else five >= 0
-
-
-@pytest.mark.parametrize(
-    ("pieces", "place"),
-    [
-        (["so", " 7", " and", " 1", "2", "."], (3, 5)),
-        (["$", "1", ",", "0", "8", "0", ".", "5", " each"], (1, 8)),
-        (["1", ".", " ", "2"], (3, 4)),
-        (["no", " number"], (0, 0)),
-        ([], (0, 0)),
-    ],
-)
-def test_the_last_number_of_a_reply_is_found_in_its_tokens(pieces, place):
-    assert pieces[gsm8k.last_number(pieces)] == pieces[slice(*place)]

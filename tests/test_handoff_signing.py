@@ -281,7 +281,8 @@ def test_a_relay_of_signed_cards_says_the_same_in_longer_files(tmp_path):
     for path in ("null", file):
         rows = rows_of("experiment=handoff_accuracy", *SMALL, f"card.key_file={path}")
         place = ("metric", "sample", "extraction")
-        found.append({tuple(r.get(name) for name in place): r["value"] for r in rows})
+        untimed = [row for row in rows if row["unit"] != "min"]
+        found.append({tuple(r.get(name) for name in place): r["value"] for r in untimed})
         assert not any(str(file) in str(value) for row in rows for value in row.values())
     file_bits = [
         {k: values.pop(k) for k in list(values) if k[0] == "file_bits"} for values in found

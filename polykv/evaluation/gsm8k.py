@@ -21,7 +21,6 @@ VERSION = 1  # of the problems and of what counts as correct, with numerals.py
 REPO, REVISION = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 ORDER = 2110_14168  # seed of the order of the test split's problems
 EXTRACTIONS = ("strict", "flexible", "last_mark")
-JOINTS = (",", ".")  # tokens between those of one number
 
 
 @dataclass(frozen=True)
@@ -108,20 +107,6 @@ def right(texts: Sequence[str], answers: Sequence[object]) -> dict[str, list[boo
         how: [extract(text, how) == number for text, number in zip(texts, gold, strict=True)]
         for how in EXTRACTIONS
     }
-
-
-def last_number(pieces: Sequence[str]) -> slice:
-    """Place of the tokens of a reply's last number, from the tokens' texts: empty without one.
-
-    They are the last tokens with digits, and what joins two of them (1,080).
-    """
-    digits = [place for place, piece in enumerate(pieces) if any(map(str.isdecimal, piece))]
-    if not digits:
-        return slice(0)
-    first = digits[-1]
-    while first - 1 in digits or (first - 2 in digits and pieces[first - 1].strip() in JOINTS):
-        first -= 1
-    return slice(first, digits[-1] + 1)
 
 
 def has_several_marks(text: str) -> bool:
