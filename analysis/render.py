@@ -50,7 +50,7 @@ SETTINGS = {
     "agents": "n_agents",
     "hops": "n_hops",
     "budget": "budget_bits",
-    "problems": "n_problems",
+    "problems": "relay",
 }
 
 
