@@ -295,7 +295,7 @@ def _accuracy(figure: Figure, rows: pd.DataFrame) -> Counterpart:
         policy, bits = figure.controller
         found = found[found["policy"] == policy]
         if found.empty:
-            return _not_measured(figure, f"{NOT_HERE}policy {policy} was not run")
+            return _not_measured(figure, f"{NOT_HERE}policy {policy} was not run", bits)
         found = found[with_budget(found, bits)]
         if found.empty:
             reason = f"{NOT_HERE}policy {policy} was not run at {bits:g} bits"
