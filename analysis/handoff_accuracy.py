@@ -238,7 +238,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         _by_hop(right, pd.concat([exact[same], mine]), FLEXIBLE)
         _published_beside(right, mine)
         right.set_ylabel("accuracy (flexible), %")
-        right.set_ylim(top=103)
+        right.set_ylim(0, 103)
     return style.picture(
         style.legend(canvas),
         "KL divergence to the fp16 relay, and accuracy (the last number is right), by handoffs and policy",
@@ -246,8 +246,7 @@ def figure(rows: pd.DataFrame) -> style.Picture | str:
         style.Marks(
             dashed="the fp16 relay itself",
             dotted=f"published under the policy of this colour, on {_accuracies()[0].model}",
-            more="The accuracy axis does not start at 0. Tests of pairs: table handoff_pairs; published accuracies: "
-            "table published_qkvshare.",
+            more="Tests of pairs: table handoff_pairs; published accuracies: table published_qkvshare.",
         ),
     )
 

@@ -54,6 +54,8 @@ def settle(cfg: DictConfig) -> DictConfig:
         settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:
         settled.budget_bits, settled.reseal = None, RESEALS[0]
+    if settled.n_hops == 1 and settled.reseal in RESEALS:  # there is only the first card
+        settled.reseal = RESEALS[0]
     if has_answers(settled) is True:  # a default that came later: identities are what they were
         settled.pop("answers", None)
     return settled

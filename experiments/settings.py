@@ -83,7 +83,7 @@ def _add_digests(settled: DictConfig) -> None:
     for group, key, name in FILES:
         setting = f"{group}.{key}"
         if path := OmegaConf.select(settled, setting):  # `check` reports a missing one
-            settled[group][name] = digests.of_file(Path(path).expanduser(), setting)
+            settled[group][name] = digests.of_file(Path(str(path)).expanduser(), setting)
 
 
 def label(cfg: DictConfig, group: str) -> str:
@@ -151,7 +151,7 @@ def check_whole(cfg: DictConfig, *names: str, least: int = 1, instead: str = "")
     """Check that these settings are whole numbers of at least `least`. `instead`: what the message ends in."""
     for name in names:
         value = cfg.get(name)
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             given = f"{name}={value!r}"
             raise PolyKVError(f"{given}; it takes a whole number from {least} up{instead}")
 

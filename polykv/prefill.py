@@ -27,6 +27,7 @@ from polykv.codecs.context import LAST_QUERIES, LayerContext, Rope
 from polykv.errors import PolyKVError
 from polykv.probe import kept_tokens
 from polykv.supported import check_every_token, check_length, check_model, check_rope, window_of
+from polykv.tokens import last_places
 
 APPLY = "apply_rotary_pos_emb"  # (q, k, cos, sin), the name in all models of transformers
 
@@ -102,7 +103,8 @@ def watched(model: PreTrainedModel, ids_BT: Tensor, cache: PrefilledCache) -> "W
     """What a forward pass showed of the layers; the cache grows by its tokens."""
     with Watch() as watch, watch.hooked(model):
         cache.watch = watch
-        model(input_ids=ids_BT.to(model.device), past_key_values=cache, logits_to_keep=1)
+        ids_BT = ids_BT.to(model.device)
+        model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=last_places(ids_BT))
     cache.watch = None
     return watch
 

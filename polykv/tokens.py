@@ -46,3 +46,13 @@ def opening(tokenizer: Any) -> list[int]:
             "is ambiguous; use a tokenizer with a vocabulary for text"
         )
     return whole[: starts[0]]
+
+
+def last_places(ids_BT: Tensor, n_last: int = 1) -> Tensor:
+    """Places of the last tokens (n_last,), for `logits_to_keep`.
+
+    Given a number, transformers takes a slice, which is not contiguous: for it PyTorch copies the weights of the output
+    layer, transposed, once per row.
+    """
+    n_tokens = ids_BT.shape[1]
+    return torch.arange(n_tokens - n_last, n_tokens, device=ids_BT.device)

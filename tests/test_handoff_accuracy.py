@@ -1,5 +1,6 @@
 """experiment=handoff_accuracy: relays from a cell to tables, figure and claims."""
 
+import json
 import math
 from itertools import product
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from experiments.relay_arrays import Played
 from polykv.errors import PolyKVError
 from polykv.evaluation.continuation import Comparison
 from polykv.evaluation.statistics import skewed_interval
-from polykv.handoff.relay import Turn
+from polykv.handoff.relay import RESEALS, Turn
 from polykv.results import Rows, Store
 
 SMALL = (
@@ -298,6 +299,7 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
         ("handoff_accuracy", "n_hops=0", "n_hops=0"),
         ("handoff_accuracy", "batch=0", "batch=0"),
         ("handoff_accuracy", "n_forced=none", "n_forced='none'.*null"),
+        ("handoff_accuracy", "n_problems=true", "n_problems=True.*whole number"),
         ("handoff_accuracy", "relay.max_new_tokens=0", "relay.max_new_tokens=0"),
         ("handoff_accuracy", "relay.max_new_tokens=1.5", "relay.max_new_tokens=1.5"),
         ("handoff_accuracy", "reseal=again", "'again'"),
@@ -341,6 +343,31 @@ def test_only_another_digit_is_a_flip(differs, expected, monkeypatch):
     made = Rows(study.COLUMNS)
     study.add_flips(made, [compared], None, session, hop=0)
     assert [(row["value"], row["n"]) for row in made] == [(expected, 3)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("relay.plain.first=hello", "relay.plain.first='hello' has no {question}"),
+        ("relay.restate=maybe", "relay.restate='maybe'; it takes true or false"),
+        ("relay.path=5", "relay.path=5"),
+        ("relay.path={twice}", "problems 1 and 3 of .* are the same; remove one"),
+    ],
+)
+def test_problems_that_cannot_be_told_apart_are_refused(override, message, tmp_path):
+    twice = tmp_path / "twice.jsonl"
+    lines = [{"question": f"{number} + 1?", "answer": "#### 2"} for number in (1, 2, 1)]
+    twice.write_text("\n".join(map(json.dumps, lines)))
+    given = override.replace("{twice}", str(twice))
+    with pytest.raises(PolyKVError, match=message):
+        checked_cell(
+            "experiment=handoff_accuracy", "relay=gsm8k", "n_problems=2", "n_hops=1", given
+        )
+
+
+def test_with_one_handoff_requantizing_is_appending():
+    found = {checked_cell(*SMALL, "n_hops=1", f"reseal={how}")[1].reseal for how in RESEALS}
+    assert found == {"append"}
 
 
 def test_policies_without_a_budget_are_one_cell_whatever_the_budget():

@@ -285,6 +285,13 @@ def test_memory_store_and_missing_cards(model, tokenizer, ids):
         card.save("/proc/card")
 
 
+def test_a_card_is_not_moved_into_a_folder_of_its_name(model, tokenizer, ids, tmp_path):
+    card, _ = sealed(model, tokenizer, ids[:64])
+    with pytest.raises(polykv.CardError, match="is a folder; give the name of a file"):
+        card.save(str(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
 def test_seal_refuses_what_does_not_belong_together(model, tokenizer, ids):
     cache = prefill(model, ids[None, :64])
     with pytest.raises(PolyKVError, match="does not fit 63 token ids"):

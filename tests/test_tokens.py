@@ -29,7 +29,7 @@ from polykv.handoff.tasks import Task
 from polykv.models import ModelSource
 from polykv.pool import prefill
 from polykv.recipe import load_recipe
-from polykv.tokens import encode, opening
+from polykv.tokens import encode, last_places, opening
 
 EOS, BOS, MASK = 0, 1, 2  # ids; MASK stands for a second token before a text, as GLM has one
 NAMES = {"<eos>": EOS, "<bos>": BOS, "<mask>": MASK}
@@ -255,6 +255,17 @@ def test_a_whole_text_beyond_the_positions_is_refused_before_a_run(folder):
 def test_all_positions_can_be_used_with_bos_among_them(folder):
     module, settled = cell(folder, "long", "context=256", "prefix_fraction=0.5")
     assert {row["context_tokens"] for row in module.run(settled, Session())} == {256}
+
+
+@pytest.mark.parametrize("n_last", [1, 3])
+def test_the_last_places_are_those_of_a_number(n_last, llama):
+    ids_BT = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        kept, whole = (
+            llama(input_ids=ids_BT, logits_to_keep=keep).logits
+            for keep in (last_places(ids_BT, n_last), 0)
+        )
+    torch.testing.assert_close(kept, whole[:, -n_last:])
 
 
 def test_scoring_beyond_the_positions_is_refused(llama):

@@ -25,6 +25,7 @@ from polykv.pool import READERS as POOL_READERS
 from polykv.pool import Kept, SharedKVPool, prefill
 from polykv.recipe import Recipe
 from polykv.recurrent import STATES, State, layer_bytes
+from polykv.tokens import last_places
 from polykv.unshared import unshared_cache
 
 VERSION = 1  # of how steps are timed
@@ -235,5 +236,10 @@ def decode(
 
 def _greedy(model: PreTrainedModel, cache: Cache, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The next token of each agent, (agents, 1). Its logits are freed before the next forward pass."""
-    out = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, logits_to_keep=1)
+    out = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        past_key_values=cache,
+        logits_to_keep=last_places(ids_BT),
+    )
     return out.logits[:, -1].argmax(-1, keepdim=True)

@@ -128,7 +128,15 @@ def _shipped() -> list[dict]:
 
 
 def _local(path: str) -> list[Problem]:
-    return textfile.read_jsonl(Path(path).expanduser(), "relay.path", _problem)
+    problems = textfile.read_jsonl(Path(path).expanduser(), "relay.path", _problem)
+    first: dict[str, int] = {}
+    for number, problem in enumerate(problems, start=1):
+        if first.setdefault(problem.question, number) != number:
+            raise PolyKVError(
+                f"problems {first[problem.question]} and {number} of relay.path={path} are the same; remove one: they "
+                "would count as two, and one would be the control of the other"
+            )
+    return problems
 
 
 def _hub() -> list[dict]:

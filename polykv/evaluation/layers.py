@@ -17,6 +17,7 @@ from polykv.codecs.context import NOTHING
 from polykv.pool import SharedKVPool
 from polykv.recipe import Recipe
 from polykv.supported import check_attention, check_every_token
+from polykv.tokens import last_places
 
 VERSION = 1  # of the errors by layer and head
 KINDS = ("key", "value", "logits", "output")
@@ -41,7 +42,8 @@ def queries_of(model: PreTrainedModel, pool: SharedKVPool, rest_BT: Tensor) -> l
 
     past = pool.dequantize()
     with observe(model, see):
-        model(input_ids=rest_BT.to(model.device), past_key_values=past, logits_to_keep=1)
+        ids_BT = rest_BT.to(model.device)
+        model(input_ids=ids_BT, past_key_values=past, logits_to_keep=last_places(ids_BT))
     return [found[layer] for layer in sorted(found)]
 
 

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from polykv.attention.cache import CascadeCache
 from polykv.documents import Question
 from polykv.supported import check_attends, check_padding
+from polykv.tokens import last_places
 
 VERSION = 1  # of candidates and their log-probabilities
 
@@ -86,14 +87,12 @@ def _read(
 ) -> Tensor:
     """Log-probabilities (rows, n_last, vocabulary) in fp32 after the last of these tokens."""
     n_tokens = ids_BT.shape[1]
-    # Indices, not a slice, whose rows are not contiguous: PyTorch multiplies those in bfloat16 100 times slower.
-    last_T = torch.arange(n_tokens - n_last, n_tokens, device=model.device)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -n_tokens:]
     logits_BTV = model(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
         position_ids=positions_BT.to(model.device),
         past_key_values=cache,
-        logits_to_keep=last_T,
+        logits_to_keep=last_places(ids_BT, n_last).to(model.device),
     ).logits
     return logits_BTV.float().log_softmax(-1)

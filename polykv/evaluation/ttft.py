@@ -29,6 +29,7 @@ from polykv.handoff.signing import SigningKey
 from polykv.pool import prefill
 from polykv.progress import track
 from polykv.supported import check_length, check_rope
+from polykv.tokens import last_places
 from polykv.unshared import unshared_cache
 
 VERSION = 1  # of the timing protocol
@@ -172,7 +173,7 @@ def _run(
         feed = turn_T
     with attend_in_place(model) if path.reader == "in_place" else nullcontext():
         ids_BT = feed[None].to(model.device)
-        out = model(input_ids=ids_BT, past_key_values=received, logits_to_keep=1)
+        out = model(input_ids=ids_BT, past_key_values=received, logits_to_keep=last_places(ids_BT))
         int(out.logits[0, -1].argmax())
     clock.lap("first_forward")
     return clock, None if path.policy.store == "text" else card.mean_bits

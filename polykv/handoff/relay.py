@@ -22,7 +22,7 @@ from polykv.handoff.signals import Topology
 from polykv.handoff.signing import SigningKey
 from polykv.handoff.tasks import Task
 from polykv.supported import check_length, check_rope
-from polykv.tokens import encode
+from polykv.tokens import encode, last_places
 
 VERSION = 2  # of the relay protocol
 RESEALS = ("append", "requantize")
@@ -78,10 +78,10 @@ class Handoff:
             cache = DynamicCache(config=self.model.config)
             if not len(ids_T):
                 return cache
-            _read(self.model, cache, ids_T, logits_to_keep=1)
+            _read(self.model, cache, ids_T, logits_to_keep=last_places(ids_T[None]))
         if self.policy.store == "text":
             cache = DynamicCache(config=self.model.config)
-            _read(self.model, cache, ids_T, logits_to_keep=1)
+            _read(self.model, cache, ids_T, logits_to_keep=last_places(ids_T[None]))
             return cache
         sealed = (cache, ids_T, self.model, self.tokenizer, self.policy, self.budget_bits, topology)
         if self.card is not None and self.reseal == "append":

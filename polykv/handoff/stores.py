@@ -14,10 +14,12 @@ def write(path: str, content: bytes | bytearray) -> None:
     """Write atomically: to a temporary name, then rename.
 
     Raises:
-        CardError: the location is not writable.
+        CardError: the location is a folder, or not writable.
     """
     try:
         fs, place = fsspec.url_to_fs(str(path))
+        if fs.isdir(place):  # moving would put the temporary file into it
+            raise CardError(f"{path} is a folder; give the name of a file")
         temporary = f"{place}.{uuid.uuid4().hex[:8]}.part"
         parent = fs._parent(place)
         if parent:

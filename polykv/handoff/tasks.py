@@ -79,6 +79,14 @@ def grade_school(
     later agents read the problem once more, before they are asked.
     """
 
+    for style in ("chat", "plain"):
+        if "{question}" not in settings[style]["first"]:
+            raise PolyKVError(
+                f"relay.{style}.first={settings[style]['first']!r} has no {{question}}, where the problem stands"
+            )
+    if not isinstance(settings["restate"], bool):
+        raise PolyKVError(f"relay.restate={settings['restate']!r}; it takes true or false")
+
     def said(style: Mapping[str, str], question: str) -> tuple[str, ...]:
         later = style["next"]
         if settings["restate"]:
