@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.handoff_accuracy import ALPHA, KL, PLAYED
+from analysis.handoff_budgets import EQUAL, LEAST, Against
 from analysis.points import (
     RUN,
     bits_text,
@@ -23,7 +24,7 @@ from analysis.points import (
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, significant
 from analysis.statistics import Value, samples_of
-from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
+from polykv.evaluation.statistics import holm, paired_ratio
 
 STUDY = "handoff_accuracy"
 DEPTH = "Do the handoffs before the last one add divergence?"
@@ -31,8 +32,6 @@ RESEAL = "Does requantizing everything at each handoff add divergence, against a
 DEMAND = "Does topology-awareness reduce divergence?"
 # The policy of the same signals without downstream demand.
 WITHOUT_DEMAND = {"topology": "local", "qkvshare": "dont_waste_bits"}
-SAME_CARDS = "the same cards"  # so far as KL, equal to the bit in every problem, tells
-LEAST = 2  # problems
 PLACE = ("hop", "policy", "budget_bits", "reseal")
 
 
@@ -41,19 +40,17 @@ class Pair:
     """KL of two sides on the same problems, and the question that their ratio answers.
 
     Attributes:
-        at: the setting of the first side, of which `against` says how the other differs.
+        at: the setting of the first side, of which `differs` says how the other differs.
         own, other: KL by problem.
-        ratio: of their geometric means; None where all values are equal.
-        p: after Holm over the pairs of a run.
+        against: the first side's KL over the other's, tested together with the other pairs of its run.
     """
 
     question: str
     at: Row
-    against: str
+    differs: str
     own: pd.Series
     other: pd.Series
-    ratio: PairedRatio | None = None
-    p: float = 1.0
+    against: Against = Against(EQUAL, 1.0)
 
     @property
     def is_equal(self) -> bool:
@@ -66,29 +63,15 @@ class Pair:
         return (self.own > 0) & (self.other > 0)
 
     @property
-    def over(self) -> Value:
-        if self.ratio is None:
-            return Value(1.0, 1.0, 1.0)
-        return Value(self.ratio.ratio, self.ratio.low, self.ratio.high)
-
-    @property
-    def verdict(self) -> str:
-        if self.ratio is None:
-            return SAME_CARDS
-        if self.p >= ALPHA:
-            return "no difference shown"
-        return "more" if self.ratio.ratio > 1 else "less"
-
-    @property
     def sentence(self) -> str:
         at = self.at
         unseen = ""
-        if self.ratio is not None and self.p >= ALPHA:
-            unseen = f" ({self.ratio.detectable:.2f} would have shown)"
+        if not self.is_equal and self.against.p >= ALPHA:
+            unseen = f" ({self.against.ratio.detectable:.2f} would have shown)"
         return (
             f"{self.question} {at['policy']} at {bits_text(at['budget_bits'])}, {at['reseal']}, after "
-            f"{hops_text(at['hop'])}: KL {self.own.mean():.2g} against {self.other.mean():.2g} nats ({self.against}), "
-            f"ratio {self.over.text('.2f')}, **{self.verdict}**{unseen}."
+            f"{hops_text(at['hop'])}: KL {self.own.mean():.2g} against {self.other.mean():.2g} nats ({self.differs}), "
+            f"ratio {self.against.over.text('.2f')}, **{self.against.verdict}**{unseen}."
         )
 
 
@@ -128,10 +111,10 @@ def _demands(mine: pd.DataFrame) -> Iterator[Pair]:
             yield _pair(DEMAND, at | {"policy": policy}, without, *sides)
 
 
-def _pair(question: str, at: Row, against: str, *sides: tuple[pd.DataFrame, str]) -> Pair:
+def _pair(question: str, at: Row, differs: str, *sides: tuple[pd.DataFrame, str]) -> Pair:
     own, other = (samples_of(rows, metric, ["sample"]) for rows, metric in sides)
     both = pd.concat({"own": own, "other": other}, axis=1).dropna()
-    return Pair(question, at, against, both["own"], both["other"])
+    return Pair(question, at, differs, both["own"], both["other"])
 
 
 def _tested(pairs: list[Pair]) -> list[Pair]:
@@ -144,7 +127,7 @@ def _tested(pairs: list[Pair]) -> list[Pair]:
     ]
     corrected = holm([ratio.p for ratio in ratios]) if ratios else []
     found = {
-        pair: replace(pair, ratio=ratio, p=p)
+        pair: replace(pair, against=Against(ratio, p))
         for pair, ratio, p in zip(tested, ratios, corrected, strict=True)
     }
     return [found.get(pair, pair) for pair in pairs if pair in found or pair.is_equal]
@@ -167,7 +150,7 @@ def table(rows: pd.DataFrame) -> Table | None:
         Column("ratio", "ratio [95 %]", fixed(2), interval=True),
         Column("p", "p, Holm", significant),
         Column("detectable", "detectable", fixed(2)),
-        Column("verdict", "divergence"),
+        Column("verdict", "verdict"),
     ]
     legend = (
         "KL divergence to the fp16 relay on the answer after these handoffs, teacher-forced on its text: means. ratio: "
@@ -181,13 +164,14 @@ def table(rows: pd.DataFrame) -> Table | None:
 
 def _line(pair: Pair) -> Row:
     none = Value(None, note="the values are equal")
-    tested = {"p": none, "detectable": none}
-    if pair.ratio is not None:
-        tested = {"p": Value(pair.p), "detectable": Value(pair.ratio.detectable)}
+    tested = {"p": Value(pair.against.p), "detectable": Value(pair.against.ratio.detectable)}
+    if pair.is_equal:
+        tested = dict.fromkeys(tested, none)
     about = {"hop": int(pair.at["hop"]), "policy": pair.at["policy"], "reseal": pair.at["reseal"]}
-    about |= {"budget": bits_text(pair.at["budget_bits"]), "against": pair.against}
+    about |= {"budget": bits_text(pair.at["budget_bits"]), "against": pair.differs}
     means = {"kl": Value(pair.own.mean()), "other": Value(pair.other.mean()), "n": len(pair.own)}
-    return about | means | tested | {"ratio": pair.over, "verdict": pair.verdict}
+    found = {"ratio": pair.against.over, "verdict": pair.against.verdict}
+    return about | means | tested | found
 
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:

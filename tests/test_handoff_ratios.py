@@ -61,7 +61,7 @@ def test_ratios_and_tests_are_those_of_scipy(tmp_path):
         assert (ratio.low, ratio.high) == pytest.approx(tuple(np.exp(test.confidence_interval())))
         assert line["p"].value >= test.pvalue and line["n"] == N
     depth = found["Do the handoffs before the last one add divergence", "uniform", 3]
-    assert depth["verdict"] == "more" and depth["p"].value == pytest.approx(
+    assert depth["verdict"] == "worse" and depth["p"].value == pytest.approx(
         3 * min(t.pvalue for t in tests.values())
     )
     assert (
@@ -86,7 +86,7 @@ def test_topology_awareness_is_held_to_the_same_signals_without_it(tmp_path):
     question = "Does topology-awareness reduce divergence"
     assert found[question, "topology", 3]["verdict"] == "the same cards"
     assert found[question, "topology", 3]["p"].value is None
-    assert found[question, "qkvshare", 3]["verdict"] == "less"
+    assert found[question, "qkvshare", 3]["verdict"] == "better"
 
 
 def test_what_has_no_counterpart_is_not_shown(tmp_path):
