@@ -83,7 +83,8 @@ EXPLAINED = {
     "working": "Depth, of the relay's last answer: that KL less the one where only the last of the handoffs takes "
     "place; working: the agents between wrote their turns on caches that were handed to them; passing: they only "
     "passed the card on, which changes nothing where cards are appended to.",
-    "flips": "digit flipped: replayed answers in which any digit would be another; with Wilson interval.",
+    "flips": "digit flipped: of the replayed answers with digits, those in which one would be another; with Wilson "
+    "interval.",
     "bits": "Bits: mean stored bits per value of the card handed on: of its tensors with scales, maps and token ids, "
     "and of its file with the header of fixed size.",
     "replay_minutes": "min: minutes for the relays of all problems, and for their replays, beside whatever else the "

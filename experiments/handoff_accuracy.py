@@ -255,17 +255,18 @@ def add_flips(
 ) -> None:
     """Whether greedy decoding would write another digit anywhere in each problem's answer, read up to there as it is.
 
-    The last number alone would say little: it repeats a result that the answer has stated before.
+    The last number alone would say little: it repeats a result that the answer has stated before. An answer without
+    digits has no row.
     """
     _, tokenizer = session.model(cfg)
     scripts = [one.turns for one in fp16_relays(cfg, session)]
     for sample, (comparison, turns) in enumerate(zip(found, scripts, strict=False)):
         pieces = [tokenizer.decode([token]) for token in turns[hop].answer_T]
         same = comparison.per_token()["same_top1"][[any(map(str.isdecimal, p)) for p in pieces]]
-        flipped = 1 - float(same.min()) if len(same) else None  # NaN where a run is
-        why = why_not_finite([comparison]) or "the answer has no digit"
-        about: dict[str, Any] = {"sample": sample, "hop": hop, "n": len(same)}
-        rows.add("digit_flip", flipped, "rate", why=why, **about)
+        if len(same):
+            about: dict[str, Any] = {"sample": sample, "hop": hop, "n": len(same)}
+            flipped = 1 - float(same.min())  # NaN where a run is
+            rows.add("digit_flip", flipped, "rate", why=why_not_finite([comparison]), **about)
 
 
 STUDY = Study(

@@ -333,16 +333,20 @@ def test_a_flip_is_said_of_every_replayed_answer(rows):
 def test_only_another_digit_is_a_flip(differs, expected, monkeypatch):
     pieces = ["7", " dogs", " cost", " 1", ",", "080", " each"]
     turn = Turn(torch.arange(2), torch.arange(len(pieces)))
-    monkeypatch.setattr(study, "fp16_relays", lambda *_: [Played([turn], [])])
+    words = Turn(turn.prompt_T, torch.arange(1, 3))  # without digits
+    monkeypatch.setattr(study, "fp16_relays", lambda *_: [Played([turn], []), Played([words], [])])
     session = SimpleNamespace(
         model=lambda _: (None, SimpleNamespace(decode=lambda ids: pieces[int(ids[0])]))
     )
     same = np.array([place not in differs for place in range(len(pieces))])
     zeros = np.zeros(len(pieces), np.float32)
-    compared = Comparison(zeros, zeros, zeros, {"same_top1": same})
+    compared = [
+        Comparison(zeros, zeros, zeros, {"same_top1": same}),
+        Comparison(*[zeros[:2]] * 3, {"same_top1": same[1:3]}),
+    ]
     made = Rows(study.COLUMNS)
-    study.add_flips(made, [compared], None, session, hop=0)
-    assert [(row["value"], row["n"]) for row in made] == [(expected, 3)]
+    study.add_flips(made, compared, None, session, hop=0)
+    assert [(row["value"], row["n"], row["sample"]) for row in made] == [(expected, 3, 0)]
 
 
 @pytest.mark.parametrize(
