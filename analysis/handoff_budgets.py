@@ -5,8 +5,9 @@ problem; it separates policies with far fewer problems than their answers do.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pandas as pd
 
@@ -29,13 +30,14 @@ from analysis.statistics import Measure, Value, mean_of_samples, samples_of
 from polykv.evaluation.statistics import PairedRatio, holm, paired_ratio
 
 STUDY = "handoff_accuracy"
+Key = TypeVar("Key", bound=Hashable)
 UNIFORM = "uniform"
 BITS = Measure("mean_bits", reduce=mean_of_samples)
 MINUTES = Measure("replay_minutes")
 SAME_CARDS = "the same cards"  # so far as KL, equal to the bit in every problem, tells
 NOT_PAIRED = "uniform bits were not run on the same problems, or too few of them have a KL above 0"
 EQUAL = PairedRatio(1.0, 1.0, 1.0, 1.0, 1.0, None)
-LEAST = 2  # budgets, or policies other than uniform, below which there is nothing to show
+LEAST = 2  # problems of a pair, and budgets or policies other than uniform, below which there is nothing to show
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,24 @@ def _against(lines: list[Row]) -> dict[int, Against]:
         and all(line[n] == other[n] for n in line if n not in ("policy", "rows"))
         and (wide := _paired(line["rows"], other["rows"])) is not None
     }
-    same = [n for n, wide in pairs.items() if (wide.iloc[:, 0] == wide.iloc[:, 1]).all()]
+    return tested(pairs)
+
+
+def tested(pairs: Mapping[Key, pd.DataFrame]) -> dict[Key, Against]:
+    """KL by problem (first column) over another's (second), with Holm over all pairs; not those of too few problems."""
+    same = [key for key, wide in pairs.items() if (wide.iloc[:, 0] == wide.iloc[:, 1]).all()]
     # Those that are not above 0 have no logarithm.
-    tested = {n: wide[(wide > 0).all(axis=1)] for n, wide in pairs.items() if n not in same}
-    tested = {n: wide for n, wide in tested.items() if len(wide) >= LEAST}
+    positive = {key: wide[(wide > 0).all(axis=1)] for key, wide in pairs.items() if key not in same}
+    positive = {key: wide for key, wide in positive.items() if len(wide) >= LEAST}
     ratios = [
-        paired_ratio(*(wide[side].tolist() for side in wide), ALPHA / len(tested))
-        for wide in tested.values()
+        paired_ratio(*(wide[side].tolist() for side in wide), ALPHA / len(positive))
+        for wide in positive.values()
     ]
     p = holm([ratio.p for ratio in ratios]) if ratios else []
-    found = {n: Against(*one) for n, one in zip(tested, zip(ratios, p, strict=True), strict=True)}
-    return found | {n: Against(EQUAL, 1.0) for n in same}
+    found = {
+        key: Against(*one) for key, one in zip(positive, zip(ratios, p, strict=True), strict=True)
+    }
+    return found | {key: Against(EQUAL, 1.0) for key in same}
 
 
 def _paired(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.handoff_accuracy import ALPHA, KL, PLAYED
-from analysis.handoff_budgets import EQUAL, LEAST, Against
+from analysis.handoff_budgets import EQUAL, LEAST, SAME_CARDS, Against, tested
 from analysis.points import (
     RUN,
     bits_text,
@@ -24,7 +24,6 @@ from analysis.points import (
 )
 from analysis.render import Column, Row, Table, describe, fixed, keys, significant
 from analysis.statistics import Value, samples_of
-from polykv.evaluation.statistics import holm, paired_ratio
 
 STUDY = "handoff_accuracy"
 DEPTH = "Do the handoffs before the last one add divergence?"
@@ -41,36 +40,29 @@ class Pair:
 
     Attributes:
         at: the setting of the first side, of which `differs` says how the other differs.
-        own, other: KL by problem.
+        kl: by problem, of both sides (columns `own` and `other`).
         against: the first side's KL over the other's, tested together with the other pairs of its run.
     """
 
     question: str
     at: Row
     differs: str
-    own: pd.Series
-    other: pd.Series
+    kl: pd.DataFrame
     against: Against = Against(EQUAL, 1.0)
 
     @property
-    def is_equal(self) -> bool:
-        """Whether KL is equal to the bit in every problem."""
-        return bool((self.own == self.other).all())
-
-    @property
-    def positive(self) -> pd.Series:
-        """Mask of the problems whose KL has a logarithm on both sides."""
-        return (self.own > 0) & (self.other > 0)
+    def is_tested(self) -> bool:
+        return self.against.verdict != SAME_CARDS
 
     @property
     def sentence(self) -> str:
-        at = self.at
+        at, means = self.at, self.kl.mean()
         unseen = ""
-        if not self.is_equal and self.against.p >= ALPHA:
+        if self.is_tested and self.against.p >= ALPHA:
             unseen = f" ({self.against.ratio.detectable:.2f} would have shown)"
         return (
             f"{self.question} {at['policy']} at {bits_text(at['budget_bits'])}, {at['reseal']}, after "
-            f"{hops_text(at['hop'])}: KL {self.own.mean():.2g} against {self.other.mean():.2g} nats ({self.differs}), "
+            f"{hops_text(at['hop'])}: KL {means['own']:.2g} against {means['other']:.2g} nats ({self.differs}), "
             f"ratio {self.against.over.text('.2f')}, **{self.against.verdict}**{unseen}."
         )
 
@@ -114,23 +106,13 @@ def _demands(mine: pd.DataFrame) -> Iterator[Pair]:
 def _pair(question: str, at: Row, differs: str, *sides: tuple[pd.DataFrame, str]) -> Pair:
     own, other = (samples_of(rows, metric, ["sample"]) for rows, metric in sides)
     both = pd.concat({"own": own, "other": other}, axis=1).dropna()
-    return Pair(question, at, differs, both["own"], both["other"])
+    return Pair(question, at, differs, both)
 
 
 def _tested(pairs: list[Pair]) -> list[Pair]:
-    """The pairs that have problems in common, with ratio and p; those whose values are all equal are not tested."""
-    pairs = [pair for pair in pairs if len(pair.own) >= LEAST]
-    tested = [pair for pair in pairs if not pair.is_equal and pair.positive.sum() >= LEAST]
-    ratios = [
-        paired_ratio(pair.own[pair.positive], pair.other[pair.positive], ALPHA / len(tested))
-        for pair in tested
-    ]
-    corrected = holm([ratio.p for ratio in ratios]) if ratios else []
-    found = {
-        pair: replace(pair, against=Against(ratio, p))
-        for pair, ratio, p in zip(tested, ratios, corrected, strict=True)
-    }
-    return [found.get(pair, pair) for pair in pairs if pair in found or pair.is_equal]
+    """The pairs that have problems in common, tested together."""
+    found = tested({pair: pair.kl for pair in pairs if len(pair.kl) >= LEAST})
+    return [replace(pair, against=found[pair]) for pair in pairs if pair in found]
 
 
 def table(rows: pd.DataFrame) -> Table | None:
@@ -163,15 +145,14 @@ def table(rows: pd.DataFrame) -> Table | None:
 
 
 def _line(pair: Pair) -> Row:
-    none = Value(None, note="the values are equal")
-    tested = {"p": Value(pair.against.p), "detectable": Value(pair.against.ratio.detectable)}
-    if pair.is_equal:
-        tested = dict.fromkeys(tested, none)
+    against, means = pair.against, pair.kl.mean()
+    test = {"p": Value(against.p), "detectable": Value(against.ratio.detectable)}
+    if not pair.is_tested:
+        test = dict.fromkeys(test, Value(None, note="the values are equal"))
     about = {"hop": int(pair.at["hop"]), "policy": pair.at["policy"], "reseal": pair.at["reseal"]}
     about |= {"budget": bits_text(pair.at["budget_bits"]), "against": pair.differs}
-    means = {"kl": Value(pair.own.mean()), "other": Value(pair.other.mean()), "n": len(pair.own)}
-    found = {"ratio": pair.against.over, "verdict": pair.against.verdict}
-    return about | means | tested | found
+    kl = {"kl": Value(means["own"]), "other": Value(means["other"]), "n": len(pair.kl)}
+    return about | kl | test | {"ratio": against.over, "verdict": against.verdict}
 
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
