@@ -5,6 +5,7 @@ git, polykv/archive.py). Exit codes: 0; 1 if a damaged cell was skipped (all els
 """
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -138,10 +139,11 @@ def after_sweep(
 def _print(made: Made, name: str) -> None:
     """Print the text, table and lines of this name."""
     width = shutil.get_terminal_size((100, 24)).columns
+    whole = not sys.stdout.isatty() and "COLUMNS" not in os.environ  # a file, say
     if text := made("TEXTS", name):
         print(text)
     if table := made("TABLES", name):
-        print(render.plain(render.measured(table), width))
+        print(render.plain(render.measured(table), width, whole))
     for line in made("BELOW", name) or ():
         print(textwrap.fill(line, width, subsequent_indent="  ") + "\n")
 

@@ -305,10 +305,11 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-def plain(table: Table, width: int) -> str:
+def plain(table: Table, width: int, whole: bool = False) -> str:
     """Aligned text no wider than `width`: the columns furthest right are left out, and named, where they do not fit.
 
-    The columns that say what a line is about and the first of the others always stay.
+    The columns that say what a line is about and the first of the others always stay. `whole`: all columns stay, and
+    only sentences are kept within the width.
     """
     found, notes = sections(table)
     parts = [textwrap.fill(table.caption, width)]
@@ -318,7 +319,9 @@ def plain(table: Table, width: int) -> str:
         widths = [max(map(len, texts)) + 2 for texts in zip(*rows, strict=True)]
         left = [i for i, column in enumerate(section.columns) if column.key]
         others = [i for i, column in enumerate(section.columns) if not column.key]
-        while len(others) > 1 and sum(widths[i] for i in [*left, *others]) > width + 2:
+        while (
+            not whole and len(others) > 1 and sum(widths[i] for i in [*left, *others]) > width + 2
+        ):
             left_out[section.columns[others.pop()].header] = None
         shown = [_aligned(row, left, others, widths) for row in rows]
         shown.insert(1, "-" * max(map(len, shown)))

@@ -6,6 +6,7 @@ as `recipe` or `policy`, is checked by the code that reads it. Settings have dot
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ OPEN_PREFIXES = (
 )
 GROUP_OF_DEFAULT = re.compile(r"(?:override )?/?(\w+)")  # `override /model` -> model
 OUR_CODE = "polykv."  # start of a `_target_` in this package
+# Settings of conf/config.yaml that say where a sweep runs and what becomes of its cells. A study need not read them.
+OF_SWEEPS = (
+    "study", "experiment", "hydra", "launcher", "logger", "results_dir", "render", "device",
+)  # fmt: skip
 INTERPOLATED = re.compile(r"\$\{(\w+)")  # `${key_bits}` -> key_bits
 
 
@@ -60,6 +65,23 @@ def check(cfg: DictConfig) -> None:
             raise _undeclared(name, cfg.study, settings)
 
 
+def check_given(given: Iterable[str], study: str, read: Iterable[str]) -> None:
+    """Check that a study reads the settings of conf/config.yaml that were given on the command line.
+
+    `check` cannot tell, since every config has them. `given`: dotted names. `read`: what the study reads.
+
+    Raises:
+        PolyKVError: names the first that it does not read.
+    """
+    root = _declared_in("config.yaml").top_level()
+    known = {*read} & root | _declared_in(f"experiment/{study}.yaml").top_level()
+    for name in given:
+        top = _top(name)
+        if top in root - known and top not in OF_SWEEPS:
+            hint = config.did_you_mean(top, sorted(known - {"study"}))
+            raise PolyKVError(f"experiment={study} does not read {name}; leave it out{hint}")
+
+
 def _undeclared(name: str, study: str, settings: set[str]) -> PolyKVError:
     """The error for setting `name`; `settings` are those that the study and its groups declare."""
     top = _top(name)
@@ -82,19 +104,21 @@ def _top(name: str) -> str:
     return name.partition(".")[0]
 
 
-@cache
 def _declared_by(study: str) -> _Declared:
     """What conf/config.yaml and the study's own YAML declare."""
-    settings: set[str] = set()
-    groups: set[str] = set()
-    for path in (config.CONF / "config.yaml", config.CONF / "experiment" / f"{study}.yaml"):
-        content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))
-        # Entries that choose a file of a group are mappings; the others (`_self_`) are strings.
-        choices = [one for one in content.pop("defaults", ()) if isinstance(one, dict)]
-        groups |= {GROUP_OF_DEFAULT.match(key)[1] for choice in choices for key in choice}
-        content.pop("hydra", None)
-        settings |= flat(content).keys()
-    return _Declared(frozenset(settings), frozenset(groups))
+    root, own = _declared_in("config.yaml"), _declared_in(f"experiment/{study}.yaml")
+    return _Declared(root.settings | own.settings, root.groups | own.groups)
+
+
+@cache
+def _declared_in(file: str) -> _Declared:
+    """What one YAML of conf/ declares."""
+    content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(config.CONF / file))
+    # Entries that choose a file of a group are mappings; the others (`_self_`) are strings.
+    choices = [one for one in content.pop("defaults", ()) if isinstance(one, dict)]
+    groups = frozenset(GROUP_OF_DEFAULT.match(key)[1] for choice in choices for key in choice)
+    content.pop("hydra", None)
+    return _Declared(frozenset(flat(content).keys()), groups)
 
 
 @cache

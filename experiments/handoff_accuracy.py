@@ -24,7 +24,7 @@ from experiments.relays import (
 )
 from experiments.session import Session
 from experiments.study import Study
-from polykv import models
+from polykv import kernels, models
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
@@ -48,8 +48,12 @@ SETTINGS = (*relays.SHARED, "weights", "policy", "budget_bits", "reseal", "n_for
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped."""
+    """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped.
+
+    backend=auto is the fastest one here, since all backends write the same bits.
+    """
     settled = settle_key(settings.settle(cfg))
+    settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     if settled.n_forced is None:
         settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:
@@ -77,6 +81,10 @@ def check(cfg: DictConfig, session: Session) -> None:
         raise PolyKVError(f"policy {policy.name!r} hands on another problem's cache; n_problems=1")
     if cfg.n_forced is not None:
         settings.check_whole(cfg, "n_forced", instead=", or null for all problems")
+        if cfg.n_forced > cfg.n_problems:
+            raise PolyKVError(
+                f"n_forced={cfg.n_forced} and n_problems={cfg.n_problems}; replay at most as many as are played"
+            )
     check_budget(cfg.budget_bits, [policy])
     key_of(cfg)
     if not isinstance(has_answers(cfg), bool):
@@ -96,7 +104,9 @@ def check(cfg: DictConfig, session: Session) -> None:
     if min(cfg.batch, cfg.n_problems) > 1:
         check_padding(architecture, "use batch=1")
     for number, task in enumerate(tasks_of(cfg)):
-        prompts_of(task, tokenizer, architecture, f"the relay of problem {number}", style_of(cfg))
+        prompts_of(
+            task, tokenizer, architecture, f"the relay of problem {number + 1}", style_of(cfg)
+        )
 
 
 def settle_key(settled: DictConfig) -> DictConfig:

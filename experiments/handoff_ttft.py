@@ -186,6 +186,9 @@ def policies_of(cfg: DictConfig) -> list[Policy]:
 
 def routes_of(cfg: DictConfig) -> list[Route]:
     """Re-prefill, then every combination of policy, transport and reader."""
+    for name in ("policies", "transports", "readers"):
+        if not cfg[name]:
+            raise PolyKVError(f"{name}=[]; give at least one")
     for transport in cfg.transports:
         if transport not in TRANSPORTS:
             raise PolyKVError(f"no transport {transport!r}; there are: {', '.join(TRANSPORTS)}")

@@ -107,7 +107,8 @@ class Reporter:
 
     def _hear(self, phase: Phase) -> None:
         with self._lock:
-            changed = phase.name != self._phase.name
+            # One that starts again is that of the next cell.
+            changed = phase.name != self._phase.name or phase.done < self._phase.done
             self._phase = phase
             if changed:
                 self._since, self._first = time.monotonic(), phase.done
@@ -147,12 +148,16 @@ class Reporter:
         return ", ".join(parts) + self._left()
 
     def _left(self) -> str:
-        """The time left, from the mean time of finished cells, or of the phase's finished steps before there is one."""
+        """The time left, from the mean time of finished cells.
+
+        Of the phase's finished steps before there is one, and where the cells left take longer than those.
+        """
         now, phase = time.monotonic(), self._phase
         if self._cells and self._n_ended:
             per_cell = (self._last_ended - self._cells.started) / self._n_ended
             left = per_cell * (len(self._cells.names) - self._n_ended) - (now - self._last_ended)
-            return f", about {max(left, 0):.0f} s left"
+            if left > 0:
+                return f", about {left:.0f} s left"
         if phase.total and phase.done > self._first:
             per_step = (now - self._since) / (phase.done - self._first)
             left = per_step * (phase.total - phase.done)

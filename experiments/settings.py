@@ -103,7 +103,8 @@ def check_common(cfg: DictConfig, spread: bool = False) -> None:
         )
     check_reader(cfg.reader)
     models.check_weights(cfg.model)
-    models.pick_dtype(cfg.model.dtype)
+    for dtype in {cfg.model.dtype, answering(cfg).dtype}:
+        models.pick_dtype(dtype)
     device = models.pick_device(cfg.device)
     loading.check(cfg.model, device)
     if cfg.model.get("device_map") and not (spread and cfg.reader == "dequantize"):

@@ -14,12 +14,13 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments import command_line, processes, progress, sweep
+from experiments import command_line, declared, processes, progress, sweep
 from experiments.sweep import Outcome
 from polykv.config import REPO
 from polykv.errors import PolyKVError
@@ -98,6 +99,7 @@ class CellSweeper(Sweeper):
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
         parsed = parser.parse_overrides(given)
         command_line.check_paths(parsed)
+        self._check_read(parser.parse_overrides(arguments))
         [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         asked, cells = self._plan(jobs)
         place = (self.config.results_dir, self.config.study)
@@ -106,6 +108,14 @@ class CellSweeper(Sweeper):
         sweep.ended = sweep.Ended(*place, tuple(asked), preset, **how)
         if cells:
             self._launch(cells)
+
+    def _check_read(self, given: Sequence[Override]) -> None:
+        """Refuse settings given on the command line that the study does not read; imports torch."""
+        from experiments.study import named
+
+        study = named(self.config.study)
+        names = [override.key_or_group.removeprefix("/") for override in given]
+        declared.check_given(names, study.name, [*study.settings, *study.options])
 
     def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Plan]]:
         """Identities of all cells, and plans of those that are not done, sorted so that neighbours share work."""

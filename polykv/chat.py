@@ -7,6 +7,7 @@ tokenizer adds none.
 """
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ PLAIN = "use question_style=plain"
 # (question, asked on another day): the prefix must be the same for all of these. A tokenizer may merge line breaks
 # differently before a letter and before a digit.
 PROBES = (("Why?", False), ("7 or 8?", False), ('"Why?"', True))
+LONGEST = 80  # characters of a text in an error
 REPLY = "Because."  # in place of an assistant's reply, or of a document
 # Templates write today's date with a function of transformers, which a macro of the same name overrides.
 OTHER_DAY = "{%- macro strftime_now(format) %}1 January 1970{% endmacro %}"
@@ -71,10 +73,11 @@ class Chat:
         """The text after the shared prefix: the question, the end of the user's turn, the assistant's header.
 
         Raises:
-            PolyKVError: an empty question, or one that changes the prefix.
+            PolyKVError: an empty question, one with special tokens, or one that changes the prefix.
         """
         if not question.strip():
             raise PolyKVError("a question is empty; an agent has to ask something")
+        _check_no_special(self._tokenizer, question, "question")
         whole = self._render(question.strip())
         if not whole.startswith(self._opening):
             raise PolyKVError(
@@ -143,13 +146,15 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     The first text begins the sequence; the others end the assistant's turn and have the user's next one.
 
     Raises:
-        PolyKVError: a template that rewrites earlier turns, depends on the date, or ends only the last reply.
+        PolyKVError: a message with special tokens, or a template that rewrites earlier turns, depends on the date, or
+            ends only the last reply.
     """
     end = end_of_turn(tokenizer)
     turns: list[tuple[str, str]] = []
     texts: list[str] = []
     so_far = ""
     for message in messages:
+        _check_no_special(tokenizer, message, "message")
         turns.append(("user", message))
         whole = _render(tokenizer, turns, True)
         if not whole.startswith(so_far) or whole != _render(tokenizer, turns, True, True):
@@ -164,6 +169,15 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
         turns.append(("assistant", REPLY))
         so_far = whole + REPLY
     return texts
+
+
+def _check_no_special(tokenizer: Any, text: str, what: str) -> None:
+    """Refuse a special token in the text of a turn, which it would end or split into others."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            raise PolyKVError(
+                f"the {what} {shorten(text, LONGEST)!r} has the special token {token.content}; take it out"
+            )
 
 
 def text_of(tokenizer: Any, ids_T: Tensor) -> str:

@@ -189,7 +189,7 @@ def check_length(model_config: Any, n_tokens: int, what: str) -> None:
     if limit is not None and n_tokens > limit:
         raise PolyKVError(
             f"{what} needs {n_tokens} positions and {model_config.model_type} has {limit}; "
-            "shorten the document or the answer"
+            "shorten the text or the answers"
         )
 
 

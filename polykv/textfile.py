@@ -58,6 +58,10 @@ def read_jsonl(path: Path, setting: str, parse: Callable[[Mapping], Record]) -> 
             if not isinstance(record, dict):
                 raise PolyKVError("not a JSON object")
             records.append(parse(record))
+        except json.JSONDecodeError as error:
+            raise PolyKVError(
+                f"{path}, line {number}: not JSON ({error.msg}, character {error.pos + 1}); give one object per line"
+            ) from error
         except (ValueError, RecursionError, PolyKVError) as error:
             raise PolyKVError(f"{path}, line {number}: {error}") from error
     return records

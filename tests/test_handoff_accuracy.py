@@ -299,6 +299,8 @@ def test_the_paired_interval_of_accuracy_has_a_width_even_without_differences():
         ("handoff_accuracy", "n_hops=0", "n_hops=0"),
         ("handoff_accuracy", "batch=0", "batch=0"),
         ("handoff_accuracy", "n_forced=none", "n_forced='none'.*null"),
+        ("handoff_accuracy", "n_problems=3 n_forced=4", "n_forced=4 and n_problems=3"),
+        ("handoff_accuracy", "+model.answer_dtype=float17", "'float17'"),
         ("handoff_accuracy", "n_problems=true", "n_problems=True.*whole number"),
         ("handoff_accuracy", "relay.max_new_tokens=0", "relay.max_new_tokens=0"),
         ("handoff_accuracy", "relay.max_new_tokens=1.5", "relay.max_new_tokens=1.5"),

@@ -197,6 +197,7 @@ def test_quality_takes_the_positions_that_a_context_leaves():
         ("context=8192", "8192 positions"),
         ("context=16", "turn_tokens=16"),
         ("repeats=9", "repeats=9"),
+        ("policies=[]", r"policies=\[\]"),
         ("scored_tokens=0", "scored_tokens=0"),
         ("budget_bits=-1", "budget_bits=-1"),
         ("document=moon_landing", "lower context"),

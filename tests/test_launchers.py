@@ -333,6 +333,38 @@ def test_steps_done_before_a_run_do_not_count_into_its_rate(monkeypatch):
     assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
 
 
+def test_the_next_cell_does_not_take_over_the_steps_of_the_last(monkeypatch):
+    """A phase of the same name that starts again."""
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    with progress.Reporter(out):
+        for _ in track(range(100), "scoring", "texts"):  # in no time
+            pass
+        phase("scoring", 0, 10, "texts")
+        time.sleep(0.2)
+        phase("scoring", 1, 10, "texts")
+        time.sleep(0.1)
+    rates = re.findall(r"scoring 2/10, ([\d.]+) texts a minute", out.getvalue())
+    assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
+
+
+def test_a_cell_longer_than_those_before_has_the_time_left_of_its_phase(tmp_path, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    cells = ["0" * 12, "1" * 12]
+    with progress.Reporter(out), progress.shown(str(tmp_path), "e", set(cells)):
+        Store(tmp_path).write(DECLARED, cells[0], {}, Rows())
+        time.sleep(0.1)
+        phase("scoring", 0, 10)
+        time.sleep(0.3)  # longer than the first cell
+        phase("scoring", 1, 10)
+        time.sleep(0.1)
+    last = out.getvalue().splitlines()[-1]
+    assert re.search(r"scoring 2/10, about [1-9] s left of it", last)
+
+
 NATIVE = """
 import hashlib, sys
 from experiments import processes

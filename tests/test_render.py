@@ -78,6 +78,8 @@ def test_plain_text_fits_the_width_and_names_what_it_leaves_out(tables):
         assert shown == [column.header for column in table.columns][: len(shown)]
         assert all(column.header in text for column in table.columns)
     assert len(shown) == len(table.columns)
+    whole = render.plain(table, 80, whole=True)
+    assert all(column.header in whole for column in table.columns) and "Too wide" not in whole
 
 
 SPECIAL = "5 % of a_b & c#d $1 {x} ~ ^ \\ | <y> 3×4 Δppl ±2 10⁻³ x¹² 1–2 a—b ≥1 ≤2 µs → ½ · −1 …"

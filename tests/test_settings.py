@@ -6,6 +6,7 @@ from pairwise import slow
 from test_docs import typed_commands
 
 from experiments import declared
+from experiments.study import named, studies
 from polykv import config
 from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
@@ -48,6 +49,44 @@ def test_what_nothing_reads_is_refused_with_the_nearest_that_is_read(overrides, 
     assert named in said and nearest in said and "\n" not in said
 
 
+def check_given(names, study):
+    own = named(study)
+    declared.check_given(names, study, [*own.settings, *own.options])
+
+
+@pytest.mark.parametrize(
+    ("study", "name", "nearest"),
+    [
+        ("handoff_accuracy", "max_new_tokens", "n_problems"),
+        ("handoff_accuracy", "recipe", "policy"),
+        ("handoff_accuracy", "recipe.value.bits", "policy"),
+        ("handoff_ttft", "scorer", "policies"),
+        ("concurrency", "reader", "'readers'"),
+        ("concurrency", "document.path", "context"),
+        ("capacity", "seed", "agents"),
+    ],
+)
+def test_a_setting_of_every_config_is_refused_where_the_study_does_not_read_it(
+    study, name, nearest
+):
+    with pytest.raises(PolyKVError) as refused:
+        check_given([name], study)
+    assert f"{study} does not read {name};" in str(refused.value) and nearest in str(refused.value)
+
+
+@pytest.mark.parametrize("study", studies())
+def test_what_a_study_reads_and_what_sweeps_need_is_taken(study):
+    ours = [
+        "experiment",
+        "results_dir",
+        "hydra.sweeper.max_jobs",
+        "device",
+        "weights",
+        "model.path",
+    ]
+    check_given([*ours, *named(study).settings], study)
+
+
 def test_a_recipe_has_no_other_settings():
     cfg = composed("recipe=polykv", "+recipe.exemtp.sinks=4")
     with pytest.raises(PolyKVError, match="'exempt'"):
@@ -86,4 +125,6 @@ def test_what_is_declared_is_taken(overrides):
 def test_every_command_of_the_readme_and_of_the_experiments_is_taken(typed):
     own = ("launcher=", "hydra.", "--", "recipe=polykv,mine")
     if "--help" not in typed:
-        check(*(one.partition(",")[0] for one in typed if not one.startswith(own)))
+        cfg = composed(*(one.partition(",")[0] for one in typed if not one.startswith(own)))
+        declared.check(cfg)
+        check_given([one.partition("=")[0].lstrip("+") for one in typed], cfg.study)
