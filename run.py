@@ -22,7 +22,7 @@ def main() -> int:
     """Run the sweep, then show what it found; the exit code."""
     # Hydra would print errors over several lines and exit; with this it raises them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    processes.second_interrupt_quits()
+    processes.settle_signals()
     try:
         with progress.Reporter():
             task()

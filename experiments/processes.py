@@ -18,12 +18,13 @@ PATIENCE = 3.0  # seconds that interrupted processes get to end by themselves
 STUCK = 5.0  # seconds within which joblib's manager notices a dead worker, if it is not stuck
 
 
-def second_interrupt_quits() -> None:
-    """Make a second Ctrl-C end all processes at once; the first raises KeyboardInterrupt as usual.
+def settle_signals() -> None:
+    """Make SIGTERM raise KeyboardInterrupt, as the first Ctrl-C does, and a second Ctrl-C end all processes at once.
 
     Python handles a signal only between two of its instructions, which native code can delay by minutes. So a thread
     reads the signals from a pipe.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -39,8 +40,9 @@ def _quit_on_second(pipe: int) -> None:
 
 
 def stop_after_interrupt() -> None:
-    """End the workers after Ctrl-C. From here on a second Ctrl-C only quits (`second_interrupt_quits`)."""
-    signal.signal(signal.SIGINT, lambda *_: None)
+    """End the workers after Ctrl-C or SIGTERM. From here on a second Ctrl-C only quits (`settle_signals`)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     stop_workers()
 
 

@@ -139,8 +139,9 @@ class CellSweeper(Sweeper):
             if not Store(cfg.results_dir).done(cell.study.name, cell.identity):
                 plan = Plan(job, cfg, cell.identity)
                 planned[cell.identity] = (sweep.sharing_key(cell.settled), plan)
-        finished = len(jobs) - len(planned)
-        progress.say(f"{len(jobs)} cells: {finished} done before, {len(planned)} to run")
+        n_cells = len(set(asked))  # settings that change nothing give a cell twice
+        finished = n_cells - len(planned)
+        progress.say(f"{n_cells} cells: {finished} done before, {len(planned)} to run")
         return asked, [cell for _, cell in sorted(planned.values(), key=lambda item: item[0])]
 
     def _launch(self, cells: list[Plan]) -> None:

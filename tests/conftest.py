@@ -127,7 +127,7 @@ def run_py(*overrides: str) -> subprocess.CompletedProcess:
         patch.setenv("HYDRA_FULL_ERROR", "1")  # run.py sets it: what was there comes back
         patch.setattr(sweep, "ended", None)
         patch.setattr(
-            processes, "second_interrupt_quits", lambda: None
+            processes, "settle_signals", lambda: None
         )  # for good, in this process
         with pytest.raises(SystemExit) as end:
             runpy.run_path(command[0], run_name="__main__")

@@ -368,7 +368,7 @@ def test_a_cell_longer_than_those_before_has_the_time_left_of_its_phase(tmp_path
 NATIVE = """
 import hashlib, sys
 from experiments import processes
-processes.second_interrupt_quits()
+processes.settle_signals()
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)  # many minutes without a look at signals
 """
@@ -389,12 +389,13 @@ def test_a_second_interrupt_quits_native_code_at_once():
 
 
 @pytest.mark.slow
-def test_an_interrupt_stops_a_sweep_and_keeps_its_cells(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_a_sweep_and_keeps_its_cells(number, tmp_path):
     command = [sys.executable, str(REPO / "run.py"), *CELLS, f"results_dir={tmp_path}"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while len(files(tmp_path)) < 2 and running.poll() is None:
         time.sleep(0.005)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, said = running.communicate(timeout=30)
     assert running.returncode == processes.INTERRUPTED
     assert said.decode().strip().splitlines()[-1].startswith("stopped; finished cells are kept")

@@ -122,7 +122,7 @@ class Policy:
             raise PolyKVError(
                 f"policy {self.name!r} has {needs[0]}, for models whose layers all attend to every token, and "
                 f"{model_config.model_type} has {'states' if geometry.stateful else 'sliding windows'}; use policy "
-                "uniform, fp16 or full"
+                "uniform, random, sinks_recent, fp16 or full"
             )
 
     def score(self, sender: Sender) -> np.ndarray:

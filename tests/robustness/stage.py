@@ -242,7 +242,7 @@ def traced(place: Path) -> None:
         enter("renamed", OF_A_CELL["renamed"])
 
     cellfile.os = SimpleNamespace(fsync=fsync, replace=replace)
-    before(processes, "second_interrupt_quits", lambda: enter("starting"))
+    before(processes, "settle_signals", lambda: enter("starting"))
     before(sweep, "run_cell", lambda: enter("measuring"))
     before(cellfile, "write_atomically", lambda: enter("writing", OF_A_CELL["writing"]))
     before(analysis, "show", lambda: enter("drawing"))
