@@ -126,9 +126,7 @@ def run_py(*overrides: str) -> subprocess.CompletedProcess:
         patch.setattr(of_process(), "storage_failed", "")
         patch.setenv("HYDRA_FULL_ERROR", "1")  # run.py sets it: what was there comes back
         patch.setattr(sweep, "ended", None)
-        patch.setattr(
-            processes, "settle_signals", lambda: None
-        )  # for good, in this process
+        patch.setattr(processes, "settle_signals", lambda: None)  # for good, in this process
         with pytest.raises(SystemExit) as end:
             runpy.run_path(command[0], run_name="__main__")
     return subprocess.CompletedProcess(command, end.value.code or 0, out.getvalue(), err.getvalue())
