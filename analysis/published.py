@@ -224,25 +224,29 @@ def _narrowed(
 
 
 def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
-    """The point with the figure's recipe, metric and agents (if they matter), nearest in context.
+    """The point with the figure's recipe and metric: of its document's kind if there is one, nearest in context.
 
-    Of several, one whose weights are in the authors' format.
+    Of several, one whose weights are in the authors' format. BERTScore is of the figure's number of agents; perplexity
+    reads the pool once, however many agents there are.
     """
     left = [p for p in found if p.recipe == figure.recipe]
     if not left:
         return f"{NOT_HERE}recipe {figure.recipe} was not run"
-    with_agents = [p for p in left if p.n_agents in (figure.n_agents, None)]
-    if not with_agents and figure.metric.startswith("bertscore"):
-        return f"{NOT_HERE}{figure.n_agents} agents were not run"
-    left = with_agents or left  # perplexity reads the pool once, however many agents there are
+    if figure.metric.startswith("bertscore"):
+        left = [p for p in left if p.n_agents in (figure.n_agents, None)]
+        if not left:
+            return f"{NOT_HERE}{figure.n_agents} agents were not run"
     measured = [p for p in left if p[figure.metric].value is not None]
     if not measured:
         return NOT_HERE + left[0][figure.metric].note
     kin = FAMILY.get(figure.document, ())
-    return min(
-        measured,
-        key=lambda p: (other_weights(figure, p), p.document not in kin, distance(figure, p)),
-    )
+
+    def unlikeness(point: Point) -> tuple:
+        others = point.n_agents not in (figure.n_agents, None)
+        unlike = point.document not in kin
+        return other_weights(figure, point), unlike, distance(figure, point), others
+
+    return min(measured, key=unlikeness)
 
 
 def with_budget(rows: pd.DataFrame, bits: float | None) -> pd.Series:

@@ -93,11 +93,10 @@ class Section:
 
 
 def fixed(digits: int, sign: str = "") -> Callable[[float, Row], str]:
-    """`digits` decimals; what would become 0 keeps two significant digits."""
+    """`digits` decimals; what they would leave with less than one significant digit keeps two."""
 
     def form(number: float, row: Row) -> str:
-        # half a unit itself is rounded to even, which is 0
-        if 0 < abs(number) <= 0.5 * 10**-digits:
+        if 0 < abs(number) < 10**-digits:
             return f"{number:{sign}.2g}"
         return f"{number:{sign},.{digits}f}"
 

@@ -158,9 +158,10 @@ def mean_of_answers(rows: pd.DataFrame, bounds: tuple[float, float]) -> Value:
     n, value = len(answers), float(answers.mean())
     if n < MIN_DOCUMENTS:
         return Value(value, note=f"no interval: {n} answers, and it takes {MIN_DOCUMENTS}", n=n)
-    interval = document_interval(samples, bounds) or (None, None)
     if len(samples) >= MIN_DOCUMENTS:
+        interval = document_interval(samples, bounds) or (None, None)
         return Value(value, *interval, n=n, over=DOCUMENTS)
+    interval = skewed_interval(np.concatenate(samples), bounds) or (None, None)
     about = f"{len(samples)} document{'s' * (len(samples) > 1)}"
     note = f"interval over {n} answers about {about}, taken as independent"
     return Value(value, *interval, note, n, "answers")

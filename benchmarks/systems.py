@@ -98,6 +98,8 @@ SYSTEMS: dict[str, Callable[[Tensor, Tensor], System]] = {
     "polykv_q8_0, torch": partial(ours, "polykv_q8_0", "torch"),
     "waterfill_4, cpu kernels": partial(ours, "waterfill_4", "cpu"),
     "waterfill_4, torch": partial(ours, "waterfill_4", "torch"),
+    "trellis_3, cpu kernels": partial(ours, "trellis_3", "cpu"),
+    "trellis_4, cpu kernels": partial(ours, "trellis_4", "cpu"),
     "polykv-llm 0.1.0": polykv_llm,
     "transformers quanto 4-bit": partial(transformers_layer, "quanto", {"nbits": 4}),
     "transformers quanto 2-bit": partial(transformers_layer, "quanto", {"nbits": 2}),
