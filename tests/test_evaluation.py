@@ -6,15 +6,17 @@ import platform
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TEXT, wide_model
 from hydra import compose, initialize_config_dir
+from scipy import stats
 from transformers import DynamicCache
 
 import polykv
 import polykv.config
-from analysis.statistics import QUALITY, Value, rescaled
+from analysis.statistics import QUALITY, Value, mean_of_answers, rescaled
 from experiments.compare import STUDY
 from experiments.rows import SCORES, add_answers, add_scores
 from experiments.settings import settle
@@ -116,6 +118,16 @@ def test_the_interval_over_blocks_covers_the_mean_as_often_as_it_says():
         low, high = document_interval([rng.normal(0, 1, 100)])
         hits += low <= 0 <= high
     assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_answers_about_few_documents_are_each_a_unit_of_the_interval():
+    values = np.random.default_rng(0).normal(size=15)
+    rows = pd.DataFrame({"agent": range(15), "value": values, "n": 1})
+    rows = rows.assign(document="moon_landing", sample=0, document_digest="", seed=0, note="")
+    found = mean_of_answers(rows, (-math.inf, math.inf))
+    reach = stats.t.ppf(0.975, 14) * values.std(ddof=1) / math.sqrt(15)
+    assert found.n == 15 and found.over == "answers"
+    assert found.high - found.low == pytest.approx(2 * reach, rel=0.1)  # but for the skewness
 
 
 def test_wilson_interval_at_the_edge():

@@ -281,6 +281,16 @@ def test_of_two_formats_of_weights_the_authors_own_answers(tmp_path):
     assert line["ours"].value == pytest.approx(0.5, abs=0.01)
 
 
+def test_another_models_text_of_the_same_kind_comes_before_its_number_of_agents(tmp_path):
+    """Perplexity reads a pool once, however many agents there are."""
+    near = compare_cell(7000, 15, "polykv", document="moon_landing", delta=9)
+    alike = compare_cell(5000, 3, "polykv", document="wikitext2", delta=0.5)
+    lines = table(tmp_path, "polykv", [near, alike]).rows
+    (line,) = [li for li in lines if li["metric"] == "perplexity_delta" and li["published"].value == 0.57
+               and "15 agents" in li["setting"]]  # fmt: skip
+    assert line["match"] == OTHER and line["ours"].value == pytest.approx(0.5, abs=0.1)
+
+
 def test_secondary_digest_is_marked():
     figures = published.load("qkvshare")
     marked = [f for f in figures if f.value.note]

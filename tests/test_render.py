@@ -67,6 +67,12 @@ def test_a_number_that_is_not_zero_is_never_shown_as_zero(number, digits):
     assert (float(render.memory(abs(number), {}).replace(",", "")) == 0) == (number == 0)
 
 
+@given(st.floats(1e-12, 1e-6, exclude_max=True), st.sampled_from([1, -1]), st.integers(0, 5))
+def test_a_number_below_the_last_digit_keeps_two(number, sign, digits):
+    number *= sign * 10 ** (6 - digits)
+    assert float(render.fixed(digits)(number, {})) == pytest.approx(number, rel=0.051)
+
+
 @pytest.mark.slow
 def test_plain_text_fits_the_width_and_names_what_it_leaves_out(tables):
     table = tables["compare"]
