@@ -224,9 +224,10 @@ def _narrowed(
 
 
 def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
-    """The point with the figure's recipe and metric: of its document's kind if there is one, nearest in context.
+    """The point with the figure's recipe and metric: of its document's kind if there is one, then with weights in the
+    authors' format, then nearest in context.
 
-    Of several, one whose weights are in the authors' format. BERTScore is of the figure's number of agents; perplexity
+    BERTScore is of the figure's number of agents; perplexity
     reads the pool once, however many agents there are.
     """
     left = [p for p in found if p.recipe == figure.recipe]
@@ -244,7 +245,7 @@ def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
     def unlikeness(point: Point) -> tuple:
         others = point.n_agents not in (figure.n_agents, None)
         unlike = point.document not in kin
-        return other_weights(figure, point), unlike, distance(figure, point), others
+        return unlike, other_weights(figure, point), distance(figure, point), others
 
     return min(measured, key=unlikeness)
 

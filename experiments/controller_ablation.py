@@ -95,6 +95,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
+    also_read=("reader",),
     made_by=handoff_accuracy.MADE_BY,
     settings=(*handoff_accuracy.SETTINGS, "baselines"),
     columns=COLUMNS,

@@ -65,10 +65,11 @@ def check(cfg: DictConfig) -> None:
             raise _undeclared(name, cfg.study, settings)
 
 
-def check_given(given: Iterable[str], study: str, read: Iterable[str]) -> None:
+def check_given(given: Iterable[str], preset: str, study: str, read: Iterable[str]) -> None:
     """Check that a study reads the settings of conf/config.yaml that were given on the command line.
 
-    `check` cannot tell, since every config has them. `given`: dotted names. `read`: what the study reads.
+    `check` cannot tell, since every config has them. `given`: dotted names. `preset`: the YAML of conf/experiment.
+    `read`: what the study reads.
 
     Raises:
         PolyKVError: names the first that it does not read.
@@ -79,7 +80,7 @@ def check_given(given: Iterable[str], study: str, read: Iterable[str]) -> None:
         top = _top(name)
         if top in root - known and top not in OF_SWEEPS:
             hint = config.did_you_mean(top, sorted(known - {"study"}))
-            raise PolyKVError(f"experiment={study} does not read {name}; leave it out{hint}")
+            raise PolyKVError(f"experiment={preset} does not read {name}; leave it out{hint}")
 
 
 def _undeclared(name: str, study: str, settings: set[str]) -> PolyKVError:

@@ -147,6 +147,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
+    also_read=("reader",),
     made_by=(prompts, gsm8k, continuation, same_top1, decode_drift),
     settings=(*SHARED, "recipe", "page_tokens", "backend", "seed"),
     columns=COLUMNS,

@@ -50,7 +50,8 @@ SETTINGS = (*relays.SHARED, "weights", "policy", "budget_bits", "reseal", "n_for
 def settle(cfg: DictConfig) -> DictConfig:
     """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped.
 
-    backend=auto is the fastest one here, since all backends write the same bits.
+    backend=auto is the fastest one here, since all backends write the same bits, but for the rounding of ties
+    under policies with store `codecs`.
     """
     settled = settle_key(settings.settle(cfg))
     settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
@@ -286,6 +287,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
+    also_read=("reader",),
     made_by=MADE_BY,
     settings=SETTINGS,
     options={"answers": relay},

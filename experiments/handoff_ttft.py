@@ -213,6 +213,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
+    also_read=("reader", "n_agents"),  # the second: questions of a file that has its own
     made_by=(*settings.SCORES, *CARDS, ttft),
     settings=("model", "weights", "device", "document", "n_documents", "prefix_fraction", "context",
               "scored_tokens", "turn_tokens", "policies", "transports", "readers", "budget_bits",

@@ -13,13 +13,14 @@ from typing import Any
 import psutil
 from joblib.externals.loky import reusable_executor
 
-INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
+ENDING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit code of a process that one of these ended
 PATIENCE = 3.0  # seconds that interrupted processes get to end by themselves
 STUCK = 5.0  # seconds within which joblib's manager notices a dead worker, if it is not stuck
 
 
 def settle_signals() -> None:
-    """Make SIGTERM raise KeyboardInterrupt, as the first Ctrl-C does, and a second Ctrl-C end all processes at once.
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, and the second of either end all processes at once.
 
     Python handles a signal only between two of its instructions, which native code can delay by minutes. So a thread
     reads the signals from a pipe.
@@ -34,14 +35,14 @@ def settle_signals() -> None:
 def _quit_on_second(pipe: int) -> None:
     n_interrupts = 0
     while n_interrupts < 2:
-        n_interrupts += os.read(pipe, 1) == bytes([signal.SIGINT])
+        n_interrupts += os.read(pipe, 1)[0] in ENDING
     stop_workers(patience=0)
     os._exit(INTERRUPTED)
 
 
 def stop_after_interrupt() -> None:
-    """End the workers after Ctrl-C or SIGTERM. From here on a second Ctrl-C only quits (`settle_signals`)."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """End the workers after Ctrl-C or SIGTERM. From here on another only quits (`settle_signals`)."""
+    for number in ENDING:
         signal.signal(number, lambda *_: None)
     stop_workers()
 

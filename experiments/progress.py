@@ -124,7 +124,9 @@ class Reporter:
             if self._cells and (n := self._cells.n_ended()) != self._n_ended:
                 self._n_ended, self._last_ended = n, time.monotonic()
                 if not self._terminal:
-                    self._write(f"{n} of {len(self._cells.names)} cells finished{self._left()}")
+                    self._write(
+                        f"{n} of {len(self._cells.names)} cells finished{self._cells_left()}"
+                    )
             if self._terminal:
                 width = shutil.get_terminal_size((80, 24)).columns
                 self._out.write(CLEAR + self._line()[: width - 1])
@@ -145,24 +147,24 @@ class Reporter:
         if phase.items and phase.done > self._first:
             per_minute = 60 * (phase.done - self._first) / (time.monotonic() - self._since)
             parts.append(f"{per_minute:.1f} {phase.items} a minute")
-        return ", ".join(parts) + self._left()
+        return ", ".join(parts) + (self._cells_left() or self._phase_left())
 
-    def _left(self) -> str:
-        """The time left, from the mean time of finished cells.
+    def _cells_left(self) -> str:
+        """The time that the cells left take if they take as long as those before; empty if this one takes longer."""
+        if not self._cells or not self._n_ended:
+            return ""
+        per_cell = (self._last_ended - self._cells.started) / self._n_ended
+        left = per_cell * (len(self._cells.names) - self._n_ended)
+        left -= time.monotonic() - self._last_ended
+        return f", about {left:.0f} s left" if left > 0 else ""
 
-        Of the phase's finished steps before there is one, and where the cells left take longer than those.
-        """
-        now, phase = time.monotonic(), self._phase
-        if self._cells and self._n_ended:
-            per_cell = (self._last_ended - self._cells.started) / self._n_ended
-            left = per_cell * (len(self._cells.names) - self._n_ended) - (now - self._last_ended)
-            if left > 0:
-                return f", about {left:.0f} s left"
-        if phase.total and phase.done > self._first:
-            per_step = (now - self._since) / (phase.done - self._first)
-            left = per_step * (phase.total - phase.done)
-            return f", about {left:.0f} s left of it"
-        return ""
+    def _phase_left(self) -> str:
+        """The time that the phase's steps left take, once one is finished."""
+        phase = self._phase
+        if not phase.total or not self._first < phase.done < phase.total:
+            return ""
+        per_step = (time.monotonic() - self._since) / (phase.done - self._first)
+        return f", about {per_step * (phase.total - phase.done):.0f} s left of it"
 
     def _write(self, line: str) -> None:
         self._said = time.monotonic()

@@ -167,7 +167,7 @@ def forced(
     """
     fp16_relays(cfg, session)  # not counted in the time of the first replay
     found = []
-    for sample in range(min(cfg.n_forced, cfg.n_problems)):
+    for sample in range(cfg.n_forced):
         make = partial(_replayed, cfg, session, policy, ways, sample)
         arrays = session.parts.kept(f"{part}-{sample}", make)
         found.append(to_replays(arrays, len(ways), cfg.n_hops + 1))

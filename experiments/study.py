@@ -33,6 +33,7 @@ class Study:
         check: raises PolyKVError with one line for bad input, before any cell runs.
         settle: returns the config with everything explicit that depends on the machine.
         settings: config keys that the numbers depend on; a cell's identity is a hash of them.
+        also_read: config keys that only checks and the choice of texts depend on.
         made_by: modules that compute the numbers; their `VERSION` is part of the identity.
         options: settings that only some cells have, and the module that reads each. They and its `VERSION` are part of
             the identity of cells that have them: a new one leaves that of the others as it is.
@@ -53,6 +54,7 @@ class Study:
     columns: Mapping[str, type] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
+    also_read: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if taken := set(self.columns) & set(COLUMNS):

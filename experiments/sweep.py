@@ -106,7 +106,7 @@ ended: Ended | None = None
 
 
 def stopped() -> str:
-    """The message after Ctrl-C."""
+    """The message after Ctrl-C or SIGTERM."""
     queued = ", queued jobs go on (scancel ends them)" if ended and ended.queued else ""
     return f"stopped{queued}; finished cells are kept, run the same command again for the others"
 

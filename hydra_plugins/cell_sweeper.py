@@ -14,7 +14,6 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -99,9 +98,9 @@ class CellSweeper(Sweeper):
         given = [*(f"{axis}={names}" for axis, names in self.params.items()), *arguments]
         parsed = parser.parse_overrides(given)
         command_line.check_paths(parsed)
-        self._check_read(parser.parse_overrides(arguments))
         [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        asked, cells = self._plan(jobs)
+        typed = [override.key_or_group for override in parser.parse_overrides(arguments)]
+        asked, cells = self._plan(jobs, typed)
         place = (self.config.results_dir, self.config.study)
         preset = self.config.hydra.runtime.choices.experiment
         how = {"render": self.config.render, "queued": self.elsewhere}
@@ -109,16 +108,13 @@ class CellSweeper(Sweeper):
         if cells:
             self._launch(cells)
 
-    def _check_read(self, given: Sequence[Override]) -> None:
-        """Refuse settings given on the command line that the study does not read; imports torch."""
-        from experiments.study import named
+    def _plan(
+        self, jobs: Sequence[Sequence[str]], typed: Sequence[str]
+    ) -> tuple[list[str], list[Plan]]:
+        """Identities of all cells, and plans of those that are not done, sorted so that neighbours share work.
 
-        study = named(self.config.study)
-        names = [override.key_or_group.removeprefix("/") for override in given]
-        declared.check_given(names, study.name, [*study.settings, *study.options])
-
-    def _plan(self, jobs: Sequence[Sequence[str]]) -> tuple[list[str], list[Plan]]:
-        """Identities of all cells, and plans of those that are not done, sorted so that neighbours share work."""
+        `typed`: the names of the settings that were given on the command line.
+        """
         # Imports torch, which `run.py --help` does without.
         from experiments.session import of_process
 
@@ -132,6 +128,9 @@ class CellSweeper(Sweeper):
                     "add device=cuda (or cpu)"
                 )
             cell = sweep.prepare(cfg)
+            study, preset = cell.study, cfg.hydra.runtime.choices.experiment
+            read = [*study.settings, *study.options, *study.also_read]
+            declared.check_given(typed, preset, study.name, read)
             cell.study.check(cell.settled, of_process())
             if not self.elsewhere:
                 sweep.check_device(cell.settled)

@@ -58,7 +58,8 @@ class Chat:
     chat template's encoding of [user: document, question] up to the assistant's header.
 
     Raises:
-        PolyKVError: an empty document, or a template whose prefix depends on question or date; names the token.
+        PolyKVError: an empty document, one with special tokens of the template, or a template whose prefix depends on
+            question or date; names the token.
     """
 
     def __init__(self, tokenizer: Any, document: str) -> None:
@@ -66,6 +67,8 @@ class Chat:
         self._tokenizer, self._document = tokenizer, document.strip()
         if not self._document:
             raise PolyKVError("the document is empty; give at least one token of text")
+        self._marks = _marks(tokenizer)
+        _check_unmarked(self._marks, document, "document")
         self._opening = self._cut([self._render(*probe) for probe in PROBES])
         self.ids_BT: Tensor = torch.tensor([_encode(tokenizer, self._opening)])
 
@@ -73,11 +76,11 @@ class Chat:
         """The text after the shared prefix: the question, the end of the user's turn, the assistant's header.
 
         Raises:
-            PolyKVError: an empty question, one with special tokens, or one that changes the prefix.
+            PolyKVError: an empty question, one with special tokens of the template, or one that changes the prefix.
         """
         if not question.strip():
             raise PolyKVError("a question is empty; an agent has to ask something")
-        _check_no_special(self._tokenizer, question, "question")
+        _check_unmarked(self._marks, question, "question")
         whole = self._render(question.strip())
         if not whole.startswith(self._opening):
             raise PolyKVError(
@@ -123,8 +126,9 @@ def turn(tokenizer: Any, text: str) -> str:
     """One turn of a user in the tokenizer's chat template, up to the assistant's header.
 
     Raises:
-        PolyKVError: the template cannot be used.
+        PolyKVError: the template cannot be used, or the text has its special tokens.
     """
+    _check_unmarked(_marks(tokenizer), text, "text")
     return _render(tokenizer, [("user", text)], add_generation_prompt=True)
 
 
@@ -146,15 +150,15 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     The first text begins the sequence; the others end the assistant's turn and have the user's next one.
 
     Raises:
-        PolyKVError: a message with special tokens, or a template that rewrites earlier turns, depends on the date, or
-            ends only the last reply.
+        PolyKVError: a message with special tokens of the template, or a template that rewrites earlier turns, depends
+            on the date, or ends only the last reply.
     """
-    end = end_of_turn(tokenizer)
+    end, marks = end_of_turn(tokenizer), _marks(tokenizer)
     turns: list[tuple[str, str]] = []
     texts: list[str] = []
     so_far = ""
     for message in messages:
-        _check_no_special(tokenizer, message, "message")
+        _check_unmarked(marks, message, "message")
         turns.append(("user", message))
         whole = _render(tokenizer, turns, True)
         if not whole.startswith(so_far) or whole != _render(tokenizer, turns, True, True):
@@ -171,12 +175,21 @@ def around_replies(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     return texts
 
 
-def _check_no_special(tokenizer: Any, text: str, what: str) -> None:
-    """Refuse a special token in the text of a turn, which it would end or split into others."""
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in text:
+def _marks(tokenizer: Any) -> list[str]:
+    """The special tokens that the chat template writes."""
+    whole, end = _render(tokenizer, [("user", REPLY)], True), end_of_turn(tokenizer)
+    added = tokenizer.added_tokens_decoder.items()
+    special = [(number, token.content) for number, token in added if token.special]
+    return [content for number, content in special if content in whole or number == end]
+
+
+def _check_unmarked(marks: Sequence[str], text: str, what: str) -> None:
+    """Refuse special tokens of the template in the text of a turn, which they would end."""
+    for mark in marks:
+        if mark in text:
+            said = shorten(text, LONGEST)
             raise PolyKVError(
-                f"the {what} {shorten(text, LONGEST)!r} has the special token {token.content}; take it out"
+                f"the {what} {said!r} has the special token {mark}; take it out, or {PLAIN}"
             )
 
 

@@ -300,6 +300,16 @@ def test_a_special_token_in_a_turn_is_refused():
         Chat(tokenizer, "A text.").prompt(injected)
     with pytest.raises(PolyKVError, match=r"message.*special token <\|im_"):
         around_replies(tokenizer, ["Why?", injected])
+    with pytest.raises(PolyKVError, match=r"document.*special token <\|im_"):
+        Chat(tokenizer, injected)
+    with pytest.raises(PolyKVError, match=r"text.*special token <\|im_"):
+        chat.turn(tokenizer, injected)
+
+
+def test_a_special_token_that_the_template_does_not_write_is_text():
+    tokenizer = made("qwen2.5")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    assert "<filename>" in Chat(tokenizer, "A text.").prompt("What is <filename> ?")
 
 
 def settings(name, style, **changes):

@@ -375,15 +375,16 @@ hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)  # many minutes without a look at
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_quits_native_code_at_once():
+@pytest.mark.parametrize("number", processes.ENDING)
+def test_a_second_interrupt_quits_native_code_at_once(number):
     assert "sha512" in hashlib.algorithms_available
     hung = subprocess.Popen([sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, cwd=REPO)
     assert hung.stdout.readline() == b"ready\n"
     time.sleep(0.5)
-    hung.send_signal(signal.SIGINT)
+    hung.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         hung.wait(timeout=1)  # Python cannot see the first one
-    hung.send_signal(signal.SIGINT)
+    hung.send_signal(number)
     assert hung.wait(timeout=10) == processes.INTERRUPTED
     hung.stdout.close()
 

@@ -51,7 +51,8 @@ def test_what_nothing_reads_is_refused_with_the_nearest_that_is_read(overrides, 
 
 def check_given(names, study):
     own = named(study)
-    declared.check_given(names, study, [*own.settings, *own.options])
+    read = [*own.settings, *own.options, *own.also_read]
+    declared.check_given(names, f"{study}_preset", study, read)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +72,25 @@ def test_a_setting_of_every_config_is_refused_where_the_study_does_not_read_it(
 ):
     with pytest.raises(PolyKVError) as refused:
         check_given([name], study)
-    assert f"{study} does not read {name};" in str(refused.value) and nearest in str(refused.value)
+    assert f"{study}_preset does not read {name};" in str(refused.value) and nearest in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize("study", studies())
-def test_what_a_study_reads_and_what_sweeps_need_is_taken(study):
-    ours = [
-        "experiment",
-        "results_dir",
-        "hydra.sweeper.max_jobs",
-        "device",
-        "weights",
-        "model.path",
-    ]
-    check_given([*ours, *named(study).settings], study)
+def test_what_sweeps_need_is_taken(study):
+    names = ["experiment", "results_dir", "hydra.sweeper.max_jobs", "launcher", "logger", "device"]
+    check_given([*names, "render", "weights", "model.path"], study)
+
+
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [("handoff_ttft", "n_agents"), ("handoff_ttft", "reader"), ("handoff_ttft", "document.questions"),
+     ("decode_drift", "reader"), ("handoff_accuracy", "reader"), ("handoff_accuracy", "policy.tiers"),
+     ("concurrency", "repeats"), ("compare", "answers"), ("compare", "scorer")],
+)  # fmt: skip
+def test_what_a_study_has_of_its_own_or_only_checks_is_taken(study, name):
+    check_given([name], study)
 
 
 def test_a_recipe_has_no_other_settings():
