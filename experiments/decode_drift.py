@@ -47,6 +47,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     """The settled config, with the digest of the prompts' file."""
     settled = compare.seeded(cfg)
     settled.prompts_digest = prompts.digest(cfg.prompts)
+    settled.context = None  # not read: a model may have fewer positions than its default
     return settled
 
 

@@ -55,6 +55,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     """
     settled = settle_key(settings.settle(cfg))
     settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
+    settled.context = None  # not read: a model may have fewer positions than its default
     if settled.n_forced is None:
         settled.n_forced = settled.n_problems
     if not Policy.from_config(cfg.policy).has_budget:

@@ -281,9 +281,9 @@ def test_a_relay_beyond_the_positions_is_refused_before_a_run(folder, tmp_path):
     long = problem | {"question": "word " * 200}
     problems.write_text("\n".join(map(json.dumps, [problem, long])), encoding="utf-8")
     given = ["experiment=handoff_accuracy", "model=local", f"model.path={folder}", "device=cpu",
-             "relay=gsm8k", f"relay.path={problems}", "n_problems=2", "n_hops=1", "context=128",
+             "relay=gsm8k", f"relay.path={problems}", "n_problems=2", "n_hops=1",
              "relay.max_new_tokens=4"]  # fmt: skip
-    with pytest.raises(PolyKVError, match="problem 1.* 256"):
+    with pytest.raises(PolyKVError, match="problem 2.* 256"):
         checked_cell(*given)
 
 
