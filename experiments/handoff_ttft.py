@@ -56,7 +56,6 @@ def settle(cfg: DictConfig) -> DictConfig:
 def check(cfg: DictConfig, session: Session) -> None:
     """Check the settings; random weights are allowed, since times do not depend on them."""
     settings.check_common(cfg)
-    settings.check_dequantizes(cfg)
     routes_of(cfg)
     architecture = load_config(cfg.model)
     for policy in policies_of(cfg):
@@ -213,7 +212,7 @@ STUDY = Study(
     run=run,
     check=check,
     settle=settle,
-    also_read=("reader", "n_agents"),  # the second: questions of a file that has its own
+    also_read=("n_agents",),  # questions of a file that has its own
     made_by=(*settings.SCORES, *CARDS, ttft),
     settings=("model", "weights", "device", "document", "n_documents", "prefix_fraction", "context",
               "scored_tokens", "turn_tokens", "policies", "transports", "readers", "budget_bits",

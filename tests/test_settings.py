@@ -63,6 +63,7 @@ def check_given(names, study):
         ("handoff_accuracy", "recipe.value.bits", "policy"),
         ("handoff_ttft", "scorer", "policies"),
         ("concurrency", "reader", "'readers'"),
+        ("handoff_ttft", "reader", "'readers'"),
         ("concurrency", "document.path", "context"),
         ("capacity", "seed", "agents"),
     ],
@@ -85,7 +86,7 @@ def test_what_sweeps_need_is_taken(study):
 
 @pytest.mark.parametrize(
     ("study", "name"),
-    [("handoff_ttft", "n_agents"), ("handoff_ttft", "reader"), ("handoff_ttft", "document.questions"),
+    [("handoff_ttft", "n_agents"), ("handoff_ttft", "document.questions"),
      ("decode_drift", "reader"), ("handoff_accuracy", "reader"), ("handoff_accuracy", "policy.tiers"),
      ("concurrency", "repeats"), ("compare", "answers"), ("compare", "scorer")],
 )  # fmt: skip
