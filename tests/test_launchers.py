@@ -320,10 +320,15 @@ def test_a_pipe_is_not_silent_for_five_seconds(monkeypatch):
     assert 0 < float(rate) < 300  # one in the first 0.2 seconds
 
 
-def test_steps_done_before_a_run_do_not_count_into_its_rate(monkeypatch):
-    out = io.StringIO()
+@pytest.fixture
+def hasty(monkeypatch):
+    """Progress that is reported every 0.02 seconds."""
     monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
     monkeypatch.setattr(progress, "LOOK", 0.01)
+
+
+def test_steps_done_before_a_run_do_not_count_into_its_rate(hasty):
+    out = io.StringIO()
     with progress.Reporter(out):
         phase("scoring", 5, 10, "texts")
         time.sleep(0.2)
@@ -333,11 +338,9 @@ def test_steps_done_before_a_run_do_not_count_into_its_rate(monkeypatch):
     assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
 
 
-def test_the_next_cell_does_not_take_over_the_steps_of_the_last(monkeypatch):
+def test_the_next_cell_does_not_take_over_the_steps_of_the_last(hasty):
     """A phase of the same name that starts again."""
     out = io.StringIO()
-    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
-    monkeypatch.setattr(progress, "LOOK", 0.01)
     with progress.Reporter(out):
         for _ in track(range(100), "scoring", "texts"):  # in no time
             pass
@@ -349,10 +352,8 @@ def test_the_next_cell_does_not_take_over_the_steps_of_the_last(monkeypatch):
     assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
 
 
-def test_a_cell_longer_than_those_before_has_the_time_left_of_its_phase(tmp_path, monkeypatch):
+def test_a_cell_longer_than_those_before_has_the_time_left_of_its_phase(tmp_path, hasty):
     out = io.StringIO()
-    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
-    monkeypatch.setattr(progress, "LOOK", 0.01)
     cells = ["0" * 12, "1" * 12]
     with progress.Reporter(out), progress.shown(str(tmp_path), "e", set(cells)):
         Store(tmp_path).write(DECLARED, cells[0], {}, Rows())
