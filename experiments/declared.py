@@ -65,8 +65,8 @@ def check(cfg: DictConfig) -> None:
             raise _undeclared(name, cfg.study, settings)
 
 
-def check_given(given: Iterable[str], preset: str, study: str, read: Iterable[str]) -> None:
-    """Check that a study reads the settings of conf/config.yaml that were given on the command line.
+def check_given(given: Iterable[str], preset: str, cfg: DictConfig, read: Iterable[str]) -> None:
+    """Check that the study of a composed config reads the settings of conf/config.yaml given on the command line.
 
     `check` cannot tell, since every config has them. `given`: dotted names. `preset`: the YAML of conf/experiment.
     `read`: what the study reads.
@@ -75,12 +75,15 @@ def check_given(given: Iterable[str], preset: str, study: str, read: Iterable[st
         PolyKVError: names the first that it does not read.
     """
     root = _declared_in("config.yaml").top_level()
-    known = {*read} & root | _declared_in(f"experiment/{study}.yaml").top_level()
+    known = {*read} & root | _declared_in(f"experiment/{cfg.study}.yaml").top_level()
     for name in given:
         top = _top(name)
         if top in root - known and top not in OF_SWEEPS:
+            nested = flat(OmegaConf.to_container(OmegaConf.masked_copy(cfg, [*known & {*cfg}])))
+            alike = [one for one in nested if one.endswith(f".{name}")]  # relay.max_new_tokens
             hint = config.did_you_mean(top, sorted(known - {"study"}))
-            raise PolyKVError(f"experiment={preset} does not read {name}; leave it out{hint}")
+            mend = f", or set {alike[0]}" if alike else hint
+            raise PolyKVError(f"experiment={preset} does not read {name}; leave it out{mend}")
 
 
 def _undeclared(name: str, study: str, settings: set[str]) -> PolyKVError:

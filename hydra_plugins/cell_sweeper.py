@@ -130,7 +130,7 @@ class CellSweeper(Sweeper):
             cell = sweep.prepare(cfg)
             study, preset = cell.study, cfg.hydra.runtime.choices.experiment
             read = [*study.settings, *study.options, *study.also_read]
-            declared.check_given(typed, preset, study.name, read)
+            declared.check_given(typed, preset, cell.settled, read)
             cell.study.check(cell.settled, of_process())
             if not self.elsewhere:
                 sweep.check_device(cell.settled)

@@ -52,13 +52,14 @@ def test_what_nothing_reads_is_refused_with_the_nearest_that_is_read(overrides, 
 def check_given(names, study):
     own = named(study)
     read = [*own.settings, *own.options, *own.also_read]
-    declared.check_given(names, f"{study}_preset", study, read)
+    cfg = composed(f"experiment={study}")
+    declared.check_given(names, f"{study}_preset", cfg, read)
 
 
 @pytest.mark.parametrize(
     ("study", "name", "nearest"),
     [
-        ("handoff_accuracy", "max_new_tokens", "n_problems"),
+        ("handoff_accuracy", "max_new_tokens", "set relay.max_new_tokens"),
         ("handoff_accuracy", "recipe", "policy"),
         ("handoff_accuracy", "recipe.value.bits", "policy"),
         ("handoff_ttft", "scorer", "policies"),
