@@ -1,5 +1,7 @@
 """A setting that nothing reads is refused by name; those that are declared, and a user's own, are taken."""
 
+from functools import cache
+
 import pytest
 from hydra import compose, initialize_config_dir
 from pairwise import slow
@@ -12,6 +14,7 @@ from polykv.errors import PolyKVError
 from polykv.recipe import Recipe
 
 
+@cache
 def composed(*overrides):
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", list(overrides))
@@ -79,7 +82,7 @@ def test_a_setting_of_every_config_is_refused_where_the_study_does_not_read_it(
     )
 
 
-@pytest.mark.parametrize("study", studies())
+@pytest.mark.parametrize("study", slow(*studies()))
 def test_what_sweeps_need_is_taken(study):
     names = ["experiment", "results_dir", "hydra.sweeper.max_jobs", "launcher", "logger", "device"]
     check_given([*names, "render", "weights", "model.path"], study)
