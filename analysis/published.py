@@ -224,11 +224,10 @@ def _narrowed(
 
 
 def nearest(figure: Figure, found: Sequence[Point]) -> Point | str:
-    """The point with the figure's recipe and metric: of its document's kind if there is one, then with weights in the
-    authors' format, then nearest in context.
+    """The point with the figure's recipe and metric that is most like it.
 
-    BERTScore is of the figure's number of agents; perplexity
-    reads the pool once, however many agents there are.
+    Its document's kind comes first, then the authors' format of weights, then the context. BERTScore is of the figure's
+    number of agents; perplexity reads the pool once, however many agents there are.
     """
     left = [p for p in found if p.recipe == figure.recipe]
     if not left:
