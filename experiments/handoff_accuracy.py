@@ -24,7 +24,7 @@ from experiments.relays import (
 )
 from experiments.session import Session
 from experiments.study import Study
-from polykv import kernels, models
+from polykv import models
 from polykv.errors import PolyKVError
 from polykv.evaluation import continuation, gsm8k
 from polykv.evaluation.continuation import UNITS, Comparison, why_not_finite
@@ -48,13 +48,8 @@ SETTINGS = (*relays.SHARED, "weights", "policy", "budget_bits", "reseal", "n_for
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped.
-
-    backend=auto is the fastest one here, since all backends write the same bits, but for the rounding of ties
-    under policies with store `codecs`.
-    """
-    settled = settle_key(settings.settle(cfg))
-    settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
+    """The settled config. A policy without a budget loses nothing, so its budget and resealing are dropped."""
+    settled = settle_key(settings.settle(cfg, fastest=True))
     settled.context = None  # not read: a model may have fewer positions than its default
     if settled.n_forced is None:
         settled.n_forced = settled.n_problems

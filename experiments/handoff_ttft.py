@@ -18,7 +18,7 @@ from experiments.handoff_accuracy import check_budget, settle_key
 from experiments.relays import CARDS, key_of
 from experiments.session import Session
 from experiments.study import Study
-from polykv import config, kernels, loading, models
+from polykv import config, loading
 from polykv.documents import Document
 from polykv.errors import PolyKVError
 from polykv.evaluation import card_quality, continuation, ttft
@@ -42,13 +42,9 @@ COSTS = ("kl", "nll_delta")  # metrics of a card's receiver, of continuation.UNI
 
 
 def settle(cfg: DictConfig) -> DictConfig:
-    """The settled config: policies, given by name, become their settings, which are then part of the identity.
-
-    backend=auto is the fastest one here for every reader, since all backends write the same bits.
-    """
-    settled = settle_key(settings.settle(cfg))
+    """The settled config: policies, given by name, become their settings, which are then part of the identity."""
+    settled = settle_key(settings.settle(cfg, fastest=True))
     settled.model = settings.answering(settled)  # times are measured in the dtype of answers
-    settled.backend = kernels.pick_backend(cfg.backend, models.pick_device(settled.device))
     settled.policies = {name: config.load_group("policy", name) for name in cfg.policies}
     return settled
 

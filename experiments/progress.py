@@ -107,13 +107,12 @@ class Reporter:
 
     def _hear(self, phase: Phase) -> None:
         with self._lock:
-            # One that starts again is that of the next cell.
-            changed = phase.name != self._phase.name or phase.done < self._phase.done
-            self._phase = phase
-            if changed:
+            changed = phase.name != self._phase.name
+            if changed or phase.done < self._phase.done:  # the next cell's starts again
                 self._since, self._first = time.monotonic(), phase.done
-                if not self._terminal and self._cells:
-                    self._write(self._line())
+            self._phase = phase
+            if changed and not self._terminal and self._cells:
+                self._write(self._line())
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK):

@@ -49,11 +49,15 @@ FILES = (
 )
 
 
-def settle(cfg: DictConfig) -> DictConfig:
+def settle(cfg: DictConfig, fastest: bool = False) -> DictConfig:
     """The config with everything that depends on this machine made explicit, for identity and rows.
 
-    backend=auto: with reader=in_place the fastest one here, for encoding and attention. With reader=dequantize torch,
-    whose numbers are the same on every machine. Groups with overrides get a label (polykv/naming.py).
+    backend=auto: with reader=in_place, or if `fastest`, the fastest one here; else torch, whose numbers are the same on
+    every machine. Groups with overrides get a label (polykv/naming.py).
+
+    Args:
+        fastest: for studies of cards, in which all backends write the same bits, but for the rounding of ties under
+            policies with store `codecs`.
     """
     settled = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if settled.document.name == "auto":
@@ -70,8 +74,8 @@ def settle(cfg: DictConfig) -> DictConfig:
     chat.settle(settled.model)
     settled.device = device.type if cfg.device == "auto" else cfg.device
     if cfg.backend == "auto":
-        in_place = cfg.reader == "in_place"
-        settled.backend = kernels.pick_backend("auto", device) if in_place else "torch"
+        fastest = fastest or cfg.reader == "in_place"
+        settled.backend = kernels.pick_backend("auto", device) if fastest else "torch"
     return settled
 
 

@@ -60,6 +60,11 @@ class Study:
         if taken := set(self.columns) & set(COLUMNS):
             raise ValueError(f"study {self.name}: every row has {sorted(taken)} already")
 
+    @property
+    def reads(self) -> list[str]:
+        """All config keys that the study reads."""
+        return [*self.settings, *self.options, *self.also_read]
+
     def versions(self, settled: DictConfig) -> dict[str, int | str]:
         """Versions of the code that computes a cell's numbers (polykv/versions.py)."""
         config = OmegaConf.to_container(settled)

@@ -128,9 +128,8 @@ class CellSweeper(Sweeper):
                     "add device=cuda (or cpu)"
                 )
             cell = sweep.prepare(cfg)
-            study, preset = cell.study, cfg.hydra.runtime.choices.experiment
-            read = [*study.settings, *study.options, *study.also_read]
-            declared.check_given(typed, preset, cell.settled, read)
+            preset = cfg.hydra.runtime.choices.experiment
+            declared.check_given(typed, preset, cell.settled, cell.study.reads)
             cell.study.check(cell.settled, of_process())
             if not self.elsewhere:
                 sweep.check_device(cell.settled)

@@ -327,28 +327,19 @@ def hasty(monkeypatch):
     monkeypatch.setattr(progress, "LOOK", 0.01)
 
 
-def test_steps_done_before_a_run_do_not_count_into_its_rate(hasty):
+@pytest.mark.parametrize(
+    ("earlier", "first"), [([], 5), ([0, 100], 0)], ids=["in an earlier run", "in the cell before"]
+)
+def test_steps_done_before_do_not_count_into_the_rate(earlier, first, hasty):
     out = io.StringIO()
     with progress.Reporter(out):
-        phase("scoring", 5, 10, "texts")
+        for done in earlier:  # in no time
+            phase("scoring", done, 100, "texts")
+        phase("scoring", first, 10, "texts")
         time.sleep(0.2)
-        phase("scoring", 6, 10, "texts")
+        phase("scoring", first + 1, 10, "texts")
         time.sleep(0.1)
-    rates = re.findall(r"scoring 7/10, ([\d.]+) texts a minute", out.getvalue())
-    assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
-
-
-def test_the_next_cell_does_not_take_over_the_steps_of_the_last(hasty):
-    """A phase of the same name that starts again."""
-    out = io.StringIO()
-    with progress.Reporter(out):
-        for _ in track(range(100), "scoring", "texts"):  # in no time
-            pass
-        phase("scoring", 0, 10, "texts")
-        time.sleep(0.2)
-        phase("scoring", 1, 10, "texts")
-        time.sleep(0.1)
-    rates = re.findall(r"scoring 2/10, ([\d.]+) texts a minute", out.getvalue())
+    rates = re.findall(rf"scoring {first + 2}/10, ([\d.]+) texts a minute", out.getvalue())
     assert rates and all(0 < float(rate) < 300 for rate in rates)  # one in 0.2 seconds
 
 

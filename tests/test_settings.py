@@ -53,10 +53,8 @@ def test_what_nothing_reads_is_refused_with_the_nearest_that_is_read(overrides, 
 
 
 def check_given(names, study):
-    own = named(study)
-    read = [*own.settings, *own.options, *own.also_read]
     cfg = composed(f"experiment={study}")
-    declared.check_given(names, f"{study}_preset", cfg, read)
+    declared.check_given(names, f"{study}_preset", cfg, named(study).reads)
 
 
 @pytest.mark.parametrize(
